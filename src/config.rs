@@ -1,0 +1,198 @@
+//! The configuration and its generated example.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use ruma::{OwnedServerName, OwnedUserId};
+use serde::Deserialize;
+use url::Url;
+
+/// Everything that an admin can set. Unknown keys are errors.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// G: the gateway's server name on both sides.
+    pub server_name: OwnedServerName,
+    /// The signing key file, made when absent.
+    #[serde(default = "default_signing_key")]
+    pub signing_key: PathBuf,
+    /// The listener for other servers.
+    #[serde(default)]
+    pub listen: Listen,
+    /// The store.
+    #[serde(default)]
+    pub database: Database,
+    /// The Synapse that the gateway is an appservice of.
+    pub appservice: Option<Appservice>,
+    /// How other servers are reached.
+    #[serde(default)]
+    pub federation: Federation,
+    /// Who may do what.
+    #[serde(default)]
+    pub access: Access,
+    /// How portals are made.
+    #[serde(default)]
+    pub portals: Portals,
+    /// The admin listener.
+    #[serde(default)]
+    pub admin: Admin,
+    /// Sizes of caches.
+    #[serde(default)]
+    pub caches: Caches,
+}
+
+/// `[listen]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Listen {
+    /// Address and port.
+    pub address: std::net::SocketAddr,
+    /// PEM file with the certificate chain; goes with `tls_private_key`.
+    pub tls_certificate: Option<PathBuf>,
+    /// PEM file with the private key.
+    pub tls_private_key: Option<PathBuf>,
+}
+
+/// `[database]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Database {
+    /// `sqlite://PATH` or `postgres://…`
+    pub url: String,
+}
+
+/// `[appservice]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Appservice {
+    /// Where the Synapse's client API is.
+    pub homeserver_url: Url,
+    /// The Synapse's server name.
+    pub homeserver_name: OwnedServerName,
+    /// The registration file, shared with the Synapse.
+    pub registration: PathBuf,
+}
+
+/// `[federation]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Federation {
+    /// PEM files of certificate authorities trusted besides the system's.
+    pub custom_ca: Vec<PathBuf>,
+    /// Whether private and loopback addresses may be dialled.
+    pub allow_private_networks: bool,
+    /// Servers whose base URL is given, without discovery.
+    pub resolve: BTreeMap<OwnedServerName, Url>,
+}
+
+/// Who can cause a portal by naming an alias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CreateByAlias {
+    /// Users of the Synapse, through the appservice.
+    Appservice,
+    /// Any server that asks for the alias.
+    Anyone,
+    /// Nobody.
+    Off,
+}
+
+/// `[access]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Access {
+    /// LM servers with which portals may be made; `*` and `?` are wildcards.
+    pub hubs: Vec<String>,
+    /// Matrix servers whose users may take part; `*` and `?` are wildcards.
+    pub matrix_servers: Vec<String>,
+    /// Who can cause a portal by naming an alias.
+    pub create_by_alias: CreateByAlias,
+    /// Who may command the bot to expose, bridge and remove.
+    pub admins: Vec<OwnedUserId>,
+    /// How many portals there may be.
+    pub max_portals: u32,
+}
+
+/// What is done with encrypted rooms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EncryptionPolicy {
+    /// They get no portal.
+    Refuse,
+}
+
+/// `[portals]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Portals {
+    /// The version of Matrix rooms that the gateway makes.
+    pub matrix_room_version: String,
+    /// What is done with encrypted rooms.
+    pub encryption: EncryptionPolicy,
+}
+
+/// `[admin]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admin {
+    /// Address and port of the admin API, metrics and health.
+    pub address: std::net::SocketAddr,
+    /// The bearer token of the admin API; without one the API is off.
+    pub token: Option<String>,
+}
+
+/// `[caches]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Caches {
+    /// Events kept in memory, on each side.
+    pub events: u64,
+    /// Rooms whose state is kept in memory, on each side.
+    pub rooms: u64,
+}
+
+fn default_signing_key() -> PathBuf {
+    "isthmus.signing.key".into()
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self { address: ([127, 0, 0, 1], 8448).into(), tls_certificate: None, tls_private_key: None }
+    }
+}
+
+impl Default for Database {
+    fn default() -> Self {
+        Self { url: "sqlite://isthmus.db".to_owned() }
+    }
+}
+
+impl Default for Access {
+    fn default() -> Self {
+        Self {
+            hubs: vec!["*".to_owned()],
+            matrix_servers: vec!["*".to_owned()],
+            create_by_alias: CreateByAlias::Appservice,
+            admins: Vec::new(),
+            max_portals: 10_000,
+        }
+    }
+}
+
+impl Default for Portals {
+    fn default() -> Self {
+        Self { matrix_room_version: "12".to_owned(), encryption: EncryptionPolicy::Refuse }
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { address: ([127, 0, 0, 1], 9090).into(), token: None }
+    }
+}
+
+impl Default for Caches {
+    fn default() -> Self {
+        Self { events: 50_000, rooms: 2_000 }
+    }
+}

@@ -1,0 +1,19 @@
+//! LM events as data: canonical JSON, hashes, redaction, signatures, LPDUs and room versions. Pure: no I/O, no clock.
+
+mod canonical;
+mod hash;
+mod lpdu;
+mod parse;
+mod pdu;
+mod redact;
+mod room_version;
+mod sign;
+
+pub use self::canonical::canonical_json;
+pub use self::hash::{content_hash, lpdu_hash, reference_hash};
+pub use self::lpdu::{Lpdu, VerifiedLpdu};
+pub use self::parse::{Object, parse_object, parse_value};
+pub use self::pdu::{Completion, HashCheck, Pdu};
+pub use self::redact::{Redaction, redact};
+pub use self::room_version::{Family, RoomVersion};
+pub use self::sign::{SignatureCheck, VerifyKey, VerifyKeys, sign_object, verify_object, verify_signatures};

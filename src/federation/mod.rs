@@ -1,0 +1,13 @@
+//! What both sides share of federation: discovery, the dialler, X-Matrix, the HTTP client, outbound queues, limits.
+
+mod client;
+mod context;
+mod outbound;
+mod transactions;
+mod x_matrix;
+
+pub use self::client::{Call, Client, ClientOptions, RemoteError};
+pub use self::context::Context;
+pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, OutboundQueues, QueueStatus};
+pub use self::transactions::Transactions;
+pub use self::x_matrix::{Authenticated, authenticate, authorization_header};

@@ -1,0 +1,9 @@
+//! Server names, ghost names, signing keys, and the keys of other servers.
+
+mod ghost;
+mod keyring;
+mod signing_key;
+
+pub use self::ghost::{Ghost, GhostNames, Side};
+pub use self::keyring::{KeyFetcher, Keyring, KeyringError, ServerKeys, Validity};
+pub use self::signing_key::{SigningKey, SigningKeyError};

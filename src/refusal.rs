@@ -1,0 +1,221 @@
+//! The one vocabulary of refusal: every reason for which isthmus does not take an event or a request. HTTP errors, logs,
+//! metrics, `explain` and tests all use these variants; each message names the values that disagree.
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use serde_json::json;
+
+use crate::store::StoreError;
+
+/// Why an event or a request was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The body is no JSON at all.
+    #[error("the body is not JSON: {0}")]
+    NotJson(String),
+    /// The JSON is not of the form that the endpoint or the event format asks for.
+    #[error("{what}: {problem}")]
+    Malformed {
+        /// The field or object that is wrong.
+        what: String,
+        /// What is wrong with it, with the value found.
+        problem: String,
+    },
+    /// A size limit was passed.
+    #[error("{what} is {size} bytes long, the limit is {limit}")]
+    TooLarge {
+        /// What is too large.
+        what: &'static str,
+        /// Its size in bytes.
+        size: usize,
+        /// The limit in bytes.
+        limit: usize,
+    },
+    /// A request is not authenticated as it must be.
+    #[error("{0}")]
+    Unauthenticated(String),
+    /// A signature that is needed is missing or wrong.
+    #[error("signature of {entity}: {problem}")]
+    BadSignature {
+        /// The server that should have signed.
+        entity: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The keys of a server could not be had, so its signatures cannot be checked now. Worth another try later.
+    #[error("the keys of {server} could not be fetched: {problem}")]
+    KeysUnavailable {
+        /// The server whose keys are missing.
+        server: String,
+        /// What went wrong.
+        problem: String,
+    },
+    /// A hash in the event is not the hash of the event.
+    #[error("the {which} hash is {found}, computed was {expected}")]
+    HashMismatch {
+        /// `lpdu` or `content`.
+        which: &'static str,
+        /// The hash as computed.
+        expected: String,
+        /// The hash as found.
+        found: String,
+    },
+    /// The request's origin has no right to send this event.
+    #[error("{origin} sent an event of {expected}")]
+    WrongOrigin {
+        /// The authenticated origin.
+        origin: String,
+        /// The server that should have sent it.
+        expected: String,
+    },
+    /// The receiver is not the hub of the room.
+    #[error("{found} is not the hub of the room, {hub} is")]
+    WrongHub {
+        /// The hub of the room.
+        hub: String,
+        /// The server that was named or asked.
+        found: String,
+    },
+    /// An authorization rule of Linearized Matrix forbids it.
+    #[error("LM rule {rule}: {problem}")]
+    LmRule {
+        /// The rule's number in the draft's section "Auth Rules Algorithm", as `5.2.4`.
+        rule: &'static str,
+        /// Which values broke it.
+        problem: String,
+    },
+    /// An authorization rule of the Matrix room version forbids it.
+    #[error("Matrix authorization: {0}")]
+    MatrixRule(String),
+    /// The room is not known here.
+    #[error("room {0} is not known here")]
+    UnknownRoom(String),
+    /// The event, user, alias or other thing is not known here, or the asker may not know of it.
+    #[error("{0} was not found")]
+    NotFound(String),
+    /// The asker may not do or see this.
+    #[error("{0}")]
+    Forbidden(String),
+    /// The room's version is not one the other side supports.
+    #[error("the room has version {0}, which is not supported")]
+    IncompatibleRoomVersion(String),
+    /// The configuration's `[access]` does not allow it.
+    #[error("the policy of this gateway does not allow it: {0}")]
+    Policy(String),
+    /// The room is encrypted, and the policy for encrypted rooms is to refuse them.
+    #[error("the room is encrypted, and this gateway does not bridge encrypted rooms: {0}")]
+    Encryption(String),
+    /// A budget of this source server, room or portal is used up.
+    #[error("the budget for {what} is used up")]
+    Budget {
+        /// What is limited.
+        what: String,
+        /// When it is worth trying again, in milliseconds from now.
+        retry_after_ms: u64,
+    },
+    /// The room's server access control list does not allow the server.
+    #[error("{0} is denied by the room's access control list")]
+    ServerAcl(String),
+    /// The event is of a kind that never crosses.
+    #[error("{0} does not cross")]
+    NotBridged(String),
+    /// The other server did not answer as it should have; worth another try later.
+    #[error("{server}: {problem}")]
+    Remote {
+        /// The server that was asked.
+        server: String,
+        /// What it did.
+        problem: String,
+    },
+    /// Something failed here; worth another try later.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl Refusal {
+    /// A [`Refusal::Malformed`].
+    pub fn malformed(what: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Malformed { what: what.into(), problem: problem.into() }
+    }
+
+    /// The reason as one word: the label in metrics and in the store.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NotJson(_) => "not_json",
+            Self::Malformed { .. } => "malformed",
+            Self::TooLarge { .. } => "too_large",
+            Self::Unauthenticated(_) => "unauthenticated",
+            Self::BadSignature { .. } => "bad_signature",
+            Self::KeysUnavailable { .. } => "keys_unavailable",
+            Self::HashMismatch { .. } => "hash_mismatch",
+            Self::WrongOrigin { .. } => "wrong_origin",
+            Self::WrongHub { .. } => "wrong_hub",
+            Self::LmRule { .. } => "lm_rule",
+            Self::MatrixRule(_) => "matrix_rule",
+            Self::UnknownRoom(_) => "unknown_room",
+            Self::NotFound(_) => "not_found",
+            Self::Forbidden(_) => "forbidden",
+            Self::IncompatibleRoomVersion(_) => "incompatible_room_version",
+            Self::Policy(_) => "policy",
+            Self::Encryption(_) => "encryption",
+            Self::Budget { .. } => "budget",
+            Self::ServerAcl(_) => "server_acl",
+            Self::NotBridged(_) => "not_bridged",
+            Self::Remote { .. } => "remote",
+            Self::Internal(_) => "internal",
+        }
+    }
+
+    /// The Matrix error code that goes with it.
+    pub fn errcode(&self) -> &'static str {
+        match self {
+            Self::NotJson(_) => "M_NOT_JSON",
+            Self::Malformed { .. } => "M_BAD_JSON",
+            Self::TooLarge { .. } => "M_TOO_LARGE",
+            Self::WrongHub { .. } => "M_WRONG_SERVER",
+            Self::UnknownRoom(_) | Self::NotFound(_) => "M_NOT_FOUND",
+            Self::IncompatibleRoomVersion(_) => "M_INCOMPATIBLE_ROOM_VERSION",
+            Self::Budget { .. } => "M_LIMIT_EXCEEDED",
+            Self::Remote { .. } | Self::KeysUnavailable { .. } | Self::Internal(_) => "M_UNKNOWN",
+            _ => "M_FORBIDDEN",
+        }
+    }
+
+    /// The HTTP status that goes with it.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::NotJson(_) | Self::Malformed { .. } | Self::WrongHub { .. } | Self::IncompatibleRoomVersion(_) => {
+                StatusCode::BAD_REQUEST
+            }
+            Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
+            Self::UnknownRoom(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::Budget { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::Remote { .. } | Self::KeysUnavailable { .. } => StatusCode::BAD_GATEWAY,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            _ => StatusCode::FORBIDDEN,
+        }
+    }
+
+    /// Whether the same thing may succeed later without anybody changing it.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::KeysUnavailable { .. } | Self::Remote { .. } | Self::Internal(_) | Self::Budget { .. })
+    }
+}
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        Self::Internal(error.to_string())
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let mut body = json!({ "errcode": self.errcode(), "error": self.to_string() });
+        if let (Self::Budget { retry_after_ms, .. }, Some(object)) = (&self, body.as_object_mut()) {
+            object.insert("retry_after_ms".to_owned(), json!(retry_after_ms));
+        }
+        (self.status(), Json(body)).into_response()
+    }
+}

@@ -1,0 +1,209 @@
+//! The seam between the two sides: what `lm` and `dag` have in common, and what they ask of the bridge, which stands between
+//! them and which neither of them knows.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
+
+use crate::event::Object;
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::store::{Tx, TxFuture};
+
+/// An event that a user of this gateway is to send: everything but what the room's side adds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Draft {
+    /// A ghost or a bot of this gateway.
+    pub sender: OwnedUserId,
+    /// The event type.
+    pub kind: String,
+    /// The state key of a state event.
+    pub state_key: Option<String>,
+    /// The content.
+    pub content: Object,
+    /// Milliseconds since the epoch; never in the future.
+    pub origin_server_ts: i64,
+}
+
+/// Something that is written in the same transaction as an event, with the event's ID (as a participant of an LM room: the
+/// LPDU's ID).
+pub type EventEffect = Box<dyn for<'c> FnOnce(&'c mut Tx, OwnedEventId) -> TxFuture<'c, ()> + Send>;
+
+/// A draft with what is to be written together with it.
+pub struct Outgoing {
+    /// The event.
+    pub draft: Draft,
+    /// What is written with it.
+    pub effect: Option<EventEffect>,
+}
+
+/// One event of a transaction as it came: its raw text.
+pub type Raw = Box<serde_json::value::RawValue>;
+
+/// What became of one event of a transaction.
+#[derive(Debug, Clone)]
+pub struct Received {
+    /// Its ID, of the event as received; none when it could not be parsed.
+    pub event_id: Option<OwnedEventId>,
+    /// Ok when it was accepted or dropped silently.
+    pub result: Result<(), Refusal>,
+}
+
+/// The membership that a handshake is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Membership {
+    /// `join`
+    Join,
+    /// `leave`
+    Leave,
+    /// `invite`
+    Invite,
+    /// `knock`
+    Knock,
+    /// `ban`
+    Ban,
+}
+
+impl Membership {
+    /// As it stands in `content.membership`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Join => "join",
+            Self::Leave => "leave",
+            Self::Invite => "invite",
+            Self::Knock => "knock",
+            Self::Ban => "ban",
+        }
+    }
+
+    /// The membership that is written like this.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Join, Self::Leave, Self::Invite, Self::Knock, Self::Ban].into_iter().find(|m| m.as_str() == text)
+    }
+}
+
+/// How far a handshake is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// A template was asked for: nothing may be changed, only checked.
+    Make,
+    /// The signed event is here and passed its own side's rules: the other side may be asked for good, before it is
+    /// accepted.
+    Send,
+}
+
+/// A change of membership that a foreign server makes through this gateway.
+#[derive(Debug, Clone)]
+pub struct Handshake {
+    /// On which side.
+    pub side: Side,
+    /// In which room.
+    pub room_id: OwnedRoomId,
+    /// Whose membership.
+    pub user_id: OwnedUserId,
+    /// To what.
+    pub membership: Membership,
+    /// How far it is.
+    pub stage: Stage,
+    /// The member event's content at [`Stage::Send`].
+    pub content: Object,
+}
+
+/// A foreign server invites a user of this gateway's name.
+#[derive(Debug, Clone)]
+pub struct Invite {
+    /// On which side.
+    pub side: Side,
+    /// Into which room.
+    pub room_id: OwnedRoomId,
+    /// The room's version identifier.
+    pub room_version: String,
+    /// The ID of the invite event.
+    pub event_id: OwnedEventId,
+    /// Who invites.
+    pub sender: OwnedUserId,
+    /// Who is invited: a user of this gateway.
+    pub target: OwnedUserId,
+    /// The stripped state that came with it, not verified.
+    pub stripped_state: Vec<Object>,
+}
+
+/// Where an alias leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AliasTarget {
+    /// The room.
+    pub room_id: OwnedRoomId,
+    /// Servers through which it can be joined.
+    pub servers: Vec<OwnedServerName>,
+}
+
+/// What is shown of a user.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Profile {
+    /// `displayname`
+    pub displayname: Option<String>,
+    /// `avatar_url`
+    pub avatar_url: Option<String>,
+}
+
+/// What `lm` and `dag` ask of the bridge. Every method may be called from many tasks at once.
+#[async_trait]
+pub trait Between: Send + Sync + 'static {
+    /// The gate of handshakes: whether the other side has the user too. In a from-LM portal this waits, at
+    /// [`Stage::Send`], for the hub.
+    async fn gate(&self, handshake: &Handshake) -> Result<(), Refusal>;
+
+    /// Whether what is accepted in this room goes into the bridge's inbox. Called for every batch: from memory.
+    fn watches(&self, side: Side, room_id: &RoomId) -> bool;
+
+    /// New rows for this room were committed to the inbox.
+    fn accepted(&self, side: Side, room_id: &RoomId);
+
+    /// A foreign server's invite for a user of this gateway. Ok means that the invite is signed and taken; what follows
+    /// from it follows later.
+    async fn invited(&self, invite: Invite) -> Result<(), Refusal>;
+
+    /// Where an alias of this gateway's name leads; `asked_by` is the server that asks. May make a portal.
+    async fn alias(&self, alias: &str, asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal>;
+
+    /// The profile of a user of this gateway as the given side sees it: of ghosts of that side and of bots only.
+    async fn profile(&self, side: Side, user_id: &UserId) -> Result<Profile, Refusal>;
+
+    /// A participant of an LM room is told how the hub judged an LPDU that it sent.
+    async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str);
+}
+
+/// The bridge as `lm` and `dag` hold it.
+pub type SharedBetween = Arc<dyn Between>;
+
+/// A bridge that bridges nothing: for tests of one side, and for an LM server without a Matrix side.
+#[derive(Debug, Default)]
+pub struct Alone;
+
+#[async_trait]
+impl Between for Alone {
+    async fn gate(&self, _handshake: &Handshake) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn watches(&self, _side: Side, _room_id: &RoomId) -> bool {
+        false
+    }
+
+    fn accepted(&self, _side: Side, _room_id: &RoomId) {}
+
+    async fn invited(&self, _invite: Invite) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    async fn alias(&self, alias: &str, _asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
+        Err(Refusal::NotFound(format!("alias {alias}")))
+    }
+
+    async fn profile(&self, _side: Side, user_id: &UserId) -> Result<Profile, Refusal> {
+        Err(Refusal::NotFound(format!("user {user_id}")))
+    }
+
+    async fn lpdu_refused(&self, _room_id: &RoomId, _lpdu_id: &OwnedEventId, _error: &str) {}
+}
