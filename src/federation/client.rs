@@ -43,13 +43,7 @@ pub struct Call {
 impl Call {
     /// A GET with the usual limits (30 s, 10 MiB).
     pub fn get(uri: impl Into<String>) -> Self {
-        Self {
-            method: Method::GET,
-            uri: uri.into(),
-            body: None,
-            timeout: Duration::from_secs(30),
-            limit: 10 << 20,
-        }
+        Self { method: Method::GET, uri: uri.into(), body: None, timeout: Duration::from_secs(30), limit: 10 << 20 }
     }
 
     /// A PUT with the usual limits (60 s, 1 MiB).
@@ -123,12 +117,7 @@ impl Client {
 
     /// Sends a signed request and returns the JSON object that came back with status 200. `linearized` says how a GET is
     /// signed: with `content: {}` for servers that say `m.linearized`, without for others.
-    pub async fn call(
-        &self,
-        _destination: &ServerName,
-        _call: Call,
-        _linearized: bool,
-    ) -> Result<Object, RemoteError> {
+    pub async fn call(&self, _destination: &ServerName, _call: Call, _linearized: bool) -> Result<Object, RemoteError> {
         unimplemented!()
     }
 }

@@ -57,8 +57,12 @@ pub trait FeedSource: Send + Sync + 'static {
 
     /// Before a transaction whose fate is unknown is sent again: which of its positions are known to have arrived. For
     /// servers that are known to be idempotent, or feeds where that does no harm: none.
-    async fn already_delivered(&self, feed: &Feed, destination: &ServerName, positions: &[i64])
-    -> Result<Vec<i64>, Refusal>;
+    async fn already_delivered(
+        &self,
+        feed: &Feed,
+        destination: &ServerName,
+        positions: &[i64],
+    ) -> Result<Vec<i64>, Refusal>;
 
     /// The destination answered 200 to a transaction with these positions.
     async fn answered(&self, feed: &Feed, destination: &ServerName, positions: &[i64], answer: &Object);
@@ -98,7 +102,12 @@ impl OutboundQueues {
 
     /// Inside a write job: `destination` gets `feed` from the event after position `after` on. When it already gets the
     /// feed, nothing changes but an end that was set.
-    pub async fn subscribe(_tx: &mut Tx, _destination: &ServerName, _feed: &Feed, _after: i64) -> Result<(), StoreError> {
+    pub async fn subscribe(
+        _tx: &mut Tx,
+        _destination: &ServerName,
+        _feed: &Feed,
+        _after: i64,
+    ) -> Result<(), StoreError> {
         unimplemented!()
     }
 

@@ -29,11 +29,10 @@ impl Ids {
         if left >= LOW {
             return Ok(());
         }
-        let (end,): (i64,) =
-            sqlx::query_as("UPDATE sequence SET value = value + $1 WHERE name = 'id' RETURNING value")
-                .bind(BLOCK)
-                .fetch_one(connection)
-                .await?;
+        let (end,): (i64,) = sqlx::query_as("UPDATE sequence SET value = value + $1 WHERE name = 'id' RETURNING value")
+            .bind(BLOCK)
+            .fetch_one(connection)
+            .await?;
         // Only this process takes blocks, so a following block joins on to the one before it.
         if self.end.swap(end, Ordering::SeqCst) != end - BLOCK {
             self.next.store(end - BLOCK, Ordering::SeqCst);
