@@ -4,7 +4,9 @@
 //! Rules for the SQL here: `$n` placeholders; columns TEXT, BIGINT and BYTEA; peer-chosen strings go through [`text`].
 
 mod ids;
+pub mod images;
 pub mod inbox;
+pub mod portals;
 pub mod text;
 mod writer;
 

@@ -1,0 +1,193 @@
+//! Portals and their aliases.
+
+use ruma::{OwnedRoomId, OwnedServerName, RoomId};
+use sqlx::Row as _;
+use sqlx::any::AnyRow;
+
+use super::{Store, StoreError, Tx};
+
+/// One portal as it is stored. While it is being made, rooms may still be missing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortalRow {
+    /// Its number; the portal's ID is `p` and this.
+    pub number: i64,
+    /// `created` or `from_lm`.
+    pub kind: String,
+    /// `creating`, `active`, `degraded`, `suspended` or `ended`.
+    pub state: String,
+    /// The Matrix room.
+    pub matrix_room_id: Option<OwnedRoomId>,
+    /// The LM room.
+    pub lm_room_id: Option<OwnedRoomId>,
+    /// The LM room's hub.
+    pub lm_hub: OwnedServerName,
+    /// The localpart of the alias it was asked for with.
+    pub alias: Option<String>,
+    /// Why it is not active.
+    pub reason: Option<String>,
+    /// What was asked for, as JSON, for making it again after a crash.
+    pub request: Vec<u8>,
+    /// When it was asked for, in milliseconds.
+    pub created_ts: i64,
+}
+
+const COLUMNS: &str = "number, kind, state, matrix_room_id, lm_room_id, lm_hub, alias, reason, request, created_ts";
+
+/// Adds a portal and returns its number; the row's own number is not looked at.
+pub async fn insert(tx: &mut Tx, row: &PortalRow) -> Result<i64, StoreError> {
+    // Rows are never deleted, so the next number is free and was never used.
+    let (number,): (i64,) = sqlx::query_as("SELECT CAST(COALESCE(MAX(number), 0) + 1 AS BIGINT) FROM bridge_portals")
+        .fetch_one(&mut *tx)
+        .await?;
+    sqlx::query(
+        "INSERT INTO bridge_portals \
+         (number, kind, state, matrix_room_id, lm_room_id, lm_hub, alias, reason, request, created_ts) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+    )
+    .bind(number)
+    .bind(row.kind.as_str())
+    .bind(row.state.as_str())
+    .bind(row.matrix_room_id.as_ref().map(|id| id.as_str()))
+    .bind(row.lm_room_id.as_ref().map(|id| id.as_str()))
+    .bind(row.lm_hub.as_str())
+    .bind(row.alias.as_deref())
+    .bind(row.reason.as_deref())
+    .bind(row.request.as_slice())
+    .bind(row.created_ts)
+    .execute(tx)
+    .await?;
+    Ok(number)
+}
+
+/// Writes everything of a portal that changes: its rooms, hub, state and reason.
+pub async fn update(tx: &mut Tx, row: &PortalRow) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE bridge_portals SET state = $2, matrix_room_id = $3, lm_room_id = $4, lm_hub = $5, reason = $6 \
+         WHERE number = $1",
+    )
+    .bind(row.number)
+    .bind(row.state.as_str())
+    .bind(row.matrix_room_id.as_ref().map(|id| id.as_str()))
+    .bind(row.lm_room_id.as_ref().map(|id| id.as_str()))
+    .bind(row.lm_hub.as_str())
+    .bind(row.reason.as_deref())
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// All portals, in the order of their making.
+pub async fn all(store: &Store) -> Result<Vec<PortalRow>, StoreError> {
+    let rows = sqlx::query(sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM bridge_portals ORDER BY number")))
+        .fetch_all(store.reader())
+        .await?;
+    rows.iter().map(portal_row).collect()
+}
+
+/// Makes the alias with this localpart lead to a portal.
+pub async fn set_alias(tx: &mut Tx, localpart: &str, portal: i64) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO bridge_aliases (localpart, portal) VALUES ($1, $2) \
+         ON CONFLICT (localpart) DO UPDATE SET portal = excluded.portal",
+    )
+    .bind(super::text::encode(localpart).as_ref())
+    .bind(portal)
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Takes away all aliases of a portal.
+pub async fn remove_aliases(tx: &mut Tx, portal: i64) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM bridge_aliases WHERE portal = $1").bind(portal).execute(tx).await?;
+    Ok(())
+}
+
+/// All aliases, as localpart and the portal's number.
+pub async fn aliases(store: &Store) -> Result<Vec<(String, i64)>, StoreError> {
+    let rows: Vec<(String, i64)> =
+        sqlx::query_as("SELECT localpart, portal FROM bridge_aliases").fetch_all(store.reader()).await?;
+    Ok(rows.into_iter().map(|(localpart, portal)| (super::text::decode(localpart), portal)).collect())
+}
+
+fn portal_row(row: &AnyRow) -> Result<PortalRow, StoreError> {
+    Ok(PortalRow {
+        number: row.try_get("number")?,
+        kind: row.try_get("kind")?,
+        state: row.try_get("state")?,
+        matrix_room_id: room_id(row.try_get("matrix_room_id")?)?,
+        lm_room_id: room_id(row.try_get("lm_room_id")?)?,
+        lm_hub: row
+            .try_get::<String, _>("lm_hub")?
+            .try_into()
+            .map_err(|error| StoreError::corrupt("server name", error))?,
+        alias: row.try_get("alias")?,
+        reason: row.try_get("reason")?,
+        request: row.try_get("request")?,
+        created_ts: row.try_get("created_ts")?,
+    })
+}
+
+fn room_id(column: Option<String>) -> Result<Option<OwnedRoomId>, StoreError> {
+    column.map(|id| RoomId::parse(id).map_err(|error| StoreError::corrupt("room ID", error))).transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::{room_id, server_name};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_portal_and_its_alias_come_back_as_they_were_written() {
+        let (store, _directory) = crate::store::images::tests::fresh().await;
+        let row = PortalRow {
+            number: 0,
+            kind: "from_lm".to_owned(),
+            state: "creating".to_owned(),
+            matrix_room_id: None,
+            lm_room_id: Some(room_id!("!a:hub.example").to_owned()),
+            lm_hub: server_name!("hub.example").to_owned(),
+            alias: Some("lm_a_hub.example".to_owned()),
+            reason: None,
+            request: b"{}".to_vec(),
+            created_ts: 7,
+        };
+        let insert_row = row.clone();
+        let number = store.write(move |tx| Box::pin(async move { insert(tx, &insert_row).await })).await.unwrap();
+        let done = PortalRow {
+            number,
+            state: "active".to_owned(),
+            matrix_room_id: Some(room_id!("!m:g.example").to_owned()),
+            reason: Some("x\u{0}y".replace('\u{0}', " ")),
+            ..row.clone()
+        };
+        let written = done.clone();
+        store
+            .write(move |tx| {
+                Box::pin(async move {
+                    update(tx, &written).await?;
+                    set_alias(tx, "lm_a_hub.example", number).await
+                })
+            })
+            .await
+            .unwrap();
+        assert_eq!(all(&store).await.unwrap(), [done.clone()]);
+        assert_eq!(aliases(&store).await.unwrap(), [("lm_a_hub.example".to_owned(), number)]);
+
+        // A second portal of the same room is impossible until the first has ended.
+        let again = row.clone();
+        assert!(store.write(move |tx| Box::pin(async move { insert(tx, &again).await })).await.is_err());
+        let ended = PortalRow { state: "ended".to_owned(), ..done };
+        let second = store
+            .write(move |tx| {
+                Box::pin(async move {
+                    update(tx, &ended).await?;
+                    insert(tx, &row).await
+                })
+            })
+            .await
+            .unwrap();
+        assert_eq!(second, number + 1);
+    }
+}
