@@ -1,6 +1,7 @@
 //! LM events as data: canonical JSON, hashes, redaction, signatures, LPDUs and room versions. Pure: no I/O, no clock.
 
 mod canonical;
+mod canonical_text;
 mod hash;
 mod lpdu;
 mod parse;
@@ -10,6 +11,7 @@ mod room_version;
 mod sign;
 
 pub use self::canonical::canonical_json;
+pub use self::canonical_text::canonical_text;
 pub use self::hash::{content_hash, lpdu_hash, reference_hash};
 pub use self::lpdu::{Lpdu, VerifiedLpdu};
 pub use self::parse::{Object, parse_object, parse_value};
