@@ -341,9 +341,7 @@ pub(crate) mod tests {
             async move {
                 store
                     .write(move |tx| {
-                        Box::pin(async move {
-                            echoed(tx, lpdu.try_into().unwrap(), event.try_into().unwrap()).await
-                        })
+                        Box::pin(async move { echoed(tx, lpdu.try_into().unwrap(), event.try_into().unwrap()).await })
                     })
                     .await
                     .unwrap()

@@ -1,4 +1,12 @@
-//! The configuration and its generated example.
+//! The configuration: what an admin can set, how it is read, and its generated example.
+
+mod check;
+mod environment;
+mod error;
+mod example;
+mod load;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,6 +14,9 @@ use std::path::PathBuf;
 use ruma::{OwnedServerName, OwnedUserId};
 use serde::Deserialize;
 use url::Url;
+
+pub use self::error::ConfigError;
+pub use self::example::{Example, example};
 
 /// Everything that an admin can set. Unknown keys are errors.
 #[derive(Debug, Clone, Deserialize)]
@@ -53,8 +64,8 @@ pub struct Listen {
     pub tls_private_key: Option<PathBuf>,
 }
 
-/// `[database]`
-#[derive(Debug, Clone, Deserialize)]
+/// `[database]`. Debug shows no password.
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Database {
     /// `sqlite://PATH` or `postgres://…`
@@ -131,8 +142,8 @@ pub struct Portals {
     pub encryption: EncryptionPolicy,
 }
 
-/// `[admin]`
-#[derive(Debug, Clone, Deserialize)]
+/// `[admin]`. Debug does not show the token.
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Admin {
     /// Address and port of the admin API, metrics and health.
@@ -164,6 +175,21 @@ impl Default for Listen {
 impl Default for Database {
     fn default() -> Self {
         Self { url: "sqlite://isthmus.db".to_owned() }
+    }
+}
+
+impl std::fmt::Debug for Database {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Only what stands before a user name can be shown without parsing.
+        let shown = if self.url.starts_with("sqlite:") { self.url.as_str() } else { "postgres://…" };
+        formatter.debug_struct("Database").field("url", &shown).finish()
+    }
+}
+
+impl std::fmt::Debug for Admin {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let token = self.token.as_ref().map(|_| "…");
+        formatter.debug_struct("Admin").field("address", &self.address).field("token", &token).finish()
     }
 }
 

@@ -1,0 +1,96 @@
+//! The commented example that `generate-config` writes. The copy in `docker/` is kept current by a test.
+
+use ruma::OwnedServerName;
+use url::Url;
+
+/// What the example is written for.
+#[derive(Debug, Clone)]
+pub struct Example {
+    /// G.
+    pub server_name: OwnedServerName,
+    /// The Synapse's client API and server name; without one its section is commented out.
+    pub homeserver: Option<(Url, OwnedServerName)>,
+    /// The admin API's token.
+    pub token: String,
+}
+
+/// The text of a configuration file.
+pub fn example(example: &Example) -> String {
+    let Example { server_name, homeserver, token } = example;
+    let (off, url, name) = match homeserver {
+        Some((url, name)) => ("", url.as_str().trim_end_matches('/').to_owned(), name.to_string()),
+        None => ("# ", "http://127.0.0.1:8008".to_owned(), "example.org".to_owned()),
+    };
+    format!(
+        r##"# The configuration of isthmus, a gateway between Matrix and Linearized Matrix (LM).
+#
+# Lines that begin with "# " and a key show the default. Relative paths are relative to this file's folder. Each key can
+# also be set in the environment, which wins: `address` under [listen] is ISTHMUS_LISTEN__ADDRESS, lists are separated by
+# commas, and `resolve` is written NAME=URL,NAME=URL.
+
+# The gateway's own server name, on both sides. It must lead to this gateway (DNS, .well-known or SRV, like any Matrix
+# server's) and must not be the homeserver's.
+server_name = "{server_name}"
+
+# The file with the key that signs events; made when it is absent. Keep it: other servers know the gateway by it.
+# signing_key = "isthmus.signing.key"
+
+# Where other servers reach the gateway, directly or through a reverse proxy.
+[listen]
+# address = "127.0.0.1:8448"
+# Certificate chain and key in PEM files; leave both out when a reverse proxy does TLS.
+# tls_certificate = "tls.pem"
+# tls_private_key = "tls.key"
+
+[database]
+# A SQLite file, or postgres://USER:PASSWORD@HOST/DATABASE.
+# url = "sqlite://isthmus.db"
+
+# The Synapse whose users join LM rooms by alias. Leave the section out to run without one.
+{off}[appservice]
+# Where its client API is, and its server name.
+{off}homeserver_url = "{url}"
+{off}homeserver_name = "{name}"
+# The registration file, written by `isthmus register` and named in homeserver.yaml under app_service_config_files.
+{off}registration = "registration/isthmus.yaml"
+
+[federation]
+# PEM files of certificate authorities that are trusted besides the system's.
+# custom_ca = []
+# Whether private and loopback addresses may be dialled.
+# allow_private_networks = false
+
+# Servers that are reached at a given base URL, without discovery; plain http for loopback only.
+[federation.resolve]
+# "hub.example" = "http://127.0.0.1:3000"
+
+[access]
+# LM servers with which portals may be made, and Matrix servers whose users may take part; * and ? are wildcards.
+# hubs = ["*"]
+# matrix_servers = ["*"]
+# Who can cause a portal by naming an alias: "appservice" (users of the Synapse above), "anyone" or "off".
+# create_by_alias = "appservice"
+# Users who may command the bot to expose, bridge and remove rooms.
+# admins = []
+# How many portals there may be.
+# max_portals = 10000
+
+[portals]
+# The version of Matrix rooms that the gateway makes: "10", "11" or "12".
+# matrix_room_version = "12"
+# What is done with encrypted rooms: "refuse" gives them no portal.
+# encryption = "refuse"
+
+# The admin API, /health and /metrics. Keep this listener from the internet.
+[admin]
+# address = "127.0.0.1:9090"
+# The admin API's bearer token; without one the API is off.
+token = "{token}"
+
+[caches]
+# Events, and rooms with their state, that are kept in memory on each side.
+# events = 50000
+# rooms = 2000
+"##
+    )
+}
