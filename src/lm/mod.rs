@@ -1,6 +1,8 @@
 //! The linear side: logs of LM rooms, their authorization rules, the two roles (hub and participant), what is served to
 //! other LM servers and what is asked of them.
 
+pub mod rules;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
