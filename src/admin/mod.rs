@@ -1,1 +1,3 @@
-//! stub
+//! What operators look at: metrics, health, the admin API.
+
+pub mod metrics;
