@@ -6,11 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use http::{Method, StatusCode};
+use http::{Method, StatusCode, header};
 use ruma::{OwnedServerName, ServerName};
+use tokio::sync::Semaphore;
 use url::Url;
 
-use crate::event::Object;
+use super::dialler::{self, Answer, Http, Itself, Reach};
+use super::discovery::{Dial, Network, Route, SrvTargets, discover};
+use super::x_matrix;
+use crate::event::{Object, canonical_json, parse_object};
 use crate::identity::{KeyFetcher, SigningKey};
 use crate::refusal::Refusal;
 
@@ -102,29 +106,185 @@ impl RemoteError {
 /// The client; clones share connections and caches.
 #[derive(Clone)]
 pub struct Client {
-    _inner: Arc<()>,
+    inner: Arc<Inner>,
 }
+
+struct Inner {
+    server_name: OwnedServerName,
+    signing_key: Arc<SigningKey>,
+    overrides: BTreeMap<OwnedServerName, Route>,
+    network: Network,
+    to_host: Arc<Http>,
+    to_srv: Http,
+    to_trusted: Http,
+    /// Anybody can make this server ask for keys; this many are asked at once.
+    key_fetches: Semaphore,
+}
+
+/// How much of an error's body is read.
+const ERROR_LIMIT: usize = 16 << 10;
+/// How large the keys of a server may be.
+const KEYS_LIMIT: usize = 64 << 10;
+const KEYS_TIMEOUT: Duration = Duration::from_secs(20);
+const KEY_FETCHES: usize = 256;
 
 impl Client {
     /// A client for the server `server_name`.
     pub fn new(
-        _server_name: OwnedServerName,
-        _signing_key: Arc<SigningKey>,
-        _options: ClientOptions,
+        server_name: OwnedServerName,
+        signing_key: Arc<SigningKey>,
+        options: ClientOptions,
     ) -> Result<Self, anyhow::Error> {
-        unimplemented!()
+        let tls = dialler::tls_config(&options.custom_ca)?;
+        let reach = if options.allow_private_networks { Reach::Everything } else { Reach::Public };
+        let srv = SrvTargets::new();
+        let to_host = Arc::new(Http::new(tls.clone(), reach, Itself)?);
+        let overrides = options.resolve.into_iter().map(|(name, base)| {
+            let route = override_route(&name, &base)?;
+            Ok::<_, anyhow::Error>((name, route))
+        });
+        Ok(Self {
+            inner: Arc::new(Inner {
+                overrides: overrides.collect::<Result<_, _>>()?,
+                server_name,
+                signing_key,
+                network: Network::new(to_host.clone(), srv.clone()),
+                to_host,
+                to_srv: Http::new(tls.clone(), reach, srv)?,
+                to_trusted: Http::new(tls, Reach::Everything, Itself)?,
+                key_fetches: Semaphore::new(KEY_FETCHES),
+            }),
+        })
     }
 
     /// Sends a signed request and returns the JSON object that came back with status 200. `linearized` says how a GET is
     /// signed: with `content: {}` for servers that say `m.linearized`, without for others.
-    pub async fn call(&self, _destination: &ServerName, _call: Call, _linearized: bool) -> Result<Object, RemoteError> {
-        unimplemented!()
+    pub async fn call(&self, destination: &ServerName, call: Call, linearized: bool) -> Result<Object, RemoteError> {
+        let signing = if linearized { Signing::WithContent } else { Signing::WithoutContent };
+        self.within_timeout(destination, call, signing).await
     }
+
+    /// Sends a GET that is not signed and returns the JSON object that came back with status 200.
+    pub async fn get_json(&self, destination: &ServerName, call: Call) -> Result<Object, RemoteError> {
+        self.within_timeout(destination, call, Signing::Unsigned).await
+    }
+
+    async fn within_timeout(
+        &self,
+        destination: &ServerName,
+        call: Call,
+        signing: Signing,
+    ) -> Result<Object, RemoteError> {
+        let timeout = call.timeout;
+        // Discovery is within the time too.
+        match tokio::time::timeout(timeout, self.exchange(destination, call, signing)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(RemoteError::Unreachable(format!("no answer within {timeout:?}"))),
+        }
+    }
+
+    async fn exchange(&self, destination: &ServerName, call: Call, signing: Signing) -> Result<Object, RemoteError> {
+        let inner = &*self.inner;
+        let (url, route) = self.locate(destination, &call.uri).await?;
+        let http = match route.dial {
+            Dial::Host => &*inner.to_host,
+            Dial::Srv => &inner.to_srv,
+            Dial::Trusted => &inner.to_trusted,
+        };
+        let mut request = http.request(call.method.clone(), url)?.header(header::HOST, &route.host);
+        let content = call.body.as_ref().map(canonical_json);
+        let signed = match (&content, signing) {
+            (_, Signing::Unsigned) => None,
+            (Some(content), _) => Some(Some(content.as_slice())),
+            (None, Signing::WithContent) => Some(Some(b"{}".as_slice())),
+            (None, Signing::WithoutContent) => Some(None),
+        };
+        if let Some(content) = signed {
+            let authorization = x_matrix::header_for(
+                &inner.server_name,
+                destination,
+                &inner.signing_key,
+                &call.method,
+                &call.uri,
+                content,
+            );
+            request = request.header(header::AUTHORIZATION, authorization);
+        }
+        if let Some(content) = content {
+            request = request.header(header::CONTENT_TYPE, "application/json").body(content);
+        }
+        let answer = Http::send(request, call.timeout, call.limit, ERROR_LIMIT).await;
+        let path = call.uri.split('?').next().unwrap_or_default();
+        match &answer {
+            Ok(answer) => {
+                tracing::debug!(server = %destination, method = %call.method, path, status = %answer.status, "asked");
+            }
+            Err(error) => tracing::debug!(server = %destination, method = %call.method, path, %error, "asked in vain"),
+        }
+        read_answer(answer?)
+    }
+
+    /// The URL of `uri` at `destination`. What is signed must be what goes over the wire, so a `uri` that a URL parser would
+    /// change is not sent.
+    async fn locate(&self, destination: &ServerName, uri: &str) -> Result<(Url, Route), RemoteError> {
+        let route = match self.inner.overrides.get(destination) {
+            Some(route) => route.clone(),
+            None => discover(destination, &self.inner.network).await,
+        };
+        let text = format!("{}{uri}", route.base);
+        let url = Url::parse(&text).map_err(|error| RemoteError::Unreachable(format!("{text:?}: {error}")))?;
+        let path = &url[url::Position::BeforePath..];
+        if !uri.starts_with("/_matrix/") || !path.ends_with(uri) {
+            return Err(RemoteError::Unreachable(format!("{uri:?} is not a normal path, {path:?} would be asked for")));
+        }
+        Ok((url, route))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Signing {
+    Unsigned,
+    WithContent,
+    WithoutContent,
+}
+
+/// An admin's word on where a server is: a base URL, over plain HTTP on this machine only.
+fn override_route(name: &ServerName, base: &Url) -> Result<Route, anyhow::Error> {
+    let loopback = match base.host() {
+        Some(url::Host::Domain(host)) => host == "localhost",
+        Some(url::Host::Ipv4(address)) => address.is_loopback(),
+        Some(url::Host::Ipv6(address)) => address.is_loopback(),
+        None => false,
+    };
+    anyhow::ensure!(
+        base.scheme() == "https" || (base.scheme() == "http" && loopback),
+        "federation.resolve of {name}: {base} is neither https nor http to this machine"
+    );
+    anyhow::ensure!(
+        base.query().is_none() && base.fragment().is_none() && base.username().is_empty(),
+        "federation.resolve of {name}: {base} is more than a base URL"
+    );
+    let base = base.as_str().trim_end_matches('/').to_owned();
+    Ok(Route { base, host: name.as_str().to_owned(), dial: Dial::Trusted })
+}
+
+fn read_answer(answer: Answer) -> Result<Object, RemoteError> {
+    if answer.status == StatusCode::OK {
+        return parse_object(&answer.body).map_err(|refusal| RemoteError::BadAnswer(refusal.to_string()));
+    }
+    let body: Object = serde_json::from_slice(&answer.body).unwrap_or_default();
+    let text = |name: &str, length: usize| -> String {
+        body.get(name).and_then(|value| value.as_str()).unwrap_or_default().chars().take(length).collect()
+    };
+    Err(RemoteError::Status { status: answer.status, errcode: text("errcode", 100), error: text("error", 500) })
 }
 
 #[async_trait]
 impl KeyFetcher for Client {
-    async fn fetch_keys(&self, _server: &ServerName) -> Result<Object, Refusal> {
-        unimplemented!()
+    async fn fetch_keys(&self, server: &ServerName) -> Result<Object, Refusal> {
+        let unavailable = |problem: String| Refusal::KeysUnavailable { server: server.to_string(), problem };
+        let _permit = self.inner.key_fetches.acquire().await.map_err(|error| unavailable(error.to_string()))?;
+        let call = Call { timeout: KEYS_TIMEOUT, limit: KEYS_LIMIT, ..Call::get("/_matrix/key/v2/server") };
+        self.get_json(server, call).await.map_err(|error| unavailable(error.to_string()))
     }
 }

@@ -2,12 +2,16 @@
 
 mod client;
 mod context;
+mod dialler;
+mod discovery;
 mod outbound;
 mod transactions;
+mod well_known;
 mod x_matrix;
 
 pub use self::client::{Call, Client, ClientOptions, RemoteError};
 pub use self::context::Context;
+pub use self::dialler::crypto_provider;
 pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, OutboundQueues, QueueStatus};
 pub use self::transactions::Transactions;
 pub use self::x_matrix::{Authenticated, authenticate, authorization_header};
