@@ -1,83 +1,24 @@
 //! The bridge: portals, the mapping of events and users, translation, the linearizer, the gate and repair. The only place
 //! that knows both sides.
+#![allow(dead_code)]
+
+mod access;
+mod alias;
+mod linearize;
+mod portal;
+mod power;
+mod side;
+mod translate;
+mod users;
 
 use std::sync::Arc;
 
-use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId, UserId};
+use ruma::{OwnedServerName, OwnedUserId, UserId};
 
-use crate::event::RoomVersion;
+pub use self::portal::{Cause, NewPortal, Portal, PortalKind, PortalState};
 use crate::federation::Context;
 use crate::refusal::Refusal;
 use crate::seam::{AliasTarget, SharedBetween};
-
-/// How a portal came about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PortalKind {
-    /// The gateway made both rooms. The graph's resolved state has authority.
-    Created,
-    /// The LM room lives at a remote hub, and the gateway made the Matrix room. The log has authority.
-    FromLm,
-}
-
-/// How a portal is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PortalState {
-    /// Events cross.
-    Active,
-    /// Events cross, but the two states cannot be brought together.
-    Degraded,
-    /// Nothing crosses.
-    Suspended,
-    /// It is over.
-    Ended,
-}
-
-/// A pair of rooms kept in step.
-#[derive(Debug, Clone)]
-pub struct Portal {
-    /// Its ID: `p` and a number.
-    pub portal_id: String,
-    /// How it came about.
-    pub kind: PortalKind,
-    /// How it is.
-    pub state: PortalState,
-    /// The Matrix room.
-    pub matrix_room_id: OwnedRoomId,
-    /// The LM room.
-    pub lm_room_id: OwnedRoomId,
-    /// The LM room's hub.
-    pub lm_hub: OwnedServerName,
-    /// The alias at the gateway, when it has one.
-    pub alias: Option<String>,
-    /// Why it is suspended or degraded.
-    pub reason: Option<String>,
-}
-
-/// A portal that the gateway is to make with both rooms.
-#[derive(Debug, Clone, Default)]
-pub struct NewPortal {
-    /// The name of both rooms.
-    pub name: Option<String>,
-    /// The localpart of an alias at the gateway, for both sides.
-    pub alias: Option<String>,
-    /// `public`, `invite` or `knock`; `invite` when absent.
-    pub join_rule: Option<String>,
-    /// The Matrix room's version; the configured one when absent.
-    pub matrix_room_version: Option<RoomVersion>,
-    /// The LM room's version; `.02` when absent.
-    pub lm_room_version: Option<RoomVersion>,
-}
-
-/// Who asks for an alias.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Cause {
-    /// A user of the Synapse, through the appservice.
-    Appservice,
-    /// A server, over federation.
-    Server(OwnedServerName),
-    /// An admin.
-    Admin,
-}
 
 /// The bridge; clones share it.
 #[derive(Clone)]

@@ -1,0 +1,110 @@
+//! The policy of `[access]`: with which servers portals are made and whose users take part.
+
+use ruma::ServerName;
+
+use super::portal::Cause;
+use crate::config::{Access, CreateByAlias};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+
+/// Whether users of `server`, which is at home on `side`, may take part.
+pub(super) fn takes_part(access: &Access, side: Side, server: &ServerName) -> Result<(), Refusal> {
+    let (patterns, key) = match side {
+        Side::Matrix => (&access.matrix_servers, "matrix_servers"),
+        Side::Lm => (&access.hubs, "hubs"),
+    };
+    if patterns.iter().any(|pattern| matches(pattern, server.as_str())) {
+        return Ok(());
+    }
+    Err(Refusal::Policy(format!("{server} is not among the {key} {patterns:?}")))
+}
+
+/// Whether naming an alias may make a portal.
+pub(super) fn may_create(access: &Access, cause: &Cause) -> Result<(), Refusal> {
+    let allowed = match cause {
+        Cause::Admin => true,
+        Cause::Appservice => access.create_by_alias != CreateByAlias::Off,
+        Cause::Server(_) => access.create_by_alias == CreateByAlias::Anyone,
+    };
+    if allowed {
+        return Ok(());
+    }
+    Err(Refusal::Policy(format!("create_by_alias is {:?}, the asker is {cause:?}", access.create_by_alias)))
+}
+
+/// Whether `text` matches a pattern in which `*` is any run of characters and `?` any one. Without regard to case; the
+/// work is bounded by the product of both lengths.
+pub(super) fn matches(pattern: &str, text: &str) -> bool {
+    let pattern: Vec<char> = pattern.to_ascii_lowercase().chars().collect();
+    let text: Vec<char> = text.to_ascii_lowercase().chars().collect();
+    let (mut at, mut read) = (0_usize, 0_usize);
+    // Where the last star stands, and up to where it has eaten so far.
+    let mut star: Option<(usize, usize)> = None;
+    while let Some(&character) = text.get(read) {
+        match pattern.get(at) {
+            Some('*') => {
+                star = Some((at, read));
+                at += 1;
+            }
+            Some(&wanted) if wanted == '?' || wanted == character => {
+                at += 1;
+                read += 1;
+            }
+            _ => match star.as_mut() {
+                Some((star_at, eaten)) => {
+                    *eaten += 1;
+                    (at, read) = (*star_at + 1, *eaten);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern.iter().skip(at).all(|&character| character == '*')
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::server_name;
+
+    use super::*;
+
+    #[test]
+    fn patterns() {
+        for (pattern, text, expected) in [
+            ("*", "anything:1", true),
+            ("*", "", true),
+            ("a.example", "A.example", true),
+            ("a.example", "b.example", false),
+            ("*.example", "a.b.example", true),
+            ("*.example", "example", false),
+            ("?.example", "a.example", true),
+            ("?.example", "aa.example", false),
+            ("a*b*c", "axxbyybzc", true),
+            ("a*b*c", "axxbyybz", false),
+            ("a*", "a", true),
+            ("", "a", false),
+        ] {
+            assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
+        }
+    }
+
+    #[test]
+    fn who_may_take_part_and_who_may_cause_a_portal() {
+        let mut access = Access { hubs: vec!["*.hub".to_owned()], ..Access::default() };
+        assert!(takes_part(&access, Side::Lm, server_name!("a.hub")).is_ok());
+        assert_eq!(takes_part(&access, Side::Lm, server_name!("b.example")).unwrap_err().code(), "policy");
+        assert!(takes_part(&access, Side::Matrix, server_name!("b.example")).is_ok());
+
+        let server = Cause::Server(server_name!("b.example").to_owned());
+        for (setting, appservice, anyone) in [
+            (CreateByAlias::Appservice, true, false),
+            (CreateByAlias::Anyone, true, true),
+            (CreateByAlias::Off, false, false),
+        ] {
+            access.create_by_alias = setting;
+            assert_eq!(may_create(&access, &Cause::Appservice).is_ok(), appservice);
+            assert_eq!(may_create(&access, &server).is_ok(), anyone);
+            assert!(may_create(&access, &Cause::Admin).is_ok());
+        }
+    }
+}

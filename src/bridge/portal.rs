@@ -1,0 +1,172 @@
+//! A portal: a pair of rooms kept in step, and what can be asked for when one is made.
+
+use ruma::{OwnedRoomId, OwnedServerName, RoomId, ServerName};
+use serde::{Deserialize, Serialize};
+
+use crate::event::RoomVersion;
+use crate::identity::Side;
+use crate::store::StoreError;
+use crate::store::portals::PortalRow;
+
+/// How a portal came about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PortalKind {
+    /// The gateway made both rooms. The graph's resolved state has authority.
+    Created,
+    /// The LM room lives at a remote hub, and the gateway made the Matrix room. The log has authority.
+    FromLm,
+}
+
+impl PortalKind {
+    /// As in the store and the admin API.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::FromLm => "from_lm",
+        }
+    }
+
+    /// The kind that is written like this.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Created, Self::FromLm].into_iter().find(|kind| kind.as_str() == text)
+    }
+}
+
+/// How a portal is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PortalState {
+    /// Events cross.
+    Active,
+    /// Events cross, but the two states cannot be brought together.
+    Degraded,
+    /// Nothing crosses.
+    Suspended,
+    /// It is over.
+    Ended,
+}
+
+impl PortalState {
+    /// As in the store and the admin API.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Degraded => "degraded",
+            Self::Suspended => "suspended",
+            Self::Ended => "ended",
+        }
+    }
+
+    /// The state that is written like this.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Active, Self::Degraded, Self::Suspended, Self::Ended].into_iter().find(|state| state.as_str() == text)
+    }
+
+    /// Whether events cross.
+    pub fn carries(self) -> bool {
+        matches!(self, Self::Active | Self::Degraded)
+    }
+}
+
+/// A pair of rooms kept in step.
+#[derive(Debug, Clone)]
+pub struct Portal {
+    /// Its ID: `p` and a number.
+    pub portal_id: String,
+    /// How it came about.
+    pub kind: PortalKind,
+    /// How it is.
+    pub state: PortalState,
+    /// The Matrix room.
+    pub matrix_room_id: OwnedRoomId,
+    /// The LM room.
+    pub lm_room_id: OwnedRoomId,
+    /// The LM room's hub.
+    pub lm_hub: OwnedServerName,
+    /// The alias at the gateway, when it has one.
+    pub alias: Option<String>,
+    /// Why it is suspended or degraded.
+    pub reason: Option<String>,
+}
+
+impl Portal {
+    /// Its room on one side.
+    pub fn room(&self, side: Side) -> &RoomId {
+        match side {
+            Side::Matrix => &self.matrix_room_id,
+            Side::Lm => &self.lm_room_id,
+        }
+    }
+
+    /// The side whose state the other side follows.
+    pub fn authority(&self) -> Side {
+        match self.kind {
+            PortalKind::Created => Side::Matrix,
+            PortalKind::FromLm => Side::Lm,
+        }
+    }
+
+    /// Its number in the store.
+    pub(super) fn number(&self) -> i64 {
+        number_of(&self.portal_id).unwrap_or(0)
+    }
+
+    /// The portal of a stored row whose rooms are both there; none while it is being made.
+    pub(super) fn from_row(row: &PortalRow, server_name: &ServerName) -> Result<Option<Self>, StoreError> {
+        let Some(state) = PortalState::parse(&row.state) else { return Ok(None) };
+        let (Some(matrix_room_id), Some(lm_room_id)) = (row.matrix_room_id.clone(), row.lm_room_id.clone()) else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            portal_id: format!("p{}", row.number),
+            kind: PortalKind::parse(&row.kind).ok_or_else(|| StoreError::corrupt("portal kind", &row.kind))?,
+            state,
+            matrix_room_id,
+            lm_room_id,
+            lm_hub: row.lm_hub.clone(),
+            alias: row.alias.as_ref().map(|localpart| format!("#{localpart}:{server_name}")),
+            reason: row.reason.clone(),
+        }))
+    }
+}
+
+/// The number in a portal's ID.
+pub(super) fn number_of(portal_id: &str) -> Option<i64> {
+    portal_id.strip_prefix('p')?.parse().ok()
+}
+
+/// A portal that the gateway is to make with both rooms.
+#[derive(Debug, Clone, Default)]
+pub struct NewPortal {
+    /// The name of both rooms.
+    pub name: Option<String>,
+    /// The localpart of an alias at the gateway, for both sides.
+    pub alias: Option<String>,
+    /// `public`, `invite` or `knock`; `invite` when absent.
+    pub join_rule: Option<String>,
+    /// The Matrix room's version; the configured one when absent.
+    pub matrix_room_version: Option<RoomVersion>,
+    /// The LM room's version; `.02` when absent.
+    pub lm_room_version: Option<RoomVersion>,
+}
+
+/// What was asked for, as it is stored until the portal is made.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct Request {
+    pub(super) name: Option<String>,
+    pub(super) join_rule: Option<String>,
+    pub(super) matrix_room_version: Option<String>,
+    pub(super) lm_room_version: Option<String>,
+    #[serde(default)]
+    pub(super) via: Vec<OwnedServerName>,
+}
+
+/// Who asks for an alias.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cause {
+    /// A user of the Synapse, through the appservice.
+    Appservice,
+    /// A server, over federation.
+    Server(OwnedServerName),
+    /// An admin.
+    Admin,
+}

@@ -1,0 +1,88 @@
+//! State events: their content is rebuilt from a whitelist, never copied.
+
+use ruma::{OwnedUserId, UserId};
+use serde_json::{Value, json};
+
+use crate::bridge::power::{self, Levels, POWER_LEVELS};
+use crate::event::Object;
+
+/// The state, besides members, that is kept in step; all with an empty state key.
+pub(in crate::bridge) const MAPPED_STATE: [&str; 6] =
+    [POWER_LEVELS, "m.room.join_rules", "m.room.history_visibility", "m.room.name", "m.room.topic", "m.room.avatar"];
+/// The longest text that is taken over in state, in characters.
+const TEXT_LIMIT: usize = 2_000;
+
+/// What the image of a state event depends on besides its content.
+pub(in crate::bridge) struct StateRules<'a> {
+    /// The creator of the source's room.
+    pub(in crate::bridge) creator: Option<&'a UserId>,
+    /// How users of the source's side are called across; none for the bot.
+    pub(in crate::bridge) across: &'a dyn Fn(&UserId) -> Option<OwnedUserId>,
+    /// The bot's entry in the power levels across.
+    pub(in crate::bridge) bot: Option<(&'a UserId, i64)>,
+}
+
+/// The content that the image of state of a mapped type has; `content` is none when the source's room has none. None when
+/// the room across should have none either.
+pub(in crate::bridge) fn state_content(kind: &str, content: Option<&Object>, rules: &StateRules<'_>) -> Option<Object> {
+    let text = |key: &str| content.and_then(|content| content.get(key)?.as_str());
+    match kind {
+        POWER_LEVELS => {
+            Some(power::image(&Levels { content, creator: rules.creator, across: rules.across, bot: rules.bot }))
+        }
+        "m.room.join_rules" => Some(object("join_rule", join_rule(text("join_rule")))),
+        "m.room.history_visibility" => {
+            Some(object("history_visibility", history_visibility(text("history_visibility"))))
+        }
+        "m.room.name" => content.map(|_| object("name", &shorten(text("name").unwrap_or_default()))),
+        "m.room.topic" => content.map(|_| object("topic", &shorten(text("topic").unwrap_or_default()))),
+        "m.room.avatar" => content.map(|_| match text("url") {
+            Some(url) => object("url", &shorten(url)),
+            None => Object::new(),
+        }),
+        _ => None,
+    }
+}
+
+/// The content of the image of a member event.
+pub(in crate::bridge) fn member_content(content: &Object, membership: &str) -> Object {
+    let mut image = object("membership", membership);
+    for key in ["displayname", "avatar_url", "reason"] {
+        if let Some(text) = content.get(key).and_then(Value::as_str) {
+            image.insert(key.to_owned(), shorten(text).into());
+        }
+    }
+    if let Some(direct) = content.get("is_direct").and_then(Value::as_bool) {
+        image.insert("is_direct".to_owned(), direct.into());
+    }
+    image
+}
+
+/// A join rule that is no wider than `rule` and that both sides have.
+fn join_rule(rule: Option<&str>) -> &'static str {
+    match rule {
+        Some("public") => "public",
+        Some("knock" | "knock_restricted") => "knock",
+        _ => "invite",
+    }
+}
+
+fn history_visibility(visibility: Option<&str>) -> &'static str {
+    match visibility {
+        Some("invited") => "invited",
+        Some("joined") => "joined",
+        Some("world_readable") => "world_readable",
+        _ => "shared",
+    }
+}
+
+/// At most [`TEXT_LIMIT`] characters of a text.
+pub(super) fn shorten(text: &str) -> String {
+    text.chars().take(TEXT_LIMIT).collect()
+}
+
+fn object(key: &str, value: &str) -> Object {
+    let mut object = Object::new();
+    object.insert(key.to_owned(), json!(value));
+    object
+}

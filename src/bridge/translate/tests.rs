@@ -1,0 +1,195 @@
+//! Tables of events and their images.
+
+use ruma::{event_id, room_id, user_id};
+
+use super::*;
+
+fn event(kind: &str, state_key: Option<&str>, content: Value) -> Event {
+    Event {
+        event_id: event_id!("$source").to_owned(),
+        lpdu_id: None,
+        room_id: room_id!("!near:h").to_owned(),
+        sender: user_id!("@alice:h").to_owned(),
+        kind: kind.to_owned(),
+        state_key: state_key.map(str::to_owned),
+        origin_server_ts: 1_000,
+        content: content.as_object().unwrap().clone(),
+        redacts: None,
+        order: 1,
+    }
+}
+
+fn known() -> Known {
+    Known::from([
+        (user_id!("@alice:h").to_owned(), Who::Native { ghost: user_id!("@mx_alice_h:g").to_owned() }),
+        (user_id!("@lm_bob_l:g").to_owned(), Who::Ghost { user: user_id!("@bob:l").to_owned() }),
+        (user_id!("@isthmus:g").to_owned(), Who::Bot),
+        (user_id!("@_isthmus:h").to_owned(), Who::Appservice),
+        (user_id!("@x:g").to_owned(), Who::Stranger),
+    ])
+}
+
+fn image(kind: &str, content: Value) -> Result<Image, Refusal> {
+    let users = known();
+    let events = HashMap::from([(event_id!("$near").to_owned(), event_id!("$far").to_owned())]);
+    let lookups = Lookups { users: &users, events: &events, rooms: (room_id!("!near:h"), room_id!("!far:g")) };
+    message(&event(kind, None, content), &lookups)
+}
+
+fn text(content: Value) -> (Value, Option<String>) {
+    let mut image = image("m.room.message", content).unwrap();
+    assert_eq!(
+        image.content.remove(SOURCE),
+        Some(json!({"room_id": "!near:h", "event_id": "$source", "sender": "@alice:h", "origin_server_ts": 1_000}))
+    );
+    (Value::Object(image.content), image.note)
+}
+
+#[test]
+fn message_like_content_crosses_with_its_ids_mapped() {
+    for (source, expected) in [
+        (
+            json!({"msgtype": "m.text", "body": "hi @lm_bob_l:g"}),
+            json!({"msgtype": "m.text", "body": "hi @lm_bob_l:g"}),
+        ),
+        (
+            json!({"body": "x", "m.mentions": {"user_ids": ["@lm_bob_l:g", "@alice:h", "@x:g", "@_isthmus:h", 7], "room": true}}),
+            json!({"body": "x", "m.mentions": {"user_ids": ["@bob:l", "@mx_alice_h:g"], "room": true}}),
+        ),
+        (
+            json!({"body": "x", "formatted_body": "<a href=\"https://matrix.to/#/@lm_bob_l:g\">b</a>"}),
+            json!({"body": "x", "formatted_body": "<a href=\"https://matrix.to/#/@bob:l\">b</a>"}),
+        ),
+        (
+            json!({"body": "x", "m.relates_to": {"m.in_reply_to": {"event_id": "$near"}}}),
+            json!({"body": "x", "m.relates_to": {"m.in_reply_to": {"event_id": "$far"}}}),
+        ),
+        (
+            json!({"body": "* x", "m.new_content": {"body": "x"}, "m.relates_to": {"rel_type": "m.replace", "event_id": "$near"}}),
+            json!({"body": "* x", "m.new_content": {"body": "x"}, "m.relates_to": {"rel_type": "m.replace", "event_id": "$far"}}),
+        ),
+        // What is ours is stripped at any depth; what is a number stays one if it can.
+        (
+            json!({"body": "x", "im.isthmus.source": {"event_id": "$forged"}, "a": [{"im.isthmus.repair": 1, "b": 2, "c": 0.5}]}),
+            json!({"body": "x", "a": [{"b": 2, "c": "0.5"}]}),
+        ),
+        (
+            json!({"body": "x", "a": {"room_id": "!near:h", "event_id": "$near", "user_id": "@lm_bob_l:g"}, "room_id": "!other:h"}),
+            json!({"body": "x", "a": {"room_id": "!far:g", "event_id": "$far", "user_id": "@bob:l"}, "room_id": "!other:h"}),
+        ),
+    ] {
+        assert_eq!(text(source), (expected, None));
+    }
+}
+
+#[test]
+fn a_relation_to_what_never_crossed_is_dropped_and_noted() {
+    let (content, note) = text(json!({"body": "x", "m.relates_to": {"m.in_reply_to": {"event_id": "$gone"}}}));
+    assert_eq!(content, json!({"body": "(in reply to a message that is not in this room)\nx"}));
+    assert!(note.unwrap().contains("reply to $gone"));
+
+    let thread = json!({"rel_type": "m.thread", "event_id": "$near", "is_falling_back": true, "m.in_reply_to": {"event_id": "$gone"}});
+    let (content, _) = text(json!({"body": "x", "m.relates_to": thread}));
+    assert_eq!(content, json!({"body": "x", "m.relates_to": {"rel_type": "m.thread", "event_id": "$far"}}));
+
+    let edit = json!({"body": "* x", "m.new_content": {"body": "x"}, "m.relates_to": {"rel_type": "m.replace", "event_id": "$gone"}});
+    let (content, note) = text(edit);
+    assert_eq!(content, json!({"body": "* x"}));
+    assert!(note.unwrap().contains("m.replace of $gone"));
+
+    let reaction = json!({"m.relates_to": {"rel_type": "m.annotation", "event_id": "$gone", "key": "+1"}});
+    assert_eq!(image("m.reaction", reaction).unwrap_err().code(), "not_bridged");
+    let reaction = json!({"m.relates_to": {"rel_type": "m.annotation", "event_id": "$near", "key": "+1"}});
+    assert_eq!(image("m.reaction", reaction).unwrap().content["m.relates_to"]["event_id"], json!("$far"));
+}
+
+#[test]
+fn what_is_named_is_found() {
+    let content = json!({
+        "body": "see https://matrix.to/#/!near:h/$linked", "m.mentions": {"user_ids": ["@lm_bob_l:g"]},
+        "m.relates_to": {"rel_type": "m.thread", "event_id": "$root", "m.in_reply_to": {"event_id": "$last"}},
+    });
+    let found = references(&event("m.room.message", None, content));
+    let ids = |ids: &[&str]| ids.iter().map(|id| (*id).try_into().unwrap()).collect::<BTreeSet<OwnedEventId>>();
+    assert_eq!(found.events, ids(&["$last", "$linked", "$root"]));
+    assert_eq!(found.needs.iter().cloned().collect::<BTreeSet<_>>(), ids(&["$last", "$root"]));
+    assert!(found.users.contains(user_id!("@lm_bob_l:g")) && found.users.contains(user_id!("@alice:h")));
+
+    let member = references(&event(MEMBER, Some("@lm_bob_l:g"), json!({"membership": "ban", "event_id": "$x"})));
+    assert_eq!(member.users.len(), 2);
+    assert!(member.events.is_empty());
+}
+
+#[test]
+fn types_that_never_cross() {
+    for (kind, state_key, crossing) in [
+        ("m.room.message", None, true),
+        ("org.example.custom", None, true),
+        ("m.room.name", Some(""), true),
+        ("m.room.member", Some("@a:h"), true),
+        ("m.room.name", Some("x"), false),
+        ("m.room.name", None, false),
+        ("m.room.member", None, false),
+        ("org.example.custom", Some(""), false),
+        ("m.room.create", Some(""), false),
+        ("m.room.encryption", Some(""), false),
+        ("m.room.encrypted", None, false),
+        ("m.room.hub", Some(""), false),
+        ("m.mls.commit", None, false),
+        ("m.room.third_party_invite", Some("t"), false),
+        ("im.isthmus.anything", None, false),
+    ] {
+        assert_eq!(crosses(&event(kind, state_key, json!({}))).is_ok(), crossing, "{kind} {state_key:?}");
+    }
+    let long = "x".repeat(256);
+    assert_eq!(crosses(&event(&long, None, json!({}))).unwrap_err().code(), "too_large");
+    // What was redacted before it could cross stays where it is.
+    assert_eq!(image("m.room.message", json!({})).unwrap_err().code(), "not_bridged");
+}
+
+#[test]
+fn state_is_rebuilt_from_a_whitelist() {
+    let across = |user: &UserId| across(&known(), user).filter(|_| user != user_id!("@isthmus:g"));
+    let rules = StateRules { creator: None, across: &across, bot: None };
+    let image = |kind: &str, content: Value| state_content(kind, content.as_object(), &rules).map(Value::Object);
+    for (kind, source, expected) in [
+        ("m.room.name", json!({"name": "Tea", "x": 1, "im.isthmus.repair": true}), Some(json!({"name": "Tea"}))),
+        ("m.room.name", json!({"name": {}}), Some(json!({"name": ""}))),
+        ("m.room.topic", json!({"topic": "t", "m.topic": {}}), Some(json!({"topic": "t"}))),
+        ("m.room.avatar", json!({"url": "mxc://h/x", "info": {"w": 1.5}}), Some(json!({"url": "mxc://h/x"}))),
+        ("m.room.avatar", json!({}), Some(json!({}))),
+        ("m.room.join_rules", json!({"join_rule": "public"}), Some(json!({"join_rule": "public"}))),
+        ("m.room.join_rules", json!({"join_rule": "restricted", "allow": []}), Some(json!({"join_rule": "invite"}))),
+        ("m.room.join_rules", json!({"join_rule": "knock_restricted"}), Some(json!({"join_rule": "knock"}))),
+        ("m.room.join_rules", json!({"join_rule": 7}), Some(json!({"join_rule": "invite"}))),
+        (
+            "m.room.history_visibility",
+            json!({"history_visibility": "x"}),
+            Some(json!({"history_visibility": "shared"})),
+        ),
+        (
+            "m.room.power_levels",
+            json!({"users": {"@lm_bob_l:g": 50, "@isthmus:g": 9}}),
+            Some(json!({"users": {"@bob:l": 50}})),
+        ),
+        ("m.room.pinned_events", json!({"pinned": []}), None),
+    ] {
+        assert_eq!(image(kind, source), expected, "{kind}");
+    }
+    assert_eq!(state_content("m.room.name", None, &rules), None);
+
+    let member = json!({
+        "membership": "join", "displayname": "x".repeat(5_000), "avatar_url": 7, "reason": "r", "is_direct": true,
+        "join_authorised_via_users_server": "@a:h", "third_party_invite": {},
+    });
+    let content = member_content(member.as_object().unwrap(), "leave");
+    assert_eq!(
+        Value::Object(content),
+        json!({"membership": "leave", "displayname": "x".repeat(2_000), "reason": "r", "is_direct": true})
+    );
+}
+
+#[test]
+fn times_are_neither_in_the_future_nor_before_the_epoch() {
+    assert_eq!([time(5, 10), time(15, 10), time(-5, 10)], [5, 10, 0]);
+}
