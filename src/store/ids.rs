@@ -40,3 +40,50 @@ impl Ids {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Store;
+    use super::super::testing::both_databases;
+    use super::BLOCK;
+
+    #[tokio::test]
+    async fn ids_grow_across_restarts() {
+        both_databases(|url| async move {
+            let mut last = 0;
+            for _ in 0..3 {
+                let store = Store::open(&url).await.unwrap();
+                for _ in 0..10 {
+                    let id = store.next_id();
+                    assert!(id > last, "{id} after {last}");
+                    last = id;
+                }
+                store.close().await;
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn ids_go_on_from_block_to_block_and_grow_after_a_restart_in_the_middle() {
+        both_databases(|url| async move {
+            let store = Store::open(&url).await.unwrap();
+            let first = store.next_id();
+            // Every write makes sure that enough are left, so a block can be used up between two of them.
+            for _ in 0..3 {
+                store.ids.next.fetch_add(BLOCK - BLOCK / 8, std::sync::atomic::Ordering::SeqCst);
+                store.write(|_| Box::pin(async { Ok(()) })).await.unwrap();
+                assert!(store.ids.next.load(std::sync::atomic::Ordering::SeqCst) > first);
+                let left = store.ids.end.load(std::sync::atomic::Ordering::SeqCst) - store.next_id();
+                assert!(left > 0, "handed out {left} more than were reserved");
+            }
+            let last = store.next_id();
+            assert!(last > first + 2 * BLOCK);
+            store.close().await;
+            let again = Store::open(&url).await.unwrap();
+            assert!(again.next_id() > last);
+            again.close().await;
+        })
+        .await;
+    }
+}

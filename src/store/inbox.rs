@@ -75,3 +75,57 @@ pub async fn remove(tx: &mut Tx, seq: i64) -> Result<(), StoreError> {
     sqlx::query("DELETE FROM bridge_inbox WHERE seq = $1").bind(seq).execute(tx).await?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use ruma::{OwnedEventId, RoomId, event_id, room_id};
+
+    use super::super::testing::both_stores;
+    use super::super::{Store, StoreError};
+    use super::{push, remove, waiting};
+    use crate::identity::Side;
+
+    async fn accept(store: &Store, side: Side, room: &RoomId, events: &[OwnedEventId]) -> Result<(), StoreError> {
+        let (own, room, events) = (store.clone(), room.to_owned(), events.to_vec());
+        store.write(move |tx| Box::pin(async move { push(&own, tx, side, &room, &events, 7).await })).await
+    }
+
+    async fn ids(store: &Store, side: Side, room: &RoomId) -> Vec<OwnedEventId> {
+        waiting(store, side, room, 0, 100).await.unwrap().into_iter().map(|row| row.event_id).collect()
+    }
+
+    #[tokio::test]
+    async fn events_wait_in_the_order_of_acceptance_by_side_and_room() {
+        both_stores(|store| async move {
+            let (room, other) = (room_id!("!a:lm.example"), room_id!("!b:lm.example"));
+            let [x, y, z] = [event_id!("$x"), event_id!("$y"), event_id!("$z")].map(ToOwned::to_owned);
+            accept(&store, Side::Lm, room, &[z.clone(), y.clone()]).await.unwrap();
+            accept(&store, Side::Lm, other, std::slice::from_ref(&y)).await.unwrap();
+            accept(&store, Side::Matrix, room, std::slice::from_ref(&x)).await.unwrap();
+            accept(&store, Side::Lm, room, std::slice::from_ref(&x)).await.unwrap();
+            assert_eq!(ids(&store, Side::Lm, room).await, [z, y.clone(), x.clone()]);
+            assert_eq!(ids(&store, Side::Lm, other).await, [y]);
+            assert_eq!(ids(&store, Side::Matrix, room).await, [x]);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_removed_event_is_gone_and_reading_goes_on_after_a_row() {
+        both_stores(|store| async move {
+            let room = room_id!("!a:lm.example");
+            let events: Vec<OwnedEventId> = (0..5).map(|n| OwnedEventId::try_from(format!("$e{n}")).unwrap()).collect();
+            accept(&store, Side::Lm, room, &events).await.unwrap();
+            let rows = waiting(&store, Side::Lm, room, 0, 2).await.unwrap();
+            assert_eq!(rows.len(), 2);
+            assert_eq!(rows[0].received_ts, 7);
+            let after = waiting(&store, Side::Lm, room, rows[1].seq, 100).await.unwrap();
+            assert_eq!(after.iter().map(|row| &row.event_id).collect::<Vec<_>>(), [&events[2], &events[3], &events[4]]);
+
+            let seq = rows[0].seq;
+            store.write(move |tx| Box::pin(remove(tx, seq))).await.unwrap();
+            assert_eq!(ids(&store, Side::Lm, room).await, events[1..]);
+        })
+        .await;
+    }
+}

@@ -7,6 +7,8 @@ mod ids;
 pub mod images;
 pub mod inbox;
 pub mod portals;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod text;
 mod writer;
 

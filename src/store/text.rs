@@ -31,7 +31,40 @@ pub fn decode(stored: String) -> String {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::testing::both_stores;
     use super::*;
+
+    #[tokio::test]
+    async fn hostile_strings_come_back_from_both_databases() {
+        both_stores(|store| async move {
+            let values =
+                ["", "m.room.member", "a\u{0}b", "\u{0}", "\u{1}", "\u{1}\u{0}\u{2}", "\u{10ffff}\u{fffe}", "'; --"];
+            for (id, value) in (1..).zip(values) {
+                let stored = encode(value).into_owned();
+                store
+                    .write(move |tx| {
+                        Box::pin(async move {
+                            let sql = "INSERT INTO sequence (name, value) VALUES ($1, $2)";
+                            sqlx::query(sql).bind(stored).bind(id).execute(tx).await?;
+                            Ok(())
+                        })
+                    })
+                    .await
+                    .unwrap();
+                let sql = "SELECT value FROM sequence WHERE name = $1";
+                let (found,): (i64,) =
+                    sqlx::query_as(sql).bind(encode(value).into_owned()).fetch_one(store.reader()).await.unwrap();
+                assert_eq!(found, id, "{value:?}");
+                let (name,): (String,) = sqlx::query_as("SELECT name FROM sequence WHERE value = $1")
+                    .bind(id)
+                    .fetch_one(store.reader())
+                    .await
+                    .unwrap();
+                assert_eq!(decode(name), value);
+            }
+        })
+        .await;
+    }
 
     proptest! {
         #[test]

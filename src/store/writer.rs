@@ -153,3 +153,199 @@ async fn in_transaction(tx: &mut AnyConnection, group: &mut [Box<dyn Job>]) -> R
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use sqlx::Row as _;
+    use tokio::sync::oneshot;
+
+    use super::super::testing::{both_databases, both_stores};
+    use super::super::{Store, StoreError, Tx};
+
+    async fn table(store: &Store) {
+        store
+            .write(|tx| {
+                Box::pin(async move {
+                    sqlx::query("CREATE TABLE thing (id BIGINT NOT NULL PRIMARY KEY)").execute(tx).await?;
+                    Ok(())
+                })
+            })
+            .await
+            .unwrap();
+    }
+
+    async fn insert(tx: &mut Tx, id: i64) -> Result<(), StoreError> {
+        sqlx::query("INSERT INTO thing (id) VALUES ($1)").bind(id).execute(tx).await?;
+        Ok(())
+    }
+
+    async fn things(store: &Store) -> Vec<i64> {
+        let rows = sqlx::query("SELECT id FROM thing ORDER BY id").fetch_all(store.reader()).await.unwrap();
+        rows.iter().map(|row| row.get(0)).collect()
+    }
+
+    /// Keeps the writer busy until the sender is used, so that what is submitted meanwhile shares a transaction.
+    async fn hold(store: &Store) -> (oneshot::Sender<()>, tokio::task::JoinHandle<Result<(), StoreError>>) {
+        let (started, has_started) = oneshot::channel();
+        let (release, released) = oneshot::channel::<()>();
+        let store = store.clone();
+        let job = tokio::spawn(async move {
+            store
+                .write(|_| {
+                    Box::pin(async move {
+                        let _ = started.send(());
+                        let _ = released.await;
+                        Ok(())
+                    })
+                })
+                .await
+        });
+        has_started.await.unwrap();
+        (release, job)
+    }
+
+    /// Submits a job to a writer that is held and returns after it is queued; jobs run in the order of their submission.
+    async fn submit<F>(store: &Store, job: F) -> tokio::task::JoinHandle<Result<(), StoreError>>
+    where
+        F: for<'c> FnOnce(&'c mut Tx) -> super::TxFuture<'c, ()> + Send + 'static,
+    {
+        let queued = store.writer.jobs.capacity();
+        let task = tokio::spawn({
+            let store = store.clone();
+            async move { store.write(job).await }
+        });
+        while store.writer.jobs.capacity() == queued {
+            tokio::task::yield_now().await;
+        }
+        task
+    }
+
+    #[tokio::test]
+    async fn a_failing_and_a_panicking_job_fail_alone() {
+        both_stores(|store| async move {
+            table(&store).await;
+            let (release, holder) = hold(&store).await;
+            let first = submit(&store, |tx| Box::pin(insert(tx, 1))).await;
+            let failing = submit(&store, |tx| {
+                Box::pin(async move {
+                    insert(tx, 2).await?;
+                    insert(tx, 2).await
+                })
+            })
+            .await;
+            let panicking = submit(&store, |tx| {
+                Box::pin(async move {
+                    insert(tx, 3).await?;
+                    panic!("on purpose")
+                })
+            })
+            .await;
+            let last = submit(&store, |tx| Box::pin(insert(tx, 4))).await;
+            release.send(()).unwrap();
+            holder.await.unwrap().unwrap();
+            first.await.unwrap().unwrap();
+            assert!(matches!(failing.await.unwrap(), Err(StoreError::Database(_))));
+            assert!(matches!(panicking.await.unwrap(), Err(StoreError::Panicked)));
+            last.await.unwrap().unwrap();
+            assert_eq!(things(&store).await, [1, 4]);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn inv_6_a_job_is_answered_only_after_its_group_is_committed() {
+        both_databases(|url| async move {
+            let store = Store::open(&url).await.unwrap();
+            table(&store).await;
+            let (release, holder) = hold(&store).await;
+            let mut first = submit(&store, |tx| Box::pin(insert(tx, 1))).await;
+            let (reached, has_reached) = oneshot::channel();
+            let (go_on, may_go_on) = oneshot::channel::<()>();
+            let second = submit(&store, |tx| {
+                Box::pin(async move {
+                    let _ = reached.send(());
+                    let _ = may_go_on.await;
+                    insert(tx, 2).await
+                })
+            })
+            .await;
+            release.send(()).unwrap();
+            holder.await.unwrap().unwrap();
+            has_reached.await.unwrap();
+            // The first job's part is done, the transaction is still open.
+            tokio::time::timeout(Duration::from_millis(50), &mut first).await.expect_err("answered before the commit");
+            assert_eq!(things(&store).await, [0_i64; 0]);
+            go_on.send(()).unwrap();
+            first.await.unwrap().unwrap();
+            // Whoever opens the database now finds it, also if this process died at once.
+            let other = Store::open(&url).await.unwrap();
+            assert_eq!(things(&other).await, [1, 2]);
+            second.await.unwrap().unwrap();
+            other.close().await;
+            store.close().await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_commit_that_fails_fails_its_whole_group_and_nothing_after_it() {
+        both_stores(|store| async move {
+            table(&store).await;
+            store
+                .write(|tx| {
+                    Box::pin(async move {
+                        let sql = "CREATE TABLE part (thing BIGINT NOT NULL REFERENCES thing (id) \
+                                   DEFERRABLE INITIALLY DEFERRED)";
+                        sqlx::query(sql).execute(tx).await?;
+                        Ok(())
+                    })
+                })
+                .await
+                .unwrap();
+            let (release, holder) = hold(&store).await;
+            let innocent = submit(&store, |tx| Box::pin(insert(tx, 1))).await;
+            let orphan = submit(&store, |tx| {
+                Box::pin(async move {
+                    sqlx::query("INSERT INTO part (thing) VALUES (99)").execute(tx).await?;
+                    Ok(())
+                })
+            })
+            .await;
+            release.send(()).unwrap();
+            holder.await.unwrap().unwrap();
+            assert!(matches!(innocent.await.unwrap(), Err(StoreError::Database(_))));
+            assert!(matches!(orphan.await.unwrap(), Err(StoreError::Database(_))));
+            assert_eq!(things(&store).await, [0_i64; 0]);
+
+            store.write(|tx| Box::pin(insert(tx, 2))).await.unwrap();
+            assert_eq!(things(&store).await, [2]);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn close_waits_for_what_was_submitted_and_refuses_what_comes_after() {
+        both_databases(|url| async move {
+            let store = Store::open(&url).await.unwrap();
+            table(&store).await;
+            let (release, holder) = hold(&store).await;
+            let last = submit(&store, |tx| Box::pin(insert(tx, 1))).await;
+            let closing = tokio::spawn({
+                let store = store.clone();
+                async move { store.close().await }
+            });
+            release.send(()).unwrap();
+            closing.await.unwrap();
+            holder.await.unwrap().unwrap();
+            last.await.unwrap().unwrap();
+            assert!(matches!(store.write(|tx| Box::pin(insert(tx, 2))).await, Err(StoreError::Closed)));
+
+            let again = Store::open(&url).await.unwrap();
+            assert_eq!(things(&again).await, [1]);
+            again.close().await;
+        })
+        .await;
+    }
+}
