@@ -62,15 +62,10 @@ fn form(content: &Object) -> Result<(), Refusal> {
 }
 
 /// The entries of a map that are not the same before and after.
-fn changes<'a>(
-    old: &'a Object,
-    new: &'a Object,
-    map: &str,
-) -> Vec<(&'a str, Option<&'a Value>, Option<&'a Value>)> {
+fn changes<'a>(old: &'a Object, new: &'a Object, map: &str) -> Vec<(&'a str, Option<&'a Value>, Option<&'a Value>)> {
     let (old, new) = (old.get(map).and_then(Value::as_object), new.get(map).and_then(Value::as_object));
-    let removed_or_changed = old.into_iter().flatten().map(|(key, value)| {
-        (key.as_str(), Some(value), new.and_then(|new| new.get(key)))
-    });
+    let removed_or_changed =
+        old.into_iter().flatten().map(|(key, value)| (key.as_str(), Some(value), new.and_then(|new| new.get(key))));
     let added = new
         .into_iter()
         .flatten()

@@ -33,11 +33,8 @@ pub fn selected_slots<'a>(
         return Vec::new();
     }
     let slot = |kind, state_key| Slot { kind, state_key };
-    let mut slots = vec![
-        slot("m.room.create", ""),
-        slot("m.room.power_levels", ""),
-        slot("m.room.member", sender.as_str()),
-    ];
+    let mut slots =
+        vec![slot("m.room.create", ""), slot("m.room.power_levels", ""), slot("m.room.member", sender.as_str())];
     if kind == "m.room.member" {
         if let Some(target) = state_key.filter(|target| *target != sender.as_str()) {
             slots.push(slot("m.room.member", target));

@@ -74,13 +74,7 @@ fn join(rule: &'static str, membership: Option<&'static str>) -> Case {
 }
 
 fn levels(old: Value, new: Value) -> Case {
-    Case {
-        kind: "m.room.power_levels",
-        state_key: Some(""),
-        content: new,
-        power_levels: Some(old),
-        ..message()
-    }
+    Case { kind: "m.room.power_levels", state_key: Some(""), content: new, power_levels: Some(old), ..message() }
 }
 
 /// Changes power levels as a user with level 50, who may send them.
@@ -356,7 +350,8 @@ fn rule_6_only_members_send() {
 
 #[test]
 fn rule_7_sending_needs_its_level() {
-    let at = |state_key, levels: Value| Case { state_key, kind: "m.room.topic", power_levels: Some(levels), ..message() };
+    let at =
+        |state_key, levels: Value| Case { state_key, kind: "m.room.topic", power_levels: Some(levels), ..message() };
     at(None, json!({})).passes();
     at(Some(""), json!({})).breaks("7");
     at(Some(""), json!({ "users_default": 50 })).passes();
