@@ -13,5 +13,5 @@ pub use self::client::{Call, Client, ClientOptions, RemoteError};
 pub use self::context::Context;
 pub use self::dialler::crypto_provider;
 pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, OutboundQueues, QueueStatus};
-pub use self::transactions::Transactions;
-pub use self::x_matrix::{Authenticated, authenticate, authorization_header};
+pub use self::transactions::{Begun, Processing, Transactions};
+pub use self::x_matrix::{Authenticated, authenticate, authenticate_canonical, authorization_header};

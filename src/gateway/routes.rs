@@ -14,7 +14,7 @@ use super::signed::{Signed, SignedBody, SignedTransaction};
 use super::transaction::{self, Dialect};
 use crate::dag::Dag;
 use crate::event::{Family, RoomVersion};
-use crate::federation::{Context, Transactions};
+use crate::federation::{Begun, Context, Transactions};
 use crate::identity::Side;
 use crate::lm::Lm;
 use crate::refusal::Refusal;
@@ -146,13 +146,13 @@ async fn send(
         Dialect::Lm => "v2/send",
     };
     let origin = &transaction.origin;
-    if let Some(answer) = federation.transactions.answered(origin, endpoint, &txn_id).await? {
-        return Ok(Json(answer));
+    match federation.transactions.begin(origin, endpoint, &txn_id).await? {
+        Begun::Answered(answer) => Ok(Json(answer)),
+        Begun::Process(processing) => {
+            let answer = transaction::receive(&federation, &transaction, dialect).await?;
+            Ok(Json(processing.finish(answer).await?))
+        }
     }
-    let answer = transaction::receive(&federation, &transaction, dialect).await?;
-    let record = federation.transactions.record(origin, endpoint, &txn_id, &answer);
-    federation.context.store.write(record).await?;
-    Ok(Json(answer))
 }
 
 #[derive(Deserialize)]

@@ -11,6 +11,7 @@ pub mod portals;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod text;
+pub mod transactions;
 mod writer;
 
 use std::str::FromStr as _;
