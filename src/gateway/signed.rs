@@ -9,8 +9,8 @@ use http::request::Parts;
 use ruma::OwnedServerName;
 
 use super::routes::Federation;
-use crate::event::{Object, parse_object};
-use crate::federation::authenticate;
+use crate::event::{Object, canonical_json, canonical_text, parse_object};
+use crate::federation::authenticate_canonical;
 use crate::refusal::Refusal;
 
 /// How long a body may take to arrive.
@@ -53,7 +53,7 @@ impl FromRequest<Federation> for SignedBody {
         let (parts, body) = request.into_parts();
         let raw = read(body, "request body", BODY_LIMIT).await?;
         let body = parse_object(&raw)?;
-        Ok(Self { origin: origin(&parts, state, Some(&body)).await?, body })
+        Ok(Self { origin: origin(&parts, state, Some(&canonical_json(&body))).await?, body })
     }
 }
 
@@ -65,7 +65,7 @@ impl FromRequest<Federation> for SignedTransaction {
         let raw = read(body, "transaction", TRANSACTION_LIMIT).await?;
         // Duplicate keys inside one event are that event's fault alone, so the signature is checked over what any JSON
         // parser makes of the body; each event is parsed strictly later.
-        let body: Object = serde_json::from_slice(&raw).map_err(|error| Refusal::NotJson(error.to_string()))?;
+        let body = canonical_text(&raw)?;
         Ok(Self { origin: origin(&parts, state, Some(&body)).await?, raw })
     }
 }
@@ -92,12 +92,15 @@ fn is_length_limit(error: &axum::Error) -> bool {
     false
 }
 
-async fn origin(parts: &Parts, state: &Federation, body: Option<&Object>) -> Result<OwnedServerName, Refusal> {
+/// The proved origin; `body` is canonical.
+async fn origin(parts: &Parts, state: &Federation, body: Option<&[u8]>) -> Result<OwnedServerName, Refusal> {
     let uri = parts.extensions.get::<OriginalUri>().map_or(&parts.uri, |original| &original.0);
     let uri = uri.path_and_query().map_or("/", |path| path.as_str());
     let context = &state.context;
     let body = if parts.method == Method::GET { None } else { body };
-    let proved = authenticate(&context.keyring, &context.server_name, &parts.method, uri, &parts.headers, body).await?;
+    let proved =
+        authenticate_canonical(&context.keyring, &context.server_name, &parts.method, uri, &parts.headers, body)
+            .await?;
     // Whoever speaks can be spoken to: what waits for that server need not wait for its backoff.
     context.outbound.retry(&proved.origin);
     Ok(proved.origin)
