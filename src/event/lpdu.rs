@@ -1,8 +1,13 @@
 //! LPDUs: what a participant sends to the hub, and what of it is proved.
+//! Source: draft-ralston-mimi-linearized-matrix-04, section "Linearized PDU" (`int-lpdu`).
 
-use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, ServerName};
+use serde_json::{Value, json};
 
-use super::{Object, SignatureCheck, VerifyKeys};
+use super::form::{Common, MAX_EVENT, check_numbers, sha256, strip, wrong};
+use super::hash::{event_id_of, lpdu_hash, lpdu_signing_bytes};
+use super::sign::{add_signature, known_signatures};
+use super::{Object, Redaction, SignatureCheck, VerifyKeys, canonical_json, verify_signatures};
 use crate::identity::SigningKey;
 use crate::refusal::Refusal;
 
@@ -35,34 +40,105 @@ impl Lpdu {
     /// Checks the form of `json` as an LPDU: required fields, their types and lengths, none of the fields that a
     /// participant must not set, `hashes` exactly `{lpdu: {sha256}}`, no floats and no integer beyond ±(2^53−1).
     /// `unsigned` and `event_id` are stripped.
-    pub fn parse(_json: Object) -> Result<Self, Refusal> {
-        unimplemented!()
+    pub fn parse(mut json: Object) -> Result<Self, Refusal> {
+        strip(&mut json);
+        for field in ["auth_events", "prev_events"] {
+            if json.contains_key(field) {
+                return Err(Refusal::malformed(field, "present in an LPDU, where only the hub may set it"));
+            }
+        }
+        let common = Common::read(&json)?;
+        let hub_server = common.hub_server.ok_or_else(|| wrong(&json, "hub_server", "the hub's name in an LPDU"))?;
+        check_lpdu_hashes(&json)?;
+        json.values().try_for_each(check_numbers)?;
+        let size = canonical_json(&json).len();
+        if size > MAX_EVENT {
+            return Err(Refusal::TooLarge { what: "the LPDU", size, limit: MAX_EVENT });
+        }
+        Ok(Self {
+            lpdu_id: lpdu_id(&json)?,
+            room_id: common.room_id,
+            sender: common.sender,
+            hub_server,
+            kind: common.kind,
+            state_key: common.state_key,
+            origin_server_ts: common.origin_server_ts,
+            json,
+        })
     }
 
     /// Makes, hashes and signs an LPDU from a template with `type`, `room_id`, `sender`, `content`,
     /// `origin_server_ts` and perhaps `state_key`; `hub_server`, hash and signature are added here.
     pub fn build(
-        _template: Object,
-        _hub: &ruma::ServerName,
-        _entity: &ruma::ServerName,
-        _key: &SigningKey,
+        mut template: Object,
+        hub: &ServerName,
+        entity: &ServerName,
+        key: &SigningKey,
     ) -> Result<Self, Refusal> {
-        unimplemented!()
+        template.insert("hub_server".to_owned(), Value::String(hub.to_string()));
+        template.remove("signatures");
+        let hash = lpdu_hash(&template);
+        template.insert("hashes".to_owned(), json!({ "lpdu": { "sha256": hash } }));
+        let signature = key.sign(&lpdu_signing_bytes(&template, Redaction::Draft));
+        add_signature(&mut template, entity.as_str(), key.id(), signature);
+        Self::parse(template)
     }
 
     /// The signatures that must be checked: at least one by the sender's server, with a key known in `keys`.
-    pub fn signature_checks<'a>(&'a self, _keys: &'a VerifyKeys) -> Result<Vec<SignatureCheck<'a>>, Refusal> {
-        unimplemented!()
+    pub fn signature_checks<'a>(&'a self, keys: &'a VerifyKeys) -> Result<Vec<SignatureCheck<'a>>, Refusal> {
+        let server = self.sender.server_name();
+        static NONE: std::collections::BTreeMap<String, super::VerifyKey> = std::collections::BTreeMap::new();
+        let known = known_signatures(&self.json, server.as_str(), keys.get(server).unwrap_or(&NONE))?;
+        let message = lpdu_signing_bytes(&self.json, Redaction::Draft);
+        let check =
+            |(key, signature)| SignatureCheck { server: server.as_str(), key, message: message.clone(), signature };
+        Ok(known.into_iter().map(check).collect())
     }
 
     /// Checks the hash and the sender's server's signature.
-    pub fn verify(self, _keys: &VerifyKeys) -> Result<VerifiedLpdu, Refusal> {
-        unimplemented!()
+    pub fn verify(self, keys: &VerifyKeys) -> Result<VerifiedLpdu, Refusal> {
+        self.check_hash()?;
+        for answer in verify_signatures(&self.signature_checks(keys)?) {
+            answer?;
+        }
+        Ok(VerifiedLpdu(self))
     }
 
     /// The same for many, with one batch verification; answers in order.
-    pub fn verify_all(_lpdus: Vec<Self>, _keys: &VerifyKeys) -> Vec<Result<VerifiedLpdu, Refusal>> {
-        unimplemented!()
+    pub fn verify_all(lpdus: Vec<Self>, keys: &VerifyKeys) -> Vec<Result<VerifiedLpdu, Refusal>> {
+        let mut answers: Vec<Result<(), Refusal>> = Vec::with_capacity(lpdus.len());
+        let mut checks = Vec::with_capacity(lpdus.len());
+        let mut owners = Vec::with_capacity(lpdus.len());
+        for (index, lpdu) in lpdus.iter().enumerate() {
+            let own = lpdu.check_hash().and_then(|()| lpdu.signature_checks(keys));
+            answers.push(own.map(|own| {
+                owners.resize(owners.len() + own.len(), index);
+                checks.extend(own);
+            }));
+        }
+        for (owner, checked) in owners.into_iter().zip(verify_signatures(&checks)) {
+            if let (Some(answer @ Ok(())), Err(refusal)) = (answers.get_mut(owner), checked) {
+                *answer = Err(refusal);
+            }
+        }
+        drop(checks);
+        lpdus.into_iter().zip(answers).map(|(lpdu, answer)| answer.map(|()| VerifiedLpdu(lpdu))).collect()
+    }
+
+    fn check_hash(&self) -> Result<(), Refusal> {
+        let expected = lpdu_hash(&self.json);
+        let found = sha256(self.json.get("hashes").and_then(|hashes| hashes.get("lpdu"))).unwrap_or_default();
+        if found == expected {
+            return Ok(());
+        }
+        Err(Refusal::HashMismatch { which: "lpdu", expected, found: found.chars().take(60).collect() })
+    }
+}
+
+impl VerifiedLpdu {
+    /// The LPDU, of which everything but the hub's own rules is proved.
+    pub fn into_inner(self) -> Lpdu {
+        self.0
     }
 }
 
@@ -72,4 +148,19 @@ impl std::ops::Deref for VerifiedLpdu {
     fn deref(&self) -> &Lpdu {
         &self.0
     }
+}
+
+/// The reference hash of the LPDU that is inside an event.
+pub(super) fn lpdu_id(json: &Object) -> Result<OwnedEventId, Refusal> {
+    // Both tables of redaction keep the same of an LPDU's hash, which covers everything: the draft's is enough.
+    let id = event_id_of(&lpdu_signing_bytes(json, Redaction::Draft));
+    id.try_into().map_err(|error| Refusal::Internal(format!("an event ID that is none: {error}")))
+}
+
+fn check_lpdu_hashes(json: &Object) -> Result<(), Refusal> {
+    let hashes = json.get("hashes").and_then(Value::as_object);
+    let lpdu = hashes.and_then(|hashes| hashes.get("lpdu")).and_then(Value::as_object);
+    let exact = hashes.is_some_and(|hashes| hashes.len() == 1)
+        && lpdu.is_some_and(|lpdu| lpdu.len() == 1 && lpdu.get("sha256").is_some_and(Value::is_string));
+    if exact { Ok(()) } else { Err(wrong(json, "hashes", "exactly {\"lpdu\": {\"sha256\": …}} in an LPDU")) }
 }

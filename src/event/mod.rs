@@ -2,6 +2,7 @@
 
 mod canonical;
 mod canonical_text;
+mod form;
 mod hash;
 mod lpdu;
 mod parse;
@@ -18,4 +19,5 @@ pub use self::parse::{Object, parse_object, parse_value};
 pub use self::pdu::{Completion, HashCheck, Pdu};
 pub use self::redact::{Redaction, redact};
 pub use self::room_version::{Family, RoomVersion};
+pub(crate) use self::sign::decode_base64;
 pub use self::sign::{SignatureCheck, VerifyKey, VerifyKeys, sign_object, verify_object, verify_signatures};

@@ -1,10 +1,20 @@
 //! Finished events of an LM room, made by a hub.
+//! Source: draft-ralston-mimi-linearized-matrix-04, sections "Events" (`int-pdu`) and "Receiving Events/PDUs"
+//! (`int-receiving-events`).
 
-use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, ServerName};
+use serde_json::{Value, json};
 
-use super::{Object, Redaction, VerifiedLpdu, VerifyKeys};
+use super::form::{Common, MAX_EVENT, check_numbers, event_ids, sha256, strip, wrong};
+use super::hash::{content_hash, event_id_of, lpdu_hash, lpdu_signing_bytes, signing_bytes};
+use super::lpdu::lpdu_id;
+use super::sign::{add_signature, known_signatures};
+use super::{Object, Redaction, SignatureCheck, VerifiedLpdu, VerifyKeys, canonical_json, redact, verify_signatures};
 use crate::identity::SigningKey;
 use crate::refusal::Refusal;
+
+/// How many auth or previous events a received event may name; the draft's selection has 5, graph servers send up to 20.
+const MAX_REFERENCES: usize = 50;
 
 /// A finished event of an LM room whose form is right. Immutable: the event ID is computed once.
 #[derive(Debug, Clone)]
@@ -54,65 +64,213 @@ pub enum HashCheck {
 impl Pdu {
     /// Checks the form of `json` as a finished event of an LM room and computes its ID. Floats are allowed: a participant
     /// must take what its hub sends. `unsigned` and `event_id` are stripped.
-    pub fn parse(_json: Object, _redaction: Redaction) -> Result<Self, Refusal> {
-        unimplemented!()
+    pub fn parse(mut json: Object, redaction: Redaction) -> Result<Self, Refusal> {
+        strip(&mut json);
+        let common = Common::read(&json)?;
+        check_hashes_form(&json, common.hub_server.is_some())?;
+        let auth_events = event_ids(&json, "auth_events", MAX_REFERENCES)?;
+        let prev_events = event_ids(&json, "prev_events", MAX_REFERENCES)?;
+        let size = canonical_json(&json).len();
+        if size > MAX_EVENT {
+            return Err(Refusal::TooLarge { what: "the event", size, limit: MAX_EVENT });
+        }
+        let lpdu_id = common.hub_server.is_some().then(|| lpdu_id(&json)).transpose()?;
+        let event_id = own_id(&signing_bytes(&json, redaction))?;
+        Ok(assemble(common, json, (event_id, lpdu_id), auth_events, prev_events))
     }
 
     /// Finishes a participant's LPDU as its hub: adds `auth_events`, `prev_events`, the content hash and the hub's
     /// signature. Refuses what would pass 65,536 bytes.
     pub fn complete(
-        _lpdu: VerifiedLpdu,
-        _completion: Completion,
-        _hub: &ruma::ServerName,
-        _key: &SigningKey,
+        lpdu: VerifiedLpdu,
+        completion: Completion,
+        hub: &ServerName,
+        key: &SigningKey,
     ) -> Result<Self, Refusal> {
-        unimplemented!()
+        let lpdu = lpdu.into_inner();
+        if lpdu.hub_server != hub {
+            return Err(Refusal::WrongHub { hub: hub.to_string(), found: lpdu.hub_server.to_string() });
+        }
+        let common = Common {
+            room_id: lpdu.room_id,
+            sender: lpdu.sender,
+            kind: lpdu.kind,
+            state_key: lpdu.state_key,
+            origin_server_ts: lpdu.origin_server_ts,
+            hub_server: Some(lpdu.hub_server),
+        };
+        finish(common, lpdu.json, Some(lpdu.lpdu_id), completion, hub, key)
     }
 
     /// Makes an event of one of the hub's own users from a template with `type`, `room_id`, `sender`, `content`,
     /// `origin_server_ts` and perhaps `state_key`: no `hub_server` and no LPDU hash.
     pub fn build(
-        _template: Object,
-        _completion: Completion,
-        _hub: &ruma::ServerName,
-        _key: &SigningKey,
+        mut template: Object,
+        completion: Completion,
+        hub: &ServerName,
+        key: &SigningKey,
     ) -> Result<Self, Refusal> {
-        unimplemented!()
+        for field in ["hub_server", "hashes", "unsigned", "event_id"] {
+            template.remove(field);
+        }
+        template.insert("signatures".to_owned(), Value::Object(Object::new()));
+        template.values().try_for_each(check_numbers)?;
+        let common = Common::read(&template)?;
+        finish(common, template, None, completion, hub, key)
     }
 
     /// Adds the signature of an invited server over the redacted event.
-    pub fn countersign(&mut self, _entity: &ruma::ServerName, _key: &SigningKey) {
-        unimplemented!()
+    pub fn countersign(&mut self, entity: &ServerName, key: &SigningKey) {
+        let signature = key.sign(&signing_bytes(&self.json, Redaction::Draft));
+        add_signature(&mut self.json, entity.as_str(), key.id(), signature);
     }
 
     /// The servers whose signatures must be there: the sender's, and the hub's when `hub_server` is present.
     pub fn required_signers(&self) -> Vec<OwnedServerName> {
-        unimplemented!()
+        let sender = self.sender.server_name().to_owned();
+        match &self.hub_server {
+            Some(hub) if *hub != sender => vec![sender, hub.clone()],
+            _ => vec![sender],
+        }
     }
 
     /// Checks the required signatures: the hub's over the redacted event, the sender's over the redacted LPDU (or over the
     /// redacted event when there is no `hub_server`).
-    pub fn verify_signatures(&self, _keys: &VerifyKeys, _redaction: Redaction) -> Result<(), Refusal> {
-        unimplemented!()
+    pub fn verify_signatures(&self, keys: &VerifyKeys, redaction: Redaction) -> Result<(), Refusal> {
+        verify_signatures(&self.signature_checks(keys, redaction)?).into_iter().collect()
+    }
+
+    /// The signatures that must be checked, for checking those of many events at once.
+    pub fn signature_checks<'a>(
+        &'a self,
+        keys: &'a VerifyKeys,
+        redaction: Redaction,
+    ) -> Result<Vec<SignatureCheck<'a>>, Refusal> {
+        static NONE: std::collections::BTreeMap<String, super::VerifyKey> = std::collections::BTreeMap::new();
+        let sender = self.sender.server_name();
+        let mut needed: Vec<(&ServerName, Vec<u8>)> = Vec::with_capacity(2);
+        match &self.hub_server {
+            Some(hub) => {
+                needed.push((sender, lpdu_signing_bytes(&self.json, redaction)));
+                needed.push((hub, signing_bytes(&self.json, redaction)));
+            }
+            None => needed.push((sender, signing_bytes(&self.json, redaction))),
+        }
+        let mut checks = Vec::with_capacity(needed.len());
+        for (server, message) in needed {
+            let known = known_signatures(&self.json, server.as_str(), keys.get(server).unwrap_or(&NONE))?;
+            checks.extend(known.into_iter().map(|(key, signature)| SignatureCheck {
+                server: server.as_str(),
+                key,
+                message: message.clone(),
+                signature,
+            }));
+        }
+        Ok(checks)
     }
 
     /// Compares both hashes with the event.
     pub fn check_hashes(&self) -> HashCheck {
-        unimplemented!()
+        let hashes = self.json.get("hashes");
+        let lpdu = self.hub_server.as_ref().map(|_| {
+            let found = sha256(hashes.and_then(|hashes| hashes.get("lpdu")));
+            ("lpdu", lpdu_hash(&self.json), found)
+        });
+        let content = ("content", content_hash(&self.json), sha256(hashes));
+        for (which, expected, found) in lpdu.into_iter().chain([content]) {
+            let found = found.unwrap_or_default();
+            if found != expected {
+                let found = found.chars().take(60).collect();
+                return HashCheck::Redact(Refusal::HashMismatch { which, expected, found });
+            }
+        }
+        HashCheck::Intact
     }
 
     /// The redacted copy; its event ID is the same.
-    pub fn redacted(&self, _redaction: Redaction) -> Self {
-        unimplemented!()
+    pub fn redacted(&self, redaction: Redaction) -> Self {
+        Self { json: redact(&self.json, redaction), ..self.clone() }
     }
 
     /// `content`.
     pub fn content(&self) -> &Object {
-        unimplemented!()
+        static EMPTY: std::sync::LazyLock<Object> = std::sync::LazyLock::new(Object::new);
+        self.json.get("content").and_then(Value::as_object).unwrap_or(&EMPTY)
     }
 
     /// The event as bytes, as they go over the wire.
     pub fn to_bytes(&self) -> Vec<u8> {
-        unimplemented!()
+        canonical_json(&self.json)
+    }
+}
+
+fn finish(
+    common: Common,
+    mut json: Object,
+    lpdu_id: Option<OwnedEventId>,
+    completion: Completion,
+    hub: &ServerName,
+    key: &SigningKey,
+) -> Result<Pdu, Refusal> {
+    let Completion { auth_events, prev_event } = completion;
+    let prev_events: Vec<OwnedEventId> = prev_event.into_iter().collect();
+    json.insert("auth_events".to_owned(), json!(auth_events));
+    json.insert("prev_events".to_owned(), json!(prev_events));
+    let hash = content_hash(&json);
+    let hashes = json.entry("hashes").or_insert_with(|| Value::Object(Object::new()));
+    if let Some(hashes) = hashes.as_object_mut() {
+        hashes.insert("sha256".to_owned(), Value::String(hash));
+    }
+    // What the hub signs is what the reference hash covers.
+    let bytes = signing_bytes(&json, Redaction::Draft);
+    add_signature(&mut json, hub.as_str(), key.id(), key.sign(&bytes));
+    let size = canonical_json(&json).len();
+    if size > MAX_EVENT {
+        return Err(Refusal::TooLarge { what: "the event with the hub's fields", size, limit: MAX_EVENT });
+    }
+    let event_id = own_id(&bytes)?;
+    Ok(assemble(common, json, (event_id, lpdu_id), auth_events, prev_events))
+}
+
+fn assemble(
+    common: Common,
+    json: Object,
+    (event_id, lpdu_id): (OwnedEventId, Option<OwnedEventId>),
+    auth_events: Vec<OwnedEventId>,
+    prev_events: Vec<OwnedEventId>,
+) -> Pdu {
+    let Common { room_id, sender, kind, state_key, origin_server_ts, hub_server } = common;
+    Pdu {
+        event_id,
+        lpdu_id,
+        room_id,
+        sender,
+        kind,
+        state_key,
+        origin_server_ts,
+        hub_server,
+        auth_events,
+        prev_events,
+        json,
+    }
+}
+
+fn own_id(signing_bytes: &[u8]) -> Result<OwnedEventId, Refusal> {
+    let id = event_id_of(signing_bytes);
+    id.try_into().map_err(|error| Refusal::Internal(format!("an event ID that is none: {error}")))
+}
+
+/// A participant's event has the LPDU's hash, every other event must not.
+fn check_hashes_form(json: &Object, from_participant: bool) -> Result<(), Refusal> {
+    let hashes = json.get("hashes");
+    if sha256(hashes).is_none() {
+        return Err(wrong(json, "hashes", "an object with sha256"));
+    }
+    let lpdu = hashes.and_then(|hashes| hashes.get("lpdu"));
+    match (lpdu, from_participant) {
+        (None, false) => Ok(()),
+        (Some(_), true) if sha256(lpdu).is_some() => Ok(()),
+        (_, true) => Err(Refusal::malformed("hashes.lpdu", "missing or without sha256, though hub_server is present")),
+        (Some(_), false) => Err(Refusal::malformed("hashes.lpdu", "present, though hub_server is not")),
     }
 }

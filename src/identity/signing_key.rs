@@ -1,6 +1,17 @@
 //! The gateway's own signing key and its file.
 
+use std::fs::OpenOptions;
+use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use ed25519_dalek::Signer as _;
+use rand::RngCore as _;
+use rand::rngs::OsRng;
+
+use crate::event::decode_base64;
 
 /// Why a signing key file could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -32,39 +43,131 @@ pub struct SigningKey {
 impl SigningKey {
     /// Reads the file (`ed25519 VERSION BASE64SEED`, as Synapse writes it), or makes it with mode 600 and a fresh version
     /// when it is absent.
-    pub fn load_or_generate(_path: &Path) -> Result<Self, SigningKeyError> {
-        unimplemented!()
+    pub fn load_or_generate(path: &Path) -> Result<Self, SigningKeyError> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text).map_err(|problem| SigningKeyError::Format { path: show(path), problem }),
+            Err(error) if error.kind() == ErrorKind::NotFound => Self::generate_file(path),
+            Err(source) => Err(SigningKeyError::Io { path: show(path), source }),
+        }
     }
 
-    /// A fresh key; for tests and new files.
+    /// A fresh key; for tests and new files. Its version is random, since a new key always gets a new key ID.
     pub fn generate() -> Self {
-        unimplemented!()
+        let mut version = [0; 4];
+        OsRng.fill_bytes(&mut version);
+        let version = data_encoding::HEXLOWER.encode(&version);
+        Self { id: format!("ed25519:i_{version}"), key: ed25519_dalek::SigningKey::generate(&mut OsRng) }
     }
 
     /// The key of a seed in base64; for tests with known keys.
-    pub fn from_seed(_version: &str, _seed_base64: &str) -> Result<Self, SigningKeyError> {
-        unimplemented!()
+    pub fn from_seed(version: &str, seed_base64: &str) -> Result<Self, SigningKeyError> {
+        Self::parse(&format!("ed25519 {version} {seed_base64}"))
+            .map_err(|problem| SigningKeyError::Format { path: "(given)".to_owned(), problem })
     }
 
-    /// The key ID, as `ed25519:a_x1y2`.
+    /// The key ID, as `ed25519:i_01ab23cd`.
     pub fn id(&self) -> &str {
         &self.id
     }
 
     /// The public key as unpadded base64.
     pub fn public_base64(&self) -> String {
-        unimplemented!()
+        STANDARD_NO_PAD.encode(self.key.verifying_key().as_bytes())
     }
 
     /// The signature of `message` as unpadded base64.
-    pub fn sign(&self, _message: &[u8]) -> String {
-        let _ = &self.key;
-        unimplemented!()
+    pub fn sign(&self, message: &[u8]) -> String {
+        STANDARD_NO_PAD.encode(self.key.sign(message).to_bytes())
     }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let &[algorithm, version, seed] = words.as_slice() else {
+            return Err(format!("{} words, `ed25519 VERSION SEED` is needed", words.len()));
+        };
+        if algorithm != "ed25519" {
+            return Err(format!("the algorithm is {algorithm:?}, only ed25519 is possible"));
+        }
+        if version.is_empty() || !version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
+            return Err(format!("the version {version:?} may only hold letters, digits and _"));
+        }
+        let seed = decode_base64(seed).ok_or("the seed is not base64")?;
+        let seed: [u8; 32] =
+            seed.try_into().map_err(|seed: Vec<u8>| format!("the seed has {} bytes, 32 are needed", seed.len()))?;
+        Ok(Self { id: format!("ed25519:{version}"), key: ed25519_dalek::SigningKey::from_bytes(&seed) })
+    }
+
+    /// Writes beside the file and links it into place, so that a crash leaves a whole file or none, and that of two
+    /// processes that start at once both use the key of the first.
+    fn generate_file(path: &Path) -> Result<Self, SigningKeyError> {
+        let io = |source| SigningKeyError::Io { path: show(path), source };
+        let key = Self::generate();
+        let version = key.id.trim_start_matches("ed25519:");
+        let line = format!("ed25519 {version} {}\n", STANDARD_NO_PAD.encode(key.key.to_bytes()));
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".{version}"));
+        let beside = Path::new(&name);
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(beside).map_err(io)?;
+        file.write_all(line.as_bytes()).and_then(|()| file.sync_all()).map_err(io)?;
+        let linked = std::fs::hard_link(beside, path);
+        std::fs::remove_file(beside).map_err(io)?;
+        match linked {
+            Ok(()) => Ok(key),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Self::load_or_generate(path),
+            Err(source) => Err(io(source)),
+        }
+    }
+}
+
+fn show(path: &Path) -> String {
+    path.display().to_string()
 }
 
 impl std::fmt::Debug for SigningKey {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("SigningKey").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_made_once_for_its_owner_alone_and_read_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("signing.key");
+        let made = SigningKey::load_or_generate(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let read = SigningKey::load_or_generate(&path).unwrap();
+        assert_eq!((made.id(), made.public_base64()), (read.id(), read.public_base64()));
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_bad_file_is_named_with_what_is_wrong_and_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("signing.key");
+        for (text, expected) in [
+            ("", "0 words"),
+            ("rsa a_b AAAA", "algorithm"),
+            ("ed25519 a:b AAAA", "version"),
+            ("ed25519 a_b AAAA", "3 bytes"),
+            ("ed25519 a_b !", "not base64"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let error = SigningKey::load_or_generate(&path).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("signing.key"), "{error}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn debug_does_not_show_the_secret() {
+        let key = SigningKey::generate();
+        let seed = STANDARD_NO_PAD.encode(key.key.to_bytes());
+        assert!(!format!("{key:?}").contains(&seed));
     }
 }
