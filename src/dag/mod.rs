@@ -1,15 +1,44 @@
 //! The graph side: Matrix rooms as event graphs, their state and its resolution, handshakes, what is served to other
 //! homeservers and what is asked of them.
 
+mod accept;
+mod acl;
+mod actor;
+mod auth;
+mod batch;
+mod build;
+mod create;
+mod events;
+mod fetch;
+mod handshake;
+mod invite;
+mod order;
+mod outbox;
+mod pdu;
+mod query;
+mod receive;
+mod redact;
+mod resolve;
+mod room;
+mod serve;
+mod snapshot;
+mod stored;
+mod version;
+
 use std::sync::Arc;
 
-use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
-use serde_json::Value;
+use moka::future::Cache;
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId};
 
+use self::acl::Acl;
+use self::batch::Batch;
+use self::events::Events;
+use self::outbox::Outbox;
+use self::room::Rooms;
 use crate::event::{Object, RoomVersion};
-use crate::federation::Context;
+use crate::federation::{Context, FeedKind};
 use crate::refusal::Refusal;
-use crate::seam::{AliasTarget, Draft, Outgoing, Profile, Raw, Received, SharedBetween};
+use crate::seam::{Draft, Outgoing, SharedBetween};
 
 /// An accepted event of a graph.
 #[derive(Debug, Clone)]
@@ -47,8 +76,8 @@ pub struct Room {
     pub listed: bool,
 }
 
-/// The current, resolved state of a room.
-pub type State = std::collections::BTreeMap<(String, String), Arc<GraphEvent>>;
+/// The current, resolved state of a room, by type and state key. Clones share structure.
+pub type State = imbl::OrdMap<(String, String), Arc<GraphEvent>>;
 
 /// A room that the gateway is to create.
 #[derive(Debug, Clone)]
@@ -57,199 +86,170 @@ pub struct NewRoom {
     pub creator: OwnedUserId,
     /// The version: 10, 11 or 12.
     pub version: RoomVersion,
-    /// State events after `m.room.create` and the creator's join, in order.
+    /// State events after `m.room.create` and the creator's join, in order. What stands here of `m.room.create` is added to
+    /// its content; power levels, join rules (`invite`) and history visibility (`shared`) are made when they are not here.
     pub initial_state: Vec<Draft>,
 }
 
 /// The graph side; clones share it.
 #[derive(Clone)]
 pub struct Dag {
+    shared: Arc<Shared>,
+}
+
+/// What everything on this side holds.
+struct Shared {
     context: Context,
     between: SharedBetween,
+    events: Events,
+    rooms: Rooms,
+    /// The groups that states were resolved to.
+    resolved: Cache<Vec<i64>, i64>,
+    acls: Cache<OwnedEventId, Arc<Acl>>,
+    /// The current states that were asked for as a whole, with their groups.
+    states: Cache<OwnedRoomId, (i64, Arc<State>)>,
 }
 
 /// What the gateway itself asks of the graph side.
 impl Dag {
     /// The graph side over `context`; registers its feed with the outbound queues.
     pub fn new(context: Context, between: SharedBetween) -> Self {
-        Self { context, between }
-    }
-
-    /// Creates a room with the gateway's bot as its creator.
-    pub async fn create_room(&self, _room: NewRoom) -> Result<OwnedRoomId, Refusal> {
-        let _ = (&self.context, &self.between);
-        unimplemented!()
+        let caches = &context.config.caches;
+        let events = Events::new(context.store.clone(), caches.events, caches.rooms.saturating_mul(8));
+        let (rooms, outbound) = (caches.rooms, context.outbound.clone());
+        let shared = Arc::new(Shared {
+            context,
+            between,
+            events,
+            rooms: Rooms::default(),
+            resolved: Cache::new(rooms.saturating_mul(8)),
+            acls: Cache::new(rooms),
+            states: Cache::new(rooms),
+        });
+        outbound.register(&[FeedKind::Graph], Arc::new(Outbox(shared.clone())));
+        Self { shared }
     }
 
     /// What is known of a room; none when the gateway is not in it.
-    pub async fn room(&self, _room_id: &RoomId) -> Result<Option<Room>, Refusal> {
-        unimplemented!()
+    pub async fn room(&self, room_id: &RoomId) -> Result<Option<Room>, Refusal> {
+        Ok(self.shared.find(room_id).await?.map(|room| Room {
+            room_id: room.room_id.clone(),
+            version: room.version,
+            listed: room.is_listed(),
+        }))
     }
 
     /// Sends events of the gateway's users into a room, in order: each is built on the newest forward extremities (at
     /// most 10), put through the check of foreign events, stored and queued, in one transaction with its effect. Each
     /// fails alone. What is sent here does not go into the bridge's inbox.
-    pub async fn send(&self, _room_id: &RoomId, _events: Vec<Outgoing>) -> Vec<Result<Arc<GraphEvent>, Refusal>> {
-        unimplemented!()
+    pub async fn send(&self, room_id: &RoomId, events: Vec<Outgoing>) -> Vec<Result<Arc<GraphEvent>, Refusal>> {
+        let count = events.len();
+        match self.try_send(room_id, events).await {
+            Ok(results) => results,
+            Err(refusal) => vec![Err(refusal); count],
+        }
+    }
+
+    async fn try_send(
+        &self,
+        room_id: &RoomId,
+        events: Vec<Outgoing>,
+    ) -> Result<Vec<Result<Arc<GraphEvent>, Refusal>>, Refusal> {
+        let room = self.shared.room(room_id).await?;
+        self.shared
+            .run(&room, move |batch| {
+                Box::pin(async move {
+                    let mut results = Vec::with_capacity(events.len());
+                    for event in events {
+                        results.push(batch.send(event).await.map(|event| event.to_graph_event()));
+                    }
+                    Ok(results)
+                })
+            })
+            .await
+    }
+
+    async fn send_one(&self, room: &Arc<room::Room>, event: Outgoing) -> Result<Arc<GraphEvent>, Refusal> {
+        self.shared.run(room, move |batch| Box::pin(async move { Ok(batch.send(event).await?.to_graph_event()) })).await
     }
 
     /// Whether the room's rules would let `draft` in on the current state.
-    pub async fn check(&self, _room_id: &RoomId, _draft: &Draft) -> Result<(), Refusal> {
-        unimplemented!()
+    pub async fn check(&self, room_id: &RoomId, draft: &Draft) -> Result<(), Refusal> {
+        let room = self.shared.room(room_id).await?;
+        Batch::new(self.shared.clone(), &room).would_accept(draft).await
     }
 
-    /// Invites a user of another server: the target's server is asked and signs, then the event is stored and sent.
-    pub async fn invite(&self, _room_id: &RoomId, _invite: Outgoing) -> Result<Arc<GraphEvent>, Refusal> {
-        unimplemented!()
+    /// The current, resolved state, whole. What asks for few events of it asks [`Dag::state_event`].
+    pub async fn state(&self, room_id: &RoomId) -> Result<Arc<State>, Refusal> {
+        let room = self.shared.room(room_id).await?;
+        let current = room.core().current.clone();
+        let cached = self.shared.states.get(room_id).await;
+        if let Some((_, state)) = cached.as_ref().filter(|(group, _)| *group == current.id) {
+            return Ok(state.clone());
+        }
+        let mut state = State::clone(&cached.map(|(_, state)| state).unwrap_or_default());
+        let gone: Vec<_> = state.keys().filter(|key| !current.map.contains_key(*key)).cloned().collect();
+        for key in gone {
+            state.remove(&key);
+        }
+        let differs =
+            |key: &(String, String), id: &OwnedEventId| state.get(key).is_none_or(|event| event.event_id != *id);
+        let new: Vec<_> = current.map.iter().filter(|(key, id)| differs(key, id)).map(|(_, id)| id.clone()).collect();
+        for event in self.shared.events.get_many(&new).await?.into_values() {
+            if let Some(key) = event.key() {
+                state.insert(key, event.to_graph_event());
+            }
+        }
+        let state = Arc::new(state);
+        self.shared.states.insert(room_id.to_owned(), (current.id, state.clone())).await;
+        Ok(state)
     }
 
-    /// The current, resolved state.
-    pub async fn state(&self, _room_id: &RoomId) -> Result<Arc<State>, Refusal> {
-        unimplemented!()
+    /// One event of the current, resolved state: costs the same however large the room.
+    pub async fn state_event(
+        &self,
+        room_id: &RoomId,
+        kind: &str,
+        state_key: &str,
+    ) -> Result<Option<Arc<GraphEvent>>, Refusal> {
+        let room = self.shared.room(room_id).await?;
+        let core = room.core();
+        let Some(id) = core.current.get(kind, state_key) else { return Ok(None) };
+        Ok(self.shared.events.get(id).await?.map(|event| event.to_graph_event()))
+    }
+
+    /// The users who are joined now.
+    pub async fn joined(&self, room_id: &RoomId) -> Result<imbl::OrdSet<OwnedUserId>, Refusal> {
+        Ok(self.shared.room(room_id).await?.core().joined.clone())
     }
 
     /// One accepted event.
-    pub async fn event(&self, _event_id: &EventId) -> Result<Option<Arc<GraphEvent>>, Refusal> {
-        unimplemented!()
+    pub async fn event(&self, event_id: &EventId) -> Result<Option<Arc<GraphEvent>>, Refusal> {
+        let event = self.shared.events.get(event_id).await?.filter(|event| event.is_accepted());
+        Ok(event.map(|event| event.to_graph_event()))
     }
 
     /// Lists the room in the public directory, or takes it out.
-    pub async fn set_listed(&self, _room_id: &RoomId, _listed: bool) -> Result<(), Refusal> {
-        unimplemented!()
+    pub async fn set_listed(&self, room_id: &RoomId, listed: bool) -> Result<(), Refusal> {
+        let room = self.shared.room(room_id).await?;
+        let id = room_id.to_owned();
+        let write = self
+            .shared
+            .context
+            .store
+            .write(move |tx| Box::pin(async move { crate::store::dag::set_listed(tx, &id, listed).await }));
+        write.await?;
+        room.set_listed(listed);
+        Ok(())
     }
 
-    /// The profile of a user of another server, asked of that server.
-    pub async fn query_profile(&self, _user_id: &UserId) -> Result<Profile, Refusal> {
-        unimplemented!()
-    }
-
-    /// Asks `server` where an alias leads.
-    pub async fn query_directory(&self, _server: &ServerName, _alias: &str) -> Result<AliasTarget, Refusal> {
-        unimplemented!()
-    }
-}
-
-/// What other homeservers ask; the gateway's routes call these with the proved origin. Answers are the JSON bodies.
-impl Dag {
     /// Whether this room is on the graph side here.
-    pub async fn knows(&self, _room_id: &RoomId) -> Result<bool, Refusal> {
-        unimplemented!()
-    }
-
-    /// The PDUs of a transaction that belong to graph rooms; answers in order, after all is committed.
-    pub async fn receive(&self, _origin: &ServerName, _pdus: Vec<Raw>) -> Vec<Received> {
-        unimplemented!()
-    }
-
-    /// `GET v1/make_join`
-    pub async fn make_join(
-        &self,
-        _origin: &ServerName,
-        _room_id: &RoomId,
-        _user_id: &UserId,
-        _versions: &[String],
-    ) -> Result<Value, Refusal> {
-        unimplemented!()
-    }
-
-    /// `PUT v2/send_join`; full state unless `omit_members`, which may be ignored.
-    pub async fn send_join(
-        &self,
-        _origin: &ServerName,
-        _room_id: &RoomId,
-        _event_id: &EventId,
-        _event: Object,
-        _omit_members: bool,
-    ) -> Result<Value, Refusal> {
-        unimplemented!()
-    }
-
-    /// `GET v1/make_leave`
-    pub async fn make_leave(
-        &self,
-        _origin: &ServerName,
-        _room_id: &RoomId,
-        _user_id: &UserId,
-    ) -> Result<Value, Refusal> {
-        unimplemented!()
-    }
-
-    /// `PUT v2/send_leave`
-    pub async fn send_leave(
-        &self,
-        _origin: &ServerName,
-        _room_id: &RoomId,
-        _event_id: &EventId,
-        _event: Object,
-    ) -> Result<Value, Refusal> {
-        unimplemented!()
-    }
-
-    /// `PUT v2/invite`: another server invites a user of the gateway.
-    pub async fn invited(
-        &self,
-        _origin: &ServerName,
-        _room_id: &RoomId,
-        _event_id: &EventId,
-        _body: Object,
-    ) -> Result<Value, Refusal> {
-        unimplemented!()
-    }
-
-    /// `GET v1/event`
-    pub async fn get_event(&self, _origin: &ServerName, _event_id: &EventId) -> Result<Value, Refusal> {
-        unimplemented!()
-    }
-
-    /// `GET v1/event_auth`
-    pub async fn event_auth(
-        &self,
-        _origin: &ServerName,
-        _room_id: &RoomId,
-        _event_id: &EventId,
-    ) -> Result<Value, Refusal> {
-        unimplemented!()
-    }
-
-    /// `GET v1/state`, and `state_ids` when `ids` is set.
-    pub async fn get_state(
-        &self,
-        _origin: &ServerName,
-        _room_id: &RoomId,
-        _event_id: &EventId,
-        _ids: bool,
-    ) -> Result<Value, Refusal> {
-        unimplemented!()
-    }
-
-    /// `GET v1/backfill`
-    pub async fn backfill(
-        &self,
-        _origin: &ServerName,
-        _room_id: &RoomId,
-        _from: &[OwnedEventId],
-        _limit: i64,
-    ) -> Result<Value, Refusal> {
-        unimplemented!()
-    }
-
-    /// `POST v1/get_missing_events`
-    pub async fn get_missing_events(
-        &self,
-        _origin: &ServerName,
-        _room_id: &RoomId,
-        _body: Object,
-    ) -> Result<Value, Refusal> {
-        unimplemented!()
-    }
-
-    /// `GET` and `POST v1/publicRooms`: the rooms that are listed.
-    pub async fn public_rooms(&self, _limit: Option<i64>, _since: Option<&str>) -> Result<Value, Refusal> {
-        unimplemented!()
+    pub async fn knows(&self, room_id: &RoomId) -> Result<bool, Refusal> {
+        Ok(self.shared.find(room_id).await?.is_some())
     }
 
     /// The servers through which a room can be joined: this one.
     pub fn servers(&self, _room_id: &RoomId) -> Vec<OwnedServerName> {
-        vec![self.context.server_name.clone()]
+        vec![self.shared.context.server_name.clone()]
     }
 }

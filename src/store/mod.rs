@@ -4,6 +4,7 @@
 //! Rules for the SQL here: `$n` placeholders; columns TEXT, BIGINT and BYTEA; peer-chosen strings go through [`text`].
 
 pub mod appservice;
+pub mod dag;
 mod ids;
 pub mod images;
 pub mod inbox;

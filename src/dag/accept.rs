@@ -1,0 +1,310 @@
+//! The checks on receipt of a PDU, after its form and signatures, and what its acceptance changes.
+//! <https://spec.matrix.org/v1.16/server-server-api/#checks-performed-on-receipt-of-a-pdu>
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use imbl::ordmap::DiffItem;
+use ruma::events::TimelineEventType;
+use ruma::{OwnedEventId, OwnedServerName, OwnedUserId};
+
+use super::auth::{AuthState, check_against, check_independent, keys_needed, state_of_auth_events};
+use super::batch::Batch;
+use super::events::EventMap;
+use super::pdu::{Verified, create_of_room};
+use super::room::Tip;
+use super::snapshot::Snapshot;
+use super::stored::{Groups, Status, Stored};
+use crate::refusal::Refusal;
+use crate::seam::Membership;
+use crate::store::dag::OutboxRow;
+
+/// How an event came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// In a transaction, or as an answer.
+    Received,
+    /// Through a handshake with this server: other servers have it from the gateway alone.
+    Handshake(OwnedServerName),
+    /// The gateway made it.
+    Own,
+}
+
+/// What became of an event.
+#[derive(Debug, Clone)]
+pub enum Outcome {
+    /// It was checked in full, now or before.
+    Known(Arc<Stored>),
+    /// It cannot be checked yet: these events before it, and these auth events, are not here.
+    Missing {
+        /// Events before it.
+        prev: Vec<OwnedEventId>,
+        /// Auth events.
+        auth: Vec<OwnedEventId>,
+    },
+}
+
+impl Outcome {
+    /// Ok when the event is part of the room.
+    pub fn accepted(&self) -> Result<&Arc<Stored>, Refusal> {
+        match self {
+            Self::Known(event) if event.status == Status::Accepted => Ok(event),
+            Self::Known(event) => {
+                Err(Refusal::MatrixRule(event.reason.clone().unwrap_or_else(|| "not accepted".to_owned())))
+            }
+            Self::Missing { prev, auth } => {
+                Err(Refusal::MatrixRule(format!("missing prev_events {prev:?} and auth_events {auth:?}")))
+            }
+        }
+    }
+}
+
+enum Verdict {
+    Accepted,
+    SoftFailed(Refusal),
+    Rejected(Refusal),
+}
+
+impl Batch {
+    /// Checks an event of this room and takes it in. `before` is the state before it, when that was learnt from another
+    /// server because the events before it are not here.
+    pub async fn accept(
+        &mut self,
+        event: Verified,
+        source: &Source,
+        before: Option<Snapshot>,
+    ) -> Result<Outcome, Refusal> {
+        let pdu = event.into_pdu();
+        let create = create_of_room(&self.room_id);
+        let ids: Vec<_> =
+            pdu.prev_events.iter().chain(&pdu.auth_events).chain([&pdu.event_id]).chain(&create).cloned().collect();
+        let known = self.shared.events.with_staged(&ids, &self.staged).await?;
+        if let Some(event) = known.get(&pdu.event_id).filter(|event| event.groups.is_some()) {
+            return Ok(Outcome::Known(event.clone()));
+        }
+        if pdu.kind == TimelineEventType::RoomCreate && !self.core.tips.is_empty() {
+            return Err(Refusal::MatrixRule(format!("{} is not this room's m.room.create", pdu.event_id)));
+        }
+        let has_state = |id: &&OwnedEventId| known.get(*id).is_some_and(|event| event.groups.is_some());
+        let prev: Vec<_> = match before {
+            Some(_) => Vec::new(),
+            None => pdu.prev_events.iter().filter(|id| !has_state(id)).cloned().collect(),
+        };
+        let auth: Vec<_> = pdu.auth_events.iter().filter(|id| !known.contains_key(*id)).cloned().collect();
+        if !prev.is_empty() || !auth.is_empty() {
+            return Ok(Outcome::Missing { prev, auth });
+        }
+        let before = match before {
+            Some(before) => before,
+            None => {
+                let mut states = Vec::new();
+                for event in pdu.prev_events.iter().filter_map(|id| known.get(id)) {
+                    if let Some(groups) = event.groups.filter(|_| event.pdu.room_id == self.room_id) {
+                        states.push(self.snapshot(groups.after).await?);
+                    }
+                }
+                self.merge(states).await?
+            }
+        };
+        let mut event = Stored::new(pdu);
+        let verdict = self.judge(&event, &known, &before).await?;
+        let after = match (&verdict, event.key()) {
+            (Verdict::Accepted | Verdict::SoftFailed(_), Some(key)) => {
+                self.derive(&before, &[(key, Some(event.pdu.event_id.clone()))])?
+            }
+            _ => before.clone(),
+        };
+        event.groups = Some(Groups { before: before.id, after: after.id });
+        (event.status, event.reason) = match &verdict {
+            Verdict::Accepted => (Status::Accepted, None),
+            Verdict::SoftFailed(refusal) => (Status::SoftFailed, Some(refusal.to_string())),
+            Verdict::Rejected(refusal) => (Status::Rejected, Some(refusal.to_string())),
+        };
+        let event = self.stage(event);
+        if event.status == Status::Accepted {
+            self.take_in(&event, source, &before, after).await?;
+        } else {
+            tracing::info!(room = %self.room_id, event = %event.pdu.event_id, status = ?event.status,
+                reason = event.reason, "event was not accepted");
+        }
+        Ok(Outcome::Known(event))
+    }
+
+    /// Takes in an auth event of which the state is not known: it is checked against its own auth events alone. None when
+    /// those are not here.
+    pub async fn accept_outlier(&mut self, event: Verified) -> Result<Option<Arc<Stored>>, Refusal> {
+        let pdu = event.into_pdu();
+        let create = create_of_room(&self.room_id);
+        let ids: Vec<_> = pdu.auth_events.iter().chain([&pdu.event_id]).chain(&create).cloned().collect();
+        let known = self.shared.events.with_staged(&ids, &self.staged).await?;
+        if let Some(event) = known.get(&pdu.event_id) {
+            return Ok(Some(event.clone()));
+        }
+        if pdu.kind == TimelineEventType::RoomCreate && !self.core.tips.is_empty() {
+            return Err(Refusal::MatrixRule(format!("{} is not this room's m.room.create", pdu.event_id)));
+        }
+        if pdu.auth_events.iter().any(|id| !known.contains_key(id)) {
+            return Ok(None);
+        }
+        let mut event = Stored::new(pdu);
+        if let Err(refusal) = self.check_by_auth_events(&event, &known) {
+            (event.status, event.reason) = (Status::Rejected, Some(refusal.to_string()));
+        }
+        Ok(Some(self.stage(event)))
+    }
+
+    fn stage(&mut self, event: Stored) -> Arc<Stored> {
+        let event = Arc::new(event);
+        self.changes.events.push(event.to_row(self.shared.context.store.next_id()));
+        self.staged.insert(event.pdu.event_id.clone(), event.clone());
+        event
+    }
+
+    fn check_by_auth_events(&self, event: &Stored, known: &EventMap) -> Result<AuthState, Refusal> {
+        check_independent(event, known, &self.rules.authorization)?;
+        let by_auth_events = state_of_auth_events(event, known);
+        check_against(event, &by_auth_events, &self.rules.authorization)?;
+        Ok(by_auth_events)
+    }
+
+    async fn judge(&self, event: &Stored, known: &EventMap, before: &Snapshot) -> Result<Verdict, Refusal> {
+        let foreign = event.pdu.prev_events.iter().filter_map(|id| known.get(id));
+        if let Some(prev) = foreign.into_iter().find(|prev| prev.pdu.room_id != self.room_id) {
+            let problem = format!("prev event {} is of room {}", prev.pdu.event_id, prev.pdu.room_id);
+            return Ok(Verdict::Rejected(Refusal::MatrixRule(problem)));
+        }
+        let by_auth_events = match self.check_by_auth_events(event, known) {
+            Ok(state) => state,
+            Err(refusal) => return Ok(Verdict::Rejected(refusal)),
+        };
+        let rules = &self.rules.authorization;
+        // Mostly the auth events are what stands in the state before, and that is what stands in the current state: then
+        // there is nothing else to check.
+        let by_state = self.auth_state(event, before).await?;
+        if !same(&by_state, &by_auth_events)
+            && let Err(refusal) = check_against(event, &by_state, rules)
+        {
+            return Ok(Verdict::Rejected(refusal));
+        }
+        if self.core.current.id != before.id {
+            let by_current = self.auth_state(event, &self.core.current).await?;
+            if !self.core.tips.is_empty()
+                && !same(&by_current, &by_state)
+                && let Err(refusal) = check_against(event, &by_current, rules)
+            {
+                return Ok(Verdict::SoftFailed(refusal));
+            }
+        }
+        Ok(Verdict::Accepted)
+    }
+
+    /// What of a state an event is checked against.
+    pub async fn auth_state(&self, event: &Stored, state: &Snapshot) -> Result<AuthState, Refusal> {
+        let keys = keys_needed(&event.pdu, &self.rules.authorization)?;
+        let ids: Vec<_> = keys.iter().filter_map(|key| state.map.get(key).cloned()).collect();
+        let events = self.shared.events.with_staged(&ids, &self.staged).await?;
+        Ok(events.into_values().filter_map(|event| Some((event.key()?, event))).collect())
+    }
+
+    async fn take_in(
+        &mut self,
+        event: &Arc<Stored>,
+        source: &Source,
+        before: &Snapshot,
+        after: Snapshot,
+    ) -> Result<(), Refusal> {
+        let pdu = &event.pdu;
+        self.core.tips.retain(|tip| !pdu.prev_events.contains(&tip.event_id));
+        self.core.tips.push(Tip { event_id: pdu.event_id.clone(), depth: pdu.depth, after });
+        match source {
+            Source::Received => self.inbox.push(pdu.event_id.clone()),
+            Source::Handshake(origin) => {
+                self.inbox.push(pdu.event_id.clone());
+                self.queue(event, Some(origin.clone()));
+            }
+            Source::Own => {
+                self.queue(event, None);
+                self.tell_ended_membership(event, before).await?;
+            }
+        }
+        let states = self.core.tips.iter().map(|tip| tip.after.clone()).collect();
+        let current = self.merge(states).await?;
+        self.set_current(current).await?;
+        self.redact(event).await
+    }
+
+    fn queue(&mut self, event: &Stored, not_to: Option<OwnedServerName>) {
+        self.core.head = self.core.head.saturating_add(1);
+        let event_id = event.pdu.event_id.clone();
+        self.changes.outbox.push(OutboxRow { position: self.core.head, event_id, not_to });
+    }
+
+    /// Who was invited, or has knocked, and has nobody of their server in the room, is told when that ends.
+    async fn tell_ended_membership(&mut self, event: &Stored, before: &Snapshot) -> Result<(), Refusal> {
+        let (Some(user), Some(Membership::Leave | Membership::Ban)) = (&event.pdu.state_key, event.membership()) else {
+            return Ok(());
+        };
+        let Ok(user) = OwnedUserId::try_from(user.as_str()) else { return Ok(()) };
+        let server = user.server_name();
+        if server == self.shared.context.server_name || self.core.has_server(server) {
+            return Ok(());
+        }
+        let Some(id) = before.get("m.room.member", user.as_str()).cloned() else { return Ok(()) };
+        let events = self.shared.events.with_staged(std::slice::from_ref(&id), &self.staged).await?;
+        let was = events.get(&id).and_then(|event| event.membership());
+        if matches!(was, Some(Membership::Invite | Membership::Knock)) {
+            self.once.push((server.to_owned(), self.core.head));
+        }
+        Ok(())
+    }
+
+    /// Makes `new` the current state, and follows who is joined.
+    async fn set_current(&mut self, new: Snapshot) -> Result<(), Refusal> {
+        let old = std::mem::replace(&mut self.core.current, new);
+        if old.id == self.core.current.id {
+            return Ok(());
+        }
+        let mut members: Vec<(String, Option<OwnedEventId>)> = Vec::new();
+        for item in old.map.diff(&self.core.current.map) {
+            match item {
+                DiffItem::Add((kind, user), id) | DiffItem::Update { new: ((kind, user), id), .. } => {
+                    if kind == "m.room.member" {
+                        members.push((user.clone(), Some(id.clone())));
+                    }
+                }
+                DiffItem::Remove((kind, user), _) => {
+                    if kind == "m.room.member" {
+                        members.push((user.clone(), None));
+                    }
+                }
+            }
+        }
+        let ids: Vec<_> = members.iter().filter_map(|(_, id)| id.clone()).collect();
+        let events = self.shared.events.with_staged(&ids, &self.staged).await?;
+        for (user, id) in members {
+            let Ok(user) = OwnedUserId::try_from(user.as_str()) else { continue };
+            let membership = id.and_then(|id| events.get(&id).and_then(|event| event.membership()));
+            self.set_joined(user, membership == Some(Membership::Join));
+        }
+        Ok(())
+    }
+
+    fn set_joined(&mut self, user: OwnedUserId, joined: bool) {
+        if self.core.joined.contains(&user) == joined {
+            return;
+        }
+        let server = user.server_name().to_owned();
+        if self.core.set_joined(&user, joined) && server != self.shared.context.server_name {
+            let list = if joined { &mut self.changes.opened } else { &mut self.changes.closed };
+            list.push((server, self.core.head));
+        }
+        self.changes.joined.push((user, joined));
+    }
+}
+
+fn same(one: &AuthState, other: &AuthState) -> bool {
+    let ids = |state: &AuthState| -> HashMap<_, _> {
+        state.iter().map(|(key, event)| (key.clone(), event.pdu.event_id.clone())).collect()
+    };
+    one.len() == other.len() && ids(one) == ids(other)
+}

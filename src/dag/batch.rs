@@ -1,0 +1,258 @@
+//! What one or more jobs change in a room: kept in memory until it is committed in one transaction.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ruma::room_version_rules::RoomVersionRules;
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
+
+use super::Shared;
+use super::events::EventMap;
+use super::resolve::resolve;
+use super::room::{Core, Room};
+use super::snapshot::{Change, Snapshot};
+use super::stored::Stored;
+use crate::event::RoomVersion;
+use crate::federation::{Feed, FeedKind, OutboundQueues};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::EventEffect;
+use crate::store::dag::Changes;
+use crate::store::{StoreError, dag, inbox};
+
+/// The changes of a batch.
+pub struct Batch {
+    pub(super) shared: Arc<Shared>,
+    /// The room.
+    pub room_id: OwnedRoomId,
+    /// Its version.
+    pub version: RoomVersion,
+    /// The rules of the version.
+    pub rules: &'static RoomVersionRules,
+    /// What the room will be.
+    pub core: Core,
+    /// Events that are not committed yet.
+    pub staged: EventMap,
+    pub(super) groups: HashMap<i64, Snapshot>,
+    pub(super) changes: Changes,
+    /// Accepted events of others, in order.
+    pub(super) inbox: Vec<OwnedEventId>,
+    /// In a mutex that nobody waits for: effects are `Send` and not `Sync`, a batch is both.
+    effects: Mutex<Vec<(OwnedEventId, EventEffect)>>,
+    /// Servers that get one more event although nobody of theirs is joined: its position.
+    pub(super) once: Vec<(OwnedServerName, i64)>,
+    /// Events that were redacted: their new JSON.
+    pub(super) redacted: Vec<Arc<Stored>>,
+}
+
+/// Where a batch can be rolled back to.
+pub struct Savepoint {
+    core: Core,
+    staged: EventMap,
+    lengths: [usize; 10],
+}
+
+impl Batch {
+    /// A batch over what is committed.
+    pub fn new(shared: Arc<Shared>, room: &Room) -> Self {
+        Self {
+            shared,
+            room_id: room.room_id.clone(),
+            version: room.version,
+            rules: room.rules,
+            core: Core::clone(&room.core()),
+            staged: EventMap::new(),
+            groups: HashMap::new(),
+            changes: Changes::default(),
+            inbox: Vec::new(),
+            effects: Mutex::default(),
+            once: Vec::new(),
+            redacted: Vec::new(),
+        }
+    }
+
+    /// How many events it has.
+    pub fn len(&self) -> usize {
+        self.changes.events.len()
+    }
+
+    /// Whether it changes nothing.
+    pub fn is_empty(&self) -> bool {
+        self.changes.events.is_empty() && self.changes.groups.is_empty() && self.redacted.is_empty()
+    }
+
+    /// The point to come back to when the next job fails.
+    pub fn savepoint(&self) -> Savepoint {
+        let changes = &self.changes;
+        Savepoint {
+            core: self.core.clone(),
+            staged: self.staged.clone(),
+            lengths: [
+                changes.events.len(),
+                changes.groups.len(),
+                changes.joined.len(),
+                changes.outbox.len(),
+                changes.opened.len(),
+                changes.closed.len(),
+                self.inbox.len(),
+                self.effects.lock().map_or(0, |effects| effects.len()),
+                self.once.len(),
+                self.redacted.len(),
+            ],
+        }
+    }
+
+    /// Takes back what was changed since.
+    pub fn roll_back(&mut self, savepoint: Savepoint) {
+        let [events, groups, joined, outbox, opened, closed, inbox, effects, once, redacted] = savepoint.lengths;
+        self.core = savepoint.core;
+        self.staged = savepoint.staged;
+        self.changes.events.truncate(events);
+        self.changes.groups.truncate(groups);
+        self.changes.joined.truncate(joined);
+        self.changes.outbox.truncate(outbox);
+        self.changes.opened.truncate(opened);
+        self.changes.closed.truncate(closed);
+        self.inbox.truncate(inbox);
+        self.effects_mut().truncate(effects);
+        self.once.truncate(once);
+        self.redacted.truncate(redacted);
+        let written: BTreeSet<i64> = self.changes.groups.iter().map(|group| group.id).collect();
+        self.groups.retain(|id, _| written.contains(id));
+    }
+
+    /// What is written together with events, in order.
+    pub(super) fn effects_mut(&mut self) -> &mut Vec<(OwnedEventId, EventEffect)> {
+        self.effects.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state of a group, committed or not.
+    pub async fn snapshot(&self, id: i64) -> Result<Snapshot, StoreError> {
+        if let Some(snapshot) = self.groups.get(&id) {
+            return Ok(snapshot.clone());
+        }
+        if self.core.current.id == id {
+            return Ok(self.core.current.clone());
+        }
+        if let Some(tip) = self.core.tips.iter().find(|tip| tip.after.id == id) {
+            return Ok(tip.after.clone());
+        }
+        self.shared.events.group(id).await
+    }
+
+    /// A new state that differs from `base` by `changes`.
+    pub fn derive(&mut self, base: &Snapshot, changes: &[Change]) -> Result<Snapshot, StoreError> {
+        let (snapshot, row) = base.with(self.shared.context.store.next_id(), changes)?;
+        self.groups.insert(snapshot.id, snapshot.clone());
+        self.changes.groups.push(row);
+        Ok(snapshot)
+    }
+
+    /// The empty state, where a room begins.
+    pub fn empty_state(&mut self) -> Snapshot {
+        let (snapshot, row) = Snapshot::empty(self.shared.context.store.next_id());
+        self.groups.insert(snapshot.id, snapshot.clone());
+        self.changes.groups.push(row);
+        snapshot
+    }
+
+    /// The resolved state of `states`, in no order.
+    pub async fn merge(&mut self, mut states: Vec<Snapshot>) -> Result<Snapshot, StoreError> {
+        states.sort_by_key(|state| state.id);
+        states.dedup_by_key(|state| state.id);
+        let Some(first) = states.first().cloned() else { return Ok(self.empty_state()) };
+        if states.len() == 1 {
+            return Ok(first);
+        }
+        let key: Vec<i64> = states.iter().map(|state| state.id).collect();
+        if let Some(id) = self.shared.resolved.get(&key).await {
+            // What was resolved in a batch that failed was never written.
+            if let Ok(snapshot) = self.snapshot(id).await {
+                return Ok(snapshot);
+            }
+        }
+        let changes = resolve(&self.shared.events, &self.staged, &self.room_id, self.rules, &states).await?;
+        let merged = self.known_or_derived(&states, &changes)?;
+        self.shared.resolved.insert(key, merged.id).await;
+        Ok(merged)
+    }
+
+    /// One of `states` when the resolved one is the same, else a new one.
+    fn known_or_derived(&mut self, states: &[Snapshot], changes: &[Change]) -> Result<Snapshot, StoreError> {
+        let Some(first) = states.first() else { return Ok(self.empty_state()) };
+        if changes.is_empty() {
+            return Ok(first.clone());
+        }
+        let mut map = first.map.clone();
+        for (key, event_id) in changes {
+            match event_id {
+                Some(event_id) => map.insert(key.clone(), event_id.clone()),
+                None => map.remove(key),
+            };
+        }
+        match states.iter().find(|state| state.map.diff(&map).next().is_none()) {
+            Some(same) => Ok(same.clone()),
+            None => self.derive(first, changes),
+        }
+    }
+
+    /// Commits everything, and tells those who wait for it.
+    pub(super) async fn commit(self, room: &Room) -> Result<(), Refusal> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let Self { shared, room_id, core, staged, groups, changes, inbox, effects, once, redacted, .. } = self;
+        let store = shared.context.store.clone();
+        let row = room.row(&core);
+        let feed = Feed { kind: FeedKind::Graph, room_id: room_id.clone() };
+        let has_news = !changes.outbox.is_empty();
+        let mut to_wake: BTreeSet<OwnedServerName> = once.iter().map(|(server, _)| server.clone()).collect();
+        to_wake.extend(changes.closed.iter().map(|(server, _)| server.clone()));
+        let watched = !inbox.is_empty() && shared.between.watches(Side::Matrix, &room_id);
+        let now = shared.context.clock.now_ms();
+        let redactions = redacted.clone();
+        let writing = store.clone();
+        store
+            .write(move |tx| {
+                Box::pin(async move {
+                    dag::write(tx, &row, &changes).await?;
+                    for event in &redactions {
+                        dag::replace_json(tx, &event.pdu.event_id, event.pdu.raw.get().as_bytes()).await?;
+                    }
+                    for (event_id, effect) in effects.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                        effect(tx, event_id).await?;
+                    }
+                    if watched {
+                        inbox::push(&writing, tx, Side::Matrix, &row.room_id, &inbox, now).await?;
+                    }
+                    for (server, after) in &changes.opened {
+                        OutboundQueues::subscribe(tx, server, &feed, *after).await?;
+                    }
+                    for (server, until) in &changes.closed {
+                        OutboundQueues::end(tx, server, &feed, *until).await?;
+                    }
+                    for (server, position) in &once {
+                        dag::open_once(tx, &row.room_id, server, *position).await?;
+                        OutboundQueues::subscribe(tx, server, &feed, position.saturating_sub(1)).await?;
+                        OutboundQueues::end(tx, server, &feed, *position).await?;
+                    }
+                    if has_news {
+                        OutboundQueues::advance(tx, &feed, row.head).await?;
+                    }
+                    Ok(())
+                })
+            })
+            .await?;
+        shared.events.committed(staged.into_values().chain(redacted), groups.into_values().collect()).await;
+        to_wake.extend(core.servers.keys().filter(|server| **server != shared.context.server_name).cloned());
+        room.set_core(core);
+        if has_news {
+            let feed = Feed { kind: FeedKind::Graph, room_id: room_id.clone() };
+            shared.context.outbound.wake(&feed, &to_wake.into_iter().collect::<Vec<_>>());
+        }
+        if watched {
+            shared.between.accepted(Side::Matrix, &room_id);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,171 @@
+//! Building events of the gateway's own users: on the newest forward extremities, hashed and signed, and then put through
+//! the same check as a foreign event.
+
+use std::sync::Arc;
+
+use ruma::canonical_json::try_from_json_map;
+use ruma::events::TimelineEventType;
+use ruma::serde::Base64;
+use ruma::signatures::{KeyPair, Signature, hash_and_sign_event, sign_event};
+use ruma::{AnyKeyName, CanonicalJsonObject, OwnedSigningKeyId};
+use serde_json::{Value, json};
+
+use super::accept::Source;
+use super::batch::Batch;
+use super::pdu::{Pdu, Verified};
+use super::snapshot::Snapshot;
+use super::stored::Stored;
+use crate::event::Object;
+use crate::identity::SigningKey;
+use crate::refusal::Refusal;
+use crate::seam::{Draft, Outgoing};
+
+/// How many forward extremities an event is built on; other servers refuse more than 20.
+const MAX_PREV_EVENTS: usize = 10;
+/// The largest integer of canonical JSON.
+const MAX_DEPTH: i64 = (1 << 53) - 1;
+
+/// The gateway's key, as ruma wants it.
+pub(super) struct Signer<'a> {
+    key: &'a SigningKey,
+    id: OwnedSigningKeyId<AnyKeyName>,
+}
+
+impl<'a> Signer<'a> {
+    pub(super) fn new(key: &'a SigningKey) -> Result<Self, Refusal> {
+        let id = key.id().try_into().map_err(|_| Refusal::Internal(format!("key ID {}", key.id())))?;
+        Ok(Self { key, id })
+    }
+}
+
+impl KeyPair for Signer<'_> {
+    fn sign(&self, message: &[u8]) -> Signature {
+        let signature = Base64::<ruma::serde::base64::Standard>::parse(self.key.sign(message));
+        Signature::new(self.id.clone(), signature.map(Base64::into_inner).unwrap_or_default())
+    }
+}
+
+impl Batch {
+    /// Builds, checks and takes in an event of the gateway. When it is refused nothing changes.
+    pub async fn send(&mut self, outgoing: Outgoing) -> Result<Arc<Stored>, Refusal> {
+        let before = self.savepoint();
+        let event = match self.build(&outgoing.draft).await {
+            Ok(event) => event,
+            Err(refusal) => {
+                self.roll_back(before);
+                return Err(refusal);
+            }
+        };
+        self.take_own(event, outgoing.effect, before).await
+    }
+
+    /// Takes in an event that was built, and perhaps countersigned by somebody.
+    pub(super) async fn take_own(
+        &mut self,
+        event: Verified,
+        effect: Option<crate::seam::EventEffect>,
+        before: super::batch::Savepoint,
+    ) -> Result<Arc<Stored>, Refusal> {
+        let outcome = self.accept(event, &Source::Own, None).await;
+        match outcome.and_then(|outcome| outcome.accepted().cloned()) {
+            Ok(event) => {
+                if let Some(effect) = effect {
+                    self.effects_mut().push((event.pdu.event_id.clone(), effect));
+                }
+                Ok(event)
+            }
+            Err(refusal) => {
+                self.roll_back(before);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// An event of the gateway, signed, built on the newest forward extremities.
+    pub async fn build(&mut self, draft: &Draft) -> Result<Verified, Refusal> {
+        let own = &self.shared.context.server_name;
+        if draft.sender.server_name() != own {
+            return Err(Refusal::Forbidden(format!("{} is not a user of {own}", draft.sender)));
+        }
+        let mut template = self.template(draft).await?;
+        let context = &self.shared.context;
+        let signer = Signer::new(&context.signing_key)?;
+        hash_and_sign_event(context.server_name.as_str(), &signer, &mut template, &self.rules.redaction)
+            .map_err(|error| Refusal::malformed("event", error.to_string()))?;
+        Verified::own(&template, self.version)
+    }
+
+    /// The event without hashes and signatures; also what `make_join` and the like answer.
+    pub async fn template(&mut self, draft: &Draft) -> Result<CanonicalJsonObject, Refusal> {
+        let skip = self.core.tips.len().saturating_sub(MAX_PREV_EVENTS);
+        let tips: Vec<_> = self.core.tips.iter().skip(skip).cloned().collect();
+        let before = if skip == 0 {
+            self.core.current.clone()
+        } else {
+            self.merge(tips.iter().map(|tip| tip.after.clone()).collect()).await?
+        };
+        let depth = tips.iter().map(|tip| tip.depth).max().map_or(1, |depth| depth.saturating_add(1).min(MAX_DEPTH));
+        let now = self.shared.context.clock.now_ms();
+        let mut event = Object::new();
+        let mut content = draft.content.clone();
+        if draft.kind == "m.room.redaction" && !self.rules.redaction.content_field_redacts {
+            if let Some(redacts) = content.remove("redacts") {
+                event.insert("redacts".to_owned(), redacts);
+            }
+        }
+        if draft.kind != "m.room.create" || self.rules.event_format.require_room_create_room_id {
+            event.insert("room_id".to_owned(), json!(self.room_id));
+        }
+        if let Some(state_key) = &draft.state_key {
+            event.insert("state_key".to_owned(), json!(state_key));
+        }
+        event.extend([
+            ("type".to_owned(), json!(draft.kind)),
+            ("sender".to_owned(), json!(draft.sender)),
+            ("content".to_owned(), Value::Object(content)),
+            ("origin_server_ts".to_owned(), json!(draft.origin_server_ts.clamp(0, now.max(0)))),
+            ("depth".to_owned(), json!(depth)),
+            ("prev_events".to_owned(), json!(tips.iter().map(|tip| &tip.event_id).collect::<Vec<_>>())),
+        ]);
+        let auth_events = self.select_auth_events(draft, &before)?;
+        event.insert("auth_events".to_owned(), auth_events);
+        try_from_json_map(event).map_err(|error| Refusal::malformed("event", error.to_string()))
+    }
+
+    fn select_auth_events(&self, draft: &Draft, before: &Snapshot) -> Result<Value, Refusal> {
+        let content = serde_json::value::to_raw_value(&draft.content)
+            .map_err(|error| Refusal::malformed("content", error.to_string()))?;
+        let keys = ruma::state_res::auth_types_for_event(
+            &TimelineEventType::from(draft.kind.as_str()),
+            &draft.sender,
+            draft.state_key.as_deref(),
+            &content,
+            &self.rules.authorization,
+        )
+        .map_err(Refusal::MatrixRule)?;
+        let ids: Vec<_> = keys.into_iter().filter_map(|(kind, key)| before.map.get(&(kind.to_string(), key))).collect();
+        Ok(json!(ids))
+    }
+
+    /// Whether the event would be accepted as the next one; changes nothing.
+    pub async fn would_accept(&mut self, draft: &Draft) -> Result<(), Refusal> {
+        let before = self.savepoint();
+        let event = self.build(draft).await;
+        let result = match event {
+            Ok(event) => self.accept(event, &Source::Own, None).await,
+            Err(refusal) => Err(refusal),
+        };
+        self.roll_back(before);
+        result?.accepted().map(drop)
+    }
+}
+
+/// Adds the gateway's signature to an event that another server has signed.
+pub(super) fn countersign(pdu: &Pdu, server_name: &str, key: &SigningKey) -> Result<Value, Refusal> {
+    let mut json: CanonicalJsonObject =
+        serde_json::from_str(pdu.raw.get()).map_err(|error| Refusal::NotJson(error.to_string()))?;
+    let rules = super::version::rules_of(pdu.version)?;
+    sign_event(server_name, &Signer::new(key)?, &mut json, &rules.redaction)
+        .map_err(|error| Refusal::malformed("event", error.to_string()))?;
+    serde_json::to_value(&json).map_err(|error| Refusal::Internal(error.to_string()))
+}

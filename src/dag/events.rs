@@ -1,0 +1,120 @@
+//! Reading events and states: from the caches, and what is not there from the store.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use moka::future::Cache;
+use ruma::{EventId, OwnedEventId};
+
+use super::snapshot::Snapshot;
+use super::stored::Stored;
+use crate::store::{Store, StoreError, dag};
+
+/// Some events by their IDs.
+pub type EventMap = HashMap<OwnedEventId, Arc<Stored>>;
+
+/// How many events an auth chain may have. Rooms have thousands; more is an attack.
+const MAX_AUTH_CHAIN: usize = 200_000;
+
+/// The caches over the store; clones share them.
+#[derive(Clone)]
+pub struct Events {
+    store: Store,
+    events: Cache<OwnedEventId, Arc<Stored>>,
+    groups: Cache<i64, Snapshot>,
+}
+
+impl Events {
+    /// Caches for `events` events and `groups` states.
+    pub fn new(store: Store, events: u64, groups: u64) -> Self {
+        Self { store, events: Cache::new(events), groups: Cache::new(groups) }
+    }
+
+    /// One event.
+    pub async fn get(&self, event_id: &EventId) -> Result<Option<Arc<Stored>>, StoreError> {
+        let found = self.get_many(&[event_id.to_owned()]).await?;
+        Ok(found.into_values().next())
+    }
+
+    /// Those of the events that are stored.
+    pub async fn get_many(&self, ids: &[OwnedEventId]) -> Result<EventMap, StoreError> {
+        let mut found = EventMap::new();
+        let mut missing = Vec::new();
+        for id in ids {
+            if found.contains_key(id) {
+                continue;
+            }
+            match self.events.get(id).await {
+                Some(event) => drop(found.insert(id.clone(), event)),
+                None => missing.push(id.clone()),
+            }
+        }
+        missing.sort_unstable();
+        missing.dedup();
+        if missing.is_empty() {
+            return Ok(found);
+        }
+        for row in dag::events(&self.store, &missing).await? {
+            let event = Arc::new(Stored::from_row(row)?);
+            // What has no state yet may get one; only what is final is kept from a read, so that no read can bring an
+            // older row back after a commit.
+            let event = if event.groups.is_some() {
+                self.events.entry(event.pdu.event_id.clone()).or_insert(event).await.into_value()
+            } else {
+                event
+            };
+            found.insert(event.pdu.event_id.clone(), event);
+        }
+        Ok(found)
+    }
+
+    /// Keeps what was just committed.
+    pub async fn committed(&self, events: impl IntoIterator<Item = Arc<Stored>>, groups: Vec<Snapshot>) {
+        for event in events {
+            self.events.insert(event.pdu.event_id.clone(), event).await;
+        }
+        for group in groups {
+            self.groups.insert(group.id, group).await;
+        }
+    }
+
+    /// The state of a group.
+    pub async fn group(&self, id: i64) -> Result<Snapshot, StoreError> {
+        if let Some(group) = self.groups.get(&id).await {
+            return Ok(group);
+        }
+        let chain = dag::group_chain(&self.store, id).await?;
+        let group = Snapshot::from_chain(id, chain)?;
+        self.groups.insert(id, group.clone()).await;
+        Ok(group)
+    }
+
+    /// Everything that the auth events of `roots` lead to; `roots` themselves are in it only where another's chain holds
+    /// them. `staged` are events that are not committed yet.
+    pub async fn auth_chain(&self, roots: Vec<Arc<Stored>>, staged: &EventMap) -> Result<EventMap, StoreError> {
+        let mut chain = EventMap::new();
+        let mut level: Vec<OwnedEventId> = roots.into_iter().flat_map(|event| event.pdu.auth_events.clone()).collect();
+        while !level.is_empty() {
+            level.retain(|id| !chain.contains_key(id));
+            let events = self.with_staged(&level, staged).await?;
+            level = events.values().flat_map(|event| event.pdu.auth_events.iter().cloned()).collect();
+            chain.extend(events);
+            if chain.len() > MAX_AUTH_CHAIN {
+                return Err(StoreError::corrupt("auth chain", "longer than any honest one"));
+            }
+        }
+        Ok(chain)
+    }
+
+    /// The same as [`Events::get_many`], with events that are not committed yet.
+    pub async fn with_staged(&self, ids: &[OwnedEventId], staged: &EventMap) -> Result<EventMap, StoreError> {
+        let committed: Vec<_> = ids.iter().filter(|id| !staged.contains_key(*id)).cloned().collect();
+        let mut found = self.get_many(&committed).await?;
+        for id in ids {
+            if let Some(event) = staged.get(id) {
+                found.insert(id.clone(), event.clone());
+            }
+        }
+        Ok(found)
+    }
+}

@@ -1,0 +1,68 @@
+//! What other homeservers are sent: a room's outbox, as a feed of the outbound queues.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use ruma::ServerName;
+use serde_json::value::RawValue;
+
+use super::Shared;
+use crate::event::Object;
+use crate::federation::{Delivery, Feed, FeedSource};
+use crate::refusal::Refusal;
+use crate::store::{StoreError, dag};
+
+/// The outboxes of all rooms.
+pub(super) struct Outbox(pub(super) Arc<Shared>);
+
+#[async_trait]
+impl FeedSource for Outbox {
+    async fn read(
+        &self,
+        feed: &Feed,
+        destination: &ServerName,
+        after: i64,
+        until: Option<i64>,
+        limit: usize,
+    ) -> Result<Vec<Delivery>, StoreError> {
+        let store = &self.0.context.store;
+        let until = until.unwrap_or(i64::MAX);
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let windows = dag::windows(store, &feed.room_id, destination).await?;
+        let rows = dag::outbox(store, &feed.room_id, after, until, limit).await?;
+        rows.into_iter()
+            .map(|(row, json)| {
+                let wanted = row.not_to.as_deref() != Some(destination)
+                    && windows.iter().any(|window| {
+                        row.position > window.opened && window.closed.is_none_or(|closed| row.position <= closed)
+                    });
+                let event = wanted.then(|| raw(json)).transpose()?;
+                Ok(Delivery { position: row.position, event })
+            })
+            .collect()
+    }
+
+    async fn already_delivered(
+        &self,
+        _feed: &Feed,
+        _destination: &ServerName,
+        _positions: &[i64],
+    ) -> Result<Vec<i64>, Refusal> {
+        // An event of a graph is known by its ID: sent twice it is taken once.
+        Ok(Vec::new())
+    }
+
+    async fn answered(&self, feed: &Feed, destination: &ServerName, _positions: &[i64], answer: &Object) {
+        let pdus = answer.get("pdus").and_then(serde_json::Value::as_object);
+        for (event, result) in pdus.into_iter().flatten() {
+            if let Some(error) = result.get("error") {
+                tracing::warn!(room = %feed.room_id, %event, server = %destination, %error, "event refused there");
+            }
+        }
+    }
+}
+
+fn raw(json: Vec<u8>) -> Result<Box<RawValue>, StoreError> {
+    let text = String::from_utf8(json).map_err(|error| StoreError::corrupt("event", error))?;
+    RawValue::from_string(text).map_err(|error| StoreError::corrupt("event", error))
+}

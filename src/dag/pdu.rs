@@ -1,0 +1,294 @@
+//! PDUs of graph rooms: parsed strictly, then proved step by step. An [`Unverified`] has the right form, a [`Verified`] the
+//! right signatures (and the content hash, or else it is the redacted copy); what was authorized is a
+//! [`super::stored::Stored`].
+
+use std::collections::BTreeSet;
+
+use ruma::canonical_json::{redact, try_from_json_map};
+use ruma::events::TimelineEventType;
+use ruma::room_version_rules::RoomVersionRules;
+use ruma::serde::Base64;
+use ruma::signatures::{
+    PublicKeyMap, PublicKeySet, Verified as HashVerified, reference_hash, required_server_signatures_to_verify_event,
+    verify_event,
+};
+use ruma::state_res::check_pdu_format;
+use ruma::{CanonicalJsonObject, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::version::rules_of;
+use crate::event::{Object, RoomVersion, VerifyKeys, parse_object};
+use crate::refusal::Refusal;
+
+/// The fields of an event of a graph, and the event itself as it goes over the wire (canonical JSON without `unsigned`).
+#[derive(Debug, Clone)]
+pub struct Pdu {
+    /// The version of the room.
+    pub version: RoomVersion,
+    /// `$` and the reference hash.
+    pub event_id: OwnedEventId,
+    /// The room; of a version 12 create event the room that it makes.
+    pub room_id: OwnedRoomId,
+    /// Whether `room_id` stands in the event: not so in a version 12 create event.
+    pub says_room_id: bool,
+    /// The sender.
+    pub sender: OwnedUserId,
+    /// The event type.
+    pub kind: TimelineEventType,
+    /// The state key of a state event.
+    pub state_key: Option<String>,
+    /// Milliseconds since the epoch, as the sender says; never negative.
+    pub origin_server_ts: i64,
+    /// As the sender says.
+    pub depth: i64,
+    /// The events before it, each once.
+    pub prev_events: Vec<OwnedEventId>,
+    /// The events that allow it.
+    pub auth_events: Vec<OwnedEventId>,
+    /// Of a redaction: what it redacts.
+    pub redacts: Option<OwnedEventId>,
+    /// `content`.
+    pub content: Box<RawValue>,
+    /// The whole event.
+    pub raw: Box<RawValue>,
+}
+
+/// A PDU whose form is right, and of which nothing else is proved.
+#[derive(Debug, Clone)]
+pub struct Unverified {
+    pdu: Pdu,
+    json: CanonicalJsonObject,
+}
+
+/// A PDU that is signed as its room version asks.
+#[derive(Debug, Clone)]
+pub struct Verified(Pdu);
+
+/// What of an event is read from its JSON. (Section "Event format" of the room versions.)
+#[derive(Deserialize)]
+struct Wire {
+    room_id: Option<OwnedRoomId>,
+    sender: OwnedUserId,
+    #[serde(rename = "type")]
+    kind: TimelineEventType,
+    state_key: Option<String>,
+    origin_server_ts: i64,
+    depth: i64,
+    prev_events: Vec<OwnedEventId>,
+    auth_events: Vec<OwnedEventId>,
+    redacts: Option<serde_json::Value>,
+    content: Box<RawValue>,
+}
+
+impl Unverified {
+    /// Parses an event as it came.
+    pub fn parse(raw: &str, version: RoomVersion) -> Result<Self, Refusal> {
+        Self::from_object(parse_object(raw.as_bytes())?, version)
+    }
+
+    /// Checks the form of a parsed event: canonical JSON, fields, lengths and numbers. `unsigned` is dropped.
+    pub fn from_object(mut object: Object, version: RoomVersion) -> Result<Self, Refusal> {
+        let rules = rules_of(version)?;
+        object.remove("unsigned");
+        let json = try_from_json_map(object).map_err(|error| Refusal::malformed("event", error.to_string()))?;
+        check_pdu_format(&json, &rules.event_format).map_err(|problem| Refusal::malformed("event", problem))?;
+        let hash = reference_hash(&json, rules).map_err(|error| Refusal::malformed("event", error.to_string()))?;
+        let pdu = Pdu::read(&json, &format!("${hash}"), version)?;
+        if pdu.prev_events.is_empty() && pdu.kind != TimelineEventType::RoomCreate {
+            return Err(Refusal::malformed("prev_events", "empty"));
+        }
+        Ok(Self { pdu, json })
+    }
+
+    /// The servers that must have signed it.
+    pub fn signers(&self) -> Result<BTreeSet<OwnedServerName>, Refusal> {
+        let rules = rules_of(self.pdu.version)?;
+        required_server_signatures_to_verify_event(&self.json, &rules.signatures)
+            .map_err(|error| Refusal::malformed("event", error.to_string()))
+    }
+
+    /// Its `signatures`, as an object that holds nothing else.
+    pub fn signatures(&self) -> Object {
+        let signatures = self.json.get("signatures").cloned().map(serde_json::Value::from);
+        signatures.into_iter().map(|value| ("signatures".to_owned(), value)).collect()
+    }
+
+    /// The fields, not proved.
+    pub fn pdu(&self) -> &Pdu {
+        &self.pdu
+    }
+
+    /// Checks the signatures and the content hash. When the hash is wrong, what is returned is the redacted copy.
+    pub fn verify(self, keys: &VerifyKeys) -> Result<Verified, Refusal> {
+        let rules = rules_of(self.pdu.version)?;
+        let keys = public_keys(keys)?;
+        let checked = verify_event(&keys, &self.json, rules).map_err(|error| Refusal::BadSignature {
+            entity: self.pdu.sender.server_name().to_string(),
+            problem: error.to_string(),
+        })?;
+        if checked == HashVerified::All {
+            return Ok(Verified(self.pdu));
+        }
+        tracing::info!(room = %self.pdu.room_id, event = %self.pdu.event_id, "wrong content hash: kept redacted");
+        self.pdu.redacted().map(Verified)
+    }
+}
+
+impl Unverified {
+    /// The same as [`Unverified::verify`], with the signatures of all of `servers` demanded.
+    pub fn verify_by(self, servers: &[OwnedServerName], keys: &VerifyKeys) -> Result<Verified, Refusal> {
+        let rules = rules_of(self.pdu.version)?;
+        let redacted = redact(self.json.clone(), &rules.redaction, None)
+            .map_err(|error| Refusal::malformed("event", error.to_string()))?;
+        let mut demanded = public_keys(keys)?;
+        demanded.retain(|server, _| servers.iter().any(|wanted| wanted.as_str() == server));
+        for server in servers {
+            let bad = |problem: String| Refusal::BadSignature { entity: server.to_string(), problem };
+            let set = demanded.get(server.as_str()).cloned().ok_or_else(|| bad("no key".to_owned()))?;
+            let one = PublicKeyMap::from([(server.to_string(), set)]);
+            ruma::signatures::verify_json(&one, &redacted).map_err(|error| bad(error.to_string()))?;
+        }
+        self.verify(keys)
+    }
+}
+
+impl Verified {
+    /// An event that the gateway has made and signed itself.
+    pub(super) fn own(json: &CanonicalJsonObject, version: RoomVersion) -> Result<Self, Refusal> {
+        let rules = rules_of(version)?;
+        check_pdu_format(json, &rules.event_format).map_err(|problem| Refusal::malformed("event", problem))?;
+        let hash = reference_hash(json, rules).map_err(|error| Refusal::malformed("event", error.to_string()))?;
+        Pdu::read(json, &format!("${hash}"), version).map(Self)
+    }
+
+    /// The fields.
+    pub fn pdu(&self) -> &Pdu {
+        &self.0
+    }
+
+    /// The fields.
+    pub fn into_pdu(self) -> Pdu {
+        self.0
+    }
+}
+
+impl Pdu {
+    /// Reads the fields of an event that is stored here, whose ID is known.
+    pub fn read_stored(raw: &str, event_id: &str, version: RoomVersion) -> Result<Self, Refusal> {
+        let raw = RawValue::from_string(raw.to_owned()).map_err(|error| Refusal::NotJson(error.to_string()))?;
+        Self::read_raw(raw, event_id, version)
+    }
+
+    /// The copy without what redaction takes away; its ID is the same.
+    pub fn redacted(&self) -> Result<Self, Refusal> {
+        let rules = rules_of(self.version)?;
+        let json: CanonicalJsonObject =
+            serde_json::from_str(self.raw.get()).map_err(|error| Refusal::NotJson(error.to_string()))?;
+        let redacted =
+            redact(json, &rules.redaction, None).map_err(|error| Refusal::malformed("event", error.to_string()))?;
+        Self::read(&redacted, self.event_id.as_str(), self.version)
+    }
+
+    /// The event as a JSON value.
+    pub fn to_value(&self) -> serde_json::Value {
+        serde_json::from_str(self.raw.get()).unwrap_or_default()
+    }
+
+    fn read(json: &CanonicalJsonObject, event_id: &str, version: RoomVersion) -> Result<Self, Refusal> {
+        let raw = serde_json::value::to_raw_value(json).map_err(|error| Refusal::NotJson(error.to_string()))?;
+        Self::read_raw(raw, event_id, version)
+    }
+
+    fn read_raw(raw: Box<RawValue>, event_id: &str, version: RoomVersion) -> Result<Self, Refusal> {
+        let wire: Wire =
+            serde_json::from_str(raw.get()).map_err(|error| Refusal::malformed("event", error.to_string()))?;
+        if !wire.content.get().starts_with('{') {
+            return Err(Refusal::malformed("content", "not an object"));
+        }
+        if wire.origin_server_ts < 0 {
+            return Err(Refusal::malformed("origin_server_ts", wire.origin_server_ts.to_string()));
+        }
+        for id in wire.prev_events.iter().chain(&wire.auth_events) {
+            check_event_id(id)?;
+        }
+        let event_id = event_id.try_into().map_err(|_| Refusal::malformed("event ID", event_id))?;
+        let says_room_id = wire.room_id.is_some();
+        let room_id = match wire.room_id {
+            Some(room_id) => room_id,
+            None => room_of_create(&event_id)?,
+        };
+        let redacts = redacts(wire.redacts, &wire.kind, &wire.content, rules_of(version)?);
+        let mut seen = BTreeSet::new();
+        let prev_events = wire.prev_events.into_iter().filter(|id| seen.insert(id.clone())).collect();
+        Ok(Self {
+            version,
+            event_id,
+            room_id,
+            says_room_id,
+            sender: wire.sender,
+            kind: wire.kind,
+            state_key: wire.state_key,
+            origin_server_ts: wire.origin_server_ts,
+            depth: wire.depth,
+            prev_events,
+            auth_events: wire.auth_events,
+            redacts,
+            content: wire.content,
+            raw,
+        })
+    }
+}
+
+/// The room that a version 12 create event makes.
+pub fn room_of_create(event_id: &OwnedEventId) -> Result<OwnedRoomId, Refusal> {
+    let room_id = event_id.as_str().replacen('$', "!", 1);
+    room_id.as_str().try_into().map_err(|_| Refusal::malformed("room ID", room_id))
+}
+
+/// The create event of a version 12 room.
+pub fn create_of_room(room_id: &ruma::RoomId) -> Option<OwnedEventId> {
+    room_id.as_str().replacen('!', "$", 1).as_str().try_into().ok()
+}
+
+/// Event IDs of the versions that are supported are `$` and 43 characters of URL-safe base64.
+pub fn check_event_id(event_id: &ruma::EventId) -> Result<(), Refusal> {
+    let is_hash = event_id.as_str().strip_prefix('$').is_some_and(|hash| {
+        hash.len() == 43 && hash.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+    });
+    if is_hash { Ok(()) } else { Err(Refusal::malformed("event ID", event_id.as_str())) }
+}
+
+fn redacts(
+    top_level: Option<serde_json::Value>,
+    kind: &TimelineEventType,
+    content: &RawValue,
+    rules: &RoomVersionRules,
+) -> Option<OwnedEventId> {
+    #[derive(Deserialize)]
+    struct Content {
+        redacts: Option<serde_json::Value>,
+    }
+    if *kind != TimelineEventType::RoomRedaction {
+        return None;
+    }
+    let value = if rules.redaction.content_field_redacts {
+        serde_json::from_str::<Content>(content.get()).ok()?.redacts
+    } else {
+        top_level
+    };
+    value?.as_str()?.try_into().ok()
+}
+
+fn public_keys(keys: &VerifyKeys) -> Result<PublicKeyMap, Refusal> {
+    let mut map = PublicKeyMap::new();
+    for (server, keys) in keys {
+        let mut set = PublicKeySet::new();
+        for (id, key) in keys {
+            let key = Base64::parse(key.to_base64()).map_err(|error| Refusal::Internal(error.to_string()))?;
+            set.insert(id.clone(), key);
+        }
+        map.insert(server.to_string(), set);
+    }
+    Ok(map)
+}

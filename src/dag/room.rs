@@ -1,0 +1,269 @@
+//! Active rooms: what is known of each in memory, and the one task that changes it. A room is loaded when it is first asked
+//! for and let go when nobody has used it for a while.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arc_swap::ArcSwap;
+use futures::future::BoxFuture;
+use imbl::{OrdMap, OrdSet};
+use ruma::room_version_rules::RoomVersionRules;
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName};
+use tokio::sync::{OnceCell, Semaphore, mpsc, oneshot};
+
+use super::Shared;
+use super::actor::{self, Work};
+use super::batch::Batch;
+use super::snapshot::Snapshot;
+use super::version::rules_of;
+use crate::event::RoomVersion;
+use crate::refusal::Refusal;
+use crate::store::dag::RoomRow;
+use crate::store::{StoreError, dag};
+
+/// How many jobs may wait for one room before those who bring more wait too.
+const QUEUE: usize = 512;
+
+/// A forward extremity.
+#[derive(Debug, Clone)]
+pub struct Tip {
+    /// The event.
+    pub event_id: OwnedEventId,
+    /// Its depth.
+    pub depth: i64,
+    /// The state after it.
+    pub after: Snapshot,
+}
+
+/// What changes in a room. Clones share structure.
+#[derive(Debug, Clone, Default)]
+pub struct Core {
+    /// The current, resolved state.
+    pub current: Snapshot,
+    /// The forward extremities, oldest first.
+    pub tips: Vec<Tip>,
+    /// The joined users.
+    pub joined: OrdSet<OwnedUserId>,
+    /// The servers of joined users, with how many.
+    pub servers: OrdMap<OwnedServerName, usize>,
+    /// The last position of the outbox.
+    pub head: i64,
+}
+
+impl Core {
+    /// Whether a user of `server` is joined.
+    pub fn has_server(&self, server: &ServerName) -> bool {
+        self.servers.contains_key(server)
+    }
+
+    /// Takes a user in or out of the joined ones. True when that was the server's first, or last, user.
+    pub fn set_joined(&mut self, user: &OwnedUserId, joined: bool) -> bool {
+        let server = user.server_name();
+        let count = self.servers.get(server).copied().unwrap_or_default();
+        let new = match (self.joined.contains(user), joined) {
+            (false, true) => count.saturating_add(1),
+            (true, false) => count.saturating_sub(1),
+            _ => return false,
+        };
+        if joined {
+            self.joined.insert(user.clone());
+        } else {
+            self.joined.remove(user);
+        }
+        if new == 0 {
+            self.servers.remove(server);
+        } else {
+            self.servers.insert(server.to_owned(), new);
+        }
+        (count == 0) != (new == 0)
+    }
+}
+
+/// An active room.
+pub struct Room {
+    /// Its ID.
+    pub room_id: OwnedRoomId,
+    /// Its version.
+    pub version: RoomVersion,
+    /// The version's rules.
+    pub rules: &'static RoomVersionRules,
+    /// Held by who fetches what is missing here, so that it is fetched once.
+    pub filling: tokio::sync::Mutex<()>,
+    listed: AtomicBool,
+    core: ArcSwap<Core>,
+    jobs: mpsc::UnboundedSender<Box<dyn Work>>,
+    permits: Arc<Semaphore>,
+}
+
+impl Room {
+    /// The last committed state of things.
+    pub fn core(&self) -> Arc<Core> {
+        self.core.load_full()
+    }
+
+    /// Whether it is in the public directory.
+    pub fn is_listed(&self) -> bool {
+        self.listed.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_listed(&self, listed: bool) {
+        self.listed.store(listed, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_core(&self, core: Core) {
+        self.core.store(Arc::new(core));
+    }
+
+    /// Its row with `core`.
+    pub fn row(&self, core: &Core) -> RoomRow {
+        RoomRow {
+            room_id: self.room_id.clone(),
+            version: self.version.as_str().to_owned(),
+            listed: self.is_listed(),
+            current: core.current.id,
+            tips: core.tips.iter().map(|tip| tip.event_id.clone()).collect(),
+            head: core.head,
+        }
+    }
+}
+
+type Slot = Arc<OnceCell<Option<Arc<Room>>>>;
+
+/// The active rooms.
+#[derive(Default)]
+pub struct Rooms {
+    slots: Mutex<HashMap<OwnedRoomId, Slot>>,
+}
+
+impl Rooms {
+    fn slots(&self) -> std::sync::MutexGuard<'_, HashMap<OwnedRoomId, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the room out if nothing waits for it; true when it was taken out.
+    pub(super) fn retire(&self, room: &Room, jobs: &mut mpsc::UnboundedReceiver<Box<dyn Work>>) -> bool {
+        let mut slots = self.slots();
+        if !jobs.is_empty() {
+            return false;
+        }
+        jobs.close();
+        slots.remove(&room.room_id);
+        true
+    }
+}
+
+impl Shared {
+    /// The room; none when it is not on the graph side here.
+    pub async fn find(self: &Arc<Self>, room_id: &RoomId) -> Result<Option<Arc<Room>>, StoreError> {
+        let slot = self.rooms.slots().entry(room_id.to_owned()).or_default().clone();
+        let found = slot.get_or_try_init(|| self.load(room_id)).await;
+        if !matches!(found, Ok(Some(_))) {
+            let mut slots = self.rooms.slots();
+            if slots.get(room_id).is_some_and(|held| Arc::ptr_eq(held, &slot)) {
+                slots.remove(room_id);
+            }
+        }
+        found.cloned()
+    }
+
+    /// The room, which must be known.
+    pub async fn room(self: &Arc<Self>, room_id: &RoomId) -> Result<Arc<Room>, Refusal> {
+        self.find(room_id).await?.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))
+    }
+
+    async fn load(self: &Arc<Self>, room_id: &RoomId) -> Result<Option<Arc<Room>>, StoreError> {
+        if room_id.as_str().contains('\0') {
+            return Ok(None);
+        }
+        let Some(row) = dag::room(&self.context.store, room_id).await? else { return Ok(None) };
+        let version =
+            RoomVersion::parse(&row.version).ok_or_else(|| StoreError::corrupt("room version", &row.version))?;
+        let mut core = Core { current: self.events.group(row.current).await?, head: row.head, ..Core::default() };
+        let events = self.events.get_many(&row.tips).await?;
+        for event_id in row.tips {
+            let event = events.get(&event_id).ok_or_else(|| StoreError::corrupt("extremity", &event_id))?;
+            let groups = event.groups.ok_or_else(|| StoreError::corrupt("extremity", &event_id))?;
+            let after = self.events.group(groups.after).await?;
+            core.tips.push(Tip { event_id, depth: event.pdu.depth, after });
+        }
+        for user in dag::joined(&self.context.store, room_id).await? {
+            core.set_joined(&user, true);
+        }
+        let room = self.start(room_id.to_owned(), version, core)?;
+        room.set_listed(row.listed);
+        Ok(Some(room))
+    }
+
+    fn start(
+        self: &Arc<Self>,
+        room_id: OwnedRoomId,
+        version: RoomVersion,
+        core: Core,
+    ) -> Result<Arc<Room>, StoreError> {
+        let rules = rules_of(version).map_err(|refusal| StoreError::corrupt("room version", refusal))?;
+        let (jobs, inbox) = mpsc::unbounded_channel();
+        let room = Arc::new(Room {
+            room_id,
+            version,
+            rules,
+            filling: tokio::sync::Mutex::default(),
+            listed: AtomicBool::new(false),
+            core: ArcSwap::from_pointee(core),
+            jobs,
+            permits: Arc::new(Semaphore::new(QUEUE)),
+        });
+        tokio::spawn(actor::run(self.clone(), room.clone(), inbox));
+        Ok(room)
+    }
+
+    /// A room that does not exist yet: its first job makes it. It is found by others once that job is committed.
+    pub(super) fn start_new(
+        self: &Arc<Self>,
+        room_id: &RoomId,
+        version: RoomVersion,
+        core: Core,
+    ) -> Result<Arc<Room>, Refusal> {
+        let room = self.start(room_id.to_owned(), version, core)?;
+        let slot = Slot::default();
+        let _ = slot.set(Some(room.clone()));
+        match self.rooms.slots().insert(room_id.to_owned(), slot) {
+            None => Ok(room),
+            Some(_) => Err(Refusal::Internal(format!("room {room_id} exists"))),
+        }
+    }
+
+    /// Takes out a room whose making failed.
+    pub(super) fn forget(&self, room_id: &RoomId) {
+        self.rooms.slots().remove(room_id);
+    }
+
+    /// Runs `job` in the room's task, and returns what it gave after that is committed. A job that fails changes nothing.
+    pub async fn run<T, F>(self: &Arc<Self>, room: &Arc<Room>, job: F) -> Result<T, Refusal>
+    where
+        T: Send + 'static,
+        F: for<'b> FnOnce(&'b mut Batch) -> BoxFuture<'b, Result<T, Refusal>> + Send + 'static,
+    {
+        let permit = room.permits.clone().acquire_owned().await.map_err(|_| closed())?;
+        let (reply, answer) = oneshot::channel();
+        let mut work = actor::boxed(job, permit, reply);
+        // A room that was let go meanwhile is loaded again; its rows are what it was.
+        let mut room = room.clone();
+        for _ in 0..3 {
+            let sent = {
+                let _slots = self.rooms.slots();
+                room.jobs.send(work)
+            };
+            match sent {
+                Ok(()) => return answer.await.map_err(|_| closed())?,
+                Err(mpsc::error::SendError(back)) => work = back,
+            }
+            room = self.room(&room.room_id).await?;
+        }
+        Err(closed())
+    }
+}
+
+fn closed() -> Refusal {
+    Refusal::Internal("the room's task ended".to_owned())
+}

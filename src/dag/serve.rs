@@ -1,0 +1,239 @@
+//! What other homeservers may read: events, states, auth chains and history, of rooms in which they have somebody.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+
+use ruma::{EventId, OwnedEventId, RoomId, ServerName};
+use serde_json::{Value, json};
+
+use super::Dag;
+use super::events::{EventMap, Events};
+use super::room::Room;
+use super::stored::{Status, Stored};
+use crate::event::Object;
+use crate::refusal::Refusal;
+use crate::seam::Membership;
+use crate::store::StoreError;
+
+/// How many events one page of history has at most.
+const MAX_PAGE: usize = 100;
+/// How many missing events are given at once, at most.
+const MAX_MISSING: usize = 50;
+
+impl Dag {
+    /// `GET v1/event`
+    pub async fn get_event(&self, origin: &ServerName, event_id: &EventId) -> Result<Value, Refusal> {
+        let not_found = || Refusal::NotFound(format!("event {event_id}"));
+        let event = self.shared.events.get(event_id).await?.ok_or_else(not_found)?;
+        self.reader(origin, &event.pdu.room_id).await?;
+        if event.status == Status::Rejected {
+            return Err(not_found());
+        }
+        Ok(self.page(vec![self.as_seen_by(origin, &event).await?]))
+    }
+
+    /// `GET v1/event_auth`
+    pub async fn event_auth(
+        &self,
+        origin: &ServerName,
+        room_id: &RoomId,
+        event_id: &EventId,
+    ) -> Result<Value, Refusal> {
+        self.reader(origin, room_id).await?;
+        let event = self.event_of(room_id, event_id).await?;
+        let chain = auth_chain_of(&self.shared.events, vec![event], &EventMap::new()).await?;
+        Ok(json!({ "auth_chain": values(chain) }))
+    }
+
+    /// `GET v1/state`, and `state_ids` when `ids` is set: the state before an event.
+    pub async fn get_state(
+        &self,
+        origin: &ServerName,
+        room_id: &RoomId,
+        event_id: &EventId,
+        ids: bool,
+    ) -> Result<Value, Refusal> {
+        self.reader(origin, room_id).await?;
+        let event = self.event_of(room_id, event_id).await?;
+        let groups = event.groups.ok_or_else(|| Refusal::NotFound(format!("the state at {event_id}")))?;
+        let state = self.shared.events.group(groups.before).await?;
+        let state_ids: Vec<_> = state.map.values().cloned().collect();
+        let state = self.shared.events.get_many(&state_ids).await?;
+        let chain = auth_chain_of(&self.shared.events, state.values().cloned().collect(), &EventMap::new()).await?;
+        if ids {
+            let chain: Vec<_> = chain.into_iter().map(|event| event.pdu.event_id.clone()).collect();
+            return Ok(json!({ "pdu_ids": state_ids, "auth_chain_ids": chain }));
+        }
+        Ok(json!({ "pdus": values(state.into_values()), "auth_chain": values(chain) }))
+    }
+
+    /// `GET v1/backfill`
+    pub async fn backfill(
+        &self,
+        origin: &ServerName,
+        room_id: &RoomId,
+        from: &[OwnedEventId],
+        limit: i64,
+    ) -> Result<Value, Refusal> {
+        let room = self.reader(origin, room_id).await?;
+        let limit = usize::try_from(limit).unwrap_or(0).min(MAX_PAGE);
+        let start = from.iter().take(20).cloned().collect();
+        let events = self.history(&room, start, &HashSet::new(), 0, limit).await?;
+        let mut pdus = Vec::new();
+        for event in events {
+            pdus.push(self.as_seen_by(origin, &event).await?);
+        }
+        Ok(self.page(pdus))
+    }
+
+    /// `POST v1/get_missing_events`
+    pub async fn get_missing_events(
+        &self,
+        origin: &ServerName,
+        room_id: &RoomId,
+        body: Object,
+    ) -> Result<Value, Refusal> {
+        let room = self.reader(origin, room_id).await?;
+        let limit = body.get("limit").and_then(Value::as_u64).unwrap_or(10);
+        let limit = usize::try_from(limit).unwrap_or(MAX_MISSING).min(MAX_MISSING);
+        let min_depth = body.get("min_depth").and_then(Value::as_i64).unwrap_or(0);
+        let latest = event_ids(&body, "latest_events")?;
+        let earliest: HashSet<OwnedEventId> = event_ids(&body, "earliest_events")?.into_iter().collect();
+        let heads = self.shared.events.get_many(&latest).await?;
+        let heads: Vec<_> = heads.into_values().filter(|event| event.pdu.room_id == room.room_id).collect();
+        let mut stop = earliest;
+        stop.extend(latest);
+        let start = heads.iter().flat_map(|event| event.pdu.prev_events.iter().cloned()).collect();
+        let mut events = self.history(&room, start, &stop, min_depth, limit).await?;
+        events.reverse();
+        let mut pdus = Vec::new();
+        for event in events {
+            pdus.push(self.as_seen_by(origin, &event).await?);
+        }
+        Ok(json!({ "events": pdus }))
+    }
+
+    /// The events from `start` backwards, newest first, without those of `stop` and what is before them.
+    async fn history(
+        &self,
+        room: &Room,
+        start: Vec<OwnedEventId>,
+        stop: &HashSet<OwnedEventId>,
+        min_depth: i64,
+        limit: usize,
+    ) -> Result<Vec<Arc<Stored>>, Refusal> {
+        let mut seen: HashSet<OwnedEventId> = HashSet::new();
+        // Newest first: the deepest of what is known next.
+        let mut next: BTreeSet<(i64, i64, OwnedEventId)> = BTreeSet::new();
+        let mut known = EventMap::new();
+        let mut wanted = start;
+        let mut events = Vec::new();
+        loop {
+            wanted.retain(|id| !stop.contains(id) && seen.insert(id.clone()));
+            for (id, event) in self.shared.events.get_many(&wanted).await? {
+                let pdu = &event.pdu;
+                if pdu.room_id == room.room_id && event.groups.is_some() && pdu.depth >= min_depth {
+                    next.insert((pdu.depth, pdu.origin_server_ts, id.clone()));
+                    known.insert(id, event);
+                }
+            }
+            let Some((_, _, id)) = next.pop_last().filter(|_| events.len() < limit) else { return Ok(events) };
+            let Some(event) = known.remove(&id) else { return Ok(events) };
+            wanted = event.pdu.prev_events.clone();
+            if event.status != Status::Rejected {
+                events.push(event);
+            }
+        }
+    }
+
+    /// The room, when the server has somebody in it. (HC-50)
+    pub(super) async fn reader(&self, origin: &ServerName, room_id: &RoomId) -> Result<Arc<Room>, Refusal> {
+        let room = self.shared.room(room_id).await?;
+        self.shared.check_acl(&room, origin).await?;
+        if room.core().has_server(origin) {
+            Ok(room)
+        } else {
+            Err(Refusal::Forbidden(format!("{origin} is not in room {room_id}")))
+        }
+    }
+
+    async fn event_of(&self, room_id: &RoomId, event_id: &EventId) -> Result<Arc<Stored>, Refusal> {
+        let event = self.shared.events.get(event_id).await?;
+        event
+            .filter(|event| event.pdu.room_id == room_id && event.status != Status::Rejected)
+            .ok_or_else(|| Refusal::NotFound(format!("event {event_id} of room {room_id}")))
+    }
+
+    /// The event, or its redacted copy when the room's history was not visible to the server then.
+    async fn as_seen_by(&self, origin: &ServerName, event: &Arc<Stored>) -> Result<Value, Refusal> {
+        if self.is_visible(origin, event).await? {
+            Ok(event.pdu.to_value())
+        } else {
+            Ok(event.pdu.redacted()?.to_value())
+        }
+    }
+
+    async fn is_visible(&self, origin: &ServerName, event: &Arc<Stored>) -> Result<bool, Refusal> {
+        if event.pdu.sender.server_name() == origin || event.pdu.state_key.is_some() {
+            return Ok(true);
+        }
+        let events = &self.shared.events;
+        let Some(groups) = event.groups else { return Ok(false) };
+        let state = events.group(groups.before).await?;
+        let visibility = match state.get("m.room.history_visibility", "") {
+            Some(id) => events.get(id).await?.map(|event| event.content()),
+            None => None,
+        };
+        let visibility = visibility.and_then(|content| Some(content.get("history_visibility")?.as_str()?.to_owned()));
+        let enough: &[Membership] = match visibility.as_deref() {
+            Some("joined") => &[Membership::Join],
+            Some("invited") => &[Membership::Join, Membership::Invite],
+            _ => return Ok(true),
+        };
+        let first = ("m.room.member".to_owned(), String::new());
+        let suffix = format!(":{origin}");
+        let ids: Vec<_> = state
+            .map
+            .range(first..)
+            .take_while(|((kind, _), _)| kind == "m.room.member")
+            .filter(|((_, user), _)| user.ends_with(&suffix))
+            .map(|(_, id)| id.clone())
+            .collect();
+        let members = events.get_many(&ids).await?;
+        Ok(members.values().any(|event| event.membership().is_some_and(|found| enough.contains(&found))))
+    }
+
+    fn page(&self, pdus: Vec<Value>) -> Value {
+        let context = &self.shared.context;
+        json!({ "origin": context.server_name, "origin_server_ts": context.clock.now_ms(), "pdus": pdus })
+    }
+}
+
+/// The auth chain of `roots`, without the events of `known`.
+pub(super) async fn auth_chain_of(
+    events: &Events,
+    roots: Vec<Arc<Stored>>,
+    known: &EventMap,
+) -> Result<Vec<Arc<Stored>>, StoreError> {
+    let chain = events.auth_chain(roots, &EventMap::new()).await?;
+    Ok(chain.into_iter().filter(|(id, _)| !known.contains_key(id)).map(|(_, event)| event).collect())
+}
+
+/// Events as JSON, in the order of their depth.
+pub(super) fn values(events: impl IntoIterator<Item = Arc<Stored>>) -> Vec<Value> {
+    let mut events: Vec<_> = events.into_iter().collect();
+    events.sort_by(|a, b| (a.pdu.depth, &a.pdu.event_id).cmp(&(b.pdu.depth, &b.pdu.event_id)));
+    events.iter().map(|event| event.pdu.to_value()).collect()
+}
+
+fn event_ids(body: &Object, key: &str) -> Result<Vec<OwnedEventId>, Refusal> {
+    let Some(list) = body.get(key).and_then(Value::as_array) else {
+        return Err(Refusal::malformed(key, "absent or no list"));
+    };
+    let ids = list.iter().take(MAX_MISSING).map(|id| {
+        let parsed: Option<OwnedEventId> = id.as_str().and_then(|id| id.try_into().ok());
+        let id = parsed.ok_or_else(|| Refusal::malformed(key, id.to_string()))?;
+        super::pdu::check_event_id(&id).map(|()| id)
+    });
+    ids.collect()
+}
