@@ -1,1 +1,4 @@
 //! All integration tests: one binary, a module a file.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
