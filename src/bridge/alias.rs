@@ -49,8 +49,7 @@ pub(super) fn of_room(room_id: &RoomId) -> Option<String> {
 }
 
 /// The localpart that names an LM alias `#NAME:SERVER`.
-#[cfg(test)]
-pub(super) fn of_alias(name: &str, server: &ServerName) -> String {
+pub fn of_alias(name: &str, server: &ServerName) -> String {
     let escaped = name.replace('=', "=3d");
     let escaped = match escaped.strip_prefix('!') {
         Some(rest) => format!("=21{rest}"),

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use ruma::{OwnedServerName, OwnedUserId, UserId};
 
+pub use self::alias::of_alias;
 pub use self::portal::{Cause, NewPortal, Portal, PortalKind, PortalState};
 use crate::federation::Context;
 use crate::refusal::Refusal;

@@ -84,6 +84,21 @@ pub async fn all(store: &Store) -> Result<Vec<PortalRow>, StoreError> {
     rows.iter().map(portal_row).collect()
 }
 
+/// The number of the portal that a Matrix room is in and that has not ended.
+pub async fn number_of_matrix_room(store: &Store, room_id: &RoomId) -> Result<Option<i64>, StoreError> {
+    let row: Option<(i64,)> =
+        sqlx::query_as("SELECT number FROM bridge_portals WHERE matrix_room_id = $1 AND state <> 'ended'")
+            .bind(room_id.as_str())
+            .fetch_optional(store.reader())
+            .await?;
+    Ok(row.map(|(number,)| number))
+}
+
+/// How many portals are in each state.
+pub async fn count(store: &Store) -> Result<Vec<(String, i64)>, StoreError> {
+    Ok(sqlx::query_as("SELECT state, COUNT(*) FROM bridge_portals GROUP BY state").fetch_all(store.reader()).await?)
+}
+
 /// Makes the alias with this localpart lead to a portal.
 pub async fn set_alias(tx: &mut Tx, localpart: &str, portal: i64) -> Result<(), StoreError> {
     sqlx::query(

@@ -1,0 +1,165 @@
+//! `/join #lm_NAME_SERVER:SYNAPSE`: the homeserver asks for an alias that it does not know, and the gateway finds or makes the
+//! portal and publishes the alias there, before it answers.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared};
+use http::StatusCode;
+use ruma::{OwnedServerName, OwnedUserId, RoomId};
+use tokio::sync::Semaphore;
+
+use super::portals::Portals;
+use super::{Homeserver, HomeserverError};
+use crate::admin::metrics::METRICS;
+use crate::clock::SharedClock;
+use crate::refusal::Refusal;
+use crate::seam::AliasTarget;
+use crate::store::{Store, appservice as rows};
+
+/// How long the homeserver is kept waiting; it gives up after 60 s. The work goes on behind it.
+const PATIENCE: Duration = Duration::from_secs(50);
+/// How many aliases are looked into at once.
+const AT_ONCE: usize = 32;
+/// The form of the aliases in the appservice's namespace.
+const PREFIX: &str = "lm_";
+
+/// Why an alias leads nowhere.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(super) enum AliasError {
+    /// It is no alias of this appservice.
+    #[error("{0} is not an alias of this appservice")]
+    NotOurs(String),
+    /// There is no portal and none was made.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The homeserver did not take the alias.
+    #[error("the homeserver did not take the alias: {0}")]
+    Homeserver(#[from] HomeserverError),
+    /// It takes longer than the homeserver waits; asking again later joins in.
+    #[error("it is still being looked into after {} s", PATIENCE.as_secs())]
+    Slow,
+    /// Too many others are being looked into.
+    #[error("more than {AT_ONCE} aliases are being looked into")]
+    Busy,
+}
+
+impl AliasError {
+    /// The label in metrics.
+    fn label(&self) -> &'static str {
+        match self {
+            Self::NotOurs(_) => "not_ours",
+            Self::Refused(refusal) => refusal.code(),
+            Self::Homeserver(_) => "homeserver",
+            Self::Slow => "slow",
+            Self::Busy => "busy",
+        }
+    }
+}
+
+type Query = Shared<BoxFuture<'static, Result<(), AliasError>>>;
+
+/// The queries for aliases, each alias one at a time.
+pub(super) struct Aliases {
+    publisher: Arc<Publisher>,
+    homeserver_name: OwnedServerName,
+    running: Arc<Mutex<HashMap<String, Query>>>,
+    permits: Arc<Semaphore>,
+}
+
+impl Aliases {
+    pub(super) fn new(publisher: Publisher, homeserver_name: OwnedServerName) -> Self {
+        let permits = Arc::new(Semaphore::new(AT_ONCE));
+        Self { publisher: Arc::new(publisher), homeserver_name, running: Arc::default(), permits }
+    }
+
+    /// Makes `alias` lead to its portal. Returns when it does.
+    pub(super) async fn query(&self, alias: &str) -> Result<(), AliasError> {
+        let answer = match self.start(alias) {
+            Ok(query) => tokio::time::timeout(PATIENCE, query).await.unwrap_or(Err(AliasError::Slow)),
+            Err(error) => Err(error),
+        };
+        let label = answer.as_ref().map_or_else(AliasError::label, |()| "ok");
+        METRICS.appservice_alias_queries.with_label_values(&[label]).inc();
+        match &answer {
+            Ok(()) => tracing::info!(alias, "an alias was published at the homeserver"),
+            Err(reason) => tracing::warn!(alias, %reason, "an alias that the homeserver asked for leads nowhere"),
+        }
+        answer
+    }
+
+    fn start(&self, alias: &str) -> Result<Query, AliasError> {
+        let not_ours = || AliasError::NotOurs(alias.to_owned());
+        let localpart = alias
+            .strip_prefix('#')
+            .and_then(|rest| rest.strip_suffix(self.homeserver_name.as_str())?.strip_suffix(':'))
+            .filter(|localpart| localpart.starts_with(PREFIX) && alias.len() <= 255)
+            .ok_or_else(not_ours)?;
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(query) = running.get(alias) {
+            return Ok(query.clone());
+        }
+        let permit = self.permits.clone().try_acquire_owned().map_err(|_| AliasError::Busy)?;
+        let (publisher, alias, localpart) = (self.publisher.clone(), alias.to_owned(), localpart.to_owned());
+        let all = self.running.clone();
+        let key = alias.clone();
+        // Spawned, so that it goes on when the homeserver has stopped waiting.
+        let task = tokio::spawn(async move {
+            let answer = publisher.publish(&alias, &localpart).await;
+            all.lock().unwrap_or_else(PoisonError::into_inner).remove(&alias);
+            drop(permit);
+            answer
+        });
+        let lost = |_| Err(Refusal::Internal("the query was given up".to_owned()).into());
+        let query = task.map(move |answer| answer.unwrap_or_else(lost)).boxed().shared();
+        running.insert(key, query.clone());
+        Ok(query)
+    }
+}
+
+/// Finds or makes the portal and tells the homeserver.
+pub(super) struct Publisher {
+    pub(super) portals: Arc<dyn Portals>,
+    pub(super) homeserver: Homeserver,
+    pub(super) bot: OwnedUserId,
+    pub(super) store: Store,
+    pub(super) clock: SharedClock,
+}
+
+impl Publisher {
+    async fn publish(&self, alias: &str, localpart: &str) -> Result<(), AliasError> {
+        let target = self.portals.resolve_alias(localpart).await?;
+        match self.put(alias, &target).await {
+            // The homeserver has never heard of the room. An invite for one of its users makes it known.
+            Err(error) if error.status() == Some(StatusCode::BAD_REQUEST) => {
+                self.invite_bot(&target.room_id).await?;
+                Ok(self.put(alias, &target).await?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    async fn put(&self, alias: &str, target: &AliasTarget) -> Result<(), HomeserverError> {
+        let put = || self.homeserver.put_alias(alias, &target.room_id, &target.servers);
+        match put().await {
+            Err(error) if error.status() == Some(StatusCode::CONFLICT) => {
+                if self.homeserver.alias(alias).await? == target.room_id {
+                    return Ok(());
+                }
+                // It leads to a portal that has ended.
+                self.homeserver.delete_alias(alias).await?;
+                put().await
+            }
+            other => other,
+        }
+    }
+
+    async fn invite_bot(&self, room_id: &RoomId) -> Result<(), Refusal> {
+        let (room, now) = (room_id.to_owned(), self.clock.now_ms());
+        // First, so that the invite is withdrawn even when the gateway stops right after it.
+        self.store.write(move |tx| Box::pin(async move { rows::add_invite(tx, &room, now).await })).await?;
+        self.portals.invite(room_id, &self.bot).await
+    }
+}

@@ -1,0 +1,413 @@
+//! The appservice between a bridge and a homeserver that are both made for the test.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::routing::{get, post, put};
+use axum::{Json, Router};
+use http::{Method, Request, StatusCode};
+use ruma::{OwnedRoomId, RoomId, UserId, owned_room_id};
+use serde_json::{Value, json};
+use tower::ServiceExt as _;
+
+use super::*;
+use crate::bridge::Portal;
+use crate::clock::ManualClock;
+use crate::refusal::Refusal;
+use crate::seam::AliasTarget;
+
+/// A homeserver as far as the appservice knows it.
+#[derive(Default)]
+struct FakeHomeserver {
+    known_rooms: BTreeSet<String>,
+    aliases: BTreeMap<String, String>,
+    said: Vec<(String, String, String)>,
+    joined: Vec<String>,
+    fails: Option<StatusCode>,
+}
+
+type Shared = Arc<Mutex<FakeHomeserver>>;
+type Reply = (StatusCode, Json<Value>);
+
+fn reply(status: u16, body: Value) -> Reply {
+    (StatusCode::from_u16(status).unwrap(), Json(body))
+}
+
+async fn put_alias(State(fake): State<Shared>, Path(alias): Path<String>, Json(body): Json<Value>) -> Reply {
+    let mut fake = fake.lock().unwrap();
+    let room_id = body["room_id"].as_str().unwrap().to_owned();
+    assert_eq!(body["servers"], json!(["g.example"]));
+    if !fake.known_rooms.contains(&room_id) {
+        return reply(400, json!({ "errcode": "M_UNKNOWN", "error": "Room does not exist" }));
+    }
+    if fake.aliases.contains_key(&alias) {
+        return reply(409, json!({ "errcode": "M_UNKNOWN", "error": "Room alias already exists" }));
+    }
+    fake.aliases.insert(alias, room_id);
+    reply(200, json!({}))
+}
+
+async fn get_alias(State(fake): State<Shared>, Path(alias): Path<String>) -> Reply {
+    reply(200, json!({ "room_id": fake.lock().unwrap().aliases[&alias], "servers": ["g.example"] }))
+}
+
+async fn delete_alias(State(fake): State<Shared>, Path(alias): Path<String>) -> Reply {
+    fake.lock().unwrap().aliases.remove(&alias);
+    reply(200, json!({}))
+}
+
+async fn join(State(fake): State<Shared>, Path(room_id): Path<String>) -> Reply {
+    fake.lock().unwrap().joined.push(room_id);
+    reply(200, json!({}))
+}
+
+async fn say(
+    State(fake): State<Shared>,
+    Path((room_id, txn_id)): Path<(String, String)>,
+    Json(body): Json<Value>,
+) -> Reply {
+    let mut fake = fake.lock().unwrap();
+    if let Some(status) = fake.fails {
+        return (status, Json(json!({ "errcode": "M_FORBIDDEN" })));
+    }
+    fake.said.push((room_id, txn_id, body["body"].as_str().unwrap().to_owned()));
+    reply(200, json!({ "event_id": "$x" }))
+}
+
+/// A bridge as far as the appservice knows it.
+struct FakePortals {
+    homeserver: Shared,
+    room_id: Mutex<OwnedRoomId>,
+    resolved: AtomicUsize,
+    invited: Mutex<Vec<String>>,
+    withdrawn: Mutex<Vec<String>>,
+    gate: tokio::sync::Semaphore,
+}
+
+#[async_trait]
+impl Portals for FakePortals {
+    async fn resolve_alias(&self, localpart: &str) -> Result<AliasTarget, Refusal> {
+        self.resolved.fetch_add(1, Ordering::SeqCst);
+        self.gate.acquire().await.unwrap().forget();
+        self.gate.add_permits(1);
+        if localpart.starts_with("lm_no_") {
+            return Err(Refusal::Policy("hub.example is not in access.hubs".to_owned()));
+        }
+        let room_id = self.room_id.lock().unwrap().clone();
+        Ok(AliasTarget { room_id, servers: vec!["g.example".try_into().unwrap()] })
+    }
+
+    async fn invite(&self, room_id: &RoomId, user_id: &UserId) -> Result<(), Refusal> {
+        assert_eq!(user_id, "@_isthmus:hs.example");
+        self.homeserver.lock().unwrap().known_rooms.insert(room_id.to_string());
+        self.invited.lock().unwrap().push(room_id.to_string());
+        Ok(())
+    }
+
+    async fn withdraw_invite(&self, room_id: &RoomId, _user_id: &UserId) -> Result<(), Refusal> {
+        self.withdrawn.lock().unwrap().push(room_id.to_string());
+        Ok(())
+    }
+
+    async fn invite_into(&self, portal_id: &str, _user_id: &UserId) -> Result<(), Refusal> {
+        Err(Refusal::NotFound(format!("portal {portal_id}")))
+    }
+
+    async fn first(&self, _limit: usize) -> Result<Vec<Arc<Portal>>, Refusal> {
+        Ok(Vec::new())
+    }
+}
+
+struct House {
+    homeserver: Shared,
+    portals: Arc<FakePortals>,
+    clock: Arc<ManualClock>,
+    store: Store,
+    config: config::Config,
+    appservice: Appservice,
+    _folder: tempfile::TempDir,
+}
+
+impl House {
+    async fn build() -> Self {
+        let homeserver = Shared::default();
+        let directory = "/_matrix/client/v3/directory/room/{alias}";
+        let router = Router::new()
+            .route(directory, put(put_alias).get(get_alias).delete(delete_alias))
+            .route("/_matrix/client/v3/rooms/{room_id}/join", post(join))
+            .route("/_matrix/client/v3/rooms/{room_id}/leave", post(|| async { reply(200, json!({})) }))
+            .route("/_matrix/client/v3/rooms/{room_id}/send/m.room.message/{txn_id}", put(say))
+            .route("/_matrix/client/versions", get(|| async { reply(200, json!({ "versions": [] })) }))
+            .with_state(homeserver.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move { axum::serve(listener, router).await });
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("isthmus.toml");
+        let text = format!(
+            "server_name = \"g.example\"\n[access]\nadmins = [\"@admin:hs.example\"]\n[appservice]\n\
+             homeserver_url = \"http://{address}\"\nhomeserver_name = \"hs.example\"\nregistration = \"r.yaml\"\n"
+        );
+        std::fs::write(&path, text).unwrap();
+        let config = config::Config::load_with(&path, std::iter::empty()).unwrap();
+        register(&config, None).unwrap();
+        let store = Store::open(&config.database.url).await.unwrap();
+        let portals = Arc::new(FakePortals {
+            homeserver: homeserver.clone(),
+            room_id: Mutex::new(owned_room_id!("!room:g.example")),
+            resolved: AtomicUsize::default(),
+            invited: Mutex::default(),
+            withdrawn: Mutex::default(),
+            gate: tokio::sync::Semaphore::new(1),
+        });
+        let clock = ManualClock::new(1_000_000);
+        let appservice = Self::over(&config, &store, &clock, &portals).await;
+        Self { homeserver, portals, clock, store, config, appservice, _folder: folder }
+    }
+
+    async fn over(
+        config: &config::Config,
+        store: &Store,
+        clock: &Arc<ManualClock>,
+        portals: &Arc<FakePortals>,
+    ) -> Appservice {
+        let base = Base { store: store.clone(), clock: clock.clone() };
+        Appservice::over(base, portals.clone(), config.appservice.as_ref().unwrap(), config).await.unwrap()
+    }
+
+    /// As after a restart: what was in memory is gone.
+    async fn restart(&mut self) {
+        self.appservice = Self::over(&self.config, &self.store, &self.clock, &self.portals).await;
+    }
+
+    async fn call_with(&self, method: Method, path: &str, body: &str, token: Option<&str>) -> (u16, Value) {
+        let mut request = Request::builder().method(method).uri(format!("/_matrix/app/v1{path}"));
+        if let Some(token) = token {
+            request = request.header("Authorization", format!("Bearer {token}"));
+        }
+        let request = request.body(Body::from(body.to_owned())).unwrap();
+        let response = self.appservice.routes().oneshot(request).await.unwrap();
+        let status = response.status().as_u16();
+        let body = axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap();
+        (status, serde_json::from_slice(&body).unwrap_or_default())
+    }
+
+    async fn call(&self, method: Method, path: &str, body: Value) -> (u16, Value) {
+        let token = self.appservice.inner.registration.hs_token.clone();
+        self.call_with(method, path, &body.to_string(), Some(token.expose())).await
+    }
+
+    async fn transaction(&self, id: u32, events: &[Value]) {
+        let path = format!("/transactions/{id}");
+        assert_eq!(self.call(Method::PUT, &path, json!({ "events": events })).await, (200, json!({})));
+    }
+
+    async fn waiting(&self) -> i64 {
+        rows::waiting(&self.store).await.unwrap().0
+    }
+
+    async fn work(&self) -> Duration {
+        self.appservice.worker().round().await.unwrap()
+    }
+
+    async fn query(&self, alias: &str) -> (u16, Value) {
+        let alias = alias.replace('#', "%23").replace(':', "%3A");
+        self.call(Method::GET, &format!("/rooms/{alias}"), Value::Null).await
+    }
+}
+
+fn member(id: &str, room: &str, sender: &str, target: &str, membership: &str) -> Value {
+    json!({ "type": "m.room.member", "event_id": id, "room_id": room, "sender": sender, "state_key": target,
+            "content": { "membership": membership } })
+}
+
+fn said(id: &str, body: &str) -> Value {
+    json!({ "type": "m.room.message", "event_id": id, "room_id": "!chat:hs.example", "sender": "@alice:hs.example",
+            "content": { "msgtype": "m.text", "body": body } })
+}
+
+const BOT: &str = "@_isthmus:hs.example";
+const ALIAS: &str = "#lm_tea_hub.example:hs.example";
+
+#[tokio::test]
+async fn every_endpoint_asks_for_the_token() {
+    let house = House::build().await;
+    for (method, path) in [
+        (Method::PUT, "/transactions/1"),
+        (Method::GET, "/users/@x:y"),
+        (Method::GET, "/rooms/%23x:y"),
+        (Method::POST, "/ping"),
+        (Method::GET, "/thirdparty/protocol/linearized"),
+        (Method::GET, "/thirdparty/location/linearized"),
+        (Method::GET, "/thirdparty/location"),
+        (Method::GET, "/thirdparty/user/linearized"),
+        (Method::GET, "/thirdparty/user"),
+    ] {
+        let (status, body) = house.call_with(method.clone(), path, "{}", None).await;
+        assert_eq!((status, body["errcode"].as_str()), (401, Some("M_UNAUTHORIZED")), "{path}");
+        let (status, body) = house.call_with(method, path, "{}", Some("wrong")).await;
+        assert_eq!((status, body["errcode"].as_str()), (403, Some("M_FORBIDDEN")), "{path}");
+    }
+    assert_eq!(house.waiting().await, 0);
+    assert_eq!(house.portals.resolved.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn a_transaction_is_kept_before_it_is_acknowledged_and_once_across_restarts() {
+    let mut house = House::build().await;
+    let events = [member("$1", "!r:g.example", "@a:hs.example", "@a:hs.example", "join")];
+    house.transaction(1, &events).await;
+    assert_eq!(house.waiting().await, 1);
+    house.restart().await;
+    house.transaction(1, &events).await;
+    assert_eq!(house.waiting().await, 1);
+    house.transaction(2, &events).await;
+    assert_eq!(house.waiting().await, 2);
+}
+
+#[tokio::test]
+async fn a_bad_event_stops_no_other() {
+    let house = House::build().await;
+    let good = member("$2", "!r:g.example", "@a:hs.example", "@a:hs.example", "join");
+    let bad = [
+        json!(null),
+        json!([]),
+        json!({ "type": "m.room.member" }),
+        member("$1", "no room", "@a:hs.example", "@a:hs.example", "join"),
+        member("$1", "!r:g.example", "nobody", "@a:hs.example", "join"),
+        json!({ "type": "m.room.member", "event_id": "$1", "room_id": "!r:g", "sender": "@a:hs.example", "state_key": 7 }),
+        json!({ "type": "m.room.member", "event_id": "$1", "room_id": "!r:g", "sender": "@a:b", "state_key": "@a:b",
+                "content": "x" }),
+    ];
+    for bad in bad {
+        house.transaction(1, &[bad, good.clone()]).await;
+    }
+    assert_eq!(house.waiting().await, 7);
+    let (status, body) = house.call(Method::PUT, "/transactions/3", json!([1])).await;
+    assert_eq!((status, body["errcode"].as_str()), (400, Some("M_NOT_JSON")));
+}
+
+#[tokio::test]
+async fn an_alias_of_an_unknown_room_is_published_after_an_invite_which_the_first_local_join_ends() {
+    let house = House::build().await;
+    assert_eq!(house.query(ALIAS).await, (200, json!({})));
+    assert_eq!(house.homeserver.lock().unwrap().aliases[ALIAS], "!room:g.example");
+    assert_eq!(*house.portals.invited.lock().unwrap(), ["!room:g.example"]);
+
+    let join = |id, user| member(id, "!room:g.example", user, user, "join");
+    house.transaction(1, &[member("$0", "!room:g.example", "@isthmus:g.example", BOT, "invite")]).await;
+    house.transaction(2, &[join("$1", "@x:elsewhere.example")]).await;
+    house.work().await;
+    assert!(house.portals.withdrawn.lock().unwrap().is_empty());
+    assert!(house.homeserver.lock().unwrap().joined.is_empty(), "the bot stays out of portals");
+    house.transaction(3, &[join("$2", "@a:hs.example"), join("$3", "@b:hs.example")]).await;
+    house.work().await;
+    assert_eq!(*house.portals.withdrawn.lock().unwrap(), ["!room:g.example"], "once");
+
+    // The same again: the alias is there and leads to the room.
+    assert_eq!(house.query(ALIAS).await, (200, json!({})));
+    assert_eq!(house.portals.invited.lock().unwrap().len(), 1);
+    // The portal has ended and was made again.
+    *house.portals.room_id.lock().unwrap() = owned_room_id!("!new:g.example");
+    house.homeserver.lock().unwrap().known_rooms.insert("!new:g.example".to_owned());
+    assert_eq!(house.query(ALIAS).await, (200, json!({})));
+    assert_eq!(house.homeserver.lock().unwrap().aliases[ALIAS], "!new:g.example");
+}
+
+#[tokio::test]
+async fn what_is_refused_or_not_ours_is_not_found() {
+    let house = House::build().await;
+    let (status, body) = house.query("#lm_no_hub.example:hs.example").await;
+    assert_eq!((status, body["errcode"].as_str()), (404, Some("M_NOT_FOUND")));
+    assert!(body["error"].as_str().unwrap().contains("is not in access.hubs"), "{body}");
+    let asked = house.portals.resolved.load(Ordering::SeqCst);
+    for alias in ["#lm_tea_hub.example:other.example", "#tea:hs.example", "lm_tea_hub.example:hs.example", "#lm_:x"] {
+        assert_eq!(house.query(alias).await.0, 404, "{alias}");
+    }
+    assert_eq!(house.portals.resolved.load(Ordering::SeqCst), asked, "the bridge is not asked");
+    // Synapse does not escape slashes.
+    assert_eq!(house.query("#lm_a/b_hub.example:hs.example").await.0, 200);
+}
+
+#[tokio::test]
+async fn those_who_ask_for_the_same_alias_share_one_query() {
+    let house = House::build().await;
+    let held = house.portals.gate.acquire().await.unwrap();
+    let all = futures::future::join_all((0..5).map(|_| house.query(ALIAS)));
+    let release = async {
+        while house.portals.resolved.load(Ordering::SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+        drop(held);
+    };
+    let (answers, ()) = tokio::join!(all, release);
+    assert!(answers.iter().all(|(status, _)| *status == 200));
+    assert_eq!(house.portals.resolved.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn the_bot_chats_with_local_users_alone() {
+    let house = House::build().await;
+    house.transaction(1, &[member("$1", "!evil:e", "@eve:elsewhere.example", BOT, "invite")]).await;
+    house.transaction(2, &[member("$2", "!chat:hs.example", "@alice:hs.example", BOT, "invite")]).await;
+    house.work().await;
+    assert_eq!(house.homeserver.lock().unwrap().joined, ["!chat:hs.example"]);
+
+    let events =
+        [said("$3", "!alias #tea:hub.example"), said("$4", "!portals"), said("$5", "!invite p1 @b:hub.example")];
+    house.transaction(3, &events).await;
+    house.work().await;
+    let answers: Vec<String> = house.homeserver.lock().unwrap().said.iter().map(|(_, _, body)| body.clone()).collect();
+    assert!(answers[0].contains("!alias"), "{answers:?}");
+    assert_eq!(answers[1], format!("/join {ALIAS}"));
+    assert_eq!(answers[2], "This is for the gateway's admins alone.");
+    assert_eq!(answers[3], "This is for the gateway's admins alone.");
+
+    // The chat ends, and what is said there afterwards is not even kept.
+    house.transaction(4, &[member("$6", "!chat:hs.example", "@alice:hs.example", "@alice:hs.example", "leave")]).await;
+    house.work().await;
+    house.transaction(5, &[said("$7", "!help")]).await;
+    assert_eq!(house.waiting().await, 0);
+}
+
+#[tokio::test]
+async fn what_fails_is_tried_again_and_given_up_at_last() {
+    let mut house = House::build().await;
+    house.transaction(1, &[member("$1", "!chat:hs.example", "@alice:hs.example", BOT, "invite")]).await;
+    house.work().await;
+    house.restart().await;
+    house.homeserver.lock().unwrap().fails = Some(StatusCode::BAD_GATEWAY);
+    house.transaction(2, &[said("$2", "!help")]).await;
+    assert!(house.work().await <= Duration::from_secs(1));
+    assert_eq!(house.waiting().await, 1);
+    house.homeserver.lock().unwrap().fails = None;
+    house.clock.advance(1000);
+    house.work().await;
+    assert_eq!(house.waiting().await, 0);
+    assert_eq!(house.homeserver.lock().unwrap().said.len(), 2);
+
+    house.homeserver.lock().unwrap().fails = Some(StatusCode::FORBIDDEN);
+    house.transaction(3, &[said("$3", "!help")]).await;
+    house.work().await;
+    assert_eq!(house.waiting().await, 0, "an answer that will not change is not waited for");
+}
+
+#[tokio::test]
+async fn lookups() {
+    let house = House::build().await;
+    assert_eq!(house.call(Method::GET, "/users/@_isthmus:hs.example", Value::Null).await, (200, json!({})));
+    assert_eq!(house.call(Method::GET, "/users/@other:hs.example", Value::Null).await.0, 404);
+    let (status, body) = house.call(Method::GET, "/thirdparty/protocol/linearized", Value::Null).await;
+    assert_eq!((status, &body["location_fields"]), (200, &json!(["alias"])));
+    assert_eq!(house.call(Method::GET, "/thirdparty/protocol/irc", Value::Null).await.0, 404);
+    let path = "/thirdparty/location/linearized?alias=%23tea%3Ahub.example";
+    let (_, body) = house.call(Method::GET, path, Value::Null).await;
+    assert_eq!(body[0]["alias"], ALIAS);
+    let (status, _) = house.call(Method::POST, "/ping", json!({ "transaction_id": "t1" })).await;
+    assert_eq!((status, house.appservice.status().received.as_deref()), (200, Some("t1")));
+}

@@ -1,0 +1,245 @@
+//! Does what the homeserver's events ask for, from the store: each thing on its own, so that one that fails stops no other.
+
+use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use futures::FutureExt as _;
+use ruma::{OwnedRoomId, OwnedUserId, RoomId, UserId};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::Notify;
+
+use super::commands::{Command, ENCRYPTED, HELP};
+use super::event::Work;
+use super::portals::Portals;
+use super::{Homeserver, HomeserverError};
+use crate::admin::metrics::METRICS;
+use crate::bridge::{Portal, of_alias};
+use crate::clock::SharedClock;
+use crate::refusal::Refusal;
+use crate::store::appservice::{self as rows, WorkRow};
+use crate::store::{Store, StoreError};
+
+/// How often a thing is tried.
+const ATTEMPTS: i64 = 12;
+/// How many things are taken from the store at once.
+const BATCH: i64 = 50;
+/// How long the worker sleeps at most.
+const NAP: Duration = Duration::from_secs(30);
+/// How many portals `!portals` lists.
+const LISTED: usize = 50;
+
+/// Why a thing could not be done.
+#[derive(Debug, thiserror::Error)]
+enum WorkError {
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+    #[error("the homeserver: {0}")]
+    Homeserver(#[from] HomeserverError),
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    #[error("{0}")]
+    Bad(String),
+}
+
+impl WorkError {
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Refused(refusal) => refusal.is_transient(),
+            Self::Homeserver(error) => error.is_transient(),
+            Self::Store(_) => true,
+            Self::Bad(_) => false,
+        }
+    }
+}
+
+/// The direct chats, and with whom they are.
+pub(super) type Chats = Arc<ArcSwap<BTreeMap<OwnedRoomId, OwnedUserId>>>;
+
+/// The worker.
+pub(super) struct Worker {
+    pub(super) store: Store,
+    pub(super) clock: SharedClock,
+    pub(super) portals: Arc<dyn Portals>,
+    pub(super) homeserver: Homeserver,
+    pub(super) homeserver_name: ruma::OwnedServerName,
+    pub(super) bot: OwnedUserId,
+    pub(super) admins: Vec<OwnedUserId>,
+    pub(super) chats: Chats,
+    pub(super) news: Arc<Notify>,
+}
+
+impl Worker {
+    /// Works for ever.
+    pub(super) async fn run(self) {
+        loop {
+            let nap = match self.round().await {
+                Ok(nap) => nap,
+                Err(error) => {
+                    tracing::error!(%error, "what the homeserver's events ask for cannot be read from the store");
+                    NAP
+                }
+            };
+            // A wake-up during the round is kept by the notifier.
+            let _ = tokio::time::timeout(nap, self.news.notified()).await;
+        }
+    }
+
+    /// Does what is due and says how long there is nothing to do.
+    pub(super) async fn round(&self) -> Result<Duration, StoreError> {
+        loop {
+            let due = rows::due(&self.store, self.clock.now_ms(), BATCH).await?;
+            for row in &due {
+                self.one(row).await?;
+            }
+            if due.is_empty() {
+                break;
+            }
+        }
+        let (waiting, next) = rows::waiting(&self.store).await?;
+        METRICS.appservice_waiting.set(waiting);
+        let until = next.map_or(i64::MAX, |next| next.saturating_sub(self.clock.now_ms()).max(0));
+        Ok(Duration::from_millis(u64::try_from(until).unwrap_or_default()).min(NAP))
+    }
+
+    async fn one(&self, row: &WorkRow) -> Result<(), StoreError> {
+        let result = match serde_json::from_slice::<Work>(&row.work) {
+            // A thing that panics is poison, and the rest is not to suffer from it.
+            Ok(work) => AssertUnwindSafe(self.work(work))
+                .catch_unwind()
+                .await
+                .unwrap_or_else(|_| Err(WorkError::Bad("it panicked".to_owned()))),
+            Err(error) => Err(WorkError::Bad(error.to_string())),
+        };
+        let (seq, now) = (row.seq, self.clock.now_ms());
+        let label = match result {
+            Ok(()) => {
+                self.store.write(move |tx| Box::pin(async move { rows::done(tx, seq).await })).await?;
+                "done"
+            }
+            Err(error) if error.is_transient() && row.attempts < ATTEMPTS => {
+                let due = now.saturating_add(1000 << row.attempts.clamp(0, 9));
+                tracing::info!(seq, %error, "what a homeserver's event asks for is tried again later");
+                self.store.write(move |tx| Box::pin(async move { rows::put_off(tx, seq, due).await })).await?;
+                "put_off"
+            }
+            Err(error) => {
+                tracing::warn!(seq, %error, "what a homeserver's event asks for was given up");
+                let reason = error.to_string();
+                self.store.write(move |tx| Box::pin(async move { rows::give_up(tx, seq, &reason).await })).await?;
+                "given_up"
+            }
+        };
+        METRICS.appservice_events.with_label_values(&[label]).inc();
+        Ok(())
+    }
+
+    async fn work(&self, work: Work) -> Result<(), WorkError> {
+        match work {
+            Work::LocalJoin { room_id } => self.withdraw(&room_id).await,
+            Work::Invited { room_id, sender } => self.begin_chat(&room_id, &sender).await,
+            Work::ChatOver { room_id, leave } => self.end_chat(&room_id, leave).await,
+            Work::Said { room_id, sender, event_id, body } => {
+                let answer = match body {
+                    Some(body) => self.answer(&sender, Command::parse(&body)).await?,
+                    None => ENCRYPTED.to_owned(),
+                };
+                // The same event again gets the same answer again, and the homeserver shows it once.
+                let transaction_id = data_encoding::HEXLOWER.encode(&Sha256::digest(event_id.as_bytes()));
+                Ok(self.homeserver.notice(&room_id, &transaction_id, &answer).await?)
+            }
+        }
+    }
+
+    async fn withdraw(&self, room_id: &RoomId) -> Result<(), WorkError> {
+        if !rows::is_invited(&self.store, room_id).await? {
+            return Ok(());
+        }
+        match self.portals.withdraw_invite(room_id, &self.bot).await {
+            Err(refusal) if refusal.is_transient() => return Err(refusal.into()),
+            Err(refusal) => tracing::info!(room = %room_id, %refusal, "the bot's invite could not be withdrawn"),
+            Ok(()) => tracing::debug!(room = %room_id, "the bot's invite was withdrawn"),
+        }
+        let room_id = room_id.to_owned();
+        Ok(self.store.write(move |tx| Box::pin(async move { rows::remove_invite(tx, &room_id).await })).await?)
+    }
+
+    async fn begin_chat(&self, room_id: &RoomId, sender: &UserId) -> Result<(), WorkError> {
+        if sender.server_name() != self.homeserver_name {
+            return Ok(());
+        }
+        // Known before the join, so that no message after it is missed.
+        let (room, user) = (room_id.to_owned(), sender.to_owned());
+        self.store.write(move |tx| Box::pin(async move { rows::add_chat(tx, &room, &user).await })).await?;
+        self.change_chats(|chats| drop(chats.insert(room_id.to_owned(), sender.to_owned())));
+        match self.homeserver.join(room_id).await {
+            Ok(()) => Ok(self.homeserver.notice(room_id, "hello", HELP).await?),
+            Err(error) => {
+                if !error.is_transient() {
+                    self.forget_chat(room_id).await?;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn end_chat(&self, room_id: &RoomId, leave: bool) -> Result<(), WorkError> {
+        if leave {
+            match self.homeserver.leave(room_id).await {
+                Err(error) if error.is_transient() => return Err(error.into()),
+                _ => {}
+            }
+        }
+        self.forget_chat(room_id).await
+    }
+
+    async fn forget_chat(&self, room_id: &RoomId) -> Result<(), WorkError> {
+        let room = room_id.to_owned();
+        self.store.write(move |tx| Box::pin(async move { rows::remove_chat(tx, &room).await })).await?;
+        self.change_chats(|chats| drop(chats.remove(room_id)));
+        Ok(())
+    }
+
+    fn change_chats(&self, change: impl Fn(&mut BTreeMap<OwnedRoomId, OwnedUserId>)) {
+        self.chats.rcu(|chats| {
+            let mut chats = BTreeMap::clone(chats);
+            change(&mut chats);
+            chats
+        });
+    }
+
+    async fn answer(&self, sender: &UserId, command: Command) -> Result<String, WorkError> {
+        if command.is_for_admins() && !self.admins.iter().any(|admin| admin == sender) {
+            return Ok("This is for the gateway's admins alone.".to_owned());
+        }
+        Ok(match command {
+            Command::Help => HELP.to_owned(),
+            Command::Alias { name, server } => {
+                format!("/join #{}:{}", of_alias(&name, &server), self.homeserver_name)
+            }
+            Command::Portals => self.portals_as_text().await?,
+            Command::Invite { portal_id, user_id } => match self.portals.invite_into(&portal_id, &user_id).await {
+                Ok(()) => format!("{user_id} is invited."),
+                Err(refusal) if refusal.is_transient() => return Err(refusal.into()),
+                Err(refusal) => format!("That did not work: {refusal}"),
+            },
+        })
+    }
+
+    async fn portals_as_text(&self) -> Result<String, WorkError> {
+        let portals = self.portals.first(LISTED).await?;
+        if portals.is_empty() {
+            return Ok("There are no portals.".to_owned());
+        }
+        let lines: Vec<String> = portals
+            .iter()
+            .map(|portal| {
+                let Portal { portal_id, state, matrix_room_id, lm_room_id, .. } = &**portal;
+                format!("{portal_id} {}: {matrix_room_id} – {lm_room_id}", state.as_str())
+            })
+            .collect();
+        Ok(lines.join("\n"))
+    }
+}
