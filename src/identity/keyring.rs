@@ -1,47 +1,35 @@
 //! The keys of other servers: fetched directly from them, checked, kept in the database and in a cache, each server
 //! fetched once at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use moka::future::Cache;
 use ruma::{OwnedServerName, ServerName};
+use serde_json::{Value, json};
 
 use super::SigningKey;
+use super::server_keys::{ServerKeys, Validity};
 use crate::clock::SharedClock;
-use crate::event::{Object, VerifyKey, VerifyKeys};
+use crate::event::{Object, VerifyKey, VerifyKeys, sign_object};
 use crate::refusal::Refusal;
-use crate::store::Store;
+use crate::store::{Store, server_keys};
+
+/// How many servers' keys are kept in memory.
+const CACHED_SERVERS: u64 = 20_000;
+/// A server that could not be asked is left alone for this long.
+const RETRY_MS: i64 = 30_000;
+/// A server is asked again for a key that it did not publish after this time at the earliest.
+const REFETCH_MS: i64 = 60_000;
+/// For how long our own answer is valid.
+const OWN_VALIDITY_MS: i64 = 12 * 3600 * 1000;
 
 /// What the key ring asks the network for.
 #[async_trait]
 pub trait KeyFetcher: Send + Sync + 'static {
     /// `GET /_matrix/key/v2/server` of `server`, at most 64 KiB of it, unauthenticated.
     async fn fetch_keys(&self, server: &ServerName) -> Result<Object, Refusal>;
-}
-
-/// For what moment keys must be valid.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Validity {
-    /// For a request now: only current keys.
-    Now,
-    /// For an event made at this time, in milliseconds: current keys valid then, and old keys not yet expired then.
-    At(i64),
-}
-
-/// The checked keys of one server.
-#[derive(Debug, Clone)]
-pub struct ServerKeys {
-    /// Whose keys they are.
-    pub server: OwnedServerName,
-    /// Keys in use, by key ID.
-    pub current: BTreeMap<String, VerifyKey>,
-    /// Keys out of use, by key ID, with the time (ms) at which they expired.
-    pub old: BTreeMap<String, (VerifyKey, i64)>,
-    /// Until when they are valid, in ms; at most 7 days after they were fetched.
-    pub valid_until_ts: i64,
-    /// Whether the server says of itself that it is an LM server that cannot do graphs (`m.linearized`).
-    pub linearized: bool,
 }
 
 /// Why keys could not be had.
@@ -72,11 +60,36 @@ pub struct Keyring {
 }
 
 struct Inner {
-    _server_name: OwnedServerName,
-    _own: Arc<SigningKey>,
-    _fetcher: Arc<dyn KeyFetcher>,
-    _store: Store,
-    _clock: SharedClock,
+    server_name: OwnedServerName,
+    own: Arc<SigningKey>,
+    own_keys: Arc<ServerKeys>,
+    fetcher: Arc<dyn KeyFetcher>,
+    store: Store,
+    clock: SharedClock,
+    denied: BTreeSet<String>,
+    lookups: Cache<OwnedServerName, Arc<Lookup>>,
+}
+
+/// What the last attempt to learn a server's keys gave.
+#[derive(Debug)]
+struct Lookup {
+    /// The best that is known, perhaps out of date.
+    keys: Option<Arc<ServerKeys>>,
+    /// Why there is nothing better.
+    error: Option<KeyringError>,
+    /// When the server was last asked, or was to be.
+    asked_ts: i64,
+}
+
+impl Lookup {
+    fn is_stale(&self, now_ms: i64, asking_again: bool) -> bool {
+        let age = now_ms.saturating_sub(self.asked_ts);
+        match &self.keys {
+            _ if self.error.is_some() => age >= RETRY_MS,
+            Some(keys) => keys.valid_until_ts <= now_ms || (asking_again && age >= REFETCH_MS),
+            None => true,
+        }
+    }
 }
 
 impl Keyring {
@@ -88,46 +101,179 @@ impl Keyring {
         store: Store,
         clock: SharedClock,
     ) -> Self {
-        Self {
-            inner: Arc::new(Inner {
-                _server_name: server_name,
-                _own: own,
-                _fetcher: fetcher,
-                _store: store,
-                _clock: clock,
-            }),
-        }
+        Self::with_denied(server_name, own, fetcher, store, clock, BTreeSet::new())
+    }
+
+    /// The same, with public keys (unpadded base64) that are never believed because they are known to have leaked.
+    pub fn with_denied(
+        server_name: OwnedServerName,
+        own: Arc<SigningKey>,
+        fetcher: Arc<dyn KeyFetcher>,
+        store: Store,
+        clock: SharedClock,
+        denied: BTreeSet<String>,
+    ) -> Self {
+        let current = VerifyKey::from_base64(&own.public_base64()).ok().map(|key| (own.id().to_owned(), key));
+        let own_keys = Arc::new(ServerKeys {
+            server: server_name.clone(),
+            current: current.into_iter().collect(),
+            old: BTreeMap::new(),
+            valid_until_ts: i64::MAX,
+            linearized: false,
+        });
+        let lookups = Cache::new(CACHED_SERVERS);
+        Self { inner: Arc::new(Inner { server_name, own, own_keys, fetcher, store, clock, denied, lookups }) }
     }
 
     /// The keys of one server, from the cache, the store or the server itself.
-    pub async fn server_keys(&self, _server: &ServerName) -> Result<Arc<ServerKeys>, KeyringError> {
-        let _ = &self.inner;
-        unimplemented!()
+    pub async fn server_keys(&self, server: &ServerName) -> Result<Arc<ServerKeys>, KeyringError> {
+        if server == self.inner.server_name {
+            return Ok(self.inner.own_keys.clone());
+        }
+        let lookup = self.inner.lookup(server, false).await;
+        match (&lookup.keys, &lookup.error) {
+            (Some(keys), _) => Ok(keys.clone()),
+            (None, Some(error)) => Err(error.clone()),
+            (None, None) => Err(unreachable(server, "no keys are known")),
+        }
     }
 
     /// The keys with the IDs `wanted` of one server that are valid for `validity`, fetching anew when one is not known yet
     /// or has run out. Keys that the server does not vouch for are left out.
     pub async fn keys_for(
         &self,
-        _server: &ServerName,
-        _wanted: &[&str],
-        _validity: Validity,
+        server: &ServerName,
+        wanted: &[&str],
+        validity: Validity,
     ) -> Result<BTreeMap<String, VerifyKey>, KeyringError> {
-        unimplemented!()
+        let now_ms = self.inner.clock.now_ms();
+        let select = |keys: &ServerKeys| -> BTreeMap<String, VerifyKey> {
+            let valid = |id: &&str| Some(((*id).to_owned(), keys.key(id, validity, now_ms)?.clone()));
+            wanted.iter().filter_map(valid).collect()
+        };
+        if server == self.inner.server_name {
+            return Ok(select(&self.inner.own_keys));
+        }
+        let mut lookup = self.inner.lookup(server, false).await;
+        let mut found = lookup.keys.as_deref().map(select).unwrap_or_default();
+        if found.len() < wanted.len() && lookup.is_stale(now_ms, true) {
+            lookup = self.inner.lookup(server, true).await;
+            found = lookup.keys.as_deref().map(select).unwrap_or_default();
+        }
+        match &lookup.error {
+            Some(error) if found.is_empty() => Err(error.clone()),
+            _ => Ok(found),
+        }
     }
 
-    /// Collects the keys that an event's `signatures` name for `servers`, for events made at the times given.
+    /// Collects the keys that an event's `signatures` name for `servers`, for an event made at the time given.
     pub async fn keys_for_event(
         &self,
-        _event: &Object,
-        _servers: &[OwnedServerName],
-        _origin_server_ts: i64,
+        event: &Object,
+        servers: &[OwnedServerName],
+        origin_server_ts: i64,
     ) -> Result<VerifyKeys, Refusal> {
-        unimplemented!()
+        let mut collected = VerifyKeys::new();
+        for server in servers {
+            let signatures = event.get("signatures").and_then(|all| all.get(server.as_str()));
+            let wanted: Vec<&str> = signatures
+                .and_then(Value::as_object)
+                .map(|keys| keys.keys().map(String::as_str).take(20).collect())
+                .unwrap_or_default();
+            if wanted.is_empty() {
+                // The missing signature is named when it is looked for.
+                continue;
+            }
+            let keys = self
+                .keys_for(server, &wanted, Validity::At(origin_server_ts))
+                .await
+                .map_err(|error| Refusal::KeysUnavailable { server: server.to_string(), problem: error.to_string() })?;
+            collected.insert(server.clone(), keys);
+        }
+        Ok(collected)
     }
 
     /// The signed body of our own `GET /_matrix/key/v2/server`: valid for 12 hours, without `m.linearized`.
     pub fn own_keys(&self) -> Object {
-        unimplemented!()
+        let Inner { server_name, own, clock, .. } = &*self.inner;
+        let mut answer = Object::new();
+        answer.insert("server_name".to_owned(), json!(server_name));
+        answer.insert("valid_until_ts".to_owned(), json!(clock.now_ms().saturating_add(OWN_VALIDITY_MS)));
+        answer.insert("verify_keys".to_owned(), json!({ own.id(): { "key": own.public_base64() } }));
+        answer.insert("old_verify_keys".to_owned(), json!({}));
+        sign_object(&mut answer, server_name.as_str(), own);
+        answer
     }
 }
+
+impl Inner {
+    /// What is known of a server, from memory when that is not stale. Those who ask for the same server at the same time
+    /// wait for one answer.
+    async fn lookup(&self, server: &ServerName, asking_again: bool) -> Arc<Lookup> {
+        let now_ms = self.clock.now_ms();
+        self.lookups
+            .entry_by_ref(server)
+            .or_insert_with_if(async { Arc::new(self.learn(server, now_ms).await) }, |known| {
+                known.is_stale(now_ms, asking_again)
+            })
+            .await
+            .into_value()
+    }
+
+    async fn learn(&self, server: &ServerName, now_ms: i64) -> Lookup {
+        let before = self.remembered(server).await;
+        if self.lookups.get(server).await.is_none()
+            && let Some((keys, asked_ts)) = &before
+            && keys.valid_until_ts > now_ms
+        {
+            return Lookup { keys: Some(keys.clone()), error: None, asked_ts: *asked_ts };
+        }
+        let before = before.map(|(keys, _)| keys);
+        match self.ask(server, now_ms).await {
+            Ok(keys) => {
+                let keys = match &before {
+                    Some(before) => keys.remember(before, now_ms),
+                    None => keys,
+                };
+                if let Err(error) = server_keys::save(&self.store, server, keys.to_bytes(), now_ms).await {
+                    tracing::warn!(%server, %error, "the keys of a server could not be stored");
+                }
+                Lookup { keys: Some(Arc::new(keys)), error: None, asked_ts: now_ms }
+            }
+            Err(error) => {
+                tracing::info!(%server, %error, "no new keys of a server");
+                Lookup { keys: before, error: Some(error), asked_ts: now_ms }
+            }
+        }
+    }
+
+    async fn remembered(&self, server: &ServerName) -> Option<(Arc<ServerKeys>, i64)> {
+        match server_keys::load(&self.store, server).await {
+            Ok(stored) => {
+                let (bytes, fetched_ts) = stored?;
+                let mut keys = ServerKeys::from_bytes(server, &bytes)?;
+                keys.current.retain(|_, key| !self.denied.contains(&key.to_base64()));
+                keys.old.retain(|_, (key, _)| !self.denied.contains(&key.to_base64()));
+                Some((Arc::new(keys), fetched_ts))
+            }
+            Err(error) => {
+                tracing::warn!(%server, %error, "the stored keys of a server could not be read");
+                None
+            }
+        }
+    }
+
+    async fn ask(&self, server: &ServerName, now_ms: i64) -> Result<ServerKeys, KeyringError> {
+        let answer =
+            self.fetcher.fetch_keys(server).await.map_err(|refusal| unreachable(server, &refusal.to_string()))?;
+        ServerKeys::check(&answer, server, now_ms, &self.denied)
+            .map_err(|problem| KeyringError::Rejected { server: server.to_string(), problem })
+    }
+}
+
+fn unreachable(server: &ServerName, problem: &str) -> KeyringError {
+    KeyringError::Unreachable { server: server.to_string(), problem: problem.to_owned() }
+}
+
+#[cfg(test)]
+mod tests;

@@ -2,8 +2,10 @@
 
 mod ghost;
 mod keyring;
+mod server_keys;
 mod signing_key;
 
 pub use self::ghost::{Ghost, GhostNames, Side};
-pub use self::keyring::{KeyFetcher, Keyring, KeyringError, ServerKeys, Validity};
+pub use self::keyring::{KeyFetcher, Keyring, KeyringError};
+pub use self::server_keys::{ServerKeys, Validity};
 pub use self::signing_key::{SigningKey, SigningKeyError};

@@ -9,6 +9,7 @@ mod ids;
 pub mod images;
 pub mod inbox;
 pub mod portals;
+pub mod server_keys;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod text;

@@ -1,0 +1,227 @@
+//! The key ring against servers that answer well, badly, often and not at all.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use ruma::server_name;
+
+use super::*;
+use crate::clock::{Clock, ManualClock};
+use crate::store::testing::{both_databases, both_stores};
+
+const NOW: i64 = 1_795_226_877_068;
+const DAY: i64 = 24 * 3600 * 1000;
+
+/// Servers with the answers that they give; what is not there cannot be reached.
+#[derive(Default)]
+struct Servers {
+    answers: Mutex<HashMap<OwnedServerName, Object>>,
+    fetches: AtomicUsize,
+}
+
+#[async_trait]
+impl KeyFetcher for Servers {
+    async fn fetch_keys(&self, server: &ServerName) -> Result<Object, Refusal> {
+        self.fetches.fetch_add(1, Ordering::SeqCst);
+        tokio::task::yield_now().await;
+        let answer = self.answers.lock().unwrap().get(server).cloned();
+        answer.ok_or_else(|| Refusal::Remote { server: server.to_string(), problem: "down".to_owned() })
+    }
+}
+
+impl Servers {
+    fn set(&self, server: &ServerName, answer: Object) {
+        self.answers.lock().unwrap().insert(server.to_owned(), answer);
+    }
+
+    fn take_down(&self, server: &ServerName) {
+        self.answers.lock().unwrap().remove(server);
+    }
+
+    fn fetches(&self) -> usize {
+        self.fetches.load(Ordering::SeqCst)
+    }
+}
+
+fn answer(server: &ServerName, keys: &[&SigningKey], old: Value, valid_until_ts: i64) -> Object {
+    let mut answer = Object::new();
+    answer.insert("server_name".to_owned(), json!(server));
+    answer.insert("valid_until_ts".to_owned(), json!(valid_until_ts));
+    let current: Object = keys.iter().map(|key| (key.id().to_owned(), json!({ "key": key.public_base64() }))).collect();
+    answer.insert("verify_keys".to_owned(), Value::Object(current));
+    answer.insert("old_verify_keys".to_owned(), old);
+    for key in keys {
+        sign_object(&mut answer, server.as_str(), key);
+    }
+    answer
+}
+
+fn keyring(servers: &Arc<Servers>, store: &Store, clock: &Arc<ManualClock>) -> Keyring {
+    let own = Arc::new(SigningKey::generate());
+    Keyring::new(server_name!("g.example").to_owned(), own, servers.clone(), store.clone(), clock.clone())
+}
+
+fn hub() -> &'static ServerName {
+    server_name!("hub.example")
+}
+
+async fn has(ring: &Keyring, id: &str, validity: Validity) -> bool {
+    ring.keys_for(hub(), &[id], validity).await.is_ok_and(|keys| keys.contains_key(id))
+}
+
+#[tokio::test]
+async fn hc_06_validity_is_capped_and_old_keys_serve_old_events_only() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let (key, old) = (SigningKey::generate(), SigningKey::generate());
+        let old_keys = json!({ old.id(): { "key": old.public_base64(), "expired_ts": NOW - DAY } });
+        servers.set(hub(), answer(hub(), &[&key], old_keys, NOW + 365 * DAY));
+        let ring = keyring(&servers, &store, &clock);
+        assert!(has(&ring, key.id(), Validity::Now).await);
+        assert_eq!(ring.server_keys(hub()).await.unwrap().valid_until_ts, NOW + 7 * DAY);
+        assert!(has(&ring, key.id(), Validity::At(NOW + 7 * DAY)).await);
+        assert!(!has(&ring, key.id(), Validity::At(NOW + 8 * DAY)).await);
+        assert!(has(&ring, old.id(), Validity::At(NOW - 2 * DAY)).await);
+        assert!(!has(&ring, old.id(), Validity::At(NOW)).await);
+        assert!(!has(&ring, old.id(), Validity::Now).await);
+        // Out of date and not to be had: no request is believed, events from its time are.
+        clock.advance(8 * DAY);
+        servers.take_down(hub());
+        assert!(!has(&ring, key.id(), Validity::Now).await);
+        assert!(has(&ring, key.id(), Validity::At(NOW)).await);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn hc_07_answers_that_prove_nothing_are_refused() {
+    both_stores(|store| async move {
+        let (key, other) = (SigningKey::generate(), SigningKey::generate());
+        let good = answer(hub(), &[&key], json!({}), NOW + DAY);
+        let with = |field: &str, value: Value| {
+            let mut bad = good.clone();
+            bad.insert(field.to_owned(), value);
+            sign_object(&mut bad, hub().as_str(), &key);
+            bad
+        };
+        let mut unsigned = good.clone();
+        unsigned.remove("signatures");
+        let mut tampered = good.clone();
+        tampered.insert("valid_until_ts".to_owned(), json!(NOW + 2 * DAY));
+        let both = json!({ key.id(): { "key": key.public_base64() }, other.id(): { "key": other.public_base64() } });
+        let many: Object = (0..60).map(|n| (format!("ed25519:k{n}"), json!({ "key": key.public_base64() }))).collect();
+        for (bad, reason) in [
+            (unsigned, "missing"),
+            (tampered, "does not verify"),
+            (with("server_name", json!("evil.example")), "evil.example"),
+            (with("verify_keys", both), other.id()),
+            (with("verify_keys", json!({})), "no ed25519 key"),
+            (with("verify_keys", json!({ key.id(): { "key": "AAAA" } })), "3 bytes"),
+            (with("verify_keys", Value::Object(many)), "60 entries"),
+            (with("valid_until_ts", json!("soon")), "valid_until_ts"),
+        ] {
+            let servers = Arc::new(Servers::default());
+            servers.set(hub(), bad);
+            let ring = keyring(&servers, &store, &ManualClock::new(NOW));
+            let error = ring.server_keys(hub()).await.unwrap_err();
+            assert!(matches!(&error, KeyringError::Rejected { .. }) && error.to_string().contains(reason), "{error}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn hc_09_leaked_keys_are_refused() {
+    both_stores(|store| async move {
+        let (servers, key) = (Arc::new(Servers::default()), SigningKey::generate());
+        servers.set(hub(), answer(hub(), &[&key], json!({}), NOW + DAY));
+        let denied = BTreeSet::from([key.public_base64()]);
+        let own = Arc::new(SigningKey::generate());
+        let name = server_name!("g.example").to_owned();
+        let ring = Keyring::with_denied(name, own, servers, store, ManualClock::new(NOW), denied);
+        assert!(ring.server_keys(hub()).await.unwrap_err().to_string().contains("leaked"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn hc_10_a_stampede_fetches_once_and_a_dead_server_is_left_alone() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let key = SigningKey::generate();
+        servers.set(hub(), answer(hub(), &[&key], json!({}), NOW + DAY));
+        let ring = keyring(&servers, &store, &clock);
+        let wanted = [key.id()];
+        let asked = (0..1000).map(|_| ring.keys_for(hub(), &wanted, Validity::Now));
+        assert!(futures::future::join_all(asked).await.iter().all(|keys| keys.as_ref().unwrap().len() == 1));
+        assert_eq!(servers.fetches(), 1);
+        // A key ID that the server does not have makes it be asked again once a minute, not more.
+        clock.advance(REFETCH_MS);
+        for _ in 0..10 {
+            assert!(!has(&ring, "ed25519:nobody", Validity::Now).await);
+        }
+        assert_eq!(servers.fetches(), 2);
+        let dead = server_name!("dead.example");
+        for _ in 0..10 {
+            assert!(matches!(ring.server_keys(dead).await, Err(KeyringError::Unreachable { .. })));
+        }
+        assert_eq!(servers.fetches(), 3);
+        clock.advance(RETRY_MS);
+        assert!(ring.server_keys(dead).await.is_err());
+        assert_eq!(servers.fetches(), 4);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn keys_outlive_a_restart_a_rotation_and_their_server() {
+    both_databases(|url| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let (first, second) = (SigningKey::generate(), SigningKey::generate());
+        servers.set(hub(), answer(hub(), &[&first], json!({}), NOW + DAY));
+        let store = Store::open(&url).await.unwrap();
+        assert!(has(&keyring(&servers, &store, &clock), first.id(), Validity::Now).await);
+        // Rotated, and the server does not list the old key.
+        clock.advance(2 * DAY);
+        servers.set(hub(), answer(hub(), &[&second], json!({}), clock.now_ms() + DAY));
+        let ring = keyring(&servers, &store, &clock);
+        assert!(has(&ring, second.id(), Validity::Now).await);
+        assert!(has(&ring, first.id(), Validity::At(NOW)).await);
+        assert!(!has(&ring, first.id(), Validity::At(NOW + 2 * DAY)).await);
+        store.close().await;
+        servers.take_down(hub());
+        let store = Store::open(&url).await.unwrap();
+        let ring = keyring(&servers, &store, &clock);
+        assert!(has(&ring, second.id(), Validity::Now).await);
+        assert!(has(&ring, first.id(), Validity::At(NOW)).await);
+        store.close().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn our_own_answer_is_one_that_a_key_ring_takes() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let ours = keyring(&servers, &store, &clock);
+        let g = server_name!("g.example");
+        let checked = ServerKeys::check(&ours.own_keys(), g, NOW, &BTreeSet::new()).unwrap();
+        assert!(!checked.linearized && checked.valid_until_ts == NOW + OWN_VALIDITY_MS);
+        let id = ours.inner.own.id();
+        assert_eq!(ours.keys_for(g, &[id], Validity::Now).await.unwrap().len(), 1);
+        assert_eq!(servers.fetches(), 0);
+    })
+    .await;
+}
+
+#[test]
+fn the_recorded_answers_of_peers_are_taken() {
+    let recorded: HashMap<OwnedServerName, Object> =
+        serde_json::from_str(include_str!("../../../tests/vectors/eigen-keys.json")).unwrap();
+    assert!(!recorded.is_empty());
+    for (server, answer) in recorded {
+        let keys = ServerKeys::check(&answer, &server, NOW, &BTreeSet::new()).unwrap();
+        assert!(keys.linearized && keys.current.len() == 1);
+    }
+}

@@ -1,0 +1,167 @@
+//! The keys that a server publishes: checked, merged with what was known before, and as they are stored.
+//! Source: draft-ralston-mimi-linearized-matrix-04, section "Retrieving Server Keys" (`int-transport-get-server-keys`).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ruma::{OwnedServerName, ServerName};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::event::{Object, VerifyKey, verify_object};
+
+/// Keys are not believed for longer than this after they were fetched.
+const MAX_VALIDITY_MS: i64 = 7 * 24 * 3600 * 1000;
+/// How many keys of a server are kept, in use and out of use each.
+const MAX_KEYS: usize = 50;
+
+/// For what moment keys must be valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Validity {
+    /// For a request now: only current keys.
+    Now,
+    /// For an event made at this time, in milliseconds: current keys valid then, and old keys not yet expired then.
+    At(i64),
+}
+
+/// The checked keys of one server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerKeys {
+    /// Whose keys they are.
+    pub server: OwnedServerName,
+    /// Keys in use, by key ID.
+    pub current: BTreeMap<String, VerifyKey>,
+    /// Keys out of use, by key ID, with the time (ms) at which they expired.
+    pub old: BTreeMap<String, (VerifyKey, i64)>,
+    /// Until when they are valid, in ms; at most 7 days after they were fetched.
+    pub valid_until_ts: i64,
+    /// Whether the server says of itself that it is an LM server that cannot do graphs (`m.linearized`).
+    pub linearized: bool,
+}
+
+impl ServerKeys {
+    /// Checks the answer of `server` to `GET /_matrix/key/v2/server`: its name, a good signature by every key in use, and
+    /// that none of the keys is in `denied`.
+    pub(super) fn check(
+        answer: &Object,
+        server: &ServerName,
+        now_ms: i64,
+        denied: &BTreeSet<String>,
+    ) -> Result<Self, String> {
+        let name = answer.get("server_name").and_then(Value::as_str).unwrap_or_default();
+        if name != server.as_str() {
+            return Err(format!("server_name is {name:?}"));
+        }
+        let valid_until_ts =
+            answer.get("valid_until_ts").and_then(Value::as_i64).ok_or("valid_until_ts is no integer")?;
+        let mut current = BTreeMap::new();
+        for (key_id, entry) in entries(answer, "verify_keys")? {
+            if let Some(key) = read_key(key_id, entry, denied)? {
+                current.insert(key_id.clone(), key);
+            }
+        }
+        if current.is_empty() {
+            return Err("verify_keys holds no ed25519 key".to_owned());
+        }
+        for (key_id, key) in &current {
+            let alone = BTreeMap::from([(key_id.clone(), key.clone())]);
+            verify_object(answer, server.as_str(), &alone).map_err(|refusal| format!("{key_id}: {refusal}"))?;
+        }
+        let mut old = BTreeMap::new();
+        if answer.contains_key("old_verify_keys") {
+            for (key_id, entry) in entries(answer, "old_verify_keys")? {
+                let expired_ts = entry.get("expired_ts").and_then(Value::as_i64);
+                // An old key that is of no use is no reason to refuse those in use.
+                if let (Some(expired_ts), Ok(Some(key))) = (expired_ts, read_key(key_id, entry, denied)) {
+                    old.insert(key_id.clone(), (key, expired_ts.min(now_ms)));
+                }
+            }
+        }
+        Ok(Self {
+            server: server.to_owned(),
+            current,
+            old,
+            valid_until_ts: valid_until_ts.min(now_ms.saturating_add(MAX_VALIDITY_MS)),
+            linearized: answer.get("m.linearized").and_then(Value::as_bool).unwrap_or(false),
+        })
+    }
+
+    /// Keeps what `before` knew: a key that is published no more is an old key, which expired when it was last vouched for.
+    pub(super) fn remember(mut self, before: &Self, now_ms: i64) -> Self {
+        let vanished = before.current.iter().map(|(id, key)| (id, key, before.valid_until_ts.min(now_ms)));
+        let older = before.old.iter().map(|(id, (key, expired))| (id, key, *expired));
+        for (key_id, key, expired_ts) in vanished.chain(older) {
+            if self.old.len() >= MAX_KEYS {
+                break;
+            }
+            if !self.current.contains_key(key_id) && !self.old.contains_key(key_id) {
+                self.old.insert(key_id.clone(), (key.clone(), expired_ts));
+            }
+        }
+        self
+    }
+
+    /// The key with this ID, when it is valid for `validity`.
+    pub(super) fn key(&self, key_id: &str, validity: Validity, now_ms: i64) -> Option<&VerifyKey> {
+        let moment = match validity {
+            Validity::Now => now_ms,
+            Validity::At(ts) => ts,
+        };
+        if let Some(key) = self.current.get(key_id) {
+            return Some(key).filter(|_| moment <= self.valid_until_ts);
+        }
+        let (key, expired_ts) = self.old.get(key_id)?;
+        Some(key).filter(|_| validity != Validity::Now && moment <= *expired_ts)
+    }
+
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let stored = Stored {
+            current: self.current.iter().map(|(id, key)| (id.clone(), key.to_base64())).collect(),
+            old: self.old.iter().map(|(id, (key, expired))| (id.clone(), (key.to_base64(), *expired))).collect(),
+            valid_until_ts: self.valid_until_ts,
+            linearized: self.linearized,
+        };
+        serde_json::to_vec(&stored).unwrap_or_default()
+    }
+
+    pub(super) fn from_bytes(server: &ServerName, bytes: &[u8]) -> Option<Self> {
+        let stored: Stored = serde_json::from_slice(bytes).ok()?;
+        let read = |encoded: &String| VerifyKey::from_base64(encoded).ok();
+        Some(Self {
+            server: server.to_owned(),
+            current: stored.current.iter().filter_map(|(id, key)| Some((id.clone(), read(key)?))).collect(),
+            old: stored.old.iter().filter_map(|(id, (key, ts))| Some((id.clone(), (read(key)?, *ts)))).collect(),
+            valid_until_ts: stored.valid_until_ts,
+            linearized: stored.linearized,
+        })
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    current: BTreeMap<String, String>,
+    old: BTreeMap<String, (String, i64)>,
+    valid_until_ts: i64,
+    linearized: bool,
+}
+
+fn entries<'a>(answer: &'a Object, field: &str) -> Result<&'a Object, String> {
+    let entries = answer.get(field).and_then(Value::as_object).ok_or_else(|| format!("{field} is no object"))?;
+    if entries.len() > MAX_KEYS {
+        return Err(format!("{field} has {} entries, at most {MAX_KEYS} are taken", entries.len()));
+    }
+    Ok(entries)
+}
+
+/// None for keys of algorithms that are not used.
+fn read_key(key_id: &str, entry: &Value, denied: &BTreeSet<String>) -> Result<Option<VerifyKey>, String> {
+    let Some(version) = key_id.strip_prefix("ed25519:") else { return Ok(None) };
+    if version.is_empty() || !version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
+        return Err(format!("the key ID {:?} is malformed", key_id.chars().take(60).collect::<String>()));
+    }
+    let encoded = entry.get("key").and_then(Value::as_str).ok_or_else(|| format!("{key_id} has no key"))?;
+    let key = VerifyKey::from_base64(encoded).map_err(|refusal| format!("{key_id}: {refusal}"))?;
+    if denied.contains(&key.to_base64()) {
+        return Err(format!("{key_id} is a key that is known to have leaked"));
+    }
+    Ok(Some(key))
+}
