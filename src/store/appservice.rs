@@ -172,6 +172,7 @@ mod tests {
     use ruma::{room_id, user_id};
 
     use super::*;
+    use crate::store::testing::both_stores;
 
     async fn take(store: &Store, txn_id: &'static str, fingerprint: &'static str, work: &[&[u8]]) -> bool {
         let work: Vec<Vec<u8>> = work.iter().map(|work| work.to_vec()).collect();
@@ -184,56 +185,60 @@ mod tests {
 
     #[tokio::test]
     async fn a_transaction_is_taken_once_and_its_work_comes_in_order() {
-        let (store, _directory) = crate::store::images::tests::fresh().await;
-        assert!(take(&store, "1", "a", &[b"one", b"two"]).await);
-        assert!(!take(&store, "1", "a", &[b"one", b"two"]).await);
-        assert!(take(&store, "1", "b", &[b"three"]).await, "the homeserver began to count anew");
-        let rows = due(&store, 5, 10).await.unwrap();
-        let works: Vec<&[u8]> = rows.iter().map(|row| row.work.as_slice()).collect();
-        assert_eq!(works, [&b"one"[..], b"two", b"three"]);
+        both_stores(|store| async move {
+            assert!(take(&store, "1", "a", &[b"one", b"two"]).await);
+            assert!(!take(&store, "1", "a", &[b"one", b"two"]).await);
+            assert!(take(&store, "1", "b", &[b"three"]).await, "the homeserver began to count anew");
+            let rows = due(&store, 5, 10).await.unwrap();
+            let works: Vec<&[u8]> = rows.iter().map(|row| row.work.as_slice()).collect();
+            assert_eq!(works, [&b"one"[..], b"two", b"three"]);
 
-        let [one, two, three] = [rows[0].seq, rows[1].seq, rows[2].seq];
-        store
-            .write(move |tx| {
-                Box::pin(async move {
-                    done(tx, one).await?;
-                    put_off(tx, two, 9).await?;
-                    give_up(tx, three, "it\u{0}").await
+            let [one, two, three] = [rows[0].seq, rows[1].seq, rows[2].seq];
+            store
+                .write(move |tx| {
+                    Box::pin(async move {
+                        done(tx, one).await?;
+                        put_off(tx, two, 9).await?;
+                        give_up(tx, three, "it\u{0}").await
+                    })
                 })
-            })
-            .await
-            .unwrap();
-        assert_eq!(due(&store, 8, 10).await.unwrap(), []);
-        assert_eq!(due(&store, 9, 10).await.unwrap(), [WorkRow { seq: two, work: b"two".to_vec(), attempts: 1 }]);
-        assert_eq!(waiting(&store).await.unwrap(), (1, Some(9)));
+                .await
+                .unwrap();
+            assert_eq!(due(&store, 8, 10).await.unwrap(), []);
+            assert_eq!(due(&store, 9, 10).await.unwrap(), [WorkRow { seq: two, work: b"two".to_vec(), attempts: 1 }]);
+            assert_eq!(waiting(&store).await.unwrap(), (1, Some(9)));
 
-        store.write(|tx| Box::pin(async move { forget_transactions(tx, 6).await })).await.unwrap();
-        assert!(take(&store, "1", "b", &[]).await);
+            store.write(|tx| Box::pin(async move { forget_transactions(tx, 6).await })).await.unwrap();
+            assert!(take(&store, "1", "b", &[]).await);
+        })
+        .await;
     }
 
     #[tokio::test]
     async fn invites_and_chats_come_and_go() {
-        let (store, _directory) = crate::store::images::tests::fresh().await;
-        let (room, user) = (room_id!("!a:b"), user_id!("@u:b"));
-        let write = |on: bool| {
-            store.write(move |tx| {
-                Box::pin(async move {
-                    if on {
-                        add_invite(tx, room, 1).await?;
-                        add_invite(tx, room, 2).await?;
-                        add_chat(tx, room, user).await
-                    } else {
-                        remove_invite(tx, room).await?;
-                        remove_chat(tx, room).await
-                    }
+        both_stores(|store| async move {
+            let (room, user) = (room_id!("!a:b"), user_id!("@u:b"));
+            let write = |on: bool| {
+                store.write(move |tx| {
+                    Box::pin(async move {
+                        if on {
+                            add_invite(tx, room, 1).await?;
+                            add_invite(tx, room, 2).await?;
+                            add_chat(tx, room, user).await
+                        } else {
+                            remove_invite(tx, room).await?;
+                            remove_chat(tx, room).await
+                        }
+                    })
                 })
-            })
-        };
-        write(true).await.unwrap();
-        assert!(is_invited(&store, room).await.unwrap());
-        assert_eq!(chats(&store).await.unwrap(), [(room.to_owned(), user.to_owned())]);
-        write(false).await.unwrap();
-        assert!(!is_invited(&store, room).await.unwrap());
-        assert_eq!(chats(&store).await.unwrap(), []);
+            };
+            write(true).await.unwrap();
+            assert!(is_invited(&store, room).await.unwrap());
+            assert_eq!(chats(&store).await.unwrap(), [(room.to_owned(), user.to_owned())]);
+            write(false).await.unwrap();
+            assert!(!is_invited(&store, room).await.unwrap());
+            assert_eq!(chats(&store).await.unwrap(), []);
+        })
+        .await;
     }
 }

@@ -8,6 +8,7 @@ pub mod dag;
 mod ids;
 pub mod images;
 pub mod inbox;
+pub mod overview;
 pub mod portals;
 pub mod server_keys;
 #[cfg(test)]

@@ -94,11 +94,6 @@ pub async fn number_of_matrix_room(store: &Store, room_id: &RoomId) -> Result<Op
     Ok(row.map(|(number,)| number))
 }
 
-/// How many portals are in each state.
-pub async fn count(store: &Store) -> Result<Vec<(String, i64)>, StoreError> {
-    Ok(sqlx::query_as("SELECT state, COUNT(*) FROM bridge_portals GROUP BY state").fetch_all(store.reader()).await?)
-}
-
 /// Makes the alias with this localpart lead to a portal.
 pub async fn set_alias(tx: &mut Tx, localpart: &str, portal: i64) -> Result<(), StoreError> {
     sqlx::query(

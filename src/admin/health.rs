@@ -1,0 +1,208 @@
+//! `/health`: whether the gateway does its work, and when not, what is wrong.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ruma::OwnedServerName;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::Admin;
+use super::metrics::METRICS;
+use crate::appservice::HomeserverStatus;
+use crate::federation::QueueStatus;
+use crate::store::StoreError;
+use crate::store::overview::{Overview, overview};
+
+/// How long an event may wait in the inbox before something is wrong, in milliseconds.
+const LONGEST_WAIT: i64 = 10 * 60 * 1000;
+/// How long the store may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How many failing servers are listed.
+const LISTED: usize = 50;
+
+/// How the gateway is.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// Whether nothing is wrong.
+    pub ok: bool,
+    /// What is wrong, each in a sentence.
+    pub problems: Vec<String>,
+    /// The gateway's server name.
+    #[schema(value_type = String)]
+    pub server_name: OwnedServerName,
+    /// The version of this program.
+    pub version: String,
+    /// The homeserver, when there is one.
+    #[schema(value_type = Option<Object>)]
+    pub homeserver: Option<HomeserverStatus>,
+    /// Events that wait to be carried over.
+    pub inbox: Inbox,
+    /// Events that wait to be sent.
+    pub outbound: Outbound,
+    /// How many portals are in each state.
+    pub portals: BTreeMap<String, i64>,
+}
+
+/// Events that wait to be carried over.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct Inbox {
+    /// How many.
+    pub waiting: i64,
+    /// How long the oldest has waited.
+    pub oldest_age_ms: i64,
+}
+
+/// Events that wait to be sent.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct Outbound {
+    /// How many, to all servers.
+    pub waiting: i64,
+    /// Servers to which the last transaction failed, at most 50.
+    pub failing: Vec<Failing>,
+}
+
+/// A server to which the last transaction failed.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Failing {
+    /// The server.
+    pub server: String,
+    /// How much waits for it.
+    pub waiting: i64,
+    /// Failures in a row.
+    pub failures: i64,
+    /// When it is tried again, in milliseconds since the epoch.
+    pub retry_at: i64,
+    /// What happened last.
+    pub error: Option<String>,
+}
+
+/// What health is judged by.
+struct Findings {
+    server_name: OwnedServerName,
+    now_ms: i64,
+    store: Result<Overview, String>,
+    queues: Result<Vec<QueueStatus>, StoreError>,
+    homeserver: Option<HomeserverStatus>,
+}
+
+impl Admin {
+    /// How the gateway is now. The gauges of what waits are set by the way.
+    pub async fn health(&self) -> Health {
+        let context = &self.context;
+        let store = match tokio::time::timeout(PATIENCE, overview(&context.store)).await {
+            Ok(answer) => answer.map_err(|error| error.to_string()),
+            Err(_) => Err(format!("no answer within {} s", PATIENCE.as_secs())),
+        };
+        let queues = match &store {
+            Ok(_) => context.outbound.status().await,
+            Err(_) => Ok(Vec::new()),
+        };
+        let findings = Findings {
+            server_name: context.server_name.clone(),
+            now_ms: context.clock.now_ms(),
+            store,
+            queues,
+            homeserver: self.appservice.as_ref().map(|appservice| appservice.status()),
+        };
+        let health = judge(findings);
+        METRICS.inbox_waiting.set(health.inbox.waiting);
+        METRICS.inbox_oldest_seconds.set(health.inbox.oldest_age_ms / 1000);
+        METRICS.outbound_waiting.set(health.outbound.waiting);
+        METRICS.outbound_failing.set(i64::try_from(health.outbound.failing.len()).unwrap_or(i64::MAX));
+        for state in ["creating", "active", "degraded", "suspended", "ended"] {
+            let count = health.portals.get(state).copied().unwrap_or_default();
+            METRICS.portals.with_label_values(&[state]).set(count);
+        }
+        health
+    }
+}
+
+fn judge(findings: Findings) -> Health {
+    let mut problems = Vec::new();
+    let store = findings.store.unwrap_or_else(|error| {
+        problems.push(format!("the store does not answer: {error}"));
+        Overview::default()
+    });
+    let queues = findings.queues.unwrap_or_else(|error| {
+        problems.push(format!("the outbound queues cannot be read: {error}"));
+        Vec::new()
+    });
+    let oldest_age_ms = store.inbox_oldest_ts.map_or(0, |oldest| findings.now_ms.saturating_sub(oldest).max(0));
+    if oldest_age_ms > LONGEST_WAIT {
+        let minutes = oldest_age_ms / 60_000;
+        problems.push(format!("an accepted event has waited {minutes} minutes to be carried over"));
+    }
+    if let Some(homeserver) = findings.homeserver.as_ref().filter(|homeserver| !homeserver.reachable) {
+        let error = homeserver.error.as_deref().unwrap_or("it was not tried yet");
+        problems.push(format!("the ping through the homeserver did not come back ({error}): run `isthmus doctor`"));
+    }
+    let failing = queues.iter().filter(|queue| queue.failures > 0).take(LISTED).map(|queue| Failing {
+        server: queue.destination.to_string(),
+        waiting: queue.waiting,
+        failures: queue.failures,
+        retry_at: queue.retry_at,
+        error: queue.last_error.clone(),
+    });
+    Health {
+        ok: problems.is_empty(),
+        problems,
+        server_name: findings.server_name,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        homeserver: findings.homeserver,
+        inbox: Inbox { waiting: store.inbox_waiting, oldest_age_ms },
+        outbound: Outbound {
+            waiting: queues.iter().fold(0, |sum, queue| sum.saturating_add(queue.waiting)),
+            failing: failing.collect(),
+        },
+        portals: store.portals.into_iter().collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Findings {
+        Findings {
+            server_name: "g.example".try_into().unwrap(),
+            now_ms: 10_000_000,
+            store: Ok(Overview { inbox_waiting: 2, inbox_oldest_ts: Some(9_999_000), ..Overview::default() }),
+            queues: Ok(Vec::new()),
+            homeserver: Some(HomeserverStatus { reachable: true, ..HomeserverStatus::default() }),
+        }
+    }
+
+    #[test]
+    fn each_problem_is_named() {
+        let health = judge(good());
+        assert!(health.ok && health.inbox.oldest_age_ms == 1000, "{health:?}");
+        assert!(judge(Findings { homeserver: None, ..good() }).ok);
+
+        let old = Overview { inbox_oldest_ts: Some(10_000_000 - 11 * 60_000), ..Overview::default() };
+        let down = HomeserverStatus { error: Some("502".to_owned()), ..HomeserverStatus::default() };
+        for (findings, problem) in [
+            (Findings { store: Err("gone".to_owned()), ..good() }, "the store does not answer: gone"),
+            (Findings { queues: Err(StoreError::Closed), ..good() }, "the outbound queues cannot be read"),
+            (Findings { store: Ok(old), ..good() }, "has waited 11 minutes"),
+            (Findings { homeserver: Some(down), ..good() }, "did not come back (502)"),
+        ] {
+            let health = judge(findings);
+            assert!(!health.ok && health.problems.len() == 1, "{health:?}");
+            assert!(health.problems[0].contains(problem), "{health:?}");
+        }
+    }
+
+    #[test]
+    fn a_dead_destination_is_shown_and_is_no_problem() {
+        let queue = QueueStatus {
+            destination: "dead.example".try_into().unwrap(),
+            waiting: 7,
+            failures: 3,
+            retry_at: 5,
+            last_error: Some("refused".to_owned()),
+        };
+        let health = judge(Findings { queues: Ok(vec![queue]), ..good() });
+        assert!(health.ok && health.outbound.waiting == 7 && health.outbound.failing[0].failures == 3);
+    }
+}

@@ -1,0 +1,71 @@
+//! A page that says how the gateway is, for a glance with a browser.
+
+use std::fmt::Write as _;
+
+use super::Health;
+
+/// The page.
+pub(super) fn render(health: &Health) -> String {
+    let mut rows = String::new();
+    let mut row = |name: &str, value: &str| {
+        // Writing to a string does not fail.
+        let _ = write!(rows, "<tr><th>{}</th><td>{}</td></tr>", escape(name), escape(value));
+    };
+    row("server name", health.server_name.as_str());
+    row("version", &health.version);
+    row("state", if health.ok { "all is well" } else { "something is wrong" });
+    for problem in &health.problems {
+        row("problem", problem);
+    }
+    if let Some(homeserver) = &health.homeserver {
+        row("homeserver", if homeserver.reachable { "reachable" } else { "not reachable" });
+    }
+    for (state, count) in &health.portals {
+        row(&format!("portals, {state}"), &count.to_string());
+    }
+    row("events to carry over", &health.inbox.waiting.to_string());
+    row("events to send", &health.outbound.waiting.to_string());
+    for failing in &health.outbound.failing {
+        let error = failing.error.as_deref().unwrap_or_default();
+        row(&failing.server, &format!("{} waiting, {} failures in a row: {error}", failing.waiting, failing.failures));
+    }
+    format!(
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"10\">\
+         <title>isthmus {name}</title><style>body{{font:1rem sans-serif;margin:2rem}}th{{text-align:left;\
+         padding-right:2rem;font-weight:normal;color:#666}}</style><h1>isthmus</h1><table>{rows}</table></html>",
+        name = escape(health.server_name.as_str())
+    )
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Failing, Inbox, Outbound};
+    use super::*;
+
+    #[test]
+    fn what_peers_say_is_escaped() {
+        let failing = Failing {
+            server: "s".to_owned(),
+            waiting: 1,
+            failures: 1,
+            retry_at: 0,
+            error: Some("<script>alert(\"&\")".to_owned()),
+        };
+        let page = render(&Health {
+            ok: true,
+            problems: Vec::new(),
+            server_name: "g.example".try_into().unwrap(),
+            version: "1".to_owned(),
+            homeserver: None,
+            inbox: Inbox::default(),
+            outbound: Outbound { waiting: 1, failing: vec![failing] },
+            portals: [("active".to_owned(), 3)].into(),
+        });
+        assert!(page.contains("&lt;script&gt;alert(&quot;&amp;&quot;)") && !page.contains("<script"), "{page}");
+        assert!(page.contains("<th>portals, active</th><td>3</td>"), "{page}");
+    }
+}
