@@ -9,6 +9,7 @@ mod ids;
 pub mod images;
 pub mod inbox;
 pub mod overview;
+pub mod outbound;
 pub mod portals;
 pub mod server_keys;
 #[cfg(test)]

@@ -1,0 +1,368 @@
+//! Outbound queues, one a destination: persisted as positions in feeds, not as copies of events. A feed is a list of events
+//! with growing positions (an LM room's log, a graph room's outbox, the LPDUs for a hub); a destination has, for each feed
+//! that it gets, the position up to which it has it. So a queue costs nothing per event, survives every crash, and is
+//! caught up from the room itself. One transaction in flight a destination, the same ID and the same events on retry.
+
+mod slot;
+mod verdict;
+mod wire;
+mod worker;
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::FutureExt as _;
+use ruma::{OwnedRoomId, OwnedServerName, ServerName};
+use serde_json::value::RawValue;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::slot::Slot;
+use self::wire::{Network, Sender, Transport};
+use self::worker::Worker;
+use super::Client;
+use crate::clock::SharedClock;
+use crate::event::Object;
+use crate::identity::{Keyring, Side};
+use crate::refusal::Refusal;
+use crate::store::outbound::{self as rows, CursorKey};
+use crate::store::{Store, StoreError, Tx};
+
+/// Which list of events a feed is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum FeedKind {
+    /// The log of an LM room that this gateway hubs: positions are log positions. Sent with the LM `send`.
+    Log,
+    /// LPDUs of this gateway's users for the hub of a room. Sent with the LM `send`.
+    Lpdus,
+    /// Events of a graph room that this gateway must send. Sent with the Matrix `send`.
+    Graph,
+}
+
+impl FeedKind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Log => "log",
+            Self::Lpdus => "lpdus",
+            Self::Graph => "graph",
+        }
+    }
+
+    fn parse(text: &str) -> Result<Self, StoreError> {
+        let known = [Self::Log, Self::Lpdus, Self::Graph].into_iter().find(|kind| kind.as_str() == text);
+        known.ok_or_else(|| StoreError::corrupt("feed kind", text))
+    }
+
+    /// By which protocol's `send` it goes.
+    fn protocol(self) -> Side {
+        match self {
+            Self::Log | Self::Lpdus => Side::Lm,
+            Self::Graph => Side::Matrix,
+        }
+    }
+}
+
+/// One feed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Feed {
+    /// What kind.
+    pub kind: FeedKind,
+    /// Of which room.
+    pub room_id: OwnedRoomId,
+}
+
+impl Feed {
+    fn parse(kind: &str, room_id: String) -> Result<Self, StoreError> {
+        let room_id = room_id.try_into().map_err(|error| StoreError::corrupt("room ID of a feed", error))?;
+        Ok(Self { kind: FeedKind::parse(kind)?, room_id })
+    }
+
+    fn key(&self, destination: &ServerName) -> CursorKey {
+        CursorKey {
+            destination: destination.to_string(),
+            kind: self.kind.as_str().to_owned(),
+            room_id: self.room_id.to_string(),
+        }
+    }
+}
+
+/// An event at its position in a feed, as it goes over the wire.
+#[derive(Debug, Clone)]
+pub struct Delivery {
+    /// The position.
+    pub position: i64,
+    /// The event; none when this destination does not get what is at this position.
+    pub event: Option<Box<RawValue>>,
+}
+
+/// Where the queues read the events of feeds. Implemented by `lm` and `dag`, each for its own kinds.
+#[async_trait]
+pub trait FeedSource: Send + Sync + 'static {
+    /// The events of `feed` for `destination` after position `after`, in order, at most `limit`, none past `until`.
+    async fn read(
+        &self,
+        feed: &Feed,
+        destination: &ServerName,
+        after: i64,
+        until: Option<i64>,
+        limit: usize,
+    ) -> Result<Vec<Delivery>, StoreError>;
+
+    /// Before a transaction whose fate is unknown is sent again: which of its positions are known to have arrived. For
+    /// servers that are known to be idempotent, or feeds where that does no harm: none.
+    async fn already_delivered(
+        &self,
+        feed: &Feed,
+        destination: &ServerName,
+        positions: &[i64],
+    ) -> Result<Vec<i64>, Refusal>;
+
+    /// The destination answered 200 to a transaction with these positions, or refused the only event in it: the answer
+    /// is then its error, with `errcode` and `error`. After a crash in between this may be told twice.
+    async fn answered(&self, feed: &Feed, destination: &ServerName, positions: &[i64], answer: &Object);
+}
+
+/// The state of one destination's queue, for operators.
+#[derive(Debug, Clone)]
+pub struct QueueStatus {
+    /// The destination.
+    pub destination: OwnedServerName,
+    /// How many events wait, as far as the heads of its feeds tell.
+    pub waiting: i64,
+    /// Failures in a row.
+    pub failures: i64,
+    /// When it is tried again, ms; 0 when now.
+    pub retry_at: i64,
+    /// The last failure.
+    pub last_error: Option<String>,
+}
+
+/// All queues; clones share them. With the last clone they end where they stand, as a crash would end them.
+#[derive(Clone)]
+pub struct OutboundQueues {
+    handle: Arc<Handle>,
+}
+
+struct Handle {
+    shared: Arc<Shared>,
+    /// Takes up no new work.
+    stop: CancellationToken,
+    /// Drops everything at once.
+    kill: CancellationToken,
+    workers: TaskTracker,
+    started: AtomicBool,
+}
+
+/// What the workers share.
+struct Shared {
+    store: Store,
+    clock: SharedClock,
+    wire: Arc<dyn Transport>,
+    sender: Sender,
+    sources: RwLock<HashMap<FeedKind, Arc<dyn FeedSource>>>,
+    /// The destinations that have work, or had some until a moment ago.
+    slots: Mutex<HashMap<OwnedServerName, Arc<Slot>>>,
+    /// How many destinations are spoken to at once: those that answer, and, so that these never wait for the others,
+    /// those that fail.
+    healthy: Semaphore,
+    failing: Semaphore,
+}
+
+const HEALTHY_AT_ONCE: usize = 512;
+const FAILING_AT_ONCE: usize = 64;
+/// How long a stop waits for transactions that are on their way.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+/// After a bug in a worker it is left alone for so long.
+const AFTER_PANIC: Duration = Duration::from_secs(10);
+
+impl OutboundQueues {
+    /// The queues of `server_name` over `store`; nothing is sent before [`OutboundQueues::start`].
+    pub fn new(
+        store: Store,
+        clock: SharedClock,
+        server_name: OwnedServerName,
+        client: Client,
+        keyring: Keyring,
+    ) -> Self {
+        Self::over(store, clock, server_name, Arc::new(Network { client, keyring }))
+    }
+
+    fn over(store: Store, clock: SharedClock, server_name: OwnedServerName, wire: Arc<dyn Transport>) -> Self {
+        let shared = Shared {
+            store,
+            clock,
+            wire,
+            sender: Sender::new(server_name),
+            sources: RwLock::default(),
+            slots: Mutex::default(),
+            healthy: Semaphore::new(HEALTHY_AT_ONCE),
+            failing: Semaphore::new(FAILING_AT_ONCE),
+        };
+        let handle = Handle {
+            shared: Arc::new(shared),
+            stop: CancellationToken::new(),
+            kill: CancellationToken::new(),
+            workers: TaskTracker::new(),
+            started: AtomicBool::new(false),
+        };
+        Self { handle: Arc::new(handle) }
+    }
+
+    /// Registers where the events of feeds of some kinds are read, before the start.
+    pub fn register(&self, kinds: &[FeedKind], source: Arc<dyn FeedSource>) {
+        let mut sources = self.handle.shared.sources.write().unwrap_or_else(PoisonError::into_inner);
+        sources.extend(kinds.iter().map(|kind| (*kind, source.clone())));
+    }
+
+    /// Takes up what was left unfinished, and sends from now on.
+    pub async fn start(&self) -> Result<(), StoreError> {
+        let store = &self.handle.shared.store;
+        let unfinished = rows::unfinished(store).await?;
+        let inflight = rows::inflight_destinations(store).await?;
+        if !unfinished.is_empty() {
+            tracing::info!(feeds = unfinished.len(), "taking up unfinished outbound queues");
+        }
+        let mut slots = lock(&self.handle.shared.slots);
+        for key in unfinished {
+            let destination = parse_destination(key.destination)?;
+            slots.entry(destination).or_default().add(Feed::parse(&key.kind, key.room_id)?);
+        }
+        for destination in inflight {
+            slots.entry(parse_destination(destination)?).or_default();
+        }
+        if !self.handle.started.swap(true, Ordering::SeqCst) {
+            for (destination, slot) in &*slots {
+                self.handle.spawn(destination.clone(), slot.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends nothing new, waits a moment for what is on its way, and ends. What did not get through is sent by the next
+    /// start.
+    pub async fn stop(&self) {
+        self.handle.stop.cancel();
+        self.handle.workers.close();
+        if tokio::time::timeout(STOP_GRACE, self.handle.workers.wait()).await.is_err() {
+            self.handle.kill.cancel();
+            self.handle.workers.wait().await;
+        }
+        // The sources hold what holds these queues.
+        self.handle.shared.sources.write().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Inside a write job: `destination` gets `feed` from the event after position `after` on. When it already gets the
+    /// feed, nothing changes but an end that was set: that is taken back, and what lies between it and `after` is passed
+    /// over.
+    pub async fn subscribe(tx: &mut Tx, destination: &ServerName, feed: &Feed, after: i64) -> Result<(), StoreError> {
+        rows::subscribe(tx, &feed.key(destination), after).await
+    }
+
+    /// Inside a write job: the last position of `feed` that `destination` gets is `until`.
+    pub async fn end(tx: &mut Tx, destination: &ServerName, feed: &Feed, until: i64) -> Result<(), StoreError> {
+        rows::end(tx, &feed.key(destination), until).await
+    }
+
+    /// Inside a write job: the feed's last position is now `head`.
+    pub async fn advance(tx: &mut Tx, feed: &Feed, head: i64) -> Result<(), StoreError> {
+        rows::advance(tx, feed.kind.as_str(), feed.room_id.as_str(), head).await
+    }
+
+    /// After a commit: the feed has news for these destinations. Cheap; from memory.
+    pub fn wake(&self, feed: &Feed, destinations: &[OwnedServerName]) {
+        let mut slots = lock(&self.handle.shared.slots);
+        for destination in destinations {
+            if let Some(slot) = slots.get(destination) {
+                slot.add(feed.clone());
+                continue;
+            }
+            let slot = Arc::<Slot>::default();
+            slot.add(feed.clone());
+            slots.insert(destination.clone(), slot.clone());
+            if self.handle.started.load(Ordering::SeqCst) {
+                self.handle.spawn(destination.clone(), slot);
+            }
+        }
+    }
+
+    /// Tries a destination now, whatever its backoff: it was heard of, or an operator asks.
+    pub fn retry(&self, destination: &ServerName) {
+        if let Some(slot) = lock(&self.handle.shared.slots).get(destination) {
+            slot.heard();
+        }
+    }
+
+    /// The queues that are not empty or that fail, for operators.
+    pub async fn status(&self) -> Result<Vec<QueueStatus>, StoreError> {
+        let store = &self.handle.shared.store;
+        let mut queues = HashMap::new();
+        for (destination, waiting) in rows::waiting(store).await? {
+            let destination = parse_destination(destination)?;
+            queues.insert(
+                destination.clone(),
+                QueueStatus { destination, waiting, failures: 0, retry_at: 0, last_error: None },
+            );
+        }
+        for row in rows::failures(store).await? {
+            let destination = parse_destination(row.destination)?;
+            let queue = queues.entry(destination.clone()).or_insert(QueueStatus {
+                destination,
+                waiting: 0,
+                failures: 0,
+                retry_at: 0,
+                last_error: None,
+            });
+            (queue.failures, queue.retry_at, queue.last_error) = (row.failures, row.retry_at, Some(row.last_error));
+        }
+        let mut queues: Vec<_> = queues.into_values().collect();
+        queues.sort_by(|a, b| a.destination.cmp(&b.destination));
+        Ok(queues)
+    }
+}
+
+impl Handle {
+    /// Starts the one worker of a destination, which ends when there is nothing left to do.
+    fn spawn(&self, destination: OwnedServerName, slot: Arc<Slot>) {
+        let (shared, stop, kill) = (self.shared.clone(), self.stop.clone(), self.kill.clone());
+        self.workers.spawn(async move {
+            let work = async {
+                loop {
+                    let worker = Worker::new(&shared, &destination, &slot, &stop);
+                    if AssertUnwindSafe(worker.run()).catch_unwind().await.is_ok() {
+                        return;
+                    }
+                    tracing::error!(server = %destination, "the outbound queue panicked");
+                    slot.everything_again(&shared.store, &destination).await;
+                    tokio::time::sleep(AFTER_PANIC).await;
+                }
+            };
+            tokio::select! {
+                () = kill.cancelled() => {}
+                () = work => {}
+            }
+        });
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.kill.cancel();
+    }
+}
+
+fn parse_destination(name: String) -> Result<OwnedServerName, StoreError> {
+    name.try_into().map_err(|error| StoreError::corrupt("destination", error))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is inside is whole between any two statements, so a panic elsewhere does not spoil it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,140 @@
+//! What follows from a transaction that was not answered with 200, and how long a failing destination is left alone.
+
+use std::time::Duration;
+
+use http::StatusCode;
+
+use crate::federation::RemoteError;
+
+/// How often a server that does LM alone may answer the same transaction with an error of its own before its events are
+/// judged one by one, or a single event is given up.
+pub(super) const TRIES_LINEARIZED: u32 = 8;
+/// The same for servers that promise to take what they can of a transaction: their errors come from bad days, which pass.
+pub(super) const TRIES: u32 = 24;
+
+const FIRST: Duration = Duration::from_secs(1);
+const LONGEST: Duration = Duration::from_secs(6 * 3600);
+
+/// A transaction that failed.
+pub(super) struct Failure<'a> {
+    /// How.
+    pub error: &'a RemoteError,
+    /// How many events are in it.
+    pub events: usize,
+    /// Whether the destination does LM alone, and so stops at the first event that it does not like.
+    pub linearized: bool,
+    /// How often it was answered with an error of the server's own, this time included.
+    pub tries: u32,
+}
+
+/// What follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The same again, later.
+    Retry,
+    /// Its events are sent one by one.
+    Split,
+    /// Its one event is refused for good.
+    Refused,
+    /// Its one event breaks the destination again and again, and is passed over.
+    GiveUp,
+}
+
+pub(super) fn judge(failure: &Failure<'_>) -> Verdict {
+    let RemoteError::Status { status, .. } = failure.error else { return Verdict::Retry };
+    let refused = is_refusal(*status) && !failure.error.is_unrecognized();
+    let broken = is_own_error(*status);
+    let tries = if failure.linearized { TRIES_LINEARIZED } else { TRIES };
+    match failure.events {
+        0 | 1 if refused => Verdict::Refused,
+        0 | 1 if broken && failure.tries >= tries => Verdict::GiveUp,
+        0 | 1 => Verdict::Retry,
+        _ if refused || (broken && (failure.linearized || failure.tries >= TRIES_LINEARIZED)) => Verdict::Split,
+        _ => Verdict::Retry,
+    }
+}
+
+/// Whether a status says that the content is not wanted, rather than that the request came at a bad time or was not let in.
+fn is_refusal(status: StatusCode) -> bool {
+    let about_request = [
+        StatusCode::UNAUTHORIZED,
+        StatusCode::METHOD_NOT_ALLOWED,
+        StatusCode::PROXY_AUTHENTICATION_REQUIRED,
+        StatusCode::REQUEST_TIMEOUT,
+        StatusCode::TOO_EARLY,
+        StatusCode::TOO_MANY_REQUESTS,
+    ];
+    status.is_client_error() && !about_request.contains(&status)
+}
+
+/// Whether a status comes from the server itself, rather than from a proxy in front of one that is away.
+pub(super) fn is_own_error(status: StatusCode) -> bool {
+    let from_proxy = [StatusCode::BAD_GATEWAY, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
+    status.is_server_error() && !from_proxy.contains(&status)
+}
+
+/// How long a destination is left alone after so many failures in a row; `random` is from 0 to 1, so that destinations that
+/// failed together are not tried together.
+pub(super) fn backoff(failures: i64, random: f64) -> Duration {
+    let doublings = u32::try_from(failures.saturating_sub(1).clamp(0, 20)).unwrap_or(0);
+    let delay = FIRST.saturating_mul(1 << doublings).min(LONGEST);
+    delay.mul_f64(0.8 + 0.2 * random.clamp(0.0, 1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(status: u16, errcode: &str, events: usize, linearized: bool, tries: u32) -> Verdict {
+        let error = RemoteError::Status {
+            status: StatusCode::from_u16(status).unwrap(),
+            errcode: errcode.to_owned(),
+            error: String::new(),
+        };
+        judge(&Failure { error: &error, events, linearized, tries })
+    }
+
+    #[test]
+    fn verdicts() {
+        use Verdict::*;
+        for (status, errcode, events, linearized, tries, expected) in [
+            // One bad event must not hold up the others.
+            (500, "M_UNKNOWN", 50, true, 1, Split),
+            (500, "M_UNKNOWN", 50, false, 1, Retry),
+            (500, "M_UNKNOWN", 50, false, TRIES_LINEARIZED, Split),
+            (400, "M_BAD_JSON", 50, false, 1, Split),
+            (413, "", 2, true, 1, Split),
+            (403, "M_FORBIDDEN", 1, false, 1, Refused),
+            (404, "M_NOT_FOUND", 1, true, 1, Refused),
+            (500, "", 1, true, 1, Retry),
+            (500, "", 1, true, TRIES_LINEARIZED, GiveUp),
+            (500, "", 1, false, TRIES_LINEARIZED, Retry),
+            (500, "", 1, false, TRIES, GiveUp),
+            // What is not about the events never costs one.
+            (502, "", 1, true, 1000, Retry),
+            (503, "", 50, true, 1000, Retry),
+            (504, "", 1, true, 1000, Retry),
+            (429, "M_LIMIT_EXCEEDED", 1, true, 1000, Retry),
+            (401, "M_UNAUTHORIZED", 1, true, 1000, Retry),
+            (404, "", 1, true, 1000, Retry),
+            (404, "M_UNRECOGNIZED", 1, true, 1000, Retry),
+            (302, "", 1, true, 1000, Retry),
+        ] {
+            assert_eq!(verdict(status, errcode, events, linearized, tries), expected, "{status} {errcode} {events}");
+        }
+        let away = RemoteError::Unreachable(String::new());
+        assert_eq!(judge(&Failure { error: &away, events: 1, linearized: true, tries: 1000 }), Retry);
+    }
+
+    #[test]
+    fn hc_60_backoff_grows_to_hours_and_no_further() {
+        assert_eq!(backoff(1, 1.0), FIRST);
+        assert_eq!(backoff(2, 1.0), 2 * FIRST);
+        assert_eq!(backoff(8, 1.0), 128 * FIRST);
+        for failures in [20, 100, i64::MAX] {
+            assert_eq!(backoff(failures, 1.0), LONGEST);
+            assert!(backoff(failures, 0.0) >= LONGEST / 2);
+        }
+        assert!(backoff(0, 0.0) > Duration::ZERO && backoff(i64::MIN, 0.0) > Duration::ZERO);
+    }
+}

@@ -1,0 +1,287 @@
+//! Outbound queues: heads of feeds, up to where each destination has them, the transaction on its way to each, and failures.
+
+use serde::{Deserialize, Serialize};
+use sqlx::Row as _;
+
+use super::{Store, StoreError, Tx};
+
+/// Which feed for which destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CursorKey {
+    /// The destination.
+    pub destination: String,
+    /// The feed's kind.
+    pub kind: String,
+    /// The feed's room.
+    pub room_id: String,
+}
+
+/// Up to where a destination has a feed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cursor {
+    /// The last position that it has.
+    pub sent: i64,
+    /// The last position that it is to have now: the feed's end, or where its own end is before that.
+    pub target: i64,
+}
+
+/// One feed's part of a transaction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartRow {
+    /// The feed's kind.
+    pub kind: String,
+    /// The feed's room.
+    pub room_id: String,
+    /// The position after which the part begins.
+    pub after: i64,
+    /// The position up to which the destination has the feed when it has taken the part.
+    pub through: i64,
+    /// The positions of the events that are in it.
+    pub positions: Vec<i64>,
+}
+
+/// The transaction that may be on its way to a destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InflightRow {
+    /// Its ID.
+    pub txn_id: String,
+    /// What is in it.
+    pub parts: Vec<PartRow>,
+    /// When it was composed, in milliseconds.
+    pub composed_ts: i64,
+}
+
+/// A destination that fails.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FailureRow {
+    /// The destination.
+    pub destination: String,
+    /// Failures in a row.
+    pub failures: i64,
+    /// When it is tried again, in milliseconds.
+    pub retry_at: i64,
+    /// The last failure.
+    pub last_error: String,
+}
+
+/// The feed is for the destination from the event after `after` on. Where it is already, it goes on where it is; an end is
+/// taken back, and what lies between the end and `after` is passed over.
+pub async fn subscribe(tx: &mut Tx, key: &CursorKey, after: i64) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO outbound_cursors (destination, kind, room_id, sent, ends_at) VALUES ($1, $2, $3, $4, NULL) \
+         ON CONFLICT (destination, kind, room_id) DO UPDATE SET ends_at = NULL, sent = CASE \
+         WHEN outbound_cursors.ends_at < excluded.sent THEN excluded.sent ELSE outbound_cursors.sent END",
+    )
+    .bind(key.destination.as_str())
+    .bind(key.kind.as_str())
+    .bind(key.room_id.as_str())
+    .bind(after)
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// The last position for the destination is `ends_at`.
+pub async fn end(tx: &mut Tx, key: &CursorKey, ends_at: i64) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE outbound_cursors SET ends_at = $4 \
+         WHERE destination = $1 AND kind = $2 AND room_id = $3 AND (ends_at IS NULL OR ends_at > $4)",
+    )
+    .bind(key.destination.as_str())
+    .bind(key.kind.as_str())
+    .bind(key.room_id.as_str())
+    .bind(ends_at)
+    .execute(&mut *tx)
+    .await?;
+    drop_ended(tx, key).await
+}
+
+async fn drop_ended(tx: &mut Tx, key: &CursorKey) -> Result<(), StoreError> {
+    sqlx::query(
+        "DELETE FROM outbound_cursors WHERE destination = $1 AND kind = $2 AND room_id = $3 AND sent >= ends_at",
+    )
+    .bind(key.destination.as_str())
+    .bind(key.kind.as_str())
+    .bind(key.room_id.as_str())
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// The feed's last position is `head`.
+pub async fn advance(tx: &mut Tx, kind: &str, room_id: &str, head: i64) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO outbound_feeds (kind, room_id, head) VALUES ($1, $2, $3) ON CONFLICT (kind, room_id) \
+         DO UPDATE SET head = excluded.head WHERE outbound_feeds.head < excluded.head",
+    )
+    .bind(kind)
+    .bind(room_id)
+    .bind(head)
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Where the destination is in a feed; none when the feed is not for it.
+pub async fn cursor(store: &Store, key: &CursorKey) -> Result<Option<Cursor>, StoreError> {
+    let row = sqlx::query(
+        "SELECT c.sent AS sent, c.ends_at AS ends_at, f.head AS head FROM outbound_cursors c \
+         JOIN outbound_feeds f ON f.kind = c.kind AND f.room_id = c.room_id \
+         WHERE c.destination = $1 AND c.kind = $2 AND c.room_id = $3",
+    )
+    .bind(key.destination.as_str())
+    .bind(key.kind.as_str())
+    .bind(key.room_id.as_str())
+    .fetch_optional(store.reader())
+    .await?;
+    let Some(row) = row else { return Ok(None) };
+    let (head, ends_at): (i64, Option<i64>) = (row.try_get("head")?, row.try_get("ends_at")?);
+    Ok(Some(Cursor { sent: row.try_get("sent")?, target: ends_at.map_or(head, |end| end.min(head)) }))
+}
+
+/// Every destination and feed where events wait.
+pub async fn unfinished(store: &Store) -> Result<Vec<CursorKey>, StoreError> {
+    let rows = sqlx::query(
+        "SELECT c.destination AS destination, c.kind AS kind, c.room_id AS room_id FROM outbound_cursors c \
+         JOIN outbound_feeds f ON f.kind = c.kind AND f.room_id = c.room_id \
+         WHERE c.sent < f.head AND (c.ends_at IS NULL OR c.sent < c.ends_at)",
+    )
+    .fetch_all(store.reader())
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            Ok(CursorKey {
+                destination: row.try_get("destination")?,
+                kind: row.try_get("kind")?,
+                room_id: row.try_get("room_id")?,
+            })
+        })
+        .collect()
+}
+
+/// How many events wait for each destination for which any do.
+pub async fn waiting(store: &Store) -> Result<Vec<(String, i64)>, StoreError> {
+    let rows = sqlx::query(
+        "SELECT c.destination AS destination, CAST(SUM(CASE WHEN c.ends_at < f.head THEN c.ends_at ELSE f.head END \
+         - c.sent) AS BIGINT) AS waiting FROM outbound_cursors c \
+         JOIN outbound_feeds f ON f.kind = c.kind AND f.room_id = c.room_id \
+         WHERE c.sent < f.head AND (c.ends_at IS NULL OR c.sent < c.ends_at) GROUP BY c.destination",
+    )
+    .fetch_all(store.reader())
+    .await?;
+    rows.into_iter().map(|row| Ok((row.try_get("destination")?, row.try_get("waiting")?))).collect()
+}
+
+/// The destinations to which a transaction may be on its way.
+pub async fn inflight_destinations(store: &Store) -> Result<Vec<String>, StoreError> {
+    let rows = sqlx::query("SELECT destination FROM outbound_inflight").fetch_all(store.reader()).await?;
+    rows.into_iter().map(|row| Ok(row.try_get("destination")?)).collect()
+}
+
+/// The transaction that may be on its way.
+pub async fn inflight(store: &Store, destination: &str) -> Result<Option<InflightRow>, StoreError> {
+    let row = sqlx::query("SELECT txn_id, parts, composed_ts FROM outbound_inflight WHERE destination = $1")
+        .bind(destination)
+        .fetch_optional(store.reader())
+        .await?;
+    let Some(row) = row else { return Ok(None) };
+    let parts: Vec<u8> = row.try_get("parts")?;
+    Ok(Some(InflightRow {
+        txn_id: row.try_get("txn_id")?,
+        parts: serde_json::from_slice(&parts).map_err(|error| StoreError::corrupt("outbound transaction", error))?,
+        composed_ts: row.try_get("composed_ts")?,
+    }))
+}
+
+/// Keeps the transaction that is about to be sent, in the place of another.
+pub async fn keep_inflight(tx: &mut Tx, destination: &str, row: &InflightRow) -> Result<(), StoreError> {
+    let parts = serde_json::to_vec(&row.parts).map_err(|error| StoreError::corrupt("outbound transaction", error))?;
+    sqlx::query(
+        "INSERT INTO outbound_inflight (destination, txn_id, parts, composed_ts) VALUES ($1, $2, $3, $4) \
+         ON CONFLICT (destination) DO UPDATE SET txn_id = excluded.txn_id, parts = excluded.parts, \
+         composed_ts = excluded.composed_ts",
+    )
+    .bind(destination)
+    .bind(row.txn_id.as_str())
+    .bind(parts.as_slice())
+    .bind(row.composed_ts)
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// No transaction is on its way any more.
+pub async fn forget_inflight(tx: &mut Tx, destination: &str) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM outbound_inflight WHERE destination = $1").bind(destination).execute(tx).await?;
+    Ok(())
+}
+
+/// The destination has these parts.
+pub async fn arrived(tx: &mut Tx, destination: &str, parts: &[PartRow]) -> Result<(), StoreError> {
+    for part in parts {
+        sqlx::query(
+            "UPDATE outbound_cursors SET sent = $4 \
+             WHERE destination = $1 AND kind = $2 AND room_id = $3 AND sent < $4",
+        )
+        .bind(destination)
+        .bind(part.kind.as_str())
+        .bind(part.room_id.as_str())
+        .bind(part.through)
+        .execute(&mut *tx)
+        .await?;
+        let key =
+            CursorKey { destination: destination.to_owned(), kind: part.kind.clone(), room_id: part.room_id.clone() };
+        drop_ended(tx, &key).await?;
+    }
+    Ok(())
+}
+
+/// The destination's failures, if it fails.
+pub async fn failure(store: &Store, destination: &str) -> Result<Option<FailureRow>, StoreError> {
+    let row = sqlx::query(
+        "SELECT destination, failures, retry_at, last_error FROM outbound_destinations WHERE destination = $1",
+    )
+    .bind(destination)
+    .fetch_optional(store.reader())
+    .await?;
+    row.map(read_failure).transpose()
+}
+
+/// All destinations that fail.
+pub async fn failures(store: &Store) -> Result<Vec<FailureRow>, StoreError> {
+    let rows = sqlx::query("SELECT destination, failures, retry_at, last_error FROM outbound_destinations")
+        .fetch_all(store.reader())
+        .await?;
+    rows.into_iter().map(read_failure).collect()
+}
+
+fn read_failure(row: sqlx::any::AnyRow) -> Result<FailureRow, StoreError> {
+    Ok(FailureRow {
+        destination: row.try_get("destination")?,
+        failures: row.try_get("failures")?,
+        retry_at: row.try_get("retry_at")?,
+        last_error: row.try_get("last_error")?,
+    })
+}
+
+/// The destination has failed.
+pub async fn record_failure(tx: &mut Tx, row: &FailureRow) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO outbound_destinations (destination, failures, retry_at, last_error) VALUES ($1, $2, $3, $4) \
+         ON CONFLICT (destination) DO UPDATE SET failures = excluded.failures, retry_at = excluded.retry_at, \
+         last_error = excluded.last_error",
+    )
+    .bind(row.destination.as_str())
+    .bind(row.failures)
+    .bind(row.retry_at)
+    .bind(row.last_error.as_str())
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// The destination fails no more.
+pub async fn forget_failure(tx: &mut Tx, destination: &str) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM outbound_destinations WHERE destination = $1").bind(destination).execute(tx).await?;
+    Ok(())
+}
