@@ -1,7 +1,160 @@
 //! The composition root: builds the rooms of the house, gives each what it needs, and puts the listeners in front of them.
 
+mod listen;
 mod routes;
 mod signed;
 mod transaction;
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+pub use self::listen::ListenError;
+use self::listen::Listener;
 pub use self::routes::{Federation, federation_routes};
+use crate::admin::Admin;
+use crate::appservice::{Appservice, AppserviceError};
+use crate::bridge::Bridge;
+use crate::clock::SharedClock;
+use crate::config::Config;
+use crate::dag::Dag;
+use crate::federation::{Client, ClientOptions, Context, OutboundQueues, Transactions};
+use crate::identity::{Keyring, SigningKey, SigningKeyError};
+use crate::lm::Lm;
+use crate::refusal::Refusal;
+use crate::store::{Store, StoreError};
+
+/// How long requests under way may take when the gateway stops.
+const STOP_GRACE: Duration = Duration::from_secs(10);
+
+/// Why the gateway could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// The signing key.
+    #[error(transparent)]
+    SigningKey(#[from] SigningKeyError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The HTTP client, for instance a certificate authority that cannot be read.
+    #[error("the client for other servers: {0}")]
+    Client(String),
+    /// The appservice, for instance its registration file.
+    #[error(transparent)]
+    Appservice(#[from] AppserviceError),
+    /// The portals could not be taken up again.
+    #[error("the bridge: {0}")]
+    Bridge(Refusal),
+    /// A listener.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+}
+
+/// Builds what every part of the gateway holds. Nothing is sent yet.
+pub async fn context(config: Config, clock: SharedClock) -> Result<Context, GatewayError> {
+    let signing_key = Arc::new(SigningKey::load_or_generate(&config.signing_key)?);
+    let store = Store::open(&config.database.url).await?;
+    let server_name = config.server_name.clone();
+    let options = ClientOptions {
+        custom_ca: config.federation.custom_ca.clone(),
+        allow_private_networks: config.federation.allow_private_networks,
+        resolve: config.federation.resolve.clone(),
+    };
+    let client = Client::new(server_name.clone(), signing_key.clone(), options)
+        .map_err(|error| GatewayError::Client(error.to_string()))?;
+    let keyring =
+        Keyring::new(server_name.clone(), signing_key.clone(), Arc::new(client.clone()), store.clone(), clock.clone());
+    let outbound =
+        OutboundQueues::new(store.clone(), clock.clone(), server_name.clone(), client.clone(), keyring.clone());
+    Ok(Context { server_name, signing_key, keyring, store, clock, client, outbound, config: Arc::new(config) })
+}
+
+/// A gateway that runs.
+pub struct Gateway {
+    context: Context,
+    bridge: Bridge,
+    appservice: Option<Appservice>,
+    listeners: Vec<Listener>,
+}
+
+impl Gateway {
+    /// Starts everything: takes up what was left at the last stop, listens, and only then sends.
+    pub async fn start(config: Config, clock: SharedClock) -> Result<Self, GatewayError> {
+        let context = context(config, clock).await?;
+        let config = context.config.clone();
+        let bridge = Bridge::new(context.clone());
+        let between = bridge.between();
+        let lm = Lm::new(context.clone(), between.clone());
+        let dag = Dag::new(context.clone(), between.clone());
+        let appservice = match &config.appservice {
+            Some(settings) => Some(Appservice::new(&context, &bridge, settings).await?),
+            None => None,
+        };
+        let transactions = Transactions::new(context.store.clone(), context.clock.clone());
+        let federation =
+            Federation { context: context.clone(), lm: lm.clone(), dag: dag.clone(), between, transactions };
+        let public = match &appservice {
+            Some(appservice) => federation_routes(federation).merge(appservice.routes()),
+            None => federation_routes(federation),
+        };
+        let admin = Admin {
+            context: context.clone(),
+            lm: lm.clone(),
+            dag: dag.clone(),
+            bridge: bridge.clone(),
+            appservice: appservice.clone(),
+        };
+        let listeners = vec![
+            Listener::open("federation", &config.listen, public).await?,
+            Listener::open_plain("admin", config.admin.address, admin.routes()).await?,
+        ];
+        bridge.start(lm, dag).await.map_err(GatewayError::Bridge)?;
+        context.outbound.start().await?;
+        if let Some(appservice) = &appservice {
+            appservice.start().await?;
+        }
+        tracing::info!(
+            server_name = %context.server_name,
+            key = context.signing_key.id(),
+            listen = %config.listen.address,
+            admin = %config.admin.address,
+            "the gateway runs"
+        );
+        Ok(Self { context, bridge, appservice, listeners })
+    }
+
+    /// What the parts share.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// The bridge.
+    pub fn bridge(&self) -> &Bridge {
+        &self.bridge
+    }
+
+    /// Where other servers reach it.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.listeners.first().map(Listener::address)
+    }
+
+    /// Runs until `stop` is cancelled, then stops in order: no new requests, no new work, then the store.
+    pub async fn run(self, stop: CancellationToken) {
+        stop.cancelled().await;
+        tracing::info!("stopping");
+        for listener in &self.listeners {
+            listener.stop(STOP_GRACE);
+        }
+        for listener in self.listeners {
+            listener.ended().await;
+        }
+        if let Some(appservice) = &self.appservice {
+            appservice.stop();
+        }
+        self.context.outbound.stop().await;
+        self.context.store.close().await;
+        tracing::info!("stopped");
+    }
+}
