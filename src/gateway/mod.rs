@@ -17,7 +17,7 @@ pub use self::routes::{Federation, federation_routes};
 use crate::admin::Admin;
 use crate::appservice::{Appservice, AppserviceError};
 use crate::bridge::Bridge;
-use crate::clock::SharedClock;
+use crate::clock::{SharedClock, SystemClock};
 use crate::config::Config;
 use crate::dag::Dag;
 use crate::federation::{Client, ClientOptions, Context, OutboundQueues, Transactions};
@@ -156,5 +156,29 @@ impl Gateway {
         self.context.outbound.stop().await;
         self.context.store.close().await;
         tracing::info!("stopped");
+    }
+}
+
+/// Runs the gateway until the process is told to stop (SIGINT or SIGTERM).
+pub async fn serve(config: Config) -> Result<(), GatewayError> {
+    let gateway = Gateway::start(config, Arc::new(SystemClock)).await?;
+    let stop = CancellationToken::new();
+    let asked = stop.clone();
+    tokio::spawn(async move {
+        told_to_stop().await;
+        asked.cancel();
+    });
+    gateway.run(stop).await;
+    Ok(())
+}
+
+async fn told_to_stop() {
+    let interrupt = tokio::signal::ctrl_c();
+    match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+        Ok(mut terminate) => tokio::select! {
+            _ = interrupt => {}
+            _ = terminate.recv() => {}
+        },
+        Err(_) => drop(interrupt.await),
     }
 }

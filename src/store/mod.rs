@@ -8,8 +8,8 @@ pub mod dag;
 mod ids;
 pub mod images;
 pub mod inbox;
-pub mod overview;
 pub mod outbound;
+pub mod overview;
 pub mod portals;
 pub mod server_keys;
 #[cfg(test)]
