@@ -1,0 +1,178 @@
+//! Commands that talk to the admin API of a running gateway.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::Subcommand;
+use isthmus::config::Config;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::Method;
+use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId};
+use serde_json::{Map, Value, json};
+
+/// How long the gateway may take: making a portal asks other servers.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// `isthmus portal …`
+#[derive(Subcommand)]
+pub enum Portal {
+    /// Make a Matrix room and an LM room that are kept in step.
+    Create {
+        /// The name of both rooms.
+        #[arg(long)]
+        name: Option<String>,
+        /// The localpart of their alias at this gateway.
+        #[arg(long)]
+        alias: Option<String>,
+        /// Who can join.
+        #[arg(long, value_parser = ["public", "invite", "knock"])]
+        join_rule: Option<String>,
+        /// The Matrix room's version.
+        #[arg(long)]
+        matrix_room_version: Option<String>,
+        /// The LM room's version.
+        #[arg(long)]
+        lm_room_version: Option<String>,
+    },
+    /// Join an LM room that lives elsewhere and make a Matrix room of it.
+    FromLm {
+        /// The LM room's ID.
+        room_id: OwnedRoomId,
+        /// A server through which it can be joined; may be given more than once.
+        #[arg(long, required = true, value_name = "SERVER")]
+        via: Vec<OwnedServerName>,
+        /// The localpart of an alias at this gateway.
+        #[arg(long)]
+        alias: Option<String>,
+    },
+    /// List all portals.
+    List,
+    /// Show one portal with its health, members and refusals.
+    Show {
+        /// Its ID, as in the list.
+        portal_id: String,
+    },
+    /// Invite a user by the gateway's bot.
+    Invite {
+        /// The portal's ID.
+        portal_id: String,
+        /// A Matrix or LM user.
+        user_id: OwnedUserId,
+    },
+}
+
+impl Portal {
+    /// Does it and prints the answer.
+    pub async fn run(self, config: &Config) -> anyhow::Result<()> {
+        let api = Api::new(config)?;
+        match self {
+            Self::Create { name, alias, join_rule, matrix_room_version, lm_room_version } => {
+                let mut body = Map::from_iter([("kind".to_owned(), json!("create"))]);
+                for (key, value) in [
+                    ("name", name),
+                    ("alias", alias),
+                    ("join_rule", join_rule),
+                    ("matrix_room_version", matrix_room_version),
+                    ("lm_room_version", lm_room_version),
+                ] {
+                    body.extend(value.map(|value| (key.to_owned(), Value::String(value))));
+                }
+                print(&api.call(Method::POST, "/portals", Some(Value::Object(body))).await?)
+            }
+            Self::FromLm { room_id, via, alias } => {
+                let body = json!({ "kind": "from_lm", "lm_room_id": room_id, "via": via, "alias": alias });
+                print(&api.call(Method::POST, "/portals", Some(body)).await?)
+            }
+            Self::List => list(&api).await,
+            Self::Show { portal_id } => {
+                print(&api.call(Method::GET, &format!("/portals/{}", segment(&portal_id)), None).await?)
+            }
+            Self::Invite { portal_id, user_id } => {
+                let path = format!("/portals/{}/invite", segment(&portal_id));
+                print(&api.call(Method::POST, &path, Some(json!({ "user_id": user_id }))).await?)
+            }
+        }
+    }
+}
+
+/// `isthmus explain EVENT_ID`
+pub async fn explain(config: &Config, event_id: &str) -> anyhow::Result<()> {
+    let api = Api::new(config)?;
+    print(&api.call(Method::GET, &format!("/events/{}", segment(event_id)), None).await?)
+}
+
+async fn list(api: &Api) -> anyhow::Result<()> {
+    let mut from = String::new();
+    loop {
+        let page = api.call(Method::GET, &format!("/portals?limit=100{from}"), None).await?;
+        for portal in page.get("portals").and_then(Value::as_array).into_iter().flatten() {
+            let text = |key: &str| portal.get(key).and_then(Value::as_str).unwrap_or("-");
+            println!(
+                "{}\t{}\t{}\t{}\t{}\t{}",
+                text("portal_id"),
+                text("state"),
+                text("matrix_room_id"),
+                text("lm_room_id"),
+                text("lm_hub"),
+                text("alias")
+            );
+        }
+        match page.get("next").and_then(Value::as_str) {
+            Some(next) => from = format!("&from={}", segment(next)),
+            None => return Ok(()),
+        }
+    }
+}
+
+/// The admin API of the gateway that runs with this configuration.
+struct Api {
+    http: reqwest::Client,
+    base: String,
+    token: String,
+}
+
+impl Api {
+    fn new(config: &Config) -> anyhow::Result<Self> {
+        let token = config.admin.token.clone().context(
+            "the configuration has no `admin.token`, without which the gateway has no admin API: set one and restart it",
+        )?;
+        let mut address: SocketAddr = config.admin.address;
+        if address.ip().is_unspecified() {
+            address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+        }
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let http = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().tls_certs_only([]).build()?;
+        Ok(Self { http, base: format!("http://{address}"), token })
+    }
+
+    async fn call(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Value> {
+        let url = format!("{}/_isthmus/admin/v1{path}", self.base);
+        let mut request = self.http.request(method, url).bearer_auth(&self.token);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let answer = request.send().await.map_err(|error| match error.is_connect() {
+            true => anyhow::anyhow!("there is no gateway at {}: start it with `isthmus serve`", self.base),
+            false => anyhow::anyhow!("the gateway at {} did not answer: {error}", self.base),
+        })?;
+        let status = answer.status();
+        let body: Value = serde_json::from_str(&answer.text().await?).unwrap_or_default();
+        if !status.is_success() {
+            match body.get("error").and_then(Value::as_str) {
+                Some(error) => bail!("{error}"),
+                None => bail!("the gateway answered {status}"),
+            }
+        }
+        Ok(body)
+    }
+}
+
+fn segment(text: &str) -> impl std::fmt::Display + '_ {
+    utf8_percent_encode(text, NON_ALPHANUMERIC)
+}
+
+fn print(value: &Value) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
