@@ -57,3 +57,5 @@ CREATE TABLE bridge_profiles (
     avatar_url TEXT,
     PRIMARY KEY (side, user_id)
 );
+-- For `explain`: whether an event waits.
+CREATE INDEX bridge_inbox_event ON bridge_inbox (event_id);

@@ -29,9 +29,9 @@ const DEEPEST: i64 = (1 << 53) - 1;
 
 /// Which of `rows`, in the order of acceptance, may go now, in that order. What goes is carried over in this order; when
 /// one of them fails after all, the rest is asked for again.
-pub(super) fn ready(rows: &[Waiting]) -> Vec<usize> {
+pub(super) fn ready<'a>(rows: impl IntoIterator<Item = &'a Waiting>) -> Vec<usize> {
     let mut order = Order::default();
-    rows.iter().enumerate().filter(|(_, row)| order.take(row)).map(|(index, _)| index).collect()
+    rows.into_iter().enumerate().filter(|(_, row)| order.take(row)).map(|(index, _)| index).collect()
 }
 
 /// What stays behind so far.

@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use super::side::State;
 use crate::event::Object;
+use crate::identity::Side;
 
 /// The type of power level events.
 pub(super) const POWER_LEVELS: &str = "m.room.power_levels";
@@ -12,6 +13,9 @@ pub(super) const POWER_LEVELS: &str = "m.room.power_levels";
 pub(super) const BOT_LEVEL: i64 = (1 << 53) - 1;
 /// The highest level that anybody else has on either side; between the two are creators of version 12 rooms.
 pub(super) const USER_LIMIT: i64 = BOT_LEVEL - 2;
+
+/// Types that only the bot sends in the gateway's Matrix rooms.
+const RESERVED: [&str; 2] = ["m.room.encryption", "m.room.tombstone"];
 
 /// What needs a level of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +107,8 @@ pub(super) struct Levels<'a> {
     pub(super) creator: Option<&'a UserId>,
     /// How a user of the source's side is called across; none for the bot and for whoever is nobody there.
     pub(super) across: &'a dyn Fn(&UserId) -> Option<OwnedUserId>,
+    /// The side across.
+    pub(super) to: Side,
     /// The bot and its level on the side across; none where it stands above all levels or has no entry.
     pub(super) bot: Option<(&'a UserId, i64)>,
 }
@@ -140,11 +146,26 @@ pub(super) fn image(levels: &Levels<'_>) -> Object {
             }
         }
     }
+    reserve(&mut image, levels.to);
     if let Some((bot, level)) = levels.bot {
         users.insert(bot.to_string(), level.into());
     }
     image.insert("users".to_owned(), Value::Object(users));
     image
+}
+
+/// In the gateway's Matrix rooms these are the bot's alone; the log has no such types.
+fn reserve(image: &mut Object, to: Side) {
+    if to == Side::Matrix && !image.contains_key("events") {
+        image.insert("events".to_owned(), Value::Object(Object::new()));
+    }
+    let Some(events) = image.get_mut("events").and_then(Value::as_object_mut) else { return };
+    for kind in RESERVED {
+        match to {
+            Side::Matrix => drop(events.insert(kind.to_owned(), BOT_LEVEL.into())),
+            Side::Lm => drop(events.remove(kind)),
+        }
+    }
 }
 
 fn clamp(level: i64, limit: i64) -> i64 {
@@ -216,7 +237,7 @@ pub(super) mod tests {
     fn the_image_has_known_keys_mapped_users_and_nobody_as_high_as_the_bot() {
         let content = json!({
             "ban": 50, "kick": "50", "users_default": i64::MAX, "notifications": {"room": 50}, "im.isthmus.x": 1,
-            "events": {"m.room.name": 50, "x": null}, "state_default": -5,
+            "events": {"m.room.name": 50, "x": null, "m.room.encryption": 100}, "state_default": -5,
             "users": {"@a:h": BOT_LEVEL, "@isthmus:g": 7, "@stranger:g": 3, "no user": 1},
         });
         let across = |user: &UserId| (user == user_id!("@a:h")).then(|| user_id!("@mx_a_h:g").to_owned());
@@ -230,7 +251,11 @@ pub(super) mod tests {
                 "users": {"@mx_a_h:g": USER_LIMIT, "@isthmus:g": BOT_LEVEL},
             })
         );
-        let levels = Levels { content: None, creator: Some(user_id!("@a:h")), across: &across, bot: None };
-        assert_eq!(Value::Object(image(&levels)), json!({"users": {"@mx_a_h:g": 100}}));
+        let levels =
+            Levels { content: None, creator: Some(user_id!("@a:h")), across: &across, to: Side::Matrix, bot: None };
+        assert_eq!(Value::Object(image(&levels)), json!({
+                "users": {"@mx_a_h:g": 100},
+                "events": {"m.room.encryption": BOT_LEVEL, "m.room.tombstone": BOT_LEVEL},
+            }));
     }
 }

@@ -1,7 +1,7 @@
 //! The bridge's inbox: accepted events of bridged rooms, written in the transaction that accepts them and taken out in the
 //! one that carries them over.
 
-use ruma::{OwnedEventId, RoomId};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId};
 use sqlx::Row as _;
 
 use super::{Store, StoreError, Tx};
@@ -68,6 +68,51 @@ pub async fn waiting(
             })
         })
         .collect()
+}
+
+/// Takes one event out, inside the write job that carries it over; false when it was not there any more.
+pub async fn take(tx: &mut Tx, seq: i64) -> Result<bool, StoreError> {
+    let done = sqlx::query("DELETE FROM bridge_inbox WHERE seq = $1").bind(seq).execute(tx).await?;
+    Ok(done.rows_affected() > 0)
+}
+
+/// Whether an event still waits, as seen inside a write job.
+pub async fn holds(tx: &mut Tx, seq: i64) -> Result<bool, StoreError> {
+    let (count,): (i64,) =
+        sqlx::query_as("SELECT COUNT(*) FROM bridge_inbox WHERE seq = $1").bind(seq).fetch_one(tx).await?;
+    Ok(count > 0)
+}
+
+/// The rooms in which events wait.
+pub async fn rooms(store: &Store) -> Result<Vec<(Side, OwnedRoomId)>, StoreError> {
+    let rows: Vec<(String, String)> =
+        sqlx::query_as("SELECT DISTINCT side, room_id FROM bridge_inbox").fetch_all(store.reader()).await?;
+    rows.into_iter()
+        .map(|(side, room_id)| {
+            let side = if side == Side::Matrix.as_str() { Side::Matrix } else { Side::Lm };
+            Ok((side, room_id.try_into().map_err(|error| StoreError::corrupt("room ID", error))?))
+        })
+        .collect()
+}
+
+/// How many events of one room wait, and since when the oldest does.
+pub async fn backlog(store: &Store, side: Side, room_id: &RoomId) -> Result<(i64, Option<i64>), StoreError> {
+    Ok(sqlx::query_as("SELECT COUNT(*), MIN(received_ts) FROM bridge_inbox WHERE side = $1 AND room_id = $2")
+        .bind(side.as_str())
+        .bind(room_id.as_str())
+        .fetch_one(store.reader())
+        .await?)
+}
+
+/// When an event that waits was accepted.
+pub async fn waits(store: &Store, side: Side, event_id: &EventId) -> Result<Option<i64>, StoreError> {
+    let row: Option<(i64,)> =
+        sqlx::query_as("SELECT received_ts FROM bridge_inbox WHERE side = $1 AND event_id = $2 LIMIT 1")
+            .bind(side.as_str())
+            .bind(event_id.as_str())
+            .fetch_optional(store.reader())
+            .await?;
+    Ok(row.map(|(received_ts,)| received_ts))
 }
 
 /// Takes one event out, inside the write job that carries it over or records why not.

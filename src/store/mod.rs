@@ -55,6 +55,9 @@ pub enum StoreError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A write job found that what it was to do must not be done, and took its changes back.
+    #[error("withdrawn: {0}")]
+    Withdrawn(&'static str),
     /// A write job ended in a panic; its part of the transaction was rolled back.
     #[error("a write job panicked")]
     Panicked,

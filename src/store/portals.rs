@@ -51,7 +51,7 @@ pub async fn insert(tx: &mut Tx, row: &PortalRow) -> Result<i64, StoreError> {
     .bind(row.lm_room_id.as_ref().map(|id| id.as_str()))
     .bind(row.lm_hub.as_str())
     .bind(row.alias.as_deref())
-    .bind(row.reason.as_deref())
+    .bind(row.reason.as_deref().map(super::text::encode).as_deref())
     .bind(row.request.as_slice())
     .bind(row.created_ts)
     .execute(tx)
@@ -70,9 +70,20 @@ pub async fn update(tx: &mut Tx, row: &PortalRow) -> Result<(), StoreError> {
     .bind(row.matrix_room_id.as_ref().map(|id| id.as_str()))
     .bind(row.lm_room_id.as_ref().map(|id| id.as_str()))
     .bind(row.lm_hub.as_str())
-    .bind(row.reason.as_deref())
+    .bind(row.reason.as_deref().map(super::text::encode).as_deref())
     .execute(tx)
     .await?;
+    Ok(())
+}
+
+/// Writes how a portal is, and why.
+pub async fn set_state(tx: &mut Tx, number: i64, state: &str, reason: Option<&str>) -> Result<(), StoreError> {
+    sqlx::query("UPDATE bridge_portals SET state = $2, reason = $3 WHERE number = $1")
+        .bind(number)
+        .bind(state)
+        .bind(reason.map(super::text::encode).as_deref())
+        .execute(tx)
+        .await?;
     Ok(())
 }
 
@@ -132,7 +143,7 @@ fn portal_row(row: &AnyRow) -> Result<PortalRow, StoreError> {
             .try_into()
             .map_err(|error| StoreError::corrupt("server name", error))?,
         alias: row.try_get("alias")?,
-        reason: row.try_get("reason")?,
+        reason: row.try_get::<Option<String>, _>("reason")?.map(super::text::decode),
         request: row.try_get("request")?,
         created_ts: row.try_get("created_ts")?,
     })
@@ -169,7 +180,7 @@ mod tests {
             number,
             state: "active".to_owned(),
             matrix_room_id: Some(room_id!("!m:g.example").to_owned()),
-            reason: Some("x\u{0}y".replace('\u{0}', " ")),
+            reason: Some("x\u{0}y".to_owned()),
             ..row.clone()
         };
         let written = done.clone();

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use crate::bridge::power::{self, Levels, POWER_LEVELS};
 use crate::event::Object;
+use crate::identity::Side;
 
 /// The state, besides members, that is kept in step; all with an empty state key.
 pub(in crate::bridge) const MAPPED_STATE: [&str; 6] =
@@ -18,6 +19,8 @@ pub(in crate::bridge) struct StateRules<'a> {
     pub(in crate::bridge) creator: Option<&'a UserId>,
     /// How users of the source's side are called across; none for the bot.
     pub(in crate::bridge) across: &'a dyn Fn(&UserId) -> Option<OwnedUserId>,
+    /// The side across.
+    pub(in crate::bridge) to: Side,
     /// The bot's entry in the power levels across.
     pub(in crate::bridge) bot: Option<(&'a UserId, i64)>,
 }
@@ -28,7 +31,7 @@ pub(in crate::bridge) fn state_content(kind: &str, content: Option<&Object>, rul
     let text = |key: &str| content.and_then(|content| content.get(key)?.as_str());
     match kind {
         POWER_LEVELS => {
-            Some(power::image(&Levels { content, creator: rules.creator, across: rules.across, bot: rules.bot }))
+            Some(power::image(&Levels { content, creator: rules.creator, across: rules.across, to: rules.to, bot: rules.bot }))
         }
         "m.room.join_rules" => Some(object("join_rule", join_rule(text("join_rule")))),
         "m.room.history_visibility" => {

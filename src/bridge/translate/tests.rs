@@ -3,6 +3,7 @@
 use ruma::{event_id, room_id, user_id};
 
 use super::*;
+use crate::identity::Side;
 
 fn event(kind: &str, state_key: Option<&str>, content: Value) -> Event {
     Event {
@@ -150,7 +151,7 @@ fn types_that_never_cross() {
 #[test]
 fn state_is_rebuilt_from_a_whitelist() {
     let across = |user: &UserId| across(&known(), user).filter(|_| user != user_id!("@isthmus:g"));
-    let rules = StateRules { creator: None, across: &across, bot: None };
+    let rules = StateRules { creator: None, across: &across, to: Side::Lm, bot: None };
     let image = |kind: &str, content: Value| state_content(kind, content.as_object(), &rules).map(Value::Object);
     for (kind, source, expected) in [
         ("m.room.name", json!({"name": "Tea", "x": 1, "im.isthmus.repair": true}), Some(json!({"name": "Tea"}))),

@@ -1,0 +1,257 @@
+//! What is to be done with one event so that it crosses: a pure function of the event, both rooms' current states and the
+//! mapping tables. Members are in [`super::member`].
+
+use std::collections::HashMap;
+
+use ruma::{OwnedEventId, OwnedUserId, RoomId, UserId};
+use serde_json::{Value, json};
+
+use super::member;
+use super::power::{Action, POWER_LEVELS, Power};
+use super::side::{Event, MEMBER, State};
+use super::translate::{self, Image, Lookups, SOURCE, StateRules};
+use super::users::{Known, Who};
+use crate::event::Object;
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::Draft;
+
+/// One event, and all that its crossing depends on.
+pub(super) struct Case<'a> {
+    pub(super) event: &'a Event,
+    /// The side that it is from.
+    pub(super) source: Side,
+    /// The side whose state the other side follows.
+    pub(super) authority: Side,
+    /// The current state of its room.
+    pub(super) near: &'a State,
+    /// The current state of the room across.
+    pub(super) far: &'a State,
+    /// Whether `far` holds all that was sent there: not while LPDUs are on their way to a hub.
+    pub(super) settled: bool,
+    /// The users it names.
+    pub(super) users: &'a Known,
+    /// How the events it names are called across.
+    pub(super) events: &'a HashMap<OwnedEventId, OwnedEventId>,
+    /// Who sent what it redacts.
+    pub(super) redacted_sender: Option<&'a UserId>,
+    /// The room across.
+    pub(super) far_room: &'a RoomId,
+    pub(super) bot: &'a UserId,
+    pub(super) now_ms: i64,
+}
+
+/// A ghost's join or the bot's invite that must come before an image.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Before {
+    pub(super) draft: Draft,
+    /// The event whose image it is, if it is one and that has none yet.
+    pub(super) source: Option<OwnedEventId>,
+}
+
+/// How an event crosses.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Crossing {
+    /// What is sent first.
+    pub(super) before: Vec<Before>,
+    /// The image.
+    pub(super) image: Draft,
+    /// The image if that one is refused.
+    pub(super) instead: Option<Draft>,
+    /// Whether it is an invite for a user of another server, which is asked first.
+    pub(super) asks_server: bool,
+    /// What was left out.
+    pub(super) note: Option<String>,
+}
+
+/// What is to be done with an event.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Outcome {
+    /// It crosses.
+    Cross(Box<Crossing>),
+    /// What it asks for was already done by this event of the room across, which is its image unless that has a source.
+    Adopt(OwnedEventId),
+    /// There is nothing to be done across.
+    Nothing(&'static str),
+    /// It does not cross.
+    Refuse(Refusal),
+    /// The portal stops.
+    Suspend(String),
+}
+
+/// What is to be done with the event of `case`.
+pub(super) fn outcome(case: &Case<'_>) -> Outcome {
+    if let Some((target, membership)) = case.event.membership() {
+        return member::outcome(case, &target, membership);
+    }
+    if case.event.kind == MEMBER {
+        return Outcome::Refuse(Refusal::malformed("content.membership", "is missing, or the state key is no user ID"));
+    }
+    let ghost = match case.users.get(&case.event.sender) {
+        Some(Who::Native { ghost }) => ghost.as_ref(),
+        Some(Who::Appservice) => return Outcome::Nothing("the appservice's sender is nobody across"),
+        _ => return Outcome::Refuse(stranger(&case.event.sender)),
+    };
+    let crossing = match &case.event.state_key {
+        Some(_) => return state(case, ghost),
+        None if case.event.kind == "m.room.redaction" => redaction(case, ghost),
+        None => message(case),
+    };
+    let (image, before) = match crossing.and_then(|image| Ok((image, speaking(case, ghost)?))) {
+        Ok(parts) => parts,
+        Err(refusal) => return Outcome::Refuse(refusal),
+    };
+    let draft = case.draft(ghost, &image.kind, None, image.content);
+    Outcome::Cross(Box::new(Crossing { before, image: draft, instead: None, asks_server: false, note: image.note }))
+}
+
+impl Case<'_> {
+    /// An event in the room across with the time of this one.
+    pub(super) fn draft(&self, sender: &UserId, kind: &str, state_key: Option<&str>, content: Object) -> Draft {
+        Draft {
+            sender: sender.to_owned(),
+            kind: kind.to_owned(),
+            state_key: state_key.map(str::to_owned),
+            content,
+            origin_server_ts: translate::time(self.event.origin_server_ts, self.now_ms),
+        }
+    }
+
+    /// `content` with the event's provenance.
+    pub(super) fn sourced(&self, mut content: Object) -> Object {
+        content.insert(SOURCE.to_owned(), translate::provenance(self.event));
+        content
+    }
+
+    /// How a user of the source's side is called across.
+    pub(super) fn across(&self, user: &UserId) -> Option<OwnedUserId> {
+        translate::across(self.users, user)
+    }
+}
+
+/// The refusal of an event by somebody of the gateway's name who does not exist on its side.
+pub(super) fn stranger(user: &UserId) -> Refusal {
+    Refusal::Forbidden(format!("{user} is of this gateway's name, but no user of that side"))
+}
+
+fn message(case: &Case<'_>) -> Result<Image, Refusal> {
+    let rooms = (case.event.room_id.as_ref(), case.far_room);
+    translate::message(case.event, &Lookups { users: case.users, events: case.events, rooms })
+}
+
+/// A redaction crosses only if its sender is its target's sender or has the level on both sides: all ghosts share a domain,
+/// so the rooms' own rule of domains would let any ghost redact any other's events.
+fn redaction(case: &Case<'_>, ghost: &UserId) -> Result<Image, Refusal> {
+    let event = case.event;
+    let Some(target) = &event.redacts else { return Err(Refusal::malformed("redacts", "is missing")) };
+    let Some(image) = case.events.get(target) else {
+        return Err(Refusal::NotBridged(format!("the redaction of {target}, which has not crossed,")));
+    };
+    let own = case.redacted_sender == Some(&event.sender);
+    let near = Power::of(case.near);
+    let far = Power::of(case.far);
+    if !own && !near.may(&event.sender, Action::Redact) {
+        return Err(level(&event.sender, &near, "redact", near.needed(Action::Redact)));
+    }
+    if !own && !far.may(ghost, Action::Redact) {
+        return Err(level(ghost, &far, "redact", far.needed(Action::Redact)));
+    }
+    Ok(translate::redaction(event, image))
+}
+
+/// What must come before something that a ghost says: its join, when it is not in the room across.
+fn speaking(case: &Case<'_>, ghost: &UserId) -> Result<Vec<Before>, Refusal> {
+    let sender = &case.event.sender;
+    let there = case.far.member(ghost);
+    if there.is_some_and(|entry| entry.membership() == "join") {
+        return Ok(Vec::new());
+    }
+    let Some(here) = case.near.member(sender).filter(|entry| entry.membership() == "join") else {
+        return Err(Refusal::Forbidden(format!("{sender} has left, and {ghost} is not in the other room")));
+    };
+    if let Some(entry) = there.filter(|entry| removed(entry.membership(), entry.sender, ghost)) {
+        let (membership, by) = (entry.membership(), entry.sender);
+        return Err(Refusal::Forbidden(format!("{ghost} has the membership {membership:?} across, by {by}")));
+    }
+    let content = translate::member_content(here.content, "join");
+    let join = case.draft(ghost, MEMBER, Some(ghost.as_str()), content);
+    let mut before = invited_first(case, ghost);
+    before.push(Before { draft: join, source: Some(here.event_id.to_owned()) });
+    Ok(before)
+}
+
+/// Whether somebody else has taken a user out of the room.
+fn removed(membership: &str, by: &UserId, user: &UserId) -> bool {
+    membership == "ban" || (membership == "leave" && by != user)
+}
+
+/// The bot's invite for a ghost that could not join without one.
+pub(super) fn invited_first(case: &Case<'_>, ghost: &UserId) -> Vec<Before> {
+    if is_public(case.far) || matches!(case.far.membership(ghost), "invite" | "join") {
+        return Vec::new();
+    }
+    let mut content = Object::new();
+    content.insert("membership".to_owned(), json!("invite"));
+    let draft = case.draft(case.bot, MEMBER, Some(ghost.as_str()), content);
+    vec![Before { draft, source: None }]
+}
+
+/// Whether anybody may join a room.
+pub(super) fn is_public(state: &State) -> bool {
+    state.content("m.room.join_rules").and_then(|content| content.get("join_rule")?.as_str()) == Some("public")
+}
+
+/// State of the mapped types: sent by the sender's ghost where it has the level; by the bot where the room across follows.
+fn state(case: &Case<'_>, ghost: &UserId) -> Outcome {
+    let kind = case.event.kind.as_str();
+    let far = Power::of(case.far);
+    let across = |user: &UserId| case.across(user).filter(|_| user != case.bot);
+    let creator = case.near.get("m.room.create", "").map(|entry| entry.sender);
+    let bot = bot_entry(case.far, case.bot);
+    let rules = StateRules { creator, across: &across, to: case.source.other(), bot };
+    let Some(content) = translate::state_content(kind, Some(&case.event.content), &rules) else {
+        return Outcome::Refuse(Refusal::NotBridged(format!("state of type {kind:?}")));
+    };
+    if case.settled && case.far.content(kind).is_some_and(|there| same(there, &content)) {
+        return Outcome::Nothing("the room across has it already");
+    }
+    let content = case.sourced(content);
+    let by = |sender: &UserId| case.draft(sender, kind, Some(""), content.clone());
+    let follows = case.source == case.authority;
+    let before = speaking(case, ghost);
+    let (image, before, instead) = match before {
+        Ok(before) if far.may_send(ghost, kind, true) => (by(ghost), before, follows.then(|| by(case.bot))),
+        _ if follows => (by(case.bot), Vec::new(), None),
+        Ok(_) => {
+            let needed = format!("to send {kind}");
+            return Outcome::Refuse(Refusal::Forbidden(format!(
+                "{ghost} has the level {} across, which is not enough {needed}",
+                far.level(ghost)
+            )));
+        }
+        Err(refusal) => return Outcome::Refuse(refusal),
+    };
+    Outcome::Cross(Box::new(Crossing { before, image, instead, asks_server: false, note: None }))
+}
+
+/// The bot's entry in a room's power levels, which never crosses and is kept as it is.
+pub(super) fn bot_entry<'a>(state: &State, bot: &'a UserId) -> Option<(&'a UserId, i64)> {
+    let level = state.content(POWER_LEVELS)?.get("users")?.get(bot.as_str())?.as_i64()?;
+    Some((bot, level))
+}
+
+/// Whether two contents are the same but for keys of the gateway's own.
+pub(super) fn same(one: &Object, other: &Object) -> bool {
+    let own = |key: &String| key.starts_with(translate::OWN_PREFIX);
+    let plain = |object: &Object| -> Vec<(String, Value)> {
+        let pairs = object.iter().filter(|(key, _)| !own(key));
+        let mut pairs: Vec<_> = pairs.map(|(key, value)| (key.clone(), value.clone())).collect();
+        pairs.sort_by(|one, other| one.0.cmp(&other.0));
+        pairs
+    };
+    plain(one) == plain(other)
+}
+
+fn level(user: &UserId, power: &Power<'_>, what: &str, needed: i64) -> Refusal {
+    Refusal::Forbidden(format!("{user} has the level {}, to {what} it takes {needed}", power.level(user)))
+}

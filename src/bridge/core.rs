@@ -1,0 +1,119 @@
+//! What the parts of the bridge share: the context, both sides, the portals, and the tasks that work for them.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use ruma::{OwnedRoomId, OwnedUserId, RoomId};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::create::Creations;
+use super::notice::Notices;
+use super::portal::{Portal, PortalState};
+use super::registry::{Entry, Registry};
+use super::repair::Repairs;
+use super::side::Sides;
+use super::users::Users;
+use super::worker;
+use crate::federation::Context;
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::store::{StoreError, portals};
+
+/// What every part of the bridge holds.
+pub(super) struct Core {
+    pub(super) context: Context,
+    pub(super) users: Users,
+    pub(super) registry: Registry,
+    pub(super) creations: Creations,
+    pub(super) notices: Notices,
+    pub(super) repairs: Repairs,
+    /// Ghosts whose join a handshake waits for: repair leaves them alone.
+    pub(super) joining: Mutex<HashSet<(OwnedRoomId, OwnedUserId)>>,
+    pub(super) stop: CancellationToken,
+    pub(super) tasks: TaskTracker,
+    sides: OnceLock<Sides>,
+}
+
+impl Core {
+    pub(super) fn new(context: Context) -> Result<Self, ruma::IdParseError> {
+        let homeserver = context.config.appservice.as_ref().map(|appservice| appservice.homeserver_name.as_ref());
+        Ok(Self {
+            users: Users::new(&context.server_name, homeserver)?,
+            registry: Registry::default(),
+            creations: Creations::default(),
+            notices: Notices::default(),
+            repairs: Repairs::default(),
+            joining: Mutex::default(),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            sides: OnceLock::new(),
+            context,
+        })
+    }
+
+    /// Gives the bridge its sides; once.
+    pub(super) fn set_sides(&self, sides: Sides) {
+        let _ = self.sides.set(sides);
+    }
+
+    /// Both sides; not before the start.
+    pub(super) fn sides(&self) -> Result<&Sides, Refusal> {
+        self.sides.get().ok_or_else(|| Refusal::Internal("the bridge has not started yet".to_owned()))
+    }
+
+    pub(super) fn now_ms(&self) -> i64 {
+        self.context.clock.now_ms()
+    }
+
+    /// Runs a task that ends with the bridge.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+
+    /// There is news for the direction of a room: its task works, or is started.
+    pub(super) fn call(self: &Arc<Self>, side: Side, room_id: &RoomId) {
+        if let Some(entry) = self.registry.of_room(side, room_id) {
+            self.call_entry(&entry, side);
+        }
+    }
+
+    /// The same for a portal that is at hand.
+    pub(super) fn call_entry(self: &Arc<Self>, entry: &Arc<Entry>, source: Side) {
+        if self.sides.get().is_some() && entry.direction(source).call() {
+            self.spawn(worker::run(self.clone(), entry.clone(), source));
+        }
+    }
+
+    /// Changes how a portal is, and says why.
+    pub(super) async fn set_state(
+        &self,
+        entry: &Entry,
+        state: PortalState,
+        reason: Option<String>,
+    ) -> Result<(), StoreError> {
+        let portal = entry.portal();
+        if portal.state == state && portal.reason == reason {
+            return Ok(());
+        }
+        tracing::warn!(portal = portal.portal_id, state = state.as_str(), reason, "portal changes");
+        let changed = Portal { state, reason, ..portal.as_ref().clone() };
+        let (number, stored) = (entry.number, changed.clone());
+        self.context
+            .store
+            .write(move |tx| {
+                Box::pin(async move {
+                    portals::set_state(tx, number, stored.state.as_str(), stored.reason.as_deref()).await
+                })
+            })
+            .await?;
+        self.registry.put(entry.number, changed);
+        Ok(())
+    }
+}

@@ -1,0 +1,215 @@
+//! What is written together with an image, or instead of one: the mapping, the end of the inbox row, the refusal.
+
+use std::sync::Arc;
+
+use ruma::OwnedEventId;
+
+use super::core::Core;
+use super::inbox::{Item, Out};
+use super::portal::Portal;
+use super::side::Event;
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::EventEffect;
+use crate::store::images::{self, ImageRow, RefusalRow};
+use crate::store::inbox::{self, InboxRow};
+use crate::store::{StoreError, Tx};
+
+/// What is written with the image of `item`: its mapping and the end of its row. `after` is the row whose image comes just
+/// before in the same call: while that row is still there, this image must not be made, or order would be lost.
+pub(super) fn crossed(
+    core: &Arc<Core>,
+    portal: &Portal,
+    source: Side,
+    item: &Item,
+    after: Option<i64>,
+    note: Option<String>,
+) -> EventEffect {
+    let seq = item.row.seq;
+    let mut row = image_row(core, portal, source, &item.event);
+    row.note = note;
+    let profile = profile(&item.event);
+    Box::new(move |tx, image| {
+        Box::pin(async move {
+            if let Some(after) = after {
+                if inbox::holds(tx, after).await? {
+                    return Err(StoreError::Withdrawn("the event before it has not crossed"));
+                }
+            }
+            if !inbox::take(tx, seq).await? {
+                return Err(StoreError::Withdrawn("the event has crossed already"));
+            }
+            images::insert(tx, &ImageRow { image, ..row }).await?;
+            remember(tx, source, profile).await
+        })
+    })
+}
+
+/// What is written with a ghost's join that is sent because the ghost speaks: the mapping to the member event that it is
+/// the image of, unless that has one.
+pub(super) async fn joined(
+    core: &Arc<Core>,
+    portal: &Portal,
+    source: Side,
+    member: OwnedEventId,
+) -> Result<Option<EventEffect>, Refusal> {
+    let known = images::of_sources(&core.context.store, source, std::slice::from_ref(&member)).await?;
+    if !known.is_empty() {
+        return Ok(None);
+    }
+    let Some(event) = core.sides()?.rooms(source).event(&member).await? else { return Ok(None) };
+    let row = image_row(core, portal, source, &event);
+    let profile = profile(&event);
+    Ok(Some(Box::new(move |tx, image| {
+        Box::pin(async move {
+            images::insert(tx, &ImageRow { image, ..row }).await?;
+            remember(tx, source, profile).await
+        })
+    })))
+}
+
+/// An event of the room across is what this one asks for: its image, unless it has a source.
+pub(super) async fn adopt(
+    core: &Arc<Core>,
+    portal: &Portal,
+    source: Side,
+    item: &Item,
+    image: OwnedEventId,
+) -> Result<(), Refusal> {
+    let seq = item.row.seq;
+    let free = images::of_images(&core.context.store, source, std::slice::from_ref(&image)).await?.is_empty();
+    let row = ImageRow { image, pending: false, ..image_row(core, portal, source, &item.event) };
+    let profile = profile(&item.event);
+    core.context
+        .store
+        .write(move |tx| {
+            Box::pin(async move {
+                if inbox::take(tx, seq).await? && free {
+                    images::insert(tx, &row).await?;
+                }
+                remember(tx, source, profile).await
+            })
+        })
+        .await?;
+    Ok(())
+}
+
+/// Ends a row for which there is nothing to be done.
+pub(super) async fn drop_row(core: &Core, seq: i64) -> Result<(), Refusal> {
+    core.context.store.write(move |tx| Box::pin(async move { inbox::remove(tx, seq).await })).await?;
+    Ok(())
+}
+
+/// Records that an event does not cross, and why.
+pub(super) async fn refused(
+    core: &Core,
+    portal: &Portal,
+    source: Side,
+    item: &Item,
+    refusal: &Refusal,
+) -> Result<(), Refusal> {
+    let seq = item.row.seq;
+    let row = refusal_row(core, portal, source, &item.event, refusal);
+    core.context
+        .store
+        .write(move |tx| {
+            Box::pin(async move {
+                images::refuse(tx, &row).await?;
+                inbox::remove(tx, seq).await
+            })
+        })
+        .await?;
+    Ok(())
+}
+
+/// Whether a row is still in the inbox.
+pub(super) async fn row_waits(core: &Core, source: Side, portal: &Portal, seq: i64) -> Result<bool, Refusal> {
+    let before = seq.saturating_sub(1);
+    let rows = inbox::waiting(&core.context.store, source, portal.room(source), before, 1).await?;
+    Ok(rows.first().is_some_and(|row| row.seq == seq))
+}
+
+/// Ends the rows that were sorted out when they were read.
+pub(super) async fn sorted_out(
+    core: &Core,
+    portal: &Portal,
+    source: Side,
+    out: Vec<(InboxRow, Out)>,
+) -> Result<(), Refusal> {
+    if out.is_empty() {
+        return Ok(());
+    }
+    let out: Vec<_> = out
+        .into_iter()
+        .map(|(row, out)| match out {
+            Out::Refused(event, refusal) => {
+                tracing::debug!(portal = portal.portal_id, event = %row.event_id, %refusal, "an event does not cross");
+                (row, None, Some(refusal_row(core, portal, source, &event, &refusal)))
+            }
+            Out::Echo(lpdu) => (row, Some(lpdu), None),
+            Out::Done | Out::Lost => (row, None, None),
+        })
+        .collect();
+    core.context
+        .store
+        .write(move |tx| {
+            Box::pin(async move {
+                for (row, echo, refusal) in out {
+                    if let Some(lpdu) = echo {
+                        images::echoed(tx, &lpdu, &row.event_id).await?;
+                    }
+                    if let Some(refusal) = refusal {
+                        images::refuse(tx, &refusal).await?;
+                    }
+                    inbox::remove(tx, row.seq).await?;
+                }
+                Ok(())
+            })
+        })
+        .await?;
+    Ok(())
+}
+
+/// The mapping of an event to an image that is not made yet.
+pub(super) fn image_row(core: &Core, portal: &Portal, source: Side, event: &Event) -> ImageRow {
+    ImageRow {
+        side: source,
+        source: event.event_id.clone(),
+        source_lpdu: event.lpdu_id.clone().filter(|_| source == Side::Lm),
+        image: event.event_id.clone(),
+        pending: source == Side::Matrix && portal.lm_hub != core.context.server_name,
+        portal: portal.number(),
+        note: None,
+        made_ts: core.now_ms(),
+    }
+}
+
+pub(super) fn refusal_row(core: &Core, portal: &Portal, source: Side, event: &Event, refusal: &Refusal) -> RefusalRow {
+    RefusalRow {
+        side: source,
+        source: event.event_id.clone(),
+        portal: portal.number(),
+        sender: event.sender.to_string(),
+        kind: event.kind.clone(),
+        code: refusal.code().to_owned(),
+        reason: refusal.to_string(),
+        refused_ts: core.now_ms(),
+    }
+}
+
+/// What a user calls itself, by its join.
+pub(super) type Called = Option<(ruma::OwnedUserId, Option<String>, Option<String>)>;
+
+pub(super) fn profile(event: &Event) -> Called {
+    let (user, membership) = event.membership()?;
+    if membership != "join" || user != event.sender {
+        return None;
+    }
+    let text = |key: &str| event.content.get(key).and_then(|value| value.as_str()).map(str::to_owned);
+    Some((user, text("displayname"), text("avatar_url")))
+}
+
+pub(super) async fn remember(tx: &mut Tx, side: Side, profile: Called) -> Result<(), StoreError> {
+    let Some((user, displayname, avatar_url)) = profile else { return Ok(()) };
+    images::set_profile(tx, side, &user, displayname.as_deref(), avatar_url.as_deref()).await
+}

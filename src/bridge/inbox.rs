@@ -1,0 +1,200 @@
+//! The inbox of one direction in memory: the rows that wait, with their events; what need not cross is sorted out when it is
+//! read.
+
+use std::time::Duration;
+
+use ruma::OwnedEventId;
+
+use super::core::Core;
+use super::linearize::Waiting;
+use super::portal::Portal;
+use super::registry::Entry;
+use super::side::Event;
+use super::users::Who;
+use super::{access, carry, effect, translate};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::store::images;
+use crate::store::inbox::{self, InboxRow};
+
+/// How many rows are held in memory at once.
+const WINDOW: usize = 500;
+/// The longest pause between two tries.
+const MAX_PAUSE: Duration = Duration::from_secs(300);
+
+/// An event that waits.
+pub(super) struct Item {
+    pub(super) row: InboxRow,
+    pub(super) event: Event,
+    pub(super) waiting: Waiting,
+    /// Not tried again before this time, in milliseconds.
+    pub(super) retry_at: i64,
+    /// Since when it could not go.
+    pub(super) blocked_since: Option<i64>,
+    /// Whether it needs another server's answer.
+    pub(super) asks_server: bool,
+    failures: u32,
+}
+
+/// What waits, in the order of acceptance.
+#[derive(Default)]
+pub(super) struct Inbox {
+    pub(super) items: Vec<Item>,
+    cursor: i64,
+}
+
+impl Inbox {
+    /// Reads more rows, as far as there is room. True when there were some, even if nothing of them must cross.
+    pub(super) async fn load(
+        &mut self,
+        core: &Core,
+        entry: &Entry,
+        portal: &Portal,
+        source: Side,
+    ) -> Result<bool, Refusal> {
+        let room = WINDOW.saturating_sub(self.items.len());
+        if room == 0 {
+            return Ok(false);
+        }
+        let limit = i64::try_from(room).unwrap_or(1);
+        let store = &core.context.store;
+        let rows = inbox::waiting(store, source, portal.room(source), self.cursor, limit).await?;
+        let Some(last) = rows.last().map(|row| row.seq) else { return Ok(false) };
+        let mut sorted = sort(core, entry, portal, source, rows).await?;
+        effect::sorted_out(core, portal, source, sorted.out).await?;
+        if sorted.echoes {
+            // What waited for an echo is on the other direction.
+            entry.direction(source.other()).wake.notify_one();
+        }
+        self.items.append(&mut sorted.items);
+        self.cursor = last;
+        Ok(true)
+    }
+
+    /// Takes an item out.
+    pub(super) fn take(&mut self, seq: i64) -> Option<Item> {
+        let index = self.items.iter().position(|item| item.row.seq == seq)?;
+        Some(self.items.remove(index))
+    }
+
+    /// Forgets an item that is done.
+    pub(super) fn drop_item(&mut self, seq: i64) {
+        drop(self.take(seq));
+    }
+
+    /// Puts an item off.
+    pub(super) fn later(&mut self, seq: i64, now: i64, pause: Duration, first: bool) {
+        if let Some(item) = self.items.iter_mut().find(|item| item.row.seq == seq) {
+            item.retry_at = now.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
+            item.failures = if first { 0 } else { item.failures.saturating_add(1) };
+        }
+    }
+
+    /// Puts an item off that failed: a second, then twice as long each time.
+    pub(super) fn failed(&mut self, seq: i64, now: i64, refusal: &Refusal) -> Duration {
+        let failures = self.items.iter().find(|item| item.row.seq == seq).map_or(0, |item| item.failures);
+        let pause = match refusal {
+            Refusal::Budget { retry_after_ms, .. } => Duration::from_millis(*retry_after_ms),
+            _ => Duration::from_secs(1_u64.checked_shl(failures).unwrap_or(u64::MAX)),
+        };
+        let pause = pause.min(MAX_PAUSE);
+        self.later(seq, now, pause, false);
+        pause
+    }
+}
+
+/// Why a row goes no further.
+pub(super) enum Out {
+    /// It has crossed, or is the gateway's own.
+    Done,
+    /// It is the echo of this LPDU of the gateway's.
+    Echo(OwnedEventId),
+    /// It does not cross.
+    Refused(Box<Event>, Refusal),
+    /// The store does not know the event.
+    Lost,
+}
+
+struct Sorted {
+    items: Vec<Item>,
+    out: Vec<(InboxRow, Out)>,
+    echoes: bool,
+}
+
+async fn sort(
+    core: &Core,
+    entry: &Entry,
+    portal: &Portal,
+    source: Side,
+    rows: Vec<InboxRow>,
+) -> Result<Sorted, Refusal> {
+    let store = &core.context.store;
+    let rooms = core.sides()?.rooms(source);
+    let mut events = Vec::with_capacity(rows.len());
+    for row in rows {
+        let event = rooms.event(&row.event_id).await?;
+        events.push((row, event));
+    }
+    let ids: Vec<OwnedEventId> = events.iter().map(|(row, _)| row.event_id.clone()).collect();
+    let lpdus: Vec<OwnedEventId> = events.iter().filter_map(|(_, event)| event.as_ref()?.lpdu_id.clone()).collect();
+    let crossed = images::of_sources(store, source, &ids).await?;
+    let twice = if lpdus.is_empty() { Default::default() } else { images::of_lpdus(store, &lpdus).await? };
+    let mut sorted = Sorted { items: Vec::new(), out: Vec::new(), echoes: false };
+    for (row, event) in events {
+        let Some(event) = event else {
+            tracing::error!(portal = portal.portal_id, event = %row.event_id, "an accepted event is not in the store");
+            sorted.out.push((row, Out::Lost));
+            continue;
+        };
+        let again = event.lpdu_id.as_ref().and_then(|lpdu| twice.get(lpdu)).is_some_and(|first| *first != event.event_id)
+            || sorted.items.iter().any(|item| item.event.lpdu_id.is_some() && item.event.lpdu_id == event.lpdu_id);
+        if crossed.contains_key(&event.event_id) || again {
+            sorted.out.push((row, Out::Done));
+            continue;
+        }
+        match core.users.who(store, source, &event.sender).await? {
+            // INV-7: what the gateway itself made is never translated back.
+            Who::Ghost { .. } | Who::Bot => {
+                let echo = event.lpdu_id.clone().map_or(Out::Done, Out::Echo);
+                sorted.echoes |= matches!(echo, Out::Echo(_));
+                sorted.out.push((row, echo));
+            }
+            who => match admit(core, source, &event, &who) {
+                Err(refusal) => sorted.out.push((row, Out::Refused(Box::new(event), refusal))),
+                Ok(()) => sorted.items.push(item(core, source, row, event)),
+            },
+        }
+    }
+    let _ = entry;
+    Ok(sorted)
+}
+
+/// Whether an event may cross as far as its type and its sender's server go.
+fn admit(core: &Core, source: Side, event: &Event, who: &Who) -> Result<(), Refusal> {
+    if *who == Who::Stranger {
+        return Err(carry::stranger(&event.sender));
+    }
+    if *who != Who::Appservice {
+        access::takes_part(&core.context.config.access, source, event.sender.server_name())?;
+    }
+    translate::crosses(event)
+}
+
+fn item(core: &Core, source: Side, row: InboxRow, event: Event) -> Item {
+    let membership = event.membership();
+    // A far user is invited through their server, which may be slow or dead: nobody else waits for that.
+    let asks_server = membership.as_ref().is_some_and(|(target, membership)| {
+        *membership == "invite" && target.server_name() == core.context.server_name
+    });
+    let waiting = Waiting {
+        event_id: event.event_id.clone(),
+        sender: event.sender.clone(),
+        order: event.order,
+        needs: translate::references(&event).needs,
+        member: membership.map(|(target, _)| target),
+        held: false,
+        overtaken: false,
+    };
+    let _ = source;
+    Item { row, event, waiting, retry_at: 0, blocked_since: None, asks_server, failures: 0 }
+}

@@ -1,0 +1,141 @@
+//! Telling a sender that an event of theirs did not cross: a notice by the gateway's bot in the room where it was sent, not
+//! more often than anybody wants to read it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ruma::OwnedUserId;
+use serde_json::json;
+
+use super::core::Core;
+use super::portal::Portal;
+use super::side::{Event, MEMBER};
+use super::translate::MAPPED_STATE;
+use crate::event::Object;
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::{Draft, Outgoing};
+
+/// How often one sender is told the same in one portal.
+const SAME_EVERY_MS: i64 = 600_000;
+/// How many notices a portal gets in a minute.
+const A_MINUTE: usize = 5;
+/// How many senders are remembered; with more, everything is forgotten.
+const REMEMBERED: usize = 10_000;
+/// The longest reason in a notice, in characters.
+const REASON_LIMIT: usize = 300;
+
+/// Who was told what, and when.
+#[derive(Debug, Default)]
+pub(super) struct Notices {
+    told: Mutex<Told>,
+}
+
+#[derive(Debug, Default)]
+struct Told {
+    senders: HashMap<(i64, OwnedUserId, &'static str), i64>,
+    portals: HashMap<i64, Vec<i64>>,
+}
+
+impl Notices {
+    /// Tells the sender of `event`, unless it is nothing that a person would miss, or they were told of late.
+    pub(super) fn tell(&self, core: &Arc<Core>, portal: &Arc<Portal>, source: Side, event: &Event, refusal: &Refusal) {
+        let key = (portal.number(), event.sender.clone(), refusal.code());
+        if !missed(event, refusal) || !self.due(key, core.now_ms()) {
+            return;
+        }
+        let body = notice(event, refusal);
+        let (core, portal) = (core.clone(), portal.clone());
+        core.clone().spawn(async move {
+            if let Err(refusal) = say(&core, &portal, source, body).await {
+                tracing::warn!(portal = portal.portal_id, %refusal, "a notice could not be sent");
+            }
+        });
+    }
+
+    fn due(&self, key: (i64, OwnedUserId, &'static str), now: i64) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.senders.len() > REMEMBERED {
+            *told = Told::default();
+        }
+        if told.senders.get(&key).is_some_and(|at| now.saturating_sub(*at) < SAME_EVERY_MS) {
+            return false;
+        }
+        let minute = told.portals.entry(key.0).or_default();
+        minute.retain(|at| now.saturating_sub(*at) < 60_000);
+        if minute.len() >= A_MINUTE {
+            return false;
+        }
+        minute.push(now);
+        told.senders.insert(key, now);
+        true
+    }
+}
+
+/// Whether a person would miss the event on the other side.
+fn missed(event: &Event, refusal: &Refusal) -> bool {
+    let kind = event.kind.as_str();
+    let said = matches!(kind, "m.room.message" | "m.room.encrypted" | "m.sticker");
+    let done = MAPPED_STATE.contains(&kind) || matches!(kind, MEMBER | "m.room.redaction");
+    said || (done && !matches!(refusal, Refusal::NotBridged(_)))
+}
+
+fn notice(event: &Event, refusal: &Refusal) -> Object {
+    let what = match event.kind.as_str() {
+        "m.room.message" | "m.room.encrypted" | "m.sticker" => "A message",
+        "m.room.redaction" => "A redaction",
+        _ => "A change",
+    };
+    let reason: String = refusal.to_string().chars().take(REASON_LIMIT).collect();
+    let mut content = text("m.notice", &format!("{what} by {} was not carried to the other side: {reason}", event.sender));
+    content.insert("m.mentions".to_owned(), json!({}));
+    content
+}
+
+/// The content of a message.
+pub(super) fn text(msgtype: &str, body: &str) -> Object {
+    let mut content = Object::new();
+    content.insert("msgtype".to_owned(), msgtype.into());
+    content.insert("body".to_owned(), body.into());
+    content
+}
+
+/// The bot says something in one room of a portal.
+pub(super) async fn say(
+    core: &Core,
+    portal: &Portal,
+    side: Side,
+    content: Object,
+) -> Result<ruma::OwnedEventId, Refusal> {
+    let draft = Draft {
+        sender: core.users.bot().clone(),
+        kind: "m.room.message".to_owned(),
+        state_key: None,
+        content,
+        origin_server_ts: core.now_ms(),
+    };
+    let sent = core.sides()?.rooms(side).send(portal.room(side), vec![Outgoing { draft, effect: None }]).await.pop();
+    Ok(sent.unwrap_or_else(|| Err(Refusal::Internal("nothing came of a message".to_owned())))?.event_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::user_id;
+
+    use super::*;
+
+    #[test]
+    fn a_sender_is_told_the_same_once_in_a_while_and_a_room_not_flooded() {
+        let notices = Notices::default();
+        let key = |user: &str, code| (1, OwnedUserId::try_from(user).unwrap(), code);
+        assert!(notices.due(key("@a:h", "lm_rule"), 0));
+        assert!(!notices.due(key("@a:h", "lm_rule"), SAME_EVERY_MS - 1));
+        assert!(notices.due(key("@a:h", "policy"), 1));
+        assert!(notices.due(key("@a:h", "lm_rule"), SAME_EVERY_MS));
+        for user in 0..A_MINUTE + 3 {
+            let due = notices.due(key(&format!("@u{user}:h"), "policy"), 3 * SAME_EVERY_MS);
+            assert_eq!(due, user < A_MINUTE);
+        }
+        assert!(notices.due((2, user_id!("@a:h").to_owned(), "policy"), 3 * SAME_EVERY_MS));
+    }
+}

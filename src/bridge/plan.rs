@@ -1,0 +1,206 @@
+//! What brings the following side's state in step with the authority's: a pure function of both states.
+
+use ruma::{OwnedEventId, UserId};
+use serde_json::{Value, json};
+
+use super::carry::{bot_entry, is_public, same};
+use super::power::{Action, POWER_LEVELS, Power};
+use super::side::{Entry, MEMBER, State};
+use super::translate::{self, MAPPED_STATE, StateRules, member_content, state_content};
+use super::users::{Known, Who};
+use crate::event::Object;
+use crate::identity::Side;
+use crate::seam::Draft;
+
+/// What marks a repair in its content.
+const REPAIR: &str = "im.isthmus.repair";
+
+/// Both states, and who the users in them are.
+pub(super) struct Plan<'a> {
+    pub(super) authority: Side,
+    pub(super) leading: &'a State,
+    pub(super) following: &'a State,
+    pub(super) leading_users: &'a Known,
+    pub(super) following_users: &'a Known,
+    pub(super) bot: &'a UserId,
+    /// Whether a user of the gateway on a side is left alone, because a handshake is under way.
+    pub(super) spared: &'a dyn Fn(Side, &UserId) -> bool,
+    pub(super) now_ms: i64,
+}
+
+/// One repair.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Fix {
+    /// On which side it is sent.
+    pub(super) side: Side,
+    /// What must come first.
+    pub(super) before: Vec<Draft>,
+    /// The repair itself.
+    pub(super) draft: Draft,
+    /// The event that it is the image of, where it has none.
+    pub(super) source: Option<OwnedEventId>,
+    /// What is sent on the other side when it is refused.
+    pub(super) instead: Option<Draft>,
+}
+
+/// What must be sent.
+pub(super) fn plan(plan: &Plan<'_>) -> Vec<Fix> {
+    let mut fixes: Vec<Fix> = MAPPED_STATE.iter().filter_map(|kind| plan.state(kind)).collect();
+    for entry in plan.leading.members() {
+        let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
+        match plan.leading_users.get(user) {
+            Some(Who::Native { ghost }) => fixes.extend(plan.native(&entry, ghost)),
+            Some(Who::Ghost { user: real }) => fixes.extend(plan.ghost(&entry, user, real)),
+            _ => {}
+        }
+    }
+    for entry in plan.following.members() {
+        let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
+        match plan.following_users.get(user) {
+            Some(Who::Native { ghost }) if plan.leading.member(ghost).is_none() => {
+                fixes.extend(plan.newcomer(&entry, user, ghost));
+            }
+            Some(Who::Ghost { user: real }) if plan.leading.member(real).is_none() => {
+                fixes.extend(plan.leave(plan.authority.other(), entry.membership(), user));
+            }
+            _ => {}
+        }
+    }
+    fixes
+}
+
+impl Plan<'_> {
+    /// State other than members.
+    fn state(&self, kind: &str) -> Option<Fix> {
+        let across = |user: &UserId| translate::across(self.leading_users, user).filter(|_| user != self.bot);
+        let creator = self.leading.get("m.room.create", "").map(|entry| entry.sender);
+        let bot = bot_entry(self.following, self.bot);
+        let rules = StateRules { creator, across: &across, to: self.authority.other(), bot };
+        let there = self.following.content(kind);
+        let nothing = Object::new();
+        let content = match (state_content(kind, self.leading.content(kind), &rules), there) {
+            (Some(content), _) => content,
+            (None, None) => return None,
+            // The authority has none: the following side gets an empty one.
+            (None, Some(_)) => state_content(kind, Some(&nothing), &rules)?,
+        };
+        if there.is_some_and(|there| same(&self.known(kind, there), &content)) {
+            return None;
+        }
+        Some(self.fix(self.authority.other(), self.draft(self.bot, kind, "", content)))
+    }
+
+    /// What of a content of the following side is compared.
+    fn known(&self, kind: &str, there: &Object) -> Object {
+        // Nobody across stands for these users, so they are not the authority's to set.
+        let mapped = |user: &UserId| {
+            matches!(self.following_users.get(user), Some(Who::Native { .. } | Who::Ghost { .. })).then(|| user.to_owned())
+        };
+        let bot = match kind {
+            POWER_LEVELS => bot_entry(self.following, self.bot),
+            _ => None,
+        };
+        let rules = StateRules { creator: None, across: &mapped, to: self.authority.other(), bot };
+        state_content(kind, Some(there), &rules).unwrap_or_default()
+    }
+
+    /// A user of the authority's side, and its ghost on the following side.
+    fn native(&self, here: &Entry<'_>, ghost: &UserId) -> Option<Fix> {
+        let side = self.authority.other();
+        let there = self.following.membership(ghost);
+        match (here.membership(), there) {
+            ("join", "join") | ("ban", "ban") => None,
+            ("join", _) => {
+                let before = match there {
+                    "ban" => vec![self.member(self.bot, ghost, "leave")],
+                    _ => Vec::new(),
+                };
+                Some(self.join(side, here, ghost, before))
+            }
+            ("ban", _) if self.may_remove(self.following, ghost, Action::Ban) => {
+                Some(self.fix(side, self.member(self.bot, ghost, "ban")))
+            }
+            ("leave", "ban") if self.may_remove(self.following, ghost, Action::Ban) => {
+                Some(self.fix(side, self.member(self.bot, ghost, "leave")))
+            }
+            ("leave" | "ban", _) => self.leave(side, there, ghost),
+            _ => None,
+        }
+    }
+
+    /// A ghost on the authority's side, and the user of the following side that it stands for.
+    fn ghost(&self, here: &Entry<'_>, ghost: &UserId, user: &UserId) -> Option<Fix> {
+        let there = self.following.membership(user);
+        let removed_by_others = here.sender != ghost && here.sender != self.bot;
+        match (here.membership(), there) {
+            ("ban", "ban") => None,
+            // Whom the gateway cannot remove is left to health.
+            ("ban", _) => self
+                .may_remove(self.following, user, Action::Ban)
+                .then(|| self.fix(self.authority.other(), self.member(self.bot, user, "ban"))),
+            ("leave", "join") if removed_by_others => self
+                .may_remove(self.following, user, Action::Kick)
+                .then(|| self.fix(self.authority.other(), self.member(self.bot, user, "leave"))),
+            ("leave" | "invite", "join") => self.newcomer(&self.following.member(user)?, user, ghost),
+            ("join", "leave" | "ban") => self.leave(self.authority, "join", ghost),
+            _ => None,
+        }
+    }
+
+    /// A user who has joined the following side and whose ghost is not on the authority's side: the ghost joins, or, if it
+    /// may not, the user is kicked where the gateway can.
+    fn newcomer(&self, there: &Entry<'_>, user: &UserId, ghost: &UserId) -> Option<Fix> {
+        if there.membership() != "join" || (self.spared)(self.authority, ghost) {
+            return None;
+        }
+        let mut fix = self.join(self.authority, there, ghost, Vec::new());
+        if self.may_remove(self.following, user, Action::Kick) {
+            fix.instead = Some(self.member(self.bot, user, "leave"));
+        }
+        Some(fix)
+    }
+
+    fn leave(&self, side: Side, membership: &str, ghost: &UserId) -> Option<Fix> {
+        if !matches!(membership, "join" | "invite" | "knock") || (self.spared)(side, ghost) {
+            return None;
+        }
+        Some(self.fix(side, self.member(ghost, ghost, "leave")))
+    }
+
+    /// A ghost's join on `side`, as the image of `source`, a join across.
+    fn join(&self, side: Side, source: &Entry<'_>, ghost: &UserId, mut before: Vec<Draft>) -> Fix {
+        let state = if side == self.authority { self.leading } else { self.following };
+        if !is_public(state) && state.membership(ghost) != "invite" {
+            before.push(self.member(self.bot, ghost, "invite"));
+        }
+        let content = member_content(source.content, "join");
+        let draft = self.draft(ghost, MEMBER, ghost.as_str(), content);
+        Fix { before, source: Some(source.event_id.to_owned()), ..self.fix(side, draft) }
+    }
+
+    fn may_remove(&self, state: &State, user: &UserId, action: Action) -> bool {
+        state.membership(self.bot) == "join" && Power::of(state).may_remove(self.bot, user, action)
+    }
+
+    fn member(&self, sender: &UserId, target: &UserId, membership: &str) -> Draft {
+        let mut content = Object::new();
+        content.insert("membership".to_owned(), Value::from(membership));
+        self.draft(sender, MEMBER, target.as_str(), content)
+    }
+
+    fn draft(&self, sender: &UserId, kind: &str, state_key: &str, mut content: Object) -> Draft {
+        content.insert(REPAIR.to_owned(), json!(true));
+        Draft {
+            sender: sender.to_owned(),
+            kind: kind.to_owned(),
+            state_key: Some(state_key.to_owned()),
+            content,
+            origin_server_ts: self.now_ms,
+        }
+    }
+
+    fn fix(&self, side: Side, draft: Draft) -> Fix {
+        Fix { side, before: Vec::new(), draft, source: None, instead: None }
+    }
+}
+

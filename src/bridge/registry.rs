@@ -1,0 +1,275 @@
+//! Portals in memory: which rooms are watched, read by every batch that either side accepts, without a lock.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use arc_swap::ArcSwap;
+use ruma::{OwnedRoomId, RoomId};
+use tokio::sync::Notify;
+
+use super::portal::Portal;
+use crate::identity::Side;
+
+/// A portal as the tasks that work for it share it.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) number: i64,
+    portal: ArcSwap<Portal>,
+    pub(super) from_matrix: Direction,
+    pub(super) from_lm: Direction,
+}
+
+impl Entry {
+    /// The portal as it is now.
+    pub(super) fn portal(&self) -> Arc<Portal> {
+        self.portal.load_full()
+    }
+
+    /// The direction whose sources are on `side`.
+    pub(super) fn direction(&self, side: Side) -> &Direction {
+        match side {
+            Side::Matrix => &self.from_matrix,
+            Side::Lm => &self.from_lm,
+        }
+    }
+}
+
+/// One direction of a portal: whether a task works on it.
+#[derive(Debug, Default)]
+pub(super) struct Direction {
+    state: AtomicU8,
+    /// Wakes the task when it waits for something.
+    pub(super) wake: Notify,
+}
+
+const IDLE: u8 = 0;
+const RUNNING: u8 = 1;
+const AGAIN: u8 = 2;
+
+impl Direction {
+    /// Says that there is news. True when no task works on it: the caller starts one.
+    pub(super) fn call(&self) -> bool {
+        let start = self.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |state| {
+            Some(if state == IDLE { RUNNING } else { AGAIN })
+        }) == Ok(IDLE);
+        self.wake.notify_one();
+        start
+    }
+
+    /// The task has nothing left. True when it may end; false when there was news meanwhile.
+    pub(super) fn rest(&self) -> bool {
+        let ended = self.state.compare_exchange(RUNNING, IDLE, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        if !ended {
+            self.state.store(RUNNING, Ordering::SeqCst);
+        }
+        ended
+    }
+
+    /// The task ends, whatever came.
+    pub(super) fn end(&self) {
+        self.state.store(IDLE, Ordering::SeqCst);
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Watch {
+    Portal(Arc<Entry>),
+    /// The portal is being made: what is accepted is kept for it.
+    Making,
+}
+
+/// All portals.
+#[derive(Debug, Default)]
+pub(super) struct Registry {
+    rooms: ArcSwap<imbl::HashMap<(Side, OwnedRoomId), Watch>>,
+    tables: Mutex<Tables>,
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    portals: BTreeMap<i64, Arc<Entry>>,
+    aliases: BTreeMap<String, i64>,
+}
+
+impl Registry {
+    /// Whether what is accepted in a room waits for the bridge.
+    pub(super) fn watches(&self, side: Side, room_id: &RoomId) -> bool {
+        match self.rooms.load().get(&(side, room_id.to_owned())) {
+            Some(Watch::Portal(entry)) => entry.portal.load().state.carries(),
+            Some(Watch::Making) => true,
+            None => false,
+        }
+    }
+
+    /// The portal of a room.
+    pub(super) fn of_room(&self, side: Side, room_id: &RoomId) -> Option<Arc<Entry>> {
+        match self.rooms.load().get(&(side, room_id.to_owned()))? {
+            Watch::Portal(entry) => Some(entry.clone()),
+            Watch::Making => None,
+        }
+    }
+
+    /// A portal by its number.
+    pub(super) fn get(&self, number: i64) -> Option<Arc<Entry>> {
+        self.lock(|tables| tables.portals.get(&number).cloned())
+    }
+
+    /// The portals after a number, in the order of their making.
+    pub(super) fn after(&self, number: i64, limit: usize) -> Vec<Arc<Entry>> {
+        let from = number.saturating_add(1);
+        self.lock(|tables| tables.portals.range(from..).take(limit).map(|(_, entry)| entry.clone()).collect())
+    }
+
+    /// How many portals have not ended.
+    pub(super) fn count(&self) -> usize {
+        self.lock(|tables| {
+            let open = |entry: &&Arc<Entry>| entry.portal.load().state != super::portal::PortalState::Ended;
+            tables.portals.values().filter(open).count()
+        })
+    }
+
+    /// Where the localpart of an alias leads.
+    pub(super) fn of_alias(&self, localpart: &str) -> Option<Arc<Entry>> {
+        self.lock(|tables| tables.portals.get(tables.aliases.get(localpart)?).cloned())
+    }
+
+    /// The aliases of a portal.
+    pub(super) fn aliases_of(&self, number: i64) -> Vec<String> {
+        self.lock(|tables| {
+            let own = tables.aliases.iter().filter(|(_, portal)| **portal == number);
+            own.map(|(localpart, _)| localpart.clone()).collect()
+        })
+    }
+
+    /// Keeps what is accepted in a room for a portal that is being made.
+    pub(super) fn watch(&self, side: Side, room_id: &RoomId) {
+        self.rooms.rcu(|rooms| {
+            let mut rooms = imbl::HashMap::clone(rooms);
+            rooms.entry((side, room_id.to_owned())).or_insert(Watch::Making);
+            rooms
+        });
+    }
+
+    /// Stops that, when nothing came of it.
+    pub(super) fn unwatch(&self, side: Side, room_id: &RoomId) {
+        self.rooms.rcu(|rooms| {
+            let key = (side, room_id.to_owned());
+            let mut rooms = imbl::HashMap::clone(rooms);
+            if matches!(rooms.get(&key), Some(Watch::Making)) {
+                rooms.remove(&key);
+            }
+            rooms
+        });
+    }
+
+    /// Adds a portal, or replaces what is known of it.
+    pub(super) fn put(&self, number: i64, portal: Portal) -> Arc<Entry> {
+        let ended = portal.state == super::portal::PortalState::Ended;
+        let rooms = [Side::Matrix, Side::Lm].map(|side| (side, portal.room(side).to_owned()));
+        let entry = self.lock(|tables| match tables.portals.get(&number) {
+            Some(entry) => {
+                entry.portal.store(Arc::new(portal));
+                entry.clone()
+            }
+            None => {
+                let entry = Arc::new(Entry {
+                    number,
+                    portal: ArcSwap::from_pointee(portal),
+                    from_matrix: Direction::default(),
+                    from_lm: Direction::default(),
+                });
+                tables.portals.insert(number, entry.clone());
+                entry
+            }
+        });
+        self.rooms.rcu(|known| {
+            let mut known = imbl::HashMap::clone(known);
+            for room in &rooms {
+                // The room of a portal that has ended may have a new one.
+                let other = matches!(known.get(room), Some(Watch::Portal(other)) if other.number != number);
+                match ended {
+                    true if !other => drop(known.remove(room)),
+                    true => {}
+                    false => drop(known.insert(room.clone(), Watch::Portal(entry.clone()))),
+                }
+            }
+            known
+        });
+        entry
+    }
+
+    /// Makes an alias lead to a portal.
+    pub(super) fn set_alias(&self, localpart: &str, number: i64) {
+        self.lock(|tables| tables.aliases.insert(localpart.to_owned(), number));
+    }
+
+    /// Takes away the aliases of a portal.
+    pub(super) fn remove_aliases(&self, number: i64) {
+        self.lock(|tables| tables.aliases.retain(|_, portal| *portal != number));
+    }
+
+    fn lock<T>(&self, work: impl FnOnce(&mut Tables) -> T) -> T {
+        // Nothing in here panics half-way, so a poisoned lock guards whole tables.
+        work(&mut self.tables.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::{room_id, server_name};
+
+    use super::super::portal::{PortalKind, PortalState};
+    use super::*;
+
+    fn portal(number: i64, matrix: &str, lm: &str, state: PortalState) -> Portal {
+        Portal {
+            portal_id: format!("p{number}"),
+            kind: PortalKind::Created,
+            state,
+            matrix_room_id: matrix.try_into().unwrap(),
+            lm_room_id: lm.try_into().unwrap(),
+            lm_hub: server_name!("g").to_owned(),
+            alias: None,
+            reason: None,
+        }
+    }
+
+    #[test]
+    fn rooms_are_watched_from_the_making_of_a_portal_to_its_end() {
+        let registry = Registry::default();
+        let (matrix, lm) = (room_id!("!m:g"), room_id!("!l:g"));
+        registry.watch(Side::Lm, lm);
+        assert!(registry.watches(Side::Lm, lm) && registry.of_room(Side::Lm, lm).is_none());
+        registry.unwatch(Side::Lm, lm);
+        assert!(!registry.watches(Side::Lm, lm));
+
+        registry.put(1, portal(1, "!m:g", "!l:g", PortalState::Active));
+        registry.unwatch(Side::Lm, lm);
+        registry.set_alias("a", 1);
+        assert!(registry.watches(Side::Matrix, matrix) && registry.watches(Side::Lm, lm));
+        assert!(!registry.watches(Side::Lm, matrix), "a room is of one side");
+        assert_eq!(registry.of_alias("a").unwrap().number, 1);
+        registry.put(1, portal(1, "!m:g", "!l:g", PortalState::Suspended));
+        assert!(!registry.watches(Side::Lm, lm) && registry.of_room(Side::Lm, lm).is_some());
+
+        registry.put(1, portal(1, "!m:g", "!l:g", PortalState::Ended));
+        assert!(registry.of_room(Side::Lm, lm).is_none());
+        registry.put(2, portal(2, "!m2:g", "!l:g", PortalState::Active));
+        registry.put(1, portal(1, "!m:g", "!l:g", PortalState::Ended));
+        assert_eq!(registry.of_room(Side::Lm, lm).unwrap().number, 2);
+        assert_eq!(registry.count(), 1);
+        assert_eq!(registry.after(1, 10).len(), 1);
+    }
+
+    #[test]
+    fn a_direction_never_loses_a_call() {
+        let direction = Direction::default();
+        assert!(direction.call());
+        assert!(!direction.call());
+        assert!(!direction.rest(), "there was a call");
+        assert!(direction.rest());
+        assert!(direction.call());
+    }
+}

@@ -1,0 +1,219 @@
+//! Repair (INV-4): what must be sent so that the following side's state is the image of the authority's again. It is
+//! computed from both current states, never from the event that set it off.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use ruma::OwnedUserId;
+
+use super::core::Core;
+use super::effect;
+use super::plan::{self, Fix, Plan};
+use super::portal::{Portal, PortalState};
+use super::registry::Entry;
+use super::side::State;
+use super::users::Known;
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::{Draft, Outgoing};
+use crate::store::{images, inbox};
+
+/// How many repairs of one (type, state key) a minute may have.
+const A_MINUTE: usize = 3;
+/// How long after a cause the states are compared.
+const SOON: Duration = Duration::from_millis(300);
+/// How often it is looked whether the queues are empty, and how many times.
+const QUEUES_EVERY: Duration = Duration::from_secs(1);
+const QUEUES_TRIES: usize = 30;
+/// What the reason of a degraded portal begins with when repair made it so.
+const OUT_OF_STEP: &str = "the two states cannot be brought together: ";
+
+/// What is under way, and what was done of late.
+#[derive(Debug, Default)]
+pub(super) struct Repairs {
+    planned: Mutex<HashSet<i64>>,
+    done: Mutex<HashMap<(i64, String, String), Vec<i64>>>,
+}
+
+impl Repairs {
+    fn plan(&self, number: i64) -> bool {
+        self.planned.lock().unwrap_or_else(PoisonError::into_inner).insert(number)
+    }
+
+    fn started(&self, number: i64) {
+        self.planned.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
+    }
+
+    /// Whether one more repair of a (type, state key) is within bounds; counts it.
+    fn allow(&self, number: i64, draft: &Draft, now: i64) -> bool {
+        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        done.retain(|_, times| {
+            times.retain(|at| now.saturating_sub(*at) < 60_000);
+            !times.is_empty()
+        });
+        let key = (number, draft.kind.clone(), draft.state_key.clone().unwrap_or_default());
+        let times = done.entry(key).or_default();
+        if times.len() >= A_MINUTE {
+            return false;
+        }
+        times.push(now);
+        true
+    }
+}
+
+/// Repairs a portal soon, when its queues are empty. Asked for again before that, it is done once.
+pub(super) fn soon(core: &Arc<Core>, entry: &Arc<Entry>) {
+    after(core, entry, SOON);
+}
+
+/// The same after a while.
+pub(super) fn after(core: &Arc<Core>, entry: &Arc<Entry>, pause: Duration) {
+    if pause == SOON && !core.repairs.plan(entry.number) {
+        return;
+    }
+    let (core, entry) = (core.clone(), entry.clone());
+    core.clone().spawn(async move {
+        tokio::time::sleep(pause).await;
+        for _ in 0..QUEUES_TRIES {
+            if queues_are_empty(&core, &entry.portal()).await.unwrap_or(false) {
+                break;
+            }
+            tokio::time::sleep(QUEUES_EVERY).await;
+        }
+        core.repairs.started(entry.number);
+        if let Err(refusal) = run(&core, &entry).await {
+            tracing::warn!(portal = entry.portal().portal_id, %refusal, "repair failed");
+        }
+    });
+}
+
+async fn queues_are_empty(core: &Core, portal: &Portal) -> Result<bool, Refusal> {
+    let store = &core.context.store;
+    for side in [Side::Matrix, Side::Lm] {
+        if inbox::backlog(store, side, portal.room(side)).await?.0 > 0 {
+            return Ok(false);
+        }
+    }
+    Ok(images::pending(store, portal.number()).await?.0 == 0)
+}
+
+/// Compares both states and sends what brings them together. Returns how many repairs were sent.
+pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, Refusal> {
+    let portal = entry.portal();
+    if !portal.state.carries() {
+        return Ok(0);
+    }
+    let fixes = fixes(core, &portal).await?;
+    let mut sent = 0;
+    let mut stuck = None;
+    for fix in fixes {
+        if !core.repairs.allow(entry.number, &fix.draft, core.now_ms()) {
+            stuck = Some(format!("{} {:?} was repaired {A_MINUTE} times in a minute", fix.draft.kind, fix.draft.state_key));
+            continue;
+        }
+        let (kind, state_key) = (fix.draft.kind.clone(), fix.draft.state_key.clone());
+        match apply(core, &portal, fix).await {
+            Ok(()) => sent += 1,
+            Err(refusal) if refusal.is_transient() => return Err(refusal),
+            Err(refusal) => stuck = Some(format!("{kind} {state_key:?}: {refusal}")),
+        }
+    }
+    match stuck {
+        Some(stuck) => {
+            core.set_state(entry, PortalState::Degraded, Some(format!("{OUT_OF_STEP}{stuck}"))).await?;
+        }
+        None if sent == 0 && portal.reason.as_ref().is_some_and(|reason| reason.starts_with(OUT_OF_STEP)) => {
+            core.set_state(entry, PortalState::Active, None).await?;
+        }
+        None => {}
+    }
+    if sent > 0 {
+        tracing::info!(portal = portal.portal_id, sent, "repaired");
+    }
+    Ok(sent)
+}
+
+/// What must be sent, by the states as they are now.
+pub(super) async fn fixes(core: &Core, portal: &Portal) -> Result<Vec<Fix>, Refusal> {
+    let sides = core.sides()?;
+    let authority = portal.authority();
+    let leading = sides.rooms(authority).state(portal.room(authority)).await?;
+    let following = sides.rooms(authority.other()).state(portal.room(authority.other())).await?;
+    let leading_users = users(core, authority, &leading).await?;
+    let following_users = users(core, authority.other(), &following).await?;
+    let joining = core.joining.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    Ok(plan::plan(&Plan {
+        authority,
+        leading: &leading,
+        following: &following,
+        leading_users: &leading_users,
+        following_users: &following_users,
+        bot: core.users.bot(),
+        spared: &|side, user| joining.contains(&(portal.room(side).to_owned(), user.to_owned())),
+        now_ms: core.now_ms(),
+    }))
+}
+
+async fn users(core: &Core, side: Side, state: &State) -> Result<Known, Refusal> {
+    let mut users: Vec<OwnedUserId> =
+        state.members().iter().filter_map(|entry| OwnedUserId::try_from(entry.state_key).ok()).collect();
+    let levels = state.content(super::power::POWER_LEVELS).and_then(|content| content.get("users")?.as_object());
+    users.extend(levels.into_iter().flatten().filter_map(|(user, _)| OwnedUserId::try_from(user.as_str()).ok()));
+    users.extend(state.get("m.room.create", "").map(|entry| entry.sender.to_owned()));
+    core.users.all(&core.context.store, side, &users).await
+}
+
+async fn apply(core: &Arc<Core>, portal: &Portal, fix: Fix) -> Result<(), Refusal> {
+    let rooms = core.sides()?.rooms(fix.side);
+    let room = portal.room(fix.side);
+    let mut outgoing: Vec<Outgoing> =
+        fix.before.into_iter().map(|draft| Outgoing { draft, effect: None }).collect();
+    let effect = match fix.source {
+        Some(source) => effect::joined(core, portal, fix.side.other(), source).await?,
+        None => None,
+    };
+    outgoing.push(Outgoing { draft: fix.draft, effect });
+    let last = rooms.send(room, outgoing).await.pop();
+    match (last, fix.instead) {
+        (Some(Err(refusal)), Some(instead)) if !refusal.is_transient() => {
+            let side = fix.side.other();
+            let other = core.sides()?.rooms(side);
+            let outgoing = vec![Outgoing { draft: instead, effect: None }];
+            other.send(portal.room(side), outgoing).await.pop().unwrap_or(Err(refusal)).map(drop)
+        }
+        (Some(result), _) => result.map(drop),
+        (None, _) => Err(Refusal::Internal("nothing came of a repair".to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::user_id;
+
+    use super::*;
+    use crate::event::Object;
+
+    #[test]
+    fn at_most_three_repairs_of_the_same_state_in_a_minute() {
+        let repairs = Repairs::default();
+        let draft = |kind: &str| Draft {
+            sender: user_id!("@isthmus:g").to_owned(),
+            kind: kind.to_owned(),
+            state_key: Some(String::new()),
+            content: Object::new(),
+            origin_server_ts: 0,
+        };
+        for now in [0, 1, 2] {
+            assert!(repairs.allow(1, &draft("m.room.name"), now));
+        }
+        assert!(!repairs.allow(1, &draft("m.room.name"), 59_999));
+        assert!(repairs.allow(1, &draft("m.room.topic"), 59_999));
+        assert!(repairs.allow(2, &draft("m.room.name"), 59_999));
+        assert!(repairs.allow(1, &draft("m.room.name"), 60_000));
+        assert!(repairs.plan(1));
+        assert!(!repairs.plan(1));
+        repairs.started(1);
+        assert!(repairs.plan(1));
+    }
+}

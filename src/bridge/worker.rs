@@ -1,0 +1,354 @@
+//! One task a portal and direction, alive while there is something to do: it takes the rows of the inbox in order, in
+//! batches. An image is made in one transaction with its mapping and with the end of its row, so a crash at any point
+//! neither loses nor doubles it (INV-5, INV-6).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ruma::OwnedEventId;
+
+use super::carry::{self, Before, Case, Crossing, Outcome};
+use super::core::Core;
+use super::inbox::{self, Item};
+use super::linearize;
+use super::portal::{Portal, PortalState};
+use super::registry::Entry;
+use super::side::{Event, Made, State};
+use super::{effect, repair, translate};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::{Draft, Outgoing};
+use crate::store::images;
+
+/// How many images are sent in one call.
+const BATCH: usize = 50;
+/// How long an event waits for the echo of what it relates to, or of its sender's join.
+const ECHO_PATIENCE_MS: i64 = 120_000;
+/// How long a row that cannot go holds back whatever may descend from it.
+const OVERTAKE_AFTER_MS: i64 = 30_000;
+/// How long the task stays when something waits without a time of its own.
+const POLL: Duration = Duration::from_secs(5);
+
+/// Carries what `source` has accepted until nothing is left.
+pub(super) async fn run(core: Arc<Core>, entry: Arc<Entry>, source: Side) {
+    let mut worker = Worker { core, entry, source, inbox: inbox::Inbox::default() };
+    loop {
+        if !worker.entry.portal().state.carries() {
+            worker.entry.direction(source).end();
+            return;
+        }
+        let wait = match worker.pass().await {
+            Ok(Progress::More) => continue,
+            Ok(Progress::Empty) if worker.entry.direction(source).rest() => return,
+            Ok(Progress::Empty) => continue,
+            Ok(Progress::Wait(wait)) => wait,
+            Err(error) => {
+                tracing::warn!(portal = worker.entry.portal().portal_id, side = source.as_str(), %error, "carrying paused");
+                POLL
+            }
+        };
+        let direction = worker.entry.direction(source);
+        let _ = tokio::time::timeout(wait, direction.wake.notified()).await;
+    }
+}
+
+enum Progress {
+    /// Something was done: look again at once.
+    More,
+    /// The inbox is empty.
+    Empty,
+    /// What is left waits.
+    Wait(Duration),
+}
+
+struct Worker {
+    core: Arc<Core>,
+    entry: Arc<Entry>,
+    source: Side,
+    inbox: inbox::Inbox,
+}
+
+/// Both rooms as they are while a few events are looked at.
+struct View {
+    portal: Arc<Portal>,
+    near: State,
+    far: State,
+    settled: bool,
+}
+
+/// What became of an item.
+enum Done {
+    /// It is gone: carried over, or there was nothing to do.
+    Gone,
+    /// It is refused.
+    Refused(Refusal),
+    /// It is tried again later.
+    Later(Refusal),
+    /// It waits for an echo.
+    Waits,
+}
+
+impl Worker {
+    async fn pass(&mut self) -> Result<Progress, Refusal> {
+        let portal = self.entry.portal();
+        let loaded = self.inbox.load(&self.core, &self.entry, &portal, self.source).await?;
+        if self.inbox.items.is_empty() {
+            return Ok(if loaded { Progress::More } else { Progress::Empty });
+        }
+        let now = self.core.now_ms();
+        self.mark(now).await?;
+        let go = linearize::ready(self.inbox.items.iter().map(|item| &item.waiting));
+        if go.is_empty() {
+            let next = self.inbox.items.iter().map(|item| item.retry_at).filter(|at| *at > now).min();
+            let wait = next.and_then(|at| u64::try_from(at.saturating_sub(now)).ok()).map(Duration::from_millis);
+            return Ok(Progress::Wait(wait.unwrap_or(POLL).min(POLL)));
+        }
+        let seqs: Vec<i64> = go.iter().take(BATCH).filter_map(|index| self.inbox.items.get(*index)).map(|item| item.row.seq).collect();
+        self.carry(&portal, &seqs).await?;
+        Ok(Progress::More)
+    }
+
+    /// Marks what cannot go now, and what others need not wait for any longer.
+    async fn mark(&mut self, now: i64) -> Result<(), Refusal> {
+        let needs: Vec<OwnedEventId> = self.inbox.items.iter().flat_map(|item| item.waiting.needs.clone()).collect();
+        let images = match self.source {
+            // Only what went to a foreign hub can be on its way.
+            Side::Matrix if !needs.is_empty() => images::of_sources(&self.core.context.store, Side::Matrix, &needs).await?,
+            _ => HashMap::new(),
+        };
+        for item in &mut self.inbox.items {
+            let pending = item.waiting.needs.iter().any(|need| {
+                let image = images.get(need);
+                image.is_some_and(|image| image.pending && now.saturating_sub(image.made_ts) < ECHO_PATIENCE_MS)
+            });
+            item.waiting.held = pending || item.retry_at > now;
+            item.blocked_since = match item.waiting.held {
+                true => Some(item.blocked_since.unwrap_or(now)),
+                false => None,
+            };
+            let long = item.blocked_since.is_some_and(|since| now.saturating_sub(since) > OVERTAKE_AFTER_MS);
+            item.waiting.overtaken = long || item.asks_server;
+        }
+        Ok(())
+    }
+
+    async fn view(&self, portal: &Arc<Portal>) -> Result<View, Refusal> {
+        let sides = self.core.sides()?;
+        let far = self.source.other();
+        Ok(View {
+            near: sides.rooms(self.source).state(portal.room(self.source)).await?,
+            far: sides.rooms(far).state(portal.room(far)).await?,
+            settled: far == Side::Matrix || portal.lm_hub == self.core.context.server_name,
+            portal: portal.clone(),
+        })
+    }
+
+    /// Carries the items with these numbers, in order. Ends early when one of them fails, for the others to be looked at
+    /// again.
+    async fn carry(&mut self, portal: &Arc<Portal>, seqs: &[i64]) -> Result<(), Refusal> {
+        let mut view = self.view(portal).await?;
+        let mut batch: Vec<(i64, Crossing)> = Vec::new();
+        for &seq in seqs {
+            let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
+            let single = item.event.state_key.is_some();
+            if single && !batch.is_empty() {
+                if !self.flush(portal, std::mem::take(&mut batch)).await? {
+                    return Ok(());
+                }
+                view = self.view(portal).await?;
+            }
+            let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
+            match self.outcome(&view, &item.event).await? {
+                Outcome::Cross(crossing) if crossing.before.is_empty() && !single => batch.push((seq, *crossing)),
+                outcome => {
+                    if !self.flush(portal, std::mem::take(&mut batch)).await? {
+                        return Ok(());
+                    }
+                    let done = self.single(portal, seq, outcome).await?;
+                    if !self.finish(portal, seq, done).await? {
+                        return Ok(());
+                    }
+                    view = self.view(portal).await?;
+                }
+            }
+        }
+        self.flush(portal, batch).await?;
+        Ok(())
+    }
+
+    /// What is to be done with an event, with all that this depends on looked up.
+    async fn outcome(&self, view: &View, event: &Event) -> Result<Outcome, Refusal> {
+        let core = &self.core;
+        let store = &core.context.store;
+        let references = translate::references(event);
+        let users = core.users.all(store, self.source, &references.users).await?;
+        let named: Vec<OwnedEventId> = references.events.into_iter().chain(references.needs).collect();
+        let mut events = HashMap::new();
+        if !named.is_empty() {
+            let images = images::of_sources(store, self.source, &named).await?;
+            events.extend(images.into_iter().filter(|(_, row)| !row.pending).map(|(source, row)| (source, row.image)));
+            let sources = images::of_images(store, self.source.other(), &named).await?;
+            events.extend(sources.into_iter().filter(|(_, row)| !row.pending).map(|(image, row)| (image, row.source)));
+        }
+        let redacted = match &event.redacts {
+            Some(target) => core.sides()?.rooms(self.source).event(target).await?,
+            None => None,
+        };
+        // An event of another room is not this room's to redact.
+        let redacted = redacted.filter(|redacted| redacted.room_id == event.room_id);
+        Ok(carry::outcome(&Case {
+            event,
+            source: self.source,
+            authority: view.portal.authority(),
+            near: &view.near,
+            far: &view.far,
+            settled: view.settled,
+            users: &users,
+            events: &events,
+            redacted_sender: redacted.as_ref().map(|redacted| redacted.sender.as_ref()),
+            far_room: view.portal.room(self.source.other()),
+            bot: core.users.bot(),
+            now_ms: core.now_ms(),
+        }))
+    }
+
+    /// Sends a batch of images; false when one of them failed.
+    async fn flush(&mut self, portal: &Arc<Portal>, batch: Vec<(i64, Crossing)>) -> Result<bool, Refusal> {
+        if batch.is_empty() {
+            return Ok(true);
+        }
+        let mut outgoing = Vec::with_capacity(batch.len());
+        let mut seqs = Vec::with_capacity(batch.len());
+        let mut before = None;
+        for (seq, crossing) in batch {
+            let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
+            let effect = effect::crossed(&self.core, portal, self.source, item, before, crossing.note);
+            outgoing.push(Outgoing { draft: crossing.image, effect: Some(effect) });
+            seqs.push(seq);
+            before = Some(seq);
+        }
+        let far = self.source.other();
+        let results = self.core.sides()?.rooms(far).send(portal.room(far), outgoing).await;
+        let mut all = true;
+        for (seq, result) in seqs.into_iter().zip(results) {
+            match result {
+                Ok(_) => self.inbox.drop_item(seq),
+                // What comes after a failure is looked at again; its own failure may be but the other's.
+                Err(_) if !all => {}
+                Err(refusal) => {
+                    all = false;
+                    let done = if refusal.is_transient() { Done::Later(refusal) } else { Done::Refused(refusal) };
+                    self.finish(portal, seq, done).await?;
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Does with one event what is to be done with it.
+    async fn single(&mut self, portal: &Arc<Portal>, seq: i64, outcome: Outcome) -> Result<Done, Refusal> {
+        let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { return Ok(Done::Gone) };
+        Ok(match outcome {
+            Outcome::Cross(crossing) => self.cross(portal, item, *crossing).await?,
+            Outcome::Refuse(refusal) => Done::Refused(refusal),
+            Outcome::Nothing(_) => {
+                effect::drop_row(&self.core, seq).await?;
+                Done::Gone
+            }
+            Outcome::Adopt(image) => {
+                effect::adopt(&self.core, portal, self.source, item, image).await?;
+                Done::Gone
+            }
+            Outcome::Suspend(reason) => {
+                self.core.set_state(&self.entry, PortalState::Suspended, Some(reason)).await?;
+                effect::drop_row(&self.core, seq).await?;
+                Done::Gone
+            }
+        })
+    }
+
+    async fn cross(&self, portal: &Arc<Portal>, item: &Item, crossing: Crossing) -> Result<Done, Refusal> {
+        let Crossing { before, image, instead, asks_server, note } = crossing;
+        let far = self.source.other();
+        let rooms = self.core.sides()?.rooms(far);
+        let room = portal.room(far);
+        if self.on_its_way(&before).await? {
+            return Ok(Done::Waits);
+        }
+        for Before { draft, source } in before {
+            let effect = match source {
+                Some(source) => effect::joined(&self.core, portal, self.source, source).await?,
+                None => None,
+            };
+            let result = rooms.send(room, vec![Outgoing { draft, effect }]).await.pop();
+            if let Some(Err(refusal)) = result {
+                return Ok(if refusal.is_transient() { Done::Later(refusal) } else { Done::Refused(refusal) });
+            }
+        }
+        let send = async |draft: Draft| -> Result<Made, Refusal> {
+            let effect = effect::crossed(&self.core, portal, self.source, item, None, note.clone());
+            let outgoing = Outgoing { draft, effect: Some(effect) };
+            if asks_server {
+                return rooms.invite(room, outgoing).await;
+            }
+            let nothing = || Refusal::Internal("nothing came of an event".to_owned());
+            rooms.send(room, vec![outgoing]).await.pop().unwrap_or_else(|| Err(nothing()))
+        };
+        Ok(match (send(image).await, instead) {
+            (Ok(_), _) => Done::Gone,
+            (Err(refusal), _) if refusal.is_transient() => Done::Later(refusal),
+            (Err(_), Some(instead)) => match send(instead).await {
+                Ok(_) => Done::Gone,
+                Err(refusal) if refusal.is_transient() => Done::Later(refusal),
+                Err(refusal) => Done::Refused(refusal),
+            },
+            (Err(refusal), None) => Done::Refused(refusal),
+        })
+    }
+
+    /// Whether a join that would be sent first is already on its way to the hub.
+    async fn on_its_way(&self, before: &[Before]) -> Result<bool, Refusal> {
+        let sources: Vec<OwnedEventId> = before.iter().filter_map(|before| before.source.clone()).collect();
+        if sources.is_empty() || self.source == Side::Lm {
+            return Ok(false);
+        }
+        let now = self.core.now_ms();
+        let images = images::of_sources(&self.core.context.store, self.source, &sources).await?;
+        Ok(images.values().any(|row| row.pending && now.saturating_sub(row.made_ts) < ECHO_PATIENCE_MS))
+    }
+
+    /// Records what became of an item; false when the rest must be looked at again.
+    async fn finish(&mut self, portal: &Arc<Portal>, seq: i64, done: Done) -> Result<bool, Refusal> {
+        let now = self.core.now_ms();
+        match done {
+            Done::Gone => self.inbox.drop_item(seq),
+            Done::Waits => {
+                self.inbox.later(seq, now, Duration::from_millis(250), true);
+                return Ok(false);
+            }
+            Done::Later(refusal) => {
+                if !effect::row_waits(&self.core, self.source, portal, seq).await? {
+                    // It was carried over after all, by somebody who did not get to say so.
+                    self.inbox.drop_item(seq);
+                    return Ok(false);
+                }
+                let wait = self.inbox.failed(seq, now, &refusal);
+                tracing::warn!(
+                    portal = portal.portal_id, side = self.source.as_str(), %refusal, ?wait, "an event waits to cross"
+                );
+                return Ok(false);
+            }
+            Done::Refused(refusal) => {
+                let Some(item) = self.inbox.take(seq) else { return Ok(false) };
+                effect::refused(&self.core, portal, self.source, &item, &refusal).await?;
+                self.core.notices.tell(&self.core, portal, self.source, &item.event, &refusal);
+                if item.event.state_key.is_some() {
+                    repair::soon(&self.core, &self.entry);
+                }
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
