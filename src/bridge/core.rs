@@ -12,6 +12,7 @@ use super::notice::Notices;
 use super::portal::{Portal, PortalState};
 use super::registry::{Entry, Registry};
 use super::repair::Repairs;
+use super::resolve::{self, Negative};
 use super::side::Sides;
 use super::users::Users;
 use super::worker;
@@ -30,16 +31,17 @@ pub(super) struct Core {
     pub(super) repairs: Repairs,
     /// Ghosts whose join a handshake waits for: repair leaves them alone.
     pub(super) joining: Mutex<HashSet<(OwnedRoomId, OwnedUserId)>>,
+    pub(super) negative: Negative,
     pub(super) stop: CancellationToken,
     pub(super) tasks: TaskTracker,
     sides: OnceLock<Sides>,
 }
 
 impl Core {
-    pub(super) fn new(context: Context) -> Result<Self, ruma::IdParseError> {
+    pub(super) fn new(context: Context) -> Self {
         let homeserver = context.config.appservice.as_ref().map(|appservice| appservice.homeserver_name.as_ref());
-        Ok(Self {
-            users: Users::new(&context.server_name, homeserver)?,
+        Self {
+            users: Users::new(&context.server_name, homeserver),
             registry: Registry::default(),
             creations: Creations::default(),
             notices: Notices::default(),
@@ -48,8 +50,9 @@ impl Core {
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
             sides: OnceLock::new(),
+            negative: resolve::negative(),
             context,
-        })
+        }
     }
 
     /// Gives the bridge its sides; once.

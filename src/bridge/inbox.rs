@@ -146,8 +146,9 @@ async fn sort(
             sorted.out.push((row, Out::Lost));
             continue;
         };
-        let again = event.lpdu_id.as_ref().and_then(|lpdu| twice.get(lpdu)).is_some_and(|first| *first != event.event_id)
-            || sorted.items.iter().any(|item| item.event.lpdu_id.is_some() && item.event.lpdu_id == event.lpdu_id);
+        let again =
+            event.lpdu_id.as_ref().and_then(|lpdu| twice.get(lpdu)).is_some_and(|first| *first != event.event_id)
+                || sorted.items.iter().any(|item| item.event.lpdu_id.is_some() && item.event.lpdu_id == event.lpdu_id);
         if crossed.contains_key(&event.event_id) || again {
             sorted.out.push((row, Out::Done));
             continue;

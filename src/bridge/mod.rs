@@ -1,94 +1,191 @@
 //! The bridge: portals, the mapping of events and users, translation, the linearizer, the gate and repair. The only place
 //! that knows both sides.
-#![allow(dead_code)]
+//!
+//! An accepted event waits in `inbox`, is put in order by `linearize`, `carry` (with `member` and `translate`, all pure)
+//! says what becomes of it, and `worker` does that with the writes of `effect`. `gate` asks the other side before anybody
+//! joins; `plan` and `repair` bring the two states in step again.
 
 mod access;
+mod admin;
 mod alias;
+mod carry;
+mod core;
+mod create;
+mod effect;
+mod from_lm;
+mod gate;
+mod inbox;
 mod linearize;
+mod member;
+mod notice;
+mod plan;
 mod portal;
 mod power;
+mod registry;
+mod repair;
+mod resolve;
+mod rooms;
+mod seat;
 mod side;
 mod translate;
 mod users;
+mod worker;
 
 use std::sync::Arc;
 
-use ruma::{OwnedServerName, OwnedUserId, UserId};
+use ruma::{EventId, OwnedEventId, OwnedServerName, OwnedUserId, UserId};
 
+pub use self::admin::{Explanation, Health, Members, Refused, Waiting};
 pub use self::alias::of_alias;
+use self::core::Core;
 pub use self::portal::{Cause, NewPortal, Portal, PortalKind, PortalState};
+use self::seat::Seat;
+use self::side::Sides;
+use self::users::Who;
 use crate::federation::Context;
+use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{AliasTarget, SharedBetween};
+use crate::store::{inbox as store_inbox, portals};
+
+/// What the bot is called.
+const BOT_NAME: &str = "isthmus";
 
 /// The bridge; clones share it.
 #[derive(Clone)]
 pub struct Bridge {
-    context: Context,
+    core: Arc<Core>,
 }
 
 impl Bridge {
     /// The bridge over `context`. `lm` and `dag` are made with [`Bridge::between`] and given to [`Bridge::start`].
     pub fn new(context: Context) -> Self {
-        Self { context }
+        Self { core: Arc::new(Core::new(context)) }
     }
 
     /// What `lm` and `dag` ask of the bridge.
     pub fn between(&self) -> SharedBetween {
-        let _ = &self.context;
-        unimplemented!()
+        Arc::new(Seat(self.core.clone()))
     }
 
     /// Loads the portals, takes up what waits in the inbox, and carries on from there.
-    pub async fn start(&self, _lm: crate::lm::Lm, _dag: crate::dag::Dag) -> Result<(), Refusal> {
-        unimplemented!()
+    pub async fn start(&self, lm: crate::lm::Lm, dag: crate::dag::Dag) -> Result<(), Refusal> {
+        let core = &self.core;
+        let mut making = Vec::new();
+        for row in portals::all(&core.context.store).await? {
+            if row.state == create::CREATING {
+                making.push(row);
+            } else if let Some(portal) = Portal::from_row(&row, &core.context.server_name)? {
+                core.registry.put(row.number, portal);
+            }
+        }
+        for (localpart, number) in portals::aliases(&core.context.store).await? {
+            core.registry.set_alias(&localpart, number);
+        }
+        core.set_sides(Sides { lm, dag });
+        for (side, room_id) in store_inbox::rooms(&core.context.store).await? {
+            core.call(side, &room_id);
+        }
+        repair::at_start(core);
+        create::resume(core, making);
+        Ok(())
+    }
+
+    /// Stops carrying. What is under way ends where it is and is taken up at the next start.
+    pub async fn stop(&self) {
+        self.core.stop.cancel();
+        self.core.tasks.close();
+        self.core.tasks.wait().await;
     }
 
     /// Makes both rooms and the portal between them.
-    pub async fn create_portal(&self, _portal: NewPortal) -> Result<Arc<Portal>, Refusal> {
-        unimplemented!()
+    pub async fn create_portal(&self, portal: NewPortal) -> Result<Arc<Portal>, Refusal> {
+        create::create_portal(&self.core, portal).await
     }
 
     /// Joins an LM room at its hub and makes the Matrix room of it. One at a time for each room; an existing portal is
     /// returned as it is.
     pub async fn portal_from_lm(
         &self,
-        _lm_room_id: &ruma::RoomId,
-        _via: &[OwnedServerName],
-        _alias: Option<&str>,
-        _cause: Cause,
+        lm_room_id: &ruma::RoomId,
+        via: &[OwnedServerName],
+        alias: Option<&str>,
+        cause: Cause,
     ) -> Result<Arc<Portal>, Refusal> {
-        unimplemented!()
+        create::portal_from_lm(&self.core, lm_room_id, via, alias, &cause).await
     }
 
     /// Where the localpart of an alias leads (`lm_NAME_SERVER`, or one that an admin gave); makes the portal when there
     /// is none and `[access]` allows it. Negative answers are kept for ten minutes.
-    pub async fn resolve_alias(&self, _localpart: &str, _cause: Cause) -> Result<AliasTarget, Refusal> {
-        unimplemented!()
+    pub async fn resolve_alias(&self, localpart: &str, cause: Cause) -> Result<AliasTarget, Refusal> {
+        resolve::resolve(&self.core, localpart, &cause).await
     }
 
     /// The portals after the one with the ID `from`, in the order of their making.
-    pub async fn portals(&self, _from: Option<&str>, _limit: usize) -> Result<Vec<Arc<Portal>>, Refusal> {
-        unimplemented!()
+    pub async fn portals(&self, from: Option<&str>, limit: usize) -> Result<Vec<Arc<Portal>>, Refusal> {
+        let from = match from {
+            Some(id) => {
+                portal::number_of(id).ok_or_else(|| Refusal::malformed("from", format!("{id:?} is no portal")))?
+            }
+            None => 0,
+        };
+        Ok(self.core.registry.after(from, limit).iter().map(|entry| entry.portal()).collect())
     }
 
     /// One portal.
-    pub async fn portal(&self, _portal_id: &str) -> Result<Option<Arc<Portal>>, Refusal> {
-        unimplemented!()
+    pub async fn portal(&self, portal_id: &str) -> Result<Option<Arc<Portal>>, Refusal> {
+        Ok(admin::entry(&self.core, portal_id).ok().map(|entry| entry.portal()))
+    }
+
+    /// How a portal is doing: what waits, what was refused, who is in it.
+    pub async fn health(&self, portal_id: &str) -> Result<Health, Refusal> {
+        admin::health(&self.core, portal_id).await
+    }
+
+    /// Where an event is on both sides, and why not; none when it is on neither.
+    pub async fn explain(&self, event_id: &EventId) -> Result<Option<Explanation>, Refusal> {
+        admin::explain(&self.core, event_id).await
+    }
+
+    /// Compares the two states of a portal and sends what brings them together. Returns how many repairs were sent.
+    pub async fn repair(&self, portal_id: &str) -> Result<usize, Refusal> {
+        let entry = admin::entry(&self.core, portal_id)?;
+        repair::run(&self.core, &entry).await
+    }
+
+    /// How many repairs it would take now: none when the two states are in step (INV-4).
+    pub async fn out_of_step(&self, portal_id: &str) -> Result<usize, Refusal> {
+        let entry = admin::entry(&self.core, portal_id)?;
+        Ok(repair::fixes(&self.core, &entry.portal()).await?.len())
+    }
+
+    /// Has the bot say something in both rooms. Returns the Matrix event and the LM event.
+    pub async fn announce(&self, portal_id: &str, body: &str) -> Result<(OwnedEventId, OwnedEventId), Refusal> {
+        admin::announce(&self.core, portal_id, body).await
+    }
+
+    /// Sets a member's power on both sides, by the gateway's bot.
+    pub async fn set_power(&self, portal_id: &str, user_id: &UserId, level: i64) -> Result<(), Refusal> {
+        admin::set_power(&self.core, portal_id, user_id, level).await
     }
 
     /// Invites a Matrix or LM user on their own side, by the gateway's bot.
-    pub async fn invite(&self, _portal_id: &str, _user_id: &UserId) -> Result<(), Refusal> {
-        unimplemented!()
+    pub async fn invite(&self, portal_id: &str, user_id: &UserId) -> Result<(), Refusal> {
+        admin::invite(&self.core, portal_id, user_id).await
     }
 
     /// Takes back the bot's invite for a user who has not joined.
-    pub async fn withdraw_invite(&self, _portal_id: &str, _user_id: &UserId) -> Result<(), Refusal> {
-        unimplemented!()
+    pub async fn withdraw_invite(&self, portal_id: &str, user_id: &UserId) -> Result<(), Refusal> {
+        admin::withdraw_invite(&self.core, portal_id, user_id).await
     }
 
     /// The ghost's or bot's owner: for `/users` of the appservice and for operators.
-    pub async fn user_behind(&self, _ghost: &UserId) -> Result<Option<OwnedUserId>, Refusal> {
-        unimplemented!()
+    pub async fn user_behind(&self, ghost: &UserId) -> Result<Option<OwnedUserId>, Refusal> {
+        for side in [Side::Matrix, Side::Lm] {
+            if let Who::Ghost { user } = self.core.users.who(&self.core.context.store, side, ghost).await? {
+                return Ok(Some(user));
+            }
+        }
+        Ok(None)
     }
 }

@@ -87,7 +87,8 @@ fn notice(event: &Event, refusal: &Refusal) -> Object {
         _ => "A change",
     };
     let reason: String = refusal.to_string().chars().take(REASON_LIMIT).collect();
-    let mut content = text("m.notice", &format!("{what} by {} was not carried to the other side: {reason}", event.sender));
+    let mut content =
+        text("m.notice", &format!("{what} by {} was not carried to the other side: {reason}", event.sender));
     content.insert("m.mentions".to_owned(), json!({}));
     content
 }

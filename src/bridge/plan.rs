@@ -94,7 +94,8 @@ impl Plan<'_> {
     fn known(&self, kind: &str, there: &Object) -> Object {
         // Nobody across stands for these users, so they are not the authority's to set.
         let mapped = |user: &UserId| {
-            matches!(self.following_users.get(user), Some(Who::Native { .. } | Who::Ghost { .. })).then(|| user.to_owned())
+            matches!(self.following_users.get(user), Some(Who::Native { .. } | Who::Ghost { .. }))
+                .then(|| user.to_owned())
         };
         let bot = match kind {
             POWER_LEVELS => bot_entry(self.following, self.bot),
@@ -203,4 +204,3 @@ impl Plan<'_> {
         Fix { side, before: Vec::new(), draft, source: None, instead: None }
     }
 }
-

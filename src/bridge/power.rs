@@ -253,9 +253,12 @@ pub(super) mod tests {
         );
         let levels =
             Levels { content: None, creator: Some(user_id!("@a:h")), across: &across, to: Side::Matrix, bot: None };
-        assert_eq!(Value::Object(image(&levels)), json!({
+        assert_eq!(
+            Value::Object(image(&levels)),
+            json!({
                 "users": {"@mx_a_h:g": 100},
                 "events": {"m.room.encryption": BOT_LEVEL, "m.room.tombstone": BOT_LEVEL},
-            }));
+            })
+        );
     }
 }

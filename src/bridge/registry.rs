@@ -135,14 +135,6 @@ impl Registry {
         self.lock(|tables| tables.portals.get(tables.aliases.get(localpart)?).cloned())
     }
 
-    /// The aliases of a portal.
-    pub(super) fn aliases_of(&self, number: i64) -> Vec<String> {
-        self.lock(|tables| {
-            let own = tables.aliases.iter().filter(|(_, portal)| **portal == number);
-            own.map(|(localpart, _)| localpart.clone()).collect()
-        })
-    }
-
     /// Keeps what is accepted in a room for a portal that is being made.
     pub(super) fn watch(&self, side: Side, room_id: &RoomId) {
         self.rooms.rcu(|rooms| {
@@ -203,11 +195,6 @@ impl Registry {
     /// Makes an alias lead to a portal.
     pub(super) fn set_alias(&self, localpart: &str, number: i64) {
         self.lock(|tables| tables.aliases.insert(localpart.to_owned(), number));
-    }
-
-    /// Takes away the aliases of a portal.
-    pub(super) fn remove_aliases(&self, number: i64) {
-        self.lock(|tables| tables.aliases.retain(|_, portal| *portal != number));
     }
 
     fn lock<T>(&self, work: impl FnOnce(&mut Tables) -> T) -> T {

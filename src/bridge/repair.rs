@@ -26,6 +26,8 @@ const SOON: Duration = Duration::from_millis(300);
 /// How often it is looked whether the queues are empty, and how many times.
 const QUEUES_EVERY: Duration = Duration::from_secs(1);
 const QUEUES_TRIES: usize = 30;
+/// The pause between two portals at the start, which has other things to do.
+const AT_START: Duration = Duration::from_millis(20);
 /// What the reason of a degraded portal begins with when repair made it so.
 const OUT_OF_STEP: &str = "the two states cannot be brought together: ";
 
@@ -64,17 +66,12 @@ impl Repairs {
 
 /// Repairs a portal soon, when its queues are empty. Asked for again before that, it is done once.
 pub(super) fn soon(core: &Arc<Core>, entry: &Arc<Entry>) {
-    after(core, entry, SOON);
-}
-
-/// The same after a while.
-pub(super) fn after(core: &Arc<Core>, entry: &Arc<Entry>, pause: Duration) {
-    if pause == SOON && !core.repairs.plan(entry.number) {
+    if !core.repairs.plan(entry.number) {
         return;
     }
     let (core, entry) = (core.clone(), entry.clone());
     core.clone().spawn(async move {
-        tokio::time::sleep(pause).await;
+        tokio::time::sleep(SOON).await;
         for _ in 0..QUEUES_TRIES {
             if queues_are_empty(&core, &entry.portal()).await.unwrap_or(false) {
                 break;
@@ -84,6 +81,21 @@ pub(super) fn after(core: &Arc<Core>, entry: &Arc<Entry>, pause: Duration) {
         core.repairs.started(entry.number);
         if let Err(refusal) = run(&core, &entry).await {
             tracing::warn!(portal = entry.portal().portal_id, %refusal, "repair failed");
+        }
+    });
+}
+
+/// Compares all portals, one after the other: while the gateway was away, others may have changed.
+pub(super) fn at_start(core: &Arc<Core>) {
+    let inner = core.clone();
+    core.spawn(async move {
+        let mut last = 0;
+        while let Some(entry) = inner.registry.after(last, 1).pop() {
+            last = entry.number;
+            if entry.portal().state.carries() {
+                soon(&inner, &entry);
+                tokio::time::sleep(AT_START).await;
+            }
         }
     });
 }
@@ -109,7 +121,8 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, R
     let mut stuck = None;
     for fix in fixes {
         if !core.repairs.allow(entry.number, &fix.draft, core.now_ms()) {
-            stuck = Some(format!("{} {:?} was repaired {A_MINUTE} times in a minute", fix.draft.kind, fix.draft.state_key));
+            stuck =
+                Some(format!("{} {:?} was repaired {A_MINUTE} times in a minute", fix.draft.kind, fix.draft.state_key));
             continue;
         }
         let (kind, state_key) = (fix.draft.kind.clone(), fix.draft.state_key.clone());
@@ -167,8 +180,7 @@ async fn users(core: &Core, side: Side, state: &State) -> Result<Known, Refusal>
 async fn apply(core: &Arc<Core>, portal: &Portal, fix: Fix) -> Result<(), Refusal> {
     let rooms = core.sides()?.rooms(fix.side);
     let room = portal.room(fix.side);
-    let mut outgoing: Vec<Outgoing> =
-        fix.before.into_iter().map(|draft| Outgoing { draft, effect: None }).collect();
+    let mut outgoing: Vec<Outgoing> = fix.before.into_iter().map(|draft| Outgoing { draft, effect: None }).collect();
     let effect = match fix.source {
         Some(source) => effect::joined(core, portal, fix.side.other(), source).await?,
         None => None,

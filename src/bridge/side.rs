@@ -163,10 +163,8 @@ impl State {
 /// An event that the bridge made.
 #[derive(Debug, Clone)]
 pub(super) struct Made {
-    /// Its ID; while `pending`, of its LPDU.
+    /// Its ID; while it is on its way to a hub, its LPDU's.
     pub(super) event_id: OwnedEventId,
-    /// Whether it is on its way to a hub.
-    pub(super) pending: bool,
 }
 
 /// What the bridge asks of a side.
@@ -229,15 +227,15 @@ impl Rooms for Lm {
 
 impl From<&GraphEvent> for Made {
     fn from(event: &GraphEvent) -> Self {
-        Self { event_id: event.event_id.clone(), pending: false }
+        Self { event_id: event.event_id.clone() }
     }
 }
 
 impl From<Sent> for Made {
     fn from(sent: Sent) -> Self {
         match sent {
-            Sent::Appended(Appended { event, .. }) => Self { event_id: event.event_id.clone(), pending: false },
-            Sent::Queued { lpdu_id } => Self { event_id: lpdu_id, pending: true },
+            Sent::Appended(Appended { event, .. }) => Self { event_id: event.event_id.clone() },
+            Sent::Queued { lpdu_id } => Self { event_id: lpdu_id },
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use ruma::{OwnedUserId, ServerName, UserId};
+use ruma::{OwnedUserId, ServerName, UserId, user_id};
 
 use crate::identity::{Ghost, GhostNames, Side};
 use crate::refusal::Refusal;
@@ -40,12 +40,14 @@ pub(super) struct Users {
 }
 
 impl Users {
-    pub(super) fn new(server_name: &ServerName, homeserver: Option<&ServerName>) -> Result<Self, ruma::IdParseError> {
-        Ok(Self {
+    pub(super) fn new(server_name: &ServerName, homeserver: Option<&ServerName>) -> Self {
+        Self {
             names: GhostNames::new(server_name.to_owned()),
-            bot: UserId::parse(format!("@{BOT}:{server_name}"))?,
-            appservice: homeserver.map(|name| UserId::parse(format!("@{APPSERVICE_SENDER}:{name}"))).transpose()?,
-        })
+            // A server name is at most 230 bytes long, so that this is a user ID.
+            bot: UserId::parse(format!("@{BOT}:{server_name}"))
+                .unwrap_or_else(|_| user_id!("@isthmus:invalid").to_owned()),
+            appservice: homeserver.and_then(|name| UserId::parse(format!("@{APPSERVICE_SENDER}:{name}")).ok()),
+        }
     }
 
     /// The gateway's bot.
@@ -91,16 +93,6 @@ impl Users {
             }
         }
         Ok(known)
-    }
-
-    /// How `user`, who is `who` on one side, is called on the other.
-    pub(super) fn across(&self, who: &Who) -> Option<OwnedUserId> {
-        match who {
-            Who::Native { ghost } => Some(ghost.clone()),
-            Who::Ghost { user } => Some(user.clone()),
-            Who::Bot => Some(self.bot.clone()),
-            Who::Appservice | Who::Stranger => None,
-        }
     }
 }
 

@@ -104,7 +104,8 @@ impl Worker {
             let wait = next.and_then(|at| u64::try_from(at.saturating_sub(now)).ok()).map(Duration::from_millis);
             return Ok(Progress::Wait(wait.unwrap_or(POLL).min(POLL)));
         }
-        let seqs: Vec<i64> = go.iter().take(BATCH).filter_map(|index| self.inbox.items.get(*index)).map(|item| item.row.seq).collect();
+        let seqs: Vec<i64> =
+            go.iter().take(BATCH).filter_map(|index| self.inbox.items.get(*index)).map(|item| item.row.seq).collect();
         self.carry(&portal, &seqs).await?;
         Ok(Progress::More)
     }
@@ -114,7 +115,9 @@ impl Worker {
         let needs: Vec<OwnedEventId> = self.inbox.items.iter().flat_map(|item| item.waiting.needs.clone()).collect();
         let images = match self.source {
             // Only what went to a foreign hub can be on its way.
-            Side::Matrix if !needs.is_empty() => images::of_sources(&self.core.context.store, Side::Matrix, &needs).await?,
+            Side::Matrix if !needs.is_empty() => {
+                images::of_sources(&self.core.context.store, Side::Matrix, &needs).await?
+            }
             _ => HashMap::new(),
         };
         for item in &mut self.inbox.items {

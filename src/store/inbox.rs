@@ -115,6 +115,16 @@ pub async fn waits(store: &Store, side: Side, event_id: &EventId) -> Result<Opti
     Ok(row.map(|(received_ts,)| received_ts))
 }
 
+/// Takes out all that waits in one room.
+pub async fn clear(tx: &mut Tx, side: Side, room_id: &RoomId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM bridge_inbox WHERE side = $1 AND room_id = $2")
+        .bind(side.as_str())
+        .bind(room_id.as_str())
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
 /// Takes one event out, inside the write job that carries it over or records why not.
 pub async fn remove(tx: &mut Tx, seq: i64) -> Result<(), StoreError> {
     sqlx::query("DELETE FROM bridge_inbox WHERE seq = $1").bind(seq).execute(tx).await?;

@@ -30,9 +30,13 @@ pub(in crate::bridge) struct StateRules<'a> {
 pub(in crate::bridge) fn state_content(kind: &str, content: Option<&Object>, rules: &StateRules<'_>) -> Option<Object> {
     let text = |key: &str| content.and_then(|content| content.get(key)?.as_str());
     match kind {
-        POWER_LEVELS => {
-            Some(power::image(&Levels { content, creator: rules.creator, across: rules.across, to: rules.to, bot: rules.bot }))
-        }
+        POWER_LEVELS => Some(power::image(&Levels {
+            content,
+            creator: rules.creator,
+            across: rules.across,
+            to: rules.to,
+            bot: rules.bot,
+        })),
         "m.room.join_rules" => Some(object("join_rule", join_rule(text("join_rule")))),
         "m.room.history_visibility" => {
             Some(object("history_visibility", history_visibility(text("history_visibility"))))

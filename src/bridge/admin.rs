@@ -1,0 +1,321 @@
+//! What operators do with portals: invites, power, announcements, health, and where an event is.
+
+use std::sync::Arc;
+
+use ruma::{EventId, OwnedEventId, OwnedUserId, UserId};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::core::Core;
+use super::notice::{say, text};
+use super::portal::{Portal, number_of};
+use super::power::{POWER_LEVELS, USER_LIMIT};
+use super::registry::Entry;
+use super::side::{MEMBER, Rooms, State};
+use super::users::Who;
+use crate::event::Object;
+use crate::identity::{GhostNames, Side};
+use crate::refusal::Refusal;
+use crate::seam::{Draft, Outgoing};
+use crate::store::images::{self, ImageRow, RefusalRow};
+use crate::store::inbox;
+
+/// How many refusals are shown.
+const REFUSALS: i64 = 50;
+/// From when on what waits is a sign that something is wrong.
+const OVERDUE_MS: i64 = 600_000;
+
+/// How a portal is doing.
+#[derive(Debug, Clone, Serialize)]
+pub struct Health {
+    /// Events that wait to cross to LM, and to Matrix.
+    pub waiting: [Waiting; 2],
+    /// Images on their way to a foreign hub whose echo has not come.
+    pub pending: i64,
+    /// Whether something has waited for more than ten minutes.
+    pub overdue: bool,
+    /// Members at home on each side.
+    pub members: Members,
+    /// The newest refusals.
+    pub refusals: Vec<Refused>,
+}
+
+/// What waits on one side.
+#[derive(Debug, Clone, Serialize)]
+pub struct Waiting {
+    /// `matrix` or `lm`: where the events are from.
+    pub side: &'static str,
+    /// How many.
+    pub count: i64,
+    /// When the oldest was accepted, in milliseconds.
+    pub since: Option<i64>,
+}
+
+/// How many members there are.
+#[derive(Debug, Clone, Serialize)]
+pub struct Members {
+    /// At home on Matrix.
+    pub matrix: Vec<OwnedUserId>,
+    /// At home on LM.
+    pub lm: Vec<OwnedUserId>,
+}
+
+/// One refusal.
+#[derive(Debug, Clone, Serialize)]
+pub struct Refused {
+    /// `matrix` or `lm`: where the event is from.
+    pub side: &'static str,
+    /// The event.
+    pub event_id: OwnedEventId,
+    /// Its sender.
+    pub sender: String,
+    /// Its type.
+    pub kind: String,
+    /// The reason as one word.
+    pub code: String,
+    /// The reason as a sentence.
+    pub reason: String,
+    /// When, in milliseconds.
+    pub refused_ts: i64,
+}
+
+/// Where an event is on both sides, and why not.
+#[derive(Debug, Clone, Serialize)]
+pub struct Explanation {
+    /// The event.
+    pub event_id: OwnedEventId,
+    /// `matrix` or `lm`.
+    pub side: &'static str,
+    /// Its room.
+    pub room_id: ruma::OwnedRoomId,
+    /// Its sender.
+    pub sender: OwnedUserId,
+    /// Its type.
+    pub kind: String,
+    /// The portal of the room, when there is one.
+    pub portal_id: Option<String>,
+    /// What has become of it, as one word: `image` (it is one), `crossed`, `pending`, `refused`, `waiting` or `local`.
+    pub status: &'static str,
+    /// The event across: its image, or the source that it is the image of.
+    pub across: Option<OwnedEventId>,
+    /// What was left out on the way.
+    pub note: Option<String>,
+    /// Why it did not cross.
+    pub refusal: Option<Refused>,
+    /// When it was accepted, while it waits.
+    pub waiting_since: Option<i64>,
+}
+
+/// The portal with this ID.
+pub(super) fn entry(core: &Core, portal_id: &str) -> Result<Arc<Entry>, Refusal> {
+    let found = number_of(portal_id).and_then(|number| core.registry.get(number));
+    found.ok_or_else(|| Refusal::NotFound(format!("the portal {portal_id}")))
+}
+
+/// How a portal is doing.
+pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refusal> {
+    let entry = entry(core, portal_id)?;
+    let portal = entry.portal();
+    let store = &core.context.store;
+    let now = core.now_ms();
+    let (from_matrix, since_matrix) = inbox::backlog(store, Side::Matrix, &portal.matrix_room_id).await?;
+    let (from_lm, since_lm) = inbox::backlog(store, Side::Lm, &portal.lm_room_id).await?;
+    let (pending, since_pending) = images::pending(store, entry.number).await?;
+    let late = |since: Option<i64>| since.is_some_and(|since| now.saturating_sub(since) > OVERDUE_MS);
+    Ok(Health {
+        waiting: [
+            Waiting { side: Side::Matrix.as_str(), count: from_matrix, since: since_matrix },
+            Waiting { side: Side::Lm.as_str(), count: from_lm, since: since_lm },
+        ],
+        pending,
+        overdue: [since_matrix, since_lm, since_pending].into_iter().any(late),
+        members: Members {
+            matrix: natives(core, &portal, Side::Matrix).await?,
+            lm: natives(core, &portal, Side::Lm).await?,
+        },
+        refusals: images::refusals(store, entry.number, REFUSALS).await?.into_iter().map(Refused::from).collect(),
+    })
+}
+
+async fn natives(core: &Core, portal: &Portal, side: Side) -> Result<Vec<OwnedUserId>, Refusal> {
+    let state = core.sides()?.rooms(side).state(portal.room(side)).await?;
+    let mut natives = Vec::new();
+    for entry in state.members().into_iter().filter(|entry| entry.membership() == "join") {
+        if let Ok(user) = UserId::parse(entry.state_key) {
+            if matches!(core.users.who(&core.context.store, side, &user).await?, Who::Native { .. }) {
+                natives.push(user);
+            }
+        }
+    }
+    Ok(natives)
+}
+
+/// Invites a user on their own side.
+pub(super) async fn invite(core: &Core, portal_id: &str, user: &UserId) -> Result<(), Refusal> {
+    let portal = entry(core, portal_id)?.portal();
+    let (side, state) = home(core, &portal, user).await?;
+    if matches!(state.membership(user), "invite" | "join") {
+        return Ok(());
+    }
+    let rooms = core.sides()?.rooms(side);
+    let draft = member(core, user, "invite");
+    rooms.invite(portal.room(side), Outgoing { draft, effect: None }).await.map(drop)
+}
+
+/// Takes back an invite for a user who has not joined.
+pub(super) async fn withdraw_invite(core: &Core, portal_id: &str, user: &UserId) -> Result<(), Refusal> {
+    let portal = entry(core, portal_id)?.portal();
+    let (side, state) = home(core, &portal, user).await?;
+    if state.membership(user) != "invite" {
+        return Ok(());
+    }
+    send(core.sides()?.rooms(side), &portal, side, member(core, user, "leave")).await.map(drop)
+}
+
+/// Says something in both rooms: the Matrix event and the LM event.
+pub(super) async fn announce(
+    core: &Core,
+    portal_id: &str,
+    body: &str,
+) -> Result<(OwnedEventId, OwnedEventId), Refusal> {
+    let portal = entry(core, portal_id)?.portal();
+    let matrix = say(core, &portal, Side::Matrix, text("m.text", body)).await?;
+    let lm = say(core, &portal, Side::Lm, text("m.text", body)).await?;
+    Ok((matrix, lm))
+}
+
+/// Sets a member's power on both sides, the authority's first.
+pub(super) async fn set_power(core: &Core, portal_id: &str, user: &UserId, level: i64) -> Result<(), Refusal> {
+    let portal = entry(core, portal_id)?.portal();
+    let (side, _) = home(core, &portal, user).await?;
+    let who = core.users.who(&core.context.store, side, user).await?;
+    let Who::Native { ghost } = who else {
+        return Err(Refusal::Forbidden(format!("{user} is of this gateway's own name")));
+    };
+    for at in [portal.authority(), portal.authority().other()] {
+        let rooms = core.sides()?.rooms(at);
+        let name = if at == side { user } else { ghost.as_ref() };
+        let state = rooms.state(portal.room(at)).await?;
+        let mut content: Object = state.content(POWER_LEVELS).cloned().unwrap_or_default();
+        content.retain(|key, _| !key.starts_with(super::translate::OWN_PREFIX));
+        let users = content.entry("users").or_insert_with(|| Value::Object(Object::new()));
+        let Some(users) = users.as_object_mut() else {
+            return Err(Refusal::malformed("m.room.power_levels", "users is no object"));
+        };
+        users.insert(name.to_string(), json!(level.clamp(-USER_LIMIT, USER_LIMIT)));
+        let draft = draft(core, POWER_LEVELS, "", content);
+        send(rooms, &portal, at, draft).await?;
+    }
+    Ok(())
+}
+
+/// Where an event is on both sides, and why not.
+pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Explanation>, Refusal> {
+    let store = &core.context.store;
+    for side in [Side::Matrix, Side::Lm] {
+        let Some(event) = core.sides()?.rooms(side).event(event_id).await? else { continue };
+        let id = [event_id.to_owned()];
+        let image = images::of_sources(store, side, &id).await?.remove(event_id);
+        let source = images::of_images(store, side.other(), &id).await?.remove(event_id);
+        let refusal = images::refusal(store, side, event_id).await?;
+        let waiting_since = inbox::waits(store, side, event_id).await?;
+        let status = match (&image, &source, &refusal, waiting_since) {
+            (Some(ImageRow { pending: true, .. }), ..) => "pending",
+            (Some(_), ..) => "crossed",
+            (None, Some(_), ..) => "image",
+            (None, None, _, Some(_)) => "waiting",
+            (None, None, Some(_), None) => "refused",
+            (None, None, None, None) => "local",
+        };
+        let note = image.as_ref().and_then(|row| row.note.clone());
+        return Ok(Some(Explanation {
+            event_id: event.event_id,
+            side: side.as_str(),
+            portal_id: core.registry.of_room(side, &event.room_id).map(|entry| entry.portal().portal_id.clone()),
+            room_id: event.room_id,
+            sender: event.sender,
+            kind: event.kind,
+            status,
+            across: image.map(|row| row.image).or(source.map(|row| row.source)),
+            note,
+            refusal: refusal.map(Refused::from),
+            waiting_since,
+        }));
+    }
+    Ok(None)
+}
+
+impl From<RefusalRow> for Refused {
+    fn from(row: RefusalRow) -> Self {
+        Self {
+            side: row.side.as_str(),
+            event_id: row.source,
+            sender: row.sender,
+            kind: row.kind,
+            code: row.code,
+            reason: row.reason,
+            refused_ts: row.refused_ts,
+        }
+    }
+}
+
+/// The side where a user is at home, and its room's state. User IDs do not say it: who is in the room does, then whose
+/// server is, then what the server says of itself.
+async fn home(core: &Core, portal: &Portal, user: &UserId) -> Result<(Side, State), Refusal> {
+    let sides = core.sides()?;
+    if user.server_name() == core.context.server_name {
+        return Err(Refusal::Forbidden(format!("{user} is of this gateway's own name")));
+    }
+    let appservice = core.users.who(&core.context.store, Side::Matrix, user).await? == Who::Appservice;
+    let matrix = sides.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
+    let lm = sides.rooms(Side::Lm).state(&portal.lm_room_id).await?;
+    if appservice || matrix.member(user).is_some() {
+        return Ok((Side::Matrix, matrix));
+    }
+    if lm.member(user).is_some() {
+        return Ok((Side::Lm, lm));
+    }
+    // A ghost of another gateway says by its name on which side it lives.
+    let names = GhostNames::new(user.server_name().to_owned());
+    for (side, state) in [(Side::Lm, &lm), (Side::Matrix, &matrix)] {
+        if !matches!(names.parse(side, user), crate::identity::Ghost::No) {
+            return Ok((side, state.clone()));
+        }
+    }
+    let of_server = |state: &State| {
+        let server = user.server_name();
+        state.members().iter().any(|entry| {
+            entry.membership() == "join"
+                && <&UserId>::try_from(entry.state_key).is_ok_and(|member| member.server_name() == server)
+        })
+    };
+    if portal.lm_hub == *user.server_name() || of_server(&lm) {
+        return Ok((Side::Lm, lm));
+    }
+    if of_server(&matrix) {
+        return Ok((Side::Matrix, matrix));
+    }
+    let keys = core.context.keyring.server_keys(user.server_name()).await;
+    Ok(if keys.is_ok_and(|keys| keys.linearized) { (Side::Lm, lm) } else { (Side::Matrix, matrix) })
+}
+
+async fn send(rooms: &dyn Rooms, portal: &Portal, side: Side, draft: Draft) -> Result<OwnedEventId, Refusal> {
+    let sent = rooms.send(portal.room(side), vec![Outgoing { draft, effect: None }]).await.pop();
+    Ok(sent.unwrap_or_else(|| Err(Refusal::Internal("nothing came of an event".to_owned())))?.event_id)
+}
+
+fn member(core: &Core, user: &UserId, membership: &str) -> Draft {
+    let mut content = Object::new();
+    content.insert("membership".to_owned(), membership.into());
+    draft(core, MEMBER, user.as_str(), content)
+}
+
+fn draft(core: &Core, kind: &str, state_key: &str, content: Object) -> Draft {
+    Draft {
+        sender: core.users.bot().clone(),
+        kind: kind.to_owned(),
+        state_key: Some(state_key.to_owned()),
+        content,
+        origin_server_ts: core.now_ms(),
+    }
+}

@@ -1,0 +1,322 @@
+//! Making portals. What is asked for is written down before anything is made, and each room as soon as it is there, so that
+//! a crash in the middle is taken up at the next start.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared};
+use ruma::{OwnedRoomId, OwnedServerName, RoomId};
+
+use super::core::Core;
+use super::portal::{Cause, NewPortal, Portal, PortalKind, Request};
+use super::rooms;
+use super::{access, from_lm, repair};
+use crate::config::EncryptionPolicy;
+use crate::event::{Family, RoomVersion};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::store::StoreError;
+use crate::store::portals::{self, PortalRow};
+
+type Outcome = Result<Arc<Portal>, Refusal>;
+
+/// The portals that are being made of LM rooms: one creation in flight for each.
+#[derive(Default)]
+pub(super) struct Creations {
+    running: Mutex<HashMap<OwnedRoomId, Shared<BoxFuture<'static, Outcome>>>>,
+}
+
+/// Makes both rooms and the portal between them.
+pub(super) async fn create_portal(core: &Arc<Core>, new: NewPortal) -> Outcome {
+    let request = request(core, &new)?;
+    let alias = new.alias.clone();
+    if let Some(alias) = &alias {
+        check_alias(core, alias)?;
+    }
+    room_for_one_more(core)?;
+    let row = PortalRow {
+        number: 0,
+        kind: PortalKind::Created.as_str().to_owned(),
+        state: CREATING.to_owned(),
+        matrix_room_id: None,
+        lm_room_id: None,
+        lm_hub: core.context.server_name.clone(),
+        alias,
+        reason: None,
+        request: serde_json::to_vec(&request).map_err(|error| Refusal::Internal(error.to_string()))?,
+        created_ts: core.now_ms(),
+    };
+    let row = begin(core, row).await?;
+    let making = core.clone();
+    // Whoever asked may go away; what was begun is finished.
+    let task = core.tasks.spawn(async move { finish_or_end(&making, row).await });
+    task.await.unwrap_or_else(|_| Err(Refusal::Internal("the making of the portal was broken off".to_owned())))
+}
+
+/// Joins an LM room at its hub and makes the Matrix room of it.
+pub(super) async fn portal_from_lm(
+    core: &Arc<Core>,
+    lm_room_id: &RoomId,
+    via: &[OwnedServerName],
+    alias: Option<&str>,
+    cause: &Cause,
+) -> Outcome {
+    if let Some(entry) = core.registry.of_room(Side::Lm, lm_room_id) {
+        if let Some(alias) = alias {
+            add_alias(core, alias, entry.number).await?;
+        }
+        return Ok(entry.portal());
+    }
+    access::may_create(&core.context.config.access, cause)?;
+    let Some(hub) = via.iter().find(|server| **server != core.context.server_name) else {
+        return Err(Refusal::malformed("via", "names no other server"));
+    };
+    access::takes_part(&core.context.config.access, Side::Lm, hub)?;
+    if let Some(alias) = alias {
+        check_alias(core, alias)?;
+    }
+    room_for_one_more(core)?;
+    let outcome = {
+        let mut running = core.creations.running.lock().unwrap_or_else(PoisonError::into_inner);
+        match running.get(lm_room_id) {
+            Some(outcome) => outcome.clone(),
+            None => {
+                let row = PortalRow {
+                    number: 0,
+                    kind: PortalKind::FromLm.as_str().to_owned(),
+                    state: CREATING.to_owned(),
+                    matrix_room_id: None,
+                    lm_room_id: Some(lm_room_id.to_owned()),
+                    lm_hub: hub.clone(),
+                    alias: alias.map(str::to_owned),
+                    reason: None,
+                    request: serde_json::to_vec(&Request { via: via.to_vec(), ..Request::default() })
+                        .map_err(|error| Refusal::Internal(error.to_string()))?,
+                    created_ts: core.now_ms(),
+                };
+                let outcome = in_task(core, lm_room_id.to_owned(), row);
+                running.insert(lm_room_id.to_owned(), outcome.clone());
+                outcome
+            }
+        }
+    };
+    outcome.await
+}
+
+/// Takes up what was being made when the gateway stopped.
+pub(super) fn resume(core: &Arc<Core>, rows: Vec<PortalRow>) {
+    for row in rows {
+        tracing::info!(portal = row.number, "taking up the making of a portal");
+        for (side, room) in [(Side::Matrix, &row.matrix_room_id), (Side::Lm, &row.lm_room_id)] {
+            if let Some(room) = room {
+                core.registry.watch(side, room);
+            }
+        }
+        let making = core.clone();
+        core.tasks.spawn(async move {
+            let _ = finish_or_end(&making, row).await;
+        });
+    }
+}
+
+/// The state of a portal that is being made, in the store alone.
+pub(super) const CREATING: &str = "creating";
+
+/// Makes an alias lead to a portal.
+pub(super) async fn add_alias(core: &Core, localpart: &str, number: i64) -> Result<(), Refusal> {
+    if core.registry.of_alias(localpart).is_some_and(|entry| entry.number == number) {
+        return Ok(());
+    }
+    check_alias(core, localpart)?;
+    let stored = localpart.to_owned();
+    core.context.store.write(move |tx| Box::pin(async move { portals::set_alias(tx, &stored, number).await })).await?;
+    core.registry.set_alias(localpart, number);
+    Ok(())
+}
+
+fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Shared<BoxFuture<'static, Outcome>> {
+    let making = core.clone();
+    let task = core.tasks.spawn(async move {
+        let outcome = match begin(&making, row).await {
+            Ok(row) => finish_or_end(&making, row).await,
+            Err(error) => Err(error.into()),
+        };
+        making.creations.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&room_id);
+        outcome
+    });
+    let broken = || Err(Refusal::Internal("the making of the portal was broken off".to_owned()));
+    async move { task.await.unwrap_or_else(|_| broken()) }.boxed().shared()
+}
+
+async fn begin(core: &Core, row: PortalRow) -> Result<PortalRow, StoreError> {
+    let stored = row.clone();
+    let number =
+        core.context.store.write(move |tx| Box::pin(async move { portals::insert(tx, &stored).await })).await?;
+    if let Some(room_id) = &row.lm_room_id {
+        // What the room's hub sends between the join and the end of the making is kept.
+        core.registry.watch(Side::Lm, room_id);
+    }
+    Ok(PortalRow { number, ..row })
+}
+
+/// Makes what is still missing. When that fails, the row ends; the next who asks begins anew.
+async fn finish_or_end(core: &Arc<Core>, row: PortalRow) -> Outcome {
+    let mut row = row;
+    let made = match row.kind.as_str() {
+        "from_lm" => from_lm::make(core, &mut row).await,
+        _ => make_both(core, &mut row).await,
+    };
+    if core.stop.is_cancelled() {
+        return Err(Refusal::Internal("the gateway is stopping".to_owned()));
+    }
+    match made {
+        Ok(()) => activate(core, row).await,
+        Err(refusal) => {
+            tracing::warn!(portal = row.number, %refusal, "a portal could not be made");
+            end(core, &mut row, &refusal).await?;
+            Err(refusal)
+        }
+    }
+}
+
+async fn make_both(core: &Arc<Core>, row: &mut PortalRow) -> Result<(), Refusal> {
+    let request: Request = serde_json::from_slice(&row.request).unwrap_or_default();
+    let sides = core.sides()?;
+    let alias = row.alias.clone();
+    let both = rooms::Both { core, request: &request, alias: alias.as_deref() };
+    if row.lm_room_id.is_none() {
+        let room_id = sides.lm.create_room(both.lm()?).await?;
+        save(core, row, |row| row.lm_room_id = Some(room_id)).await?;
+    }
+    if row.matrix_room_id.is_none() {
+        let room_id = sides.dag.create_room(both.matrix()?).await?;
+        save(core, row, |row| row.matrix_room_id = Some(room_id)).await?;
+    }
+    let listed = request.join_rule.as_deref() == Some("public");
+    if let (true, Some(room_id)) = (listed, &row.matrix_room_id) {
+        sides.dag.set_listed(room_id, true).await?;
+    }
+    Ok(())
+}
+
+/// Changes a row, and what is watched, before anything else is made.
+pub(super) async fn save(core: &Core, row: &mut PortalRow, change: impl FnOnce(&mut PortalRow)) -> Result<(), Refusal> {
+    change(row);
+    for (side, room) in [(Side::Matrix, &row.matrix_room_id), (Side::Lm, &row.lm_room_id)] {
+        if let Some(room) = room {
+            core.registry.watch(side, room);
+        }
+    }
+    let stored = row.clone();
+    core.context.store.write(move |tx| Box::pin(async move { portals::update(tx, &stored).await })).await?;
+    Ok(())
+}
+
+async fn activate(core: &Arc<Core>, row: PortalRow) -> Outcome {
+    let aliases: Vec<String> = row
+        .alias
+        .clone()
+        .into_iter()
+        .chain(row.lm_room_id.as_deref().filter(|_| row.kind == "from_lm").and_then(super::alias::of_room))
+        .collect();
+    let row = PortalRow { state: "active".to_owned(), ..row };
+    let (stored, names) = (row.clone(), aliases.clone());
+    core.context
+        .store
+        .write(move |tx| {
+            Box::pin(async move {
+                portals::update(tx, &stored).await?;
+                for alias in &names {
+                    portals::set_alias(tx, alias, stored.number).await?;
+                }
+                Ok(())
+            })
+        })
+        .await?;
+    let portal = Portal::from_row(&row, &core.context.server_name)?
+        .ok_or_else(|| Refusal::Internal("a room of the portal is missing".to_owned()))?;
+    let entry = core.registry.put(row.number, portal);
+    for alias in &aliases {
+        core.registry.set_alias(alias, row.number);
+    }
+    for side in [Side::Matrix, Side::Lm] {
+        core.call_entry(&entry, side);
+    }
+    repair::soon(core, &entry);
+    tracing::info!(
+        portal = entry.portal().portal_id, matrix_room = %entry.portal().matrix_room_id,
+        lm_room = %entry.portal().lm_room_id, "portal made"
+    );
+    Ok(entry.portal())
+}
+
+async fn end(core: &Core, row: &mut PortalRow, refusal: &Refusal) -> Result<(), Refusal> {
+    row.state = "ended".to_owned();
+    row.reason = Some(refusal.to_string());
+    let stored = row.clone();
+    core.context
+        .store
+        .write(move |tx| {
+            Box::pin(async move {
+                portals::update(tx, &stored).await?;
+                for (side, room) in [(Side::Matrix, &stored.matrix_room_id), (Side::Lm, &stored.lm_room_id)] {
+                    if let Some(room) = room {
+                        crate::store::inbox::clear(tx, side, room).await?;
+                    }
+                }
+                Ok(())
+            })
+        })
+        .await?;
+    for (side, room) in [(Side::Matrix, &row.matrix_room_id), (Side::Lm, &row.lm_room_id)] {
+        if let Some(room) = room {
+            core.registry.unwatch(side, room);
+        }
+    }
+    Ok(())
+}
+
+fn request(core: &Core, new: &NewPortal) -> Result<Request, Refusal> {
+    match core.context.config.portals.encryption {
+        EncryptionPolicy::Refuse => {}
+    }
+    if let Some(rule) = new.join_rule.as_deref().filter(|rule| !matches!(*rule, "public" | "invite" | "knock")) {
+        return Err(Refusal::malformed("join_rule", format!("is {rule:?}, not public, invite or knock")));
+    }
+    let version = |version: Option<RoomVersion>, family: Family| match version {
+        Some(version) if version.family() != family => {
+            Err(Refusal::IncompatibleRoomVersion(version.as_str().to_owned()))
+        }
+        version => Ok(version.map(|version| version.as_str().to_owned())),
+    };
+    Ok(Request {
+        name: new.name.clone(),
+        join_rule: new.join_rule.clone(),
+        matrix_room_version: version(new.matrix_room_version, Family::Graph)?,
+        lm_room_version: version(new.lm_room_version, Family::Log)?,
+        via: Vec::new(),
+    })
+}
+
+fn check_alias(core: &Core, localpart: &str) -> Result<(), Refusal> {
+    let bad = localpart.is_empty() || localpart.len() > 200 || localpart.contains([':', '\u{0}']);
+    if bad {
+        return Err(Refusal::malformed("alias", format!("{localpart:?} is no localpart of an alias")));
+    }
+    match core.registry.of_alias(localpart) {
+        Some(entry) => {
+            Err(Refusal::Forbidden(format!("the alias {localpart:?} leads to {} already", entry.portal().portal_id)))
+        }
+        None => Ok(()),
+    }
+}
+
+fn room_for_one_more(core: &Core) -> Result<(), Refusal> {
+    let limit = core.context.config.access.max_portals;
+    let count = core.registry.count();
+    if u32::try_from(count).is_ok_and(|count| count < limit) {
+        return Ok(());
+    }
+    Err(Refusal::Policy(format!("there are {count} portals, max_portals is {limit}")))
+}

@@ -1,0 +1,165 @@
+//! The Matrix room of an LM room that a remote hub keeps: the bot joins the log, then the room is made of the log's state,
+//! and every member's ghost joins it. Each step looks at what is there, so that it can be done again after a crash.
+
+use std::sync::Arc;
+
+use ruma::{OwnedRoomId, OwnedUserId, UserId};
+
+use super::core::Core;
+use super::create::save;
+use super::effect;
+use super::portal::{Portal, Request};
+use super::rooms;
+use super::side::{MEMBER, State};
+use super::translate::member_content;
+use super::users::{Known, Who};
+use super::{access, carry};
+use crate::config::EncryptionPolicy;
+use crate::event::Object;
+use crate::identity::Side;
+use crate::lm::Role;
+use crate::refusal::Refusal;
+use crate::seam::{Draft, Outgoing};
+use crate::store::portals::PortalRow;
+
+/// How many ghosts join in one call.
+const BATCH: usize = 50;
+
+/// Makes what is still missing of the portal in `row`.
+pub(super) async fn make(core: &Arc<Core>, row: &mut PortalRow) -> Result<(), Refusal> {
+    let room_id = row.lm_room_id.clone().ok_or_else(|| Refusal::Internal("the LM room is missing".to_owned()))?;
+    let made = make_of(core, row, &room_id).await;
+    if made.as_ref().is_err_and(|refusal| !refusal.is_transient()) && !core.stop.is_cancelled() {
+        // Nobody is served by a bot in a room without a portal.
+        let via = vec![row.lm_hub.clone()];
+        if let Ok(Some(_)) = core.sides()?.lm.room(&room_id).await {
+            let _ = core.sides()?.lm.leave(&room_id, core.users.bot(), &via).await;
+        }
+    }
+    made
+}
+
+async fn make_of(core: &Arc<Core>, row: &mut PortalRow, room_id: &OwnedRoomId) -> Result<(), Refusal> {
+    let request: Request = serde_json::from_slice(&row.request).unwrap_or_default();
+    let sides = core.sides()?;
+    let state = join(core, room_id, &request).await?;
+    let room = sides.lm.room(room_id).await?.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))?;
+    let Role::Participant { hub } = room.role else {
+        return Err(Refusal::Forbidden(format!("{room_id} is hubbed by this gateway")));
+    };
+    access::takes_part(&core.context.config.access, Side::Lm, &hub)?;
+    refuse_encrypted(core, &state)?;
+    let members: Vec<OwnedUserId> = users(&state);
+    let known = core.users.all(&core.context.store, Side::Lm, &members).await?;
+    if row.matrix_room_id.is_none() || row.lm_hub != hub {
+        let made = match row.matrix_room_id.clone() {
+            Some(room_id) => room_id,
+            None => sides.dag.create_room(rooms::matrix_of_lm(core, &state, &known)?).await?,
+        };
+        save(core, row, |row| {
+            row.matrix_room_id = Some(made);
+            row.lm_hub = hub;
+        })
+        .await?;
+    }
+    let shadow = PortalRow { state: "active".to_owned(), ..row.clone() };
+    let portal = Portal::from_row(&shadow, &core.context.server_name)?
+        .ok_or_else(|| Refusal::Internal("a room of the portal is missing".to_owned()))?;
+    join_ghosts(core, &portal, &state, &known).await
+}
+
+/// The state of the LM room, which the bot has joined.
+async fn join(core: &Core, room_id: &OwnedRoomId, request: &Request) -> Result<State, Refusal> {
+    let lm = &core.sides()?.lm;
+    let bot = core.users.bot();
+    if lm.room(room_id).await?.is_some() {
+        let state = State::Log(lm.state(room_id).await?);
+        if state.membership(bot) == "join" {
+            return Ok(state);
+        }
+    }
+    let mut content = Object::new();
+    content.insert("membership".to_owned(), "join".into());
+    content.insert("displayname".to_owned(), super::BOT_NAME.into());
+    lm.join(room_id, bot, &request.via, content).await?;
+    Ok(State::Log(lm.state(room_id).await?))
+}
+
+fn refuse_encrypted(core: &Core, state: &State) -> Result<(), Refusal> {
+    let EncryptionPolicy::Refuse = core.context.config.portals.encryption;
+    let Some(encryption) = state.content("m.room.create").and_then(|content| content.get("encryption")) else {
+        return Ok(());
+    };
+    let algorithm = encryption.get("algorithm").and_then(|name| name.as_str()).unwrap_or("unknown");
+    let algorithm: String = algorithm.chars().take(100).collect();
+    Err(Refusal::Encryption(algorithm))
+}
+
+fn users(state: &State) -> Vec<OwnedUserId> {
+    let members = state.members();
+    let levels = state.content(super::power::POWER_LEVELS).and_then(|content| content.get("users")?.as_object());
+    let named = levels.into_iter().flatten().map(|(user, _)| user.as_str());
+    let creator = state.get("m.room.create", "").map(|entry| entry.sender.as_str());
+    let all = members.iter().map(|entry| entry.state_key).chain(named).chain(creator);
+    all.filter_map(|user| UserId::parse(user).ok()).collect()
+}
+
+/// Every LM member's ghost joins the Matrix room, as the image of the member's join.
+async fn join_ghosts(core: &Arc<Core>, portal: &Portal, state: &State, known: &Known) -> Result<(), Refusal> {
+    let rooms = core.sides()?.rooms(Side::Matrix);
+    let room_id = &portal.matrix_room_id;
+    let there = rooms.state(room_id).await?;
+    let public = carry::is_public(&there);
+    let mut outgoing: Vec<Outgoing> = Vec::new();
+    let (mut done, total) = (0_usize, known.len());
+    for entry in state.members() {
+        let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
+        let Some(Who::Native { ghost }) = known.get(user) else { continue };
+        if entry.membership() != "join" || there.membership(ghost) == "join" {
+            continue;
+        }
+        if access::takes_part(&core.context.config.access, Side::Lm, user.server_name()).is_err() {
+            continue;
+        }
+        if !public && there.membership(ghost) != "invite" {
+            let draft = member(core, core.users.bot(), ghost, invite());
+            outgoing.push(Outgoing { draft, effect: None });
+        }
+        let effect = effect::joined(core, portal, Side::Lm, entry.event_id.to_owned()).await?;
+        let draft = member(core, ghost, ghost, member_content(entry.content, "join"));
+        outgoing.push(Outgoing { draft, effect });
+        done += 1;
+        if outgoing.len() >= BATCH {
+            tracing::info!(portal = portal.portal_id, done, total, "ghosts join");
+            all(rooms.send(room_id, std::mem::take(&mut outgoing)).await)?;
+        }
+    }
+    all(rooms.send(room_id, outgoing).await)
+}
+
+/// The first failure that may pass: the making is broken off for it. Whoever's ghost may not join is left out.
+fn all<T>(results: Vec<Result<T, Refusal>>) -> Result<(), Refusal> {
+    for refusal in results.into_iter().filter_map(Result::err) {
+        if refusal.is_transient() {
+            return Err(refusal);
+        }
+        tracing::warn!(%refusal, "a ghost could not join");
+    }
+    Ok(())
+}
+
+fn invite() -> Object {
+    let mut content = Object::new();
+    content.insert("membership".to_owned(), "invite".into());
+    content
+}
+
+fn member(core: &Core, sender: &UserId, target: &UserId, content: Object) -> Draft {
+    Draft {
+        sender: sender.to_owned(),
+        kind: MEMBER.to_owned(),
+        state_key: Some(target.to_string()),
+        content,
+        origin_server_ts: core.now_ms(),
+    }
+}

@@ -1,0 +1,165 @@
+//! The gate of handshakes: a change of membership that passes through the gateway is asked of both sides before it is
+//! accepted, so that nobody is in one room of a portal whom the other would not have.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use ruma::{OwnedRoomId, OwnedUserId, UserId};
+
+use super::carry::{is_public, stranger};
+use super::core::Core;
+use super::portal::{Portal, PortalKind};
+use super::registry::Entry;
+use super::side::{MEMBER, State};
+use super::translate::member_content;
+use super::users::Who;
+use super::{access, repair};
+use crate::event::Object;
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::{Draft, Handshake, Membership, Outgoing, Stage};
+
+/// How long a join waits for the hub.
+const HUB_PATIENCE: Duration = Duration::from_secs(20);
+/// After this it is looked whether the join that was let in has come.
+const LOOK_BACK: Duration = Duration::from_secs(60);
+
+/// Whether the other side has the user too.
+pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), Refusal> {
+    let Some(entry) = core.registry.of_room(handshake.side, &handshake.room_id) else {
+        return match core.registry.watches(handshake.side, &handshake.room_id) {
+            true => Err(Refusal::Forbidden("the portal of this room is still being made".to_owned())),
+            false => Ok(()),
+        };
+    };
+    if handshake.membership == Membership::Leave {
+        return Ok(());
+    }
+    let portal = entry.portal();
+    if !portal.state.carries() {
+        let reason = portal.reason.as_deref().unwrap_or("no reason is recorded");
+        return Err(Refusal::Forbidden(format!("the portal of this room is {}: {reason}", portal.state.as_str())));
+    }
+    let user = &handshake.user_id;
+    let ghost = match core.users.who(&core.context.store, handshake.side, user).await? {
+        Who::Native { ghost } => ghost,
+        Who::Appservice => return Ok(()),
+        Who::Ghost { .. } | Who::Bot | Who::Stranger => return Err(stranger(user)),
+    };
+    access::takes_part(&core.context.config.access, handshake.side, user.server_name())?;
+    let at_hub = portal.kind == PortalKind::FromLm && handshake.side == Side::Matrix;
+    match handshake.membership {
+        Membership::Join if at_hub && handshake.stage == Stage::Send => {
+            join_at_hub(core, &entry, &ghost, &handshake.content).await
+        }
+        Membership::Join => may_join(core, &portal, handshake.side.other(), &ghost).await,
+        Membership::Knock => {
+            let rooms = core.sides()?.rooms(handshake.side.other());
+            let draft = member(core, &ghost, &ghost, "knock");
+            rooms.check(portal.room(handshake.side.other()), &draft).await
+        }
+        Membership::Invite | Membership::Ban | Membership::Leave => Ok(()),
+    }
+}
+
+/// Whether a ghost could join the room on `side`, after an invite by the bot where it takes one.
+async fn may_join(core: &Core, portal: &Portal, side: Side, ghost: &UserId) -> Result<(), Refusal> {
+    let rooms = core.sides()?.rooms(side);
+    let room = portal.room(side);
+    let state = rooms.state(room).await?;
+    if state.membership(ghost) == "join" {
+        return Ok(());
+    }
+    let draft = match needs_invite(&state, ghost) {
+        true => member(core, core.users.bot(), ghost, "invite"),
+        false => member(core, ghost, ghost, "join"),
+    };
+    rooms.check(room, &draft).await
+}
+
+fn needs_invite(state: &State, ghost: &UserId) -> bool {
+    !is_public(state) && state.membership(ghost) != "invite"
+}
+
+/// Has the ghost join the LM room at its hub, and waits for that. A join that comes too late is left again.
+async fn join_at_hub(core: &Arc<Core>, entry: &Arc<Entry>, ghost: &UserId, content: &Object) -> Result<(), Refusal> {
+    let portal = entry.portal();
+    let lm = core.sides()?.lm.clone();
+    let state = State::Log(lm.state(&portal.lm_room_id).await?);
+    if state.membership(ghost) == "join" {
+        return Ok(());
+    }
+    let spared = Spared::new(core, portal.lm_room_id.clone(), ghost.to_owned());
+    if needs_invite(&state, ghost) {
+        let draft = member(core, core.users.bot(), ghost, "invite");
+        let sent = lm.send(&portal.lm_room_id, vec![Outgoing { draft, effect: None }]).await.pop();
+        sent.unwrap_or_else(|| Err(Refusal::Internal("nothing came of an invite".to_owned())))?;
+    }
+    let content = member_content(content, "join");
+    let (room_id, via, user) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
+    let joining = lm.clone();
+    let mut join = core.tasks.spawn(async move { joining.join(&room_id, &user, &via, content).await });
+    match tokio::time::timeout(HUB_PATIENCE, &mut join).await {
+        Ok(Ok(joined)) => {
+            joined?;
+            look_back(core, entry, spared);
+            Ok(())
+        }
+        Ok(Err(_)) => Err(Refusal::Internal("the join at the hub was broken off".to_owned())),
+        Err(_) => {
+            let (room_id, via, user) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
+            core.spawn(async move {
+                let _spared = spared;
+                if let Ok(Ok(_)) = join.await {
+                    if let Err(refusal) = lm.leave(&room_id, &user, &via).await {
+                        tracing::warn!(room = %room_id, %user, %refusal, "a late join could not be left again");
+                    }
+                }
+            });
+            let waited = HUB_PATIENCE.as_secs();
+            Err(Refusal::Forbidden(format!("the hub {} has not answered the join in {waited} s", portal.lm_hub)))
+        }
+    }
+}
+
+/// Looks a while later whether the join for which the ghost joined has come; repair makes the ghost leave if not.
+fn look_back(core: &Arc<Core>, entry: &Arc<Entry>, spared: Spared) {
+    let (inner, entry) = (core.clone(), entry.clone());
+    core.spawn(async move {
+        tokio::time::sleep(LOOK_BACK).await;
+        drop(spared);
+        repair::soon(&inner, &entry);
+    });
+}
+
+fn member(core: &Core, sender: &UserId, target: &UserId, membership: &str) -> Draft {
+    let mut content = Object::new();
+    content.insert("membership".to_owned(), membership.into());
+    Draft {
+        sender: sender.to_owned(),
+        kind: MEMBER.to_owned(),
+        state_key: Some(target.to_string()),
+        content,
+        origin_server_ts: core.now_ms(),
+    }
+}
+
+/// Keeps repair from a ghost as long as it lives.
+struct Spared {
+    core: Arc<Core>,
+    key: (OwnedRoomId, OwnedUserId),
+}
+
+impl Spared {
+    fn new(core: &Arc<Core>, room_id: OwnedRoomId, ghost: OwnedUserId) -> Self {
+        let key = (room_id, ghost);
+        core.joining.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone());
+        Self { core: core.clone(), key }
+    }
+}
+
+impl Drop for Spared {
+    fn drop(&mut self) {
+        self.core.joining.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+    }
+}

@@ -1,0 +1,93 @@
+//! Where aliases lead, and portals that come about because somebody named one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use moka::future::Cache;
+use ruma::{RoomId, ServerName};
+
+use super::alias::{self, Named};
+use super::core::Core;
+use super::portal::{Cause, Portal};
+use super::{access, create};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::AliasTarget;
+
+/// How long a negative answer is kept.
+const NEGATIVE: Duration = Duration::from_secs(600);
+
+/// Negative answers, by localpart.
+pub(super) type Negative = Cache<String, Refusal>;
+
+/// An empty cache of negative answers.
+pub(super) fn negative() -> Negative {
+    Cache::builder().max_capacity(10_000).time_to_live(NEGATIVE).build()
+}
+
+/// Where the localpart of an alias leads.
+pub(super) async fn resolve(core: &Arc<Core>, localpart: &str, cause: &Cause) -> Result<AliasTarget, Refusal> {
+    portal(core, localpart, cause).await.map(|portal| target(core, &portal.matrix_room_id))
+}
+
+/// Where an alias of the gateway's name leads for the server that asks: an LM server is told the LM room.
+pub(super) async fn asked(core: &Arc<Core>, alias: &str, by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
+    let unknown = || Refusal::NotFound(format!("the alias {alias}"));
+    let localpart = alias::localpart_at(alias, &core.context.server_name).ok_or_else(unknown)?;
+    let Some(by) = by else {
+        let entry = core.registry.of_alias(localpart).ok_or_else(unknown)?;
+        return Ok(target(core, &entry.portal().matrix_room_id));
+    };
+    if let Some(entry) = core.registry.of_alias(localpart) {
+        let linear = core.context.keyring.server_keys(by).await.is_ok_and(|keys| keys.linearized);
+        let side = if linear { Side::Lm } else { Side::Matrix };
+        return Ok(target(core, entry.portal().room(side)));
+    }
+    let homeserver = core.context.config.appservice.as_ref().map(|appservice| appservice.homeserver_name.as_ref());
+    let cause = if homeserver == Some(by) { Cause::Appservice } else { Cause::Server(by.to_owned()) };
+    resolve(core, localpart, &cause).await
+}
+
+fn target(core: &Core, room_id: &RoomId) -> AliasTarget {
+    AliasTarget { room_id: room_id.to_owned(), servers: vec![core.context.server_name.clone()] }
+}
+
+async fn portal(core: &Arc<Core>, localpart: &str, cause: &Cause) -> Result<Arc<Portal>, Refusal> {
+    if let Some(entry) = core.registry.of_alias(localpart) {
+        return Ok(entry.portal());
+    }
+    let named = alias::parse(localpart).ok_or_else(|| Refusal::NotFound(format!("the alias {localpart:?}")))?;
+    // Before the cache, so that one who may not ask does not spoil it for one who may.
+    access::may_create(&core.context.config.access, cause)?;
+    if let Some(refusal) = core.negative.get(localpart).await {
+        return Err(refusal);
+    }
+    let made = make(core, localpart, named, cause).await;
+    if let Err(refusal) = &made {
+        core.negative.insert(localpart.to_owned(), refusal.clone()).await;
+    }
+    made
+}
+
+async fn make(core: &Arc<Core>, localpart: &str, named: Named, cause: &Cause) -> Result<Arc<Portal>, Refusal> {
+    let (Named::Alias { server, .. } | Named::Room { server, .. }) = &named;
+    if *server == core.context.server_name {
+        return Err(Refusal::NotFound(format!("the alias {localpart:?}: there is no LM room of this gateway by it,")));
+    }
+    access::takes_part(&core.context.config.access, Side::Lm, server)?;
+    match &named {
+        Named::Room { room_id, server } => {
+            create::portal_from_lm(core, room_id, std::slice::from_ref(server), Some(localpart), cause).await
+        }
+        Named::Alias { alias, server } => {
+            let target = core.sides()?.lm.query_directory(server, alias).await?;
+            let mut via = target.servers;
+            if !via.contains(server) {
+                via.push(server.clone());
+            }
+            via.retain(|server| *server != core.context.server_name);
+            via.truncate(10);
+            create::portal_from_lm(core, &target.room_id, &via, Some(localpart), cause).await
+        }
+    }
+}

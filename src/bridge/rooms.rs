@@ -1,0 +1,113 @@
+//! What the rooms look like that the gateway makes: their version, power levels, join rules and name.
+
+use ruma::UserId;
+use serde_json::{Value, json};
+
+use super::core::Core;
+use super::portal::Request;
+use super::power::{BOT_LEVEL, POWER_LEVELS};
+use super::side::State;
+use super::translate::{MAPPED_STATE, StateRules, across, state_content};
+use super::users::Known;
+use crate::event::{Object, RoomVersion};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::Draft;
+use crate::{dag, lm};
+
+/// Both rooms of a portal that is to be created.
+pub(super) struct Both<'a> {
+    pub(super) core: &'a Core,
+    pub(super) request: &'a Request,
+    pub(super) alias: Option<&'a str>,
+}
+
+impl Both<'_> {
+    /// The LM room, with the gateway as its hub.
+    pub(super) fn lm(&self) -> Result<lm::NewRoom, Refusal> {
+        let version = self.request.lm_room_version.as_deref().and_then(RoomVersion::parse).unwrap_or(RoomVersion::Lm02);
+        let levels = levels(Side::Lm, Some((self.core.users.bot(), BOT_LEVEL)));
+        Ok(lm::NewRoom { creator: self.core.users.bot().clone(), version, initial_state: self.state(levels, None) })
+    }
+
+    /// The Matrix room.
+    pub(super) fn matrix(&self) -> Result<dag::NewRoom, Refusal> {
+        let version = matrix_version(self.core, self.request)?;
+        let levels = levels(Side::Matrix, bot_in_graph(self.core, version));
+        let alias = self.alias.map(|localpart| format!("#{localpart}:{}", self.core.context.server_name));
+        Ok(dag::NewRoom { creator: self.core.users.bot().clone(), version, initial_state: self.state(levels, alias) })
+    }
+
+    fn state(&self, levels: Object, alias: Option<String>) -> Vec<Draft> {
+        let rule = self.request.join_rule.as_deref().unwrap_or("invite");
+        let mut state = vec![
+            (POWER_LEVELS, Value::Object(levels)),
+            ("m.room.join_rules", json!({ "join_rule": rule })),
+            ("m.room.history_visibility", json!({ "history_visibility": "shared" })),
+        ];
+        if let Some(alias) = alias {
+            state.push(("m.room.canonical_alias", json!({ "alias": alias })));
+        }
+        if let Some(name) = &self.request.name {
+            state.push(("m.room.name", json!({ "name": name })));
+        }
+        state.into_iter().map(|(kind, content)| draft(self.core, kind, content)).collect()
+    }
+}
+
+/// The Matrix room of an LM room that has this state: rules no wider, the same name and topic.
+pub(super) fn matrix_of_lm(core: &Core, state: &State, users: &Known) -> Result<dag::NewRoom, Refusal> {
+    let version = matrix_version(core, &Request::default())?;
+    let bot = core.users.bot();
+    let mapped = |user: &UserId| across(users, user).filter(|_| user != bot);
+    let creator = state.get("m.room.create", "").map(|entry| entry.sender);
+    let rules = StateRules { creator, across: &mapped, to: Side::Matrix, bot: bot_in_graph(core, version) };
+    let initial_state = MAPPED_STATE
+        .iter()
+        .filter_map(|kind| Some(draft(core, kind, Value::Object(state_content(kind, state.content(kind), &rules)?))))
+        .collect();
+    Ok(dag::NewRoom { creator: bot.clone(), version, initial_state })
+}
+
+/// The version of a Matrix room that is to be made.
+fn matrix_version(core: &Core, request: &Request) -> Result<RoomVersion, Refusal> {
+    let wanted = request.matrix_room_version.as_ref().unwrap_or(&core.context.config.portals.matrix_room_version);
+    match RoomVersion::parse(wanted) {
+        Some(version @ (RoomVersion::V10 | RoomVersion::V11 | RoomVersion::V12)) => Ok(version),
+        _ => Err(Refusal::IncompatibleRoomVersion(wanted.clone())),
+    }
+}
+
+/// The bot's entry in the levels of a Matrix room: none where creators stand above all levels.
+fn bot_in_graph(core: &Core, version: RoomVersion) -> Option<(&UserId, i64)> {
+    (version != RoomVersion::V12).then_some((core.users.bot().as_ref(), BOT_LEVEL))
+}
+
+/// The levels of a new room. All are written out, so that the two rooms' events stay alike key by key.
+fn levels(to: Side, bot: Option<(&UserId, i64)>) -> Object {
+    let plain = json!({
+        "ban": 50, "kick": 50, "redact": 50, "invite": 0,
+        "state_default": 50, "events_default": 0, "users_default": 0,
+        "events": {
+            "m.room.power_levels": 100,
+            "m.room.history_visibility": 100,
+            "m.room.server_acl": 100,
+        },
+    });
+    let rules = StateRules { creator: None, across: &|_| None, to, bot };
+    state_content(POWER_LEVELS, plain.as_object(), &rules).unwrap_or_default()
+}
+
+fn draft(core: &Core, kind: &str, content: Value) -> Draft {
+    let content = match content {
+        Value::Object(content) => content,
+        _ => Object::new(),
+    };
+    Draft {
+        sender: core.users.bot().clone(),
+        kind: kind.to_owned(),
+        state_key: Some(String::new()),
+        content,
+        origin_server_ts: core.now_ms(),
+    }
+}

@@ -1,0 +1,157 @@
+//! The bridge's seat between the two sides: what `lm` and `dag` ask of it.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use ruma::{OwnedEventId, RoomId, ServerName, UserId};
+
+use super::core::Core;
+use super::portal::Cause;
+use super::side::Event;
+use super::users::Who;
+use super::{access, create, effect, gate, repair, resolve};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::{AliasTarget, Between, Handshake, Invite, Profile};
+use crate::store::images;
+
+/// What is given to `lm` and `dag`.
+pub(super) struct Seat(pub(super) Arc<Core>);
+
+#[async_trait]
+impl Between for Seat {
+    async fn gate(&self, handshake: &Handshake) -> Result<(), Refusal> {
+        gate::gate(&self.0, handshake).await
+    }
+
+    fn watches(&self, side: Side, room_id: &RoomId) -> bool {
+        self.0.registry.watches(side, room_id)
+    }
+
+    fn accepted(&self, side: Side, room_id: &RoomId) {
+        self.0.call(side, room_id);
+    }
+
+    async fn invited(&self, invite: Invite) -> Result<(), Refusal> {
+        invited(&self.0, &invite).await
+    }
+
+    async fn alias(&self, alias: &str, asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
+        resolve::asked(&self.0, alias, asked_by).await
+    }
+
+    async fn profile(&self, side: Side, user_id: &UserId) -> Result<Profile, Refusal> {
+        profile(&self.0, side, user_id).await
+    }
+
+    async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) {
+        if let Err(refusal) = lpdu_refused(&self.0, room_id, lpdu_id, error).await {
+            tracing::error!(room = %room_id, lpdu = %lpdu_id, %refusal, "a hub's refusal could not be recorded");
+        }
+    }
+}
+
+/// An invite of a ghost is signed when its room has a portal: it comes by the room itself too, and is carried over then. An
+/// invite of the bot to an LM room makes a portal of it.
+async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
+    let who = core.users.who(&core.context.store, invite.side, &invite.target).await?;
+    access::takes_part(&core.context.config.access, invite.side, invite.sender.server_name())?;
+    match who {
+        Who::Ghost { user } => {
+            access::takes_part(&core.context.config.access, invite.side.other(), user.server_name())?;
+            match core.registry.of_room(invite.side, &invite.room_id) {
+                Some(_) => Ok(()),
+                None => Err(Refusal::Forbidden(format!(
+                    "{} is not connected with a room of {user}, and invites into such rooms are not supported yet",
+                    invite.room_id
+                ))),
+            }
+        }
+        Who::Bot if invite.side == Side::Lm => {
+            let encrypted = invite.stripped_state.iter().any(|event| {
+                event.get("type").and_then(|kind| kind.as_str()) == Some("m.room.create")
+                    && event.get("content").is_some_and(|content| content.get("encryption").is_some())
+            });
+            if encrypted {
+                return Err(Refusal::Encryption(format!("the room {}", invite.room_id)));
+            }
+            let (making, room_id) = (core.clone(), invite.room_id.clone());
+            let via = vec![invite.sender.server_name().to_owned()];
+            core.spawn(async move {
+                // Who invites the bot is asked for by no alias, so the policy for aliases says nothing about it.
+                if let Err(refusal) = create::portal_from_lm(&making, &room_id, &via, None, &Cause::Admin).await {
+                    tracing::warn!(room = %room_id, %refusal, "no portal was made of the room that the bot was invited to");
+                }
+            });
+            Ok(())
+        }
+        Who::Bot => Err(Refusal::Forbidden(format!("{} cannot be invited to Matrix rooms yet", invite.target))),
+        Who::Native { .. } | Who::Appservice | Who::Stranger => {
+            Err(Refusal::NotFound(format!("the user {}", invite.target)))
+        }
+    }
+}
+
+async fn profile(core: &Core, side: Side, user_id: &UserId) -> Result<Profile, Refusal> {
+    let unknown = || Refusal::NotFound(format!("the user {user_id}"));
+    let user = match core.users.who(&core.context.store, side, user_id).await? {
+        Who::Bot => return Ok(Profile { displayname: Some(super::BOT_NAME.to_owned()), avatar_url: None }),
+        Who::Ghost { user } => user,
+        Who::Native { .. } | Who::Appservice | Who::Stranger => return Err(unknown()),
+    };
+    let home = side.other();
+    access::takes_part(&core.context.config.access, home, user.server_name()).map_err(|_| unknown())?;
+    if let Some((displayname, avatar_url)) = images::profile(&core.context.store, home, &user).await? {
+        return Ok(Profile { displayname, avatar_url });
+    }
+    match home {
+        Side::Matrix => core.sides()?.dag.query_profile(&user).await,
+        // LM servers have no profiles; the name says who it is.
+        Side::Lm => Ok(Profile { displayname: Some(user.localpart().to_owned()), avatar_url: None }),
+    }
+}
+
+/// The hub did not take an LPDU: its source is refused.
+async fn lpdu_refused(core: &Arc<Core>, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) -> Result<(), Refusal> {
+    let Some(entry) = core.registry.of_room(Side::Lm, room_id) else { return Ok(()) };
+    let portal = entry.portal();
+    let known = images::of_images(&core.context.store, Side::Matrix, std::slice::from_ref(lpdu_id)).await?;
+    let Some(image) = known.get(lpdu_id).filter(|image| image.pending) else {
+        // An LPDU without a source: the bot's own, or a ghost's that came before an image.
+        repair::soon(core, &entry);
+        return Ok(());
+    };
+    let Some(event) = core.sides()?.rooms(Side::Matrix).event(&image.source).await? else { return Ok(()) };
+    let error: String = error.chars().take(500).collect();
+    let refusal = Refusal::Forbidden(format!("the hub {} refused it: {error}", portal.lm_hub));
+    record(core, &entry.portal(), &event, lpdu_id, &refusal).await?;
+    core.notices.tell(core, &portal, Side::Matrix, &event, &refusal);
+    if event.state_key.is_some() {
+        repair::soon(core, &entry);
+    }
+    core.call_entry(&entry, Side::Matrix);
+    Ok(())
+}
+
+async fn record(
+    core: &Core,
+    portal: &super::portal::Portal,
+    event: &Event,
+    lpdu_id: &OwnedEventId,
+    refusal: &Refusal,
+) -> Result<(), Refusal> {
+    let row = effect::refusal_row(core, portal, Side::Matrix, event, refusal);
+    let lpdu_id = lpdu_id.clone();
+    core.context
+        .store
+        .write(move |tx| {
+            Box::pin(async move {
+                if images::take_pending(tx, &lpdu_id).await?.is_some() {
+                    images::refuse(tx, &row).await?;
+                }
+                Ok(())
+            })
+        })
+        .await?;
+    Ok(())
+}
