@@ -59,3 +59,9 @@ CREATE TABLE bridge_profiles (
 );
 -- For `explain`: whether an event waits.
 CREATE INDEX bridge_inbox_event ON bridge_inbox (event_id);
+-- Ghosts whose name had to be hashed, and for whom they stand (src/store/ghosts.rs).
+CREATE TABLE bridge_ghosts (
+    ghost TEXT NOT NULL PRIMARY KEY,
+    home TEXT NOT NULL,
+    user_id TEXT NOT NULL
+);

@@ -11,12 +11,12 @@ use super::notice::{say, text};
 use super::portal::{Portal, number_of};
 use super::power::{POWER_LEVELS, USER_LIMIT};
 use super::registry::Entry;
-use super::side::{MEMBER, Rooms, State};
+use super::side::State;
 use super::users::Who;
 use crate::event::Object;
 use crate::identity::{GhostNames, Side};
 use crate::refusal::Refusal;
-use crate::seam::{Draft, Outgoing};
+use crate::seam::Outgoing;
 use crate::store::images::{self, ImageRow, RefusalRow};
 use crate::store::inbox;
 
@@ -158,7 +158,7 @@ pub(super) async fn invite(core: &Core, portal_id: &str, user: &UserId) -> Resul
         return Ok(());
     }
     let rooms = core.sides()?.rooms(side);
-    let draft = member(core, user, "invite");
+    let draft = core.member(core.users.bot(), user, "invite");
     rooms.invite(portal.room(side), Outgoing { draft, effect: None }).await.map(drop)
 }
 
@@ -169,7 +169,7 @@ pub(super) async fn withdraw_invite(core: &Core, portal_id: &str, user: &UserId)
     if state.membership(user) != "invite" {
         return Ok(());
     }
-    send(core.sides()?.rooms(side), &portal, side, member(core, user, "leave")).await.map(drop)
+    core.send(&portal, side, core.member(core.users.bot(), user, "leave")).await.map(drop)
 }
 
 /// Says something in both rooms: the Matrix event and the LM event.
@@ -203,8 +203,7 @@ pub(super) async fn set_power(core: &Core, portal_id: &str, user: &UserId, level
             return Err(Refusal::malformed("m.room.power_levels", "users is no object"));
         };
         users.insert(name.to_string(), json!(level.clamp(-USER_LIMIT, USER_LIMIT)));
-        let draft = draft(core, POWER_LEVELS, "", content);
-        send(rooms, &portal, at, draft).await?;
+        core.send(&portal, at, core.draft(core.users.bot(), POWER_LEVELS, Some(""), content)).await?;
     }
     Ok(())
 }
@@ -297,25 +296,4 @@ async fn home(core: &Core, portal: &Portal, user: &UserId) -> Result<(Side, Stat
     }
     let keys = core.context.keyring.server_keys(user.server_name()).await;
     Ok(if keys.is_ok_and(|keys| keys.linearized) { (Side::Lm, lm) } else { (Side::Matrix, matrix) })
-}
-
-async fn send(rooms: &dyn Rooms, portal: &Portal, side: Side, draft: Draft) -> Result<OwnedEventId, Refusal> {
-    let sent = rooms.send(portal.room(side), vec![Outgoing { draft, effect: None }]).await.pop();
-    Ok(sent.unwrap_or_else(|| Err(Refusal::Internal("nothing came of an event".to_owned())))?.event_id)
-}
-
-fn member(core: &Core, user: &UserId, membership: &str) -> Draft {
-    let mut content = Object::new();
-    content.insert("membership".to_owned(), membership.into());
-    draft(core, MEMBER, user.as_str(), content)
-}
-
-fn draft(core: &Core, kind: &str, state_key: &str, content: Object) -> Draft {
-    Draft {
-        sender: core.users.bot().clone(),
-        kind: kind.to_owned(),
-        state_key: Some(state_key.to_owned()),
-        content,
-        origin_server_ts: core.now_ms(),
-    }
 }

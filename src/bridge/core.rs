@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use ruma::{OwnedRoomId, OwnedUserId, RoomId};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, UserId};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -13,12 +13,14 @@ use super::portal::{Portal, PortalState};
 use super::registry::{Entry, Registry};
 use super::repair::Repairs;
 use super::resolve::{self, Negative};
-use super::side::Sides;
+use super::side::{MEMBER, Sides};
 use super::users::Users;
 use super::worker;
+use crate::event::Object;
 use crate::federation::Context;
 use crate::identity::Side;
 use crate::refusal::Refusal;
+use crate::seam::{Draft, Outgoing};
 use crate::store::{StoreError, portals};
 
 /// What every part of the bridge holds.
@@ -67,6 +69,31 @@ impl Core {
 
     pub(super) fn now_ms(&self) -> i64 {
         self.context.clock.now_ms()
+    }
+
+    /// An event of now.
+    pub(super) fn draft(&self, sender: &UserId, kind: &str, state_key: Option<&str>, content: Object) -> Draft {
+        Draft {
+            sender: sender.to_owned(),
+            kind: kind.to_owned(),
+            state_key: state_key.map(str::to_owned),
+            content,
+            origin_server_ts: self.now_ms(),
+        }
+    }
+
+    /// A member event of now that says nothing but the membership.
+    pub(super) fn member(&self, sender: &UserId, target: &UserId, membership: &str) -> Draft {
+        let mut content = Object::new();
+        content.insert("membership".to_owned(), membership.into());
+        self.draft(sender, MEMBER, Some(target.as_str()), content)
+    }
+
+    /// Sends one event of now, with nothing written beside it.
+    pub(super) async fn send(&self, portal: &Portal, side: Side, draft: Draft) -> Result<OwnedEventId, Refusal> {
+        let sent =
+            self.sides()?.rooms(side).send(portal.room(side), vec![Outgoing { draft, effect: None }]).await.pop();
+        Ok(sent.unwrap_or_else(|| Err(Refusal::Internal("nothing came of an event".to_owned())))?.event_id)
     }
 
     /// Runs a task that ends with the bridge.

@@ -19,7 +19,7 @@ use crate::event::Object;
 use crate::identity::Side;
 use crate::lm::Role;
 use crate::refusal::Refusal;
-use crate::seam::{Draft, Outgoing};
+use crate::seam::Outgoing;
 use crate::store::portals::PortalRow;
 
 /// How many ghosts join in one call.
@@ -122,11 +122,12 @@ async fn join_ghosts(core: &Arc<Core>, portal: &Portal, state: &State, known: &K
             continue;
         }
         if !public && there.membership(ghost) != "invite" {
-            let draft = member(core, core.users.bot(), ghost, invite());
+            let draft = core.member(core.users.bot(), ghost, "invite");
             outgoing.push(Outgoing { draft, effect: None });
         }
         let effect = effect::joined(core, portal, Side::Lm, entry.event_id.to_owned()).await?;
-        let draft = member(core, ghost, ghost, member_content(entry.content, "join"));
+        let content = member_content(entry.content, "join");
+        let draft = core.draft(ghost, MEMBER, Some(ghost.as_str()), content);
         outgoing.push(Outgoing { draft, effect });
         done += 1;
         if outgoing.len() >= BATCH {
@@ -146,20 +147,4 @@ fn all<T>(results: Vec<Result<T, Refusal>>) -> Result<(), Refusal> {
         tracing::warn!(%refusal, "a ghost could not join");
     }
     Ok(())
-}
-
-fn invite() -> Object {
-    let mut content = Object::new();
-    content.insert("membership".to_owned(), "invite".into());
-    content
-}
-
-fn member(core: &Core, sender: &UserId, target: &UserId, content: Object) -> Draft {
-    Draft {
-        sender: sender.to_owned(),
-        kind: MEMBER.to_owned(),
-        state_key: Some(target.to_string()),
-        content,
-        origin_server_ts: core.now_ms(),
-    }
 }

@@ -10,14 +10,14 @@ use super::carry::{is_public, stranger};
 use super::core::Core;
 use super::portal::{Portal, PortalKind};
 use super::registry::Entry;
-use super::side::{MEMBER, State};
+use super::side::State;
 use super::translate::member_content;
 use super::users::Who;
 use super::{access, repair};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::seam::{Draft, Handshake, Membership, Outgoing, Stage};
+use crate::seam::{Handshake, Membership, Stage};
 
 /// How long a join waits for the hub.
 const HUB_PATIENCE: Duration = Duration::from_secs(20);
@@ -55,7 +55,7 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
         Membership::Join => may_join(core, &portal, handshake.side.other(), &ghost).await,
         Membership::Knock => {
             let rooms = core.sides()?.rooms(handshake.side.other());
-            let draft = member(core, &ghost, &ghost, "knock");
+            let draft = core.member(&ghost, &ghost, "knock");
             rooms.check(portal.room(handshake.side.other()), &draft).await
         }
         Membership::Invite | Membership::Ban | Membership::Leave => Ok(()),
@@ -71,8 +71,8 @@ async fn may_join(core: &Core, portal: &Portal, side: Side, ghost: &UserId) -> R
         return Ok(());
     }
     let draft = match needs_invite(&state, ghost) {
-        true => member(core, core.users.bot(), ghost, "invite"),
-        false => member(core, ghost, ghost, "join"),
+        true => core.member(core.users.bot(), ghost, "invite"),
+        false => core.member(ghost, ghost, "join"),
     };
     rooms.check(room, &draft).await
 }
@@ -91,9 +91,8 @@ async fn join_at_hub(core: &Arc<Core>, entry: &Arc<Entry>, ghost: &UserId, conte
     }
     let spared = Spared::new(core, portal.lm_room_id.clone(), ghost.to_owned());
     if needs_invite(&state, ghost) {
-        let draft = member(core, core.users.bot(), ghost, "invite");
-        let sent = lm.send(&portal.lm_room_id, vec![Outgoing { draft, effect: None }]).await.pop();
-        sent.unwrap_or_else(|| Err(Refusal::Internal("nothing came of an invite".to_owned())))?;
+        let draft = core.member(core.users.bot(), ghost, "invite");
+        core.send(&portal, Side::Lm, draft).await?;
     }
     let content = member_content(content, "join");
     let (room_id, via, user) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
@@ -130,18 +129,6 @@ fn look_back(core: &Arc<Core>, entry: &Arc<Entry>, spared: Spared) {
         drop(spared);
         repair::soon(&inner, &entry);
     });
-}
-
-fn member(core: &Core, sender: &UserId, target: &UserId, membership: &str) -> Draft {
-    let mut content = Object::new();
-    content.insert("membership".to_owned(), membership.into());
-    Draft {
-        sender: sender.to_owned(),
-        kind: MEMBER.to_owned(),
-        state_key: Some(target.to_string()),
-        content,
-        origin_server_ts: core.now_ms(),
-    }
 }
 
 /// Keeps repair from a ghost as long as it lives.

@@ -14,7 +14,6 @@ use super::translate::MAPPED_STATE;
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::seam::{Draft, Outgoing};
 
 /// How often one sender is told the same in one portal.
 const SAME_EVERY_MS: i64 = 600_000;
@@ -108,15 +107,7 @@ pub(super) async fn say(
     side: Side,
     content: Object,
 ) -> Result<ruma::OwnedEventId, Refusal> {
-    let draft = Draft {
-        sender: core.users.bot().clone(),
-        kind: "m.room.message".to_owned(),
-        state_key: None,
-        content,
-        origin_server_ts: core.now_ms(),
-    };
-    let sent = core.sides()?.rooms(side).send(portal.room(side), vec![Outgoing { draft, effect: None }]).await.pop();
-    Ok(sent.unwrap_or_else(|| Err(Refusal::Internal("nothing came of a message".to_owned())))?.event_id)
+    core.send(portal, side, core.draft(core.users.bot(), "m.room.message", None, content)).await
 }
 
 #[cfg(test)]

@@ -242,8 +242,13 @@ pub(super) mod tests {
         });
         let across = |user: &UserId| (user == user_id!("@a:h")).then(|| user_id!("@mx_a_h:g").to_owned());
         let bot = user_id!("@isthmus:g");
-        let levels =
-            Levels { content: content.as_object(), creator: None, across: &across, bot: Some((bot, BOT_LEVEL)) };
+        let levels = Levels {
+            content: content.as_object(),
+            creator: None,
+            across: &across,
+            to: Side::Lm,
+            bot: Some((bot, BOT_LEVEL)),
+        };
         assert_eq!(
             Value::Object(image(&levels)),
             json!({

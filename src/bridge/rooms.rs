@@ -103,11 +103,5 @@ fn draft(core: &Core, kind: &str, content: Value) -> Draft {
         Value::Object(content) => content,
         _ => Object::new(),
     };
-    Draft {
-        sender: core.users.bot().clone(),
-        kind: kind.to_owned(),
-        state_key: Some(String::new()),
-        content,
-        origin_server_ts: core.now_ms(),
-    }
+    core.draft(core.users.bot(), kind, Some(""), content)
 }

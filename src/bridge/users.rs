@@ -6,7 +6,7 @@ use ruma::{OwnedUserId, ServerName, UserId, user_id};
 
 use crate::identity::{Ghost, GhostNames, Side};
 use crate::refusal::Refusal;
-use crate::store::Store;
+use crate::store::{Store, ghosts};
 
 /// The localpart of the bot, on both sides.
 const BOT: &str = "isthmus";
@@ -65,13 +65,13 @@ impl Users {
         }
         if let Some((ghost, hashed)) = self.names.of_user(side, user) {
             if hashed {
-                remember(store, side, user, &ghost).await?;
+                ghosts::remember(store, &ghost, side, user).await?;
             }
             return Ok(Who::Native { ghost });
         }
         Ok(match self.names.parse(side, user) {
             Ghost::Of(user) => Who::Ghost { user },
-            Ghost::Hashed => match behind(store, user).await? {
+            Ghost::Hashed => match ghosts::behind(store, user, side.other()).await? {
                 Some(user) => Who::Ghost { user },
                 None => Who::Stranger,
             },
@@ -96,10 +96,51 @@ impl Users {
     }
 }
 
-async fn remember(_store: &Store, _side: Side, _user: &UserId, _ghost: &UserId) -> Result<(), Refusal> {
-    Err(Refusal::Internal("names that are too long are not stored yet".to_owned()))
-}
+#[cfg(test)]
+mod tests {
+    use ruma::server_name;
 
-async fn behind(_store: &Store, _ghost: &UserId) -> Result<Option<OwnedUserId>, Refusal> {
-    Ok(None)
+    use super::*;
+    use crate::store::testing::both_stores;
+
+    #[tokio::test]
+    async fn who_is_who_on_each_side() {
+        both_stores(|store| async move {
+            let users = Users::new(server_name!("g.example"), Some(server_name!("h.example")));
+            let native = |ghost: &str| Who::Native { ghost: ghost.try_into().unwrap() };
+            let ghost = |user: &str| Who::Ghost { user: user.try_into().unwrap() };
+            for (side, user, expected) in [
+                (Side::Matrix, "@alice:h.example", native("@mx_alice_h.example:g.example")),
+                (Side::Lm, "@bob:l.example", native("@lm_bob_l.example:g.example")),
+                (Side::Matrix, "@lm_bob_l.example:g.example", ghost("@bob:l.example")),
+                (Side::Lm, "@mx_alice_h.example:g.example", ghost("@alice:h.example")),
+                // A ghost exists on one side only, and is never made of a ghost or of a bot.
+                (Side::Lm, "@lm_bob_l.example:g.example", Who::Stranger),
+                (Side::Matrix, "@mx_alice_h.example:g.example", Who::Stranger),
+                (Side::Matrix, "@someone:g.example", Who::Stranger),
+                (Side::Matrix, "@isthmus:g.example", Who::Bot),
+                (Side::Lm, "@isthmus:g.example", Who::Bot),
+                (Side::Matrix, "@_isthmus:h.example", Who::Appservice),
+                (Side::Lm, "@_isthmus:h.example", native("@lm__isthmus_h.example:g.example")),
+            ] {
+                let user = UserId::parse(user).unwrap();
+                assert_eq!(users.who(&store, side, &user).await.unwrap(), expected, "{user} on {}", side.as_str());
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_name_that_had_to_be_hashed_leads_back() {
+        both_stores(|store| async move {
+            let users = Users::new(server_name!("g.example"), None);
+            let user = UserId::parse(format!("@{}:h.example", "x".repeat(230))).unwrap();
+            let Who::Native { ghost } = users.who(&store, Side::Matrix, &user).await.unwrap() else { panic!() };
+            assert!(ghost.as_str().len() <= 255);
+            let found = users.who(&store, Side::Lm, &ghost).await.unwrap();
+            assert_eq!(found, Who::Ghost { user });
+            assert_eq!(users.who(&store, Side::Matrix, &ghost).await.unwrap(), Who::Stranger);
+        })
+        .await;
+    }
 }

@@ -275,16 +275,11 @@ fn event_id(column: String) -> Result<OwnedEventId, StoreError> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use ruma::{event_id, user_id};
 
     use super::*;
-
-    pub(crate) async fn fresh() -> (Store, tempfile::TempDir) {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Store::open(&format!("sqlite://{}/t.db", directory.path().display())).await.unwrap();
-        (store, directory)
-    }
+    use crate::store::testing::both_stores;
 
     fn row(source: &str, image: &str) -> ImageRow {
         ImageRow {
@@ -305,86 +300,96 @@ pub(crate) mod tests {
 
     #[tokio::test]
     async fn inv_5_a_source_has_one_image_and_an_image_one_source() {
-        let (store, _directory) = fresh().await;
-        put(&store, row("$a", "$A")).await.unwrap();
-        assert!(put(&store, row("$a", "$B")).await.is_err());
-        assert!(put(&store, row("$b", "$A")).await.is_err());
-        put(&store, row("$b", "$B")).await.unwrap();
-        // The same two IDs with their sides exchanged are another pair.
-        put(&store, ImageRow { side: Side::Lm, ..row("$a", "$A") }).await.unwrap();
-        let wanted = [event_id!("$a").to_owned(), event_id!("$c").to_owned()];
-        let found = of_sources(&store, Side::Matrix, &wanted).await.unwrap();
-        assert_eq!(found.len(), 1);
-        assert_eq!(found[event_id!("$a")], row("$a", "$A"));
-        assert_eq!(of_images(&store, Side::Matrix, &[event_id!("$B").to_owned()]).await.unwrap().len(), 1);
+        both_stores(|store| async move {
+            put(&store, row("$a", "$A")).await.unwrap();
+            assert!(put(&store, row("$a", "$B")).await.is_err());
+            assert!(put(&store, row("$b", "$A")).await.is_err());
+            put(&store, row("$b", "$B")).await.unwrap();
+            // The same two IDs with their sides exchanged are another pair.
+            put(&store, ImageRow { side: Side::Lm, ..row("$a", "$A") }).await.unwrap();
+            let wanted = [event_id!("$a").to_owned(), event_id!("$c").to_owned()];
+            let found = of_sources(&store, Side::Matrix, &wanted).await.unwrap();
+            assert_eq!(found.len(), 1);
+            assert_eq!(found[event_id!("$a")], row("$a", "$A"));
+            assert_eq!(of_images(&store, Side::Matrix, &[event_id!("$B").to_owned()]).await.unwrap().len(), 1);
+        })
+        .await;
     }
 
     #[tokio::test]
     async fn an_lpdu_that_its_hub_appended_twice_crosses_once() {
-        let (store, _directory) = fresh().await;
-        let lpdu = Some(event_id!("$lpdu").to_owned());
-        let first = ImageRow { side: Side::Lm, source_lpdu: lpdu.clone(), ..row("$a", "$A") };
-        put(&store, first).await.unwrap();
-        assert!(put(&store, ImageRow { side: Side::Lm, source_lpdu: lpdu, ..row("$b", "$B") }).await.is_err());
-        let found = of_lpdus(&store, &[event_id!("$lpdu").to_owned()]).await.unwrap();
-        assert_eq!(found[event_id!("$lpdu")], event_id!("$a").to_owned());
+        both_stores(|store| async move {
+            let lpdu = Some(event_id!("$lpdu").to_owned());
+            let first = ImageRow { side: Side::Lm, source_lpdu: lpdu.clone(), ..row("$a", "$A") };
+            put(&store, first).await.unwrap();
+            assert!(put(&store, ImageRow { side: Side::Lm, source_lpdu: lpdu, ..row("$b", "$B") }).await.is_err());
+            let found = of_lpdus(&store, &[event_id!("$lpdu").to_owned()]).await.unwrap();
+            assert_eq!(found[event_id!("$lpdu")], event_id!("$a").to_owned());
+        })
+        .await;
     }
 
     #[tokio::test]
     async fn a_pending_image_gets_its_event_id_once_or_is_taken_back() {
-        let (store, _directory) = fresh().await;
-        put(&store, ImageRow { pending: true, ..row("$a", "$lpdu1") }).await.unwrap();
-        put(&store, ImageRow { pending: true, ..row("$b", "$lpdu2") }).await.unwrap();
-        assert_eq!(pending(&store, 1).await.unwrap(), (2, Some(5)));
-        let echo = |lpdu: &'static str, event: &'static str| {
-            let store = store.clone();
-            async move {
-                store
-                    .write(move |tx| {
-                        Box::pin(async move { echoed(tx, lpdu.try_into().unwrap(), event.try_into().unwrap()).await })
-                    })
-                    .await
-                    .unwrap()
-            }
-        };
-        assert!(echo("$lpdu1", "$A").await);
-        assert!(!echo("$lpdu1", "$A2").await);
-        let taken = store
-            .write(|tx| Box::pin(async move { take_pending(tx, event_id!("$lpdu2")).await }))
-            .await
-            .unwrap()
-            .unwrap();
-        assert_eq!(taken.source, event_id!("$b").to_owned());
-        assert_eq!(pending(&store, 1).await.unwrap(), (0, None));
+        both_stores(|store| async move {
+            put(&store, ImageRow { pending: true, ..row("$a", "$lpdu1") }).await.unwrap();
+            put(&store, ImageRow { pending: true, ..row("$b", "$lpdu2") }).await.unwrap();
+            assert_eq!(pending(&store, 1).await.unwrap(), (2, Some(5)));
+            let echo = |lpdu: &'static str, event: &'static str| {
+                let store = store.clone();
+                async move {
+                    store
+                        .write(move |tx| {
+                            Box::pin(
+                                async move { echoed(tx, lpdu.try_into().unwrap(), event.try_into().unwrap()).await },
+                            )
+                        })
+                        .await
+                        .unwrap()
+                }
+            };
+            assert!(echo("$lpdu1", "$A").await);
+            assert!(!echo("$lpdu1", "$A2").await);
+            let taken = store
+                .write(|tx| Box::pin(async move { take_pending(tx, event_id!("$lpdu2")).await }))
+                .await
+                .unwrap()
+                .unwrap();
+            assert_eq!(taken.source, event_id!("$b").to_owned());
+            assert_eq!(pending(&store, 1).await.unwrap(), (0, None));
+        })
+        .await;
     }
 
     #[tokio::test]
     async fn refusals_and_profiles_come_back() {
-        let (store, _directory) = fresh().await;
-        let refused = RefusalRow {
-            side: Side::Lm,
-            source: event_id!("$a").to_owned(),
-            portal: 3,
-            sender: "@a:b".to_owned(),
-            kind: "x\u{0}".to_owned(),
-            code: "lm_rule".to_owned(),
-            reason: "no\u{0}".to_owned(),
-            refused_ts: 9,
-        };
-        let written = refused.clone();
-        store
-            .write(move |tx| {
-                Box::pin(async move {
-                    refuse(tx, &written).await?;
-                    refuse(tx, &written).await?;
-                    set_profile(tx, Side::Lm, user_id!("@a:b"), Some("A\u{0}"), None).await
+        both_stores(|store| async move {
+            let refused = RefusalRow {
+                side: Side::Lm,
+                source: event_id!("$a").to_owned(),
+                portal: 3,
+                sender: "@a:b".to_owned(),
+                kind: "x\u{0}".to_owned(),
+                code: "lm_rule".to_owned(),
+                reason: "no\u{0}".to_owned(),
+                refused_ts: 9,
+            };
+            let written = refused.clone();
+            store
+                .write(move |tx| {
+                    Box::pin(async move {
+                        refuse(tx, &written).await?;
+                        refuse(tx, &written).await?;
+                        set_profile(tx, Side::Lm, user_id!("@a:b"), Some("A\u{0}"), None).await
+                    })
                 })
-            })
-            .await
-            .unwrap();
-        assert_eq!(refusal(&store, Side::Lm, event_id!("$a")).await.unwrap(), Some(refused.clone()));
-        assert_eq!(refusals(&store, 3, 10).await.unwrap(), [refused]);
-        let profile = profile(&store, Side::Lm, &user_id!("@a:b").to_owned()).await.unwrap().unwrap();
-        assert_eq!(profile, (Some("A\u{0}".to_owned()), None));
+                .await
+                .unwrap();
+            assert_eq!(refusal(&store, Side::Lm, event_id!("$a")).await.unwrap(), Some(refused.clone()));
+            assert_eq!(refusals(&store, 3, 10).await.unwrap(), [refused]);
+            let profile = profile(&store, Side::Lm, &user_id!("@a:b").to_owned()).await.unwrap().unwrap();
+            assert_eq!(profile, (Some("A\u{0}".to_owned()), None));
+        })
+        .await;
     }
 }

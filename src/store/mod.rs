@@ -5,6 +5,7 @@
 
 pub mod appservice;
 pub mod dag;
+pub mod ghosts;
 mod ids;
 pub mod images;
 pub mod inbox;

@@ -158,57 +158,60 @@ mod tests {
     use ruma::{room_id, server_name};
 
     use super::*;
+    use crate::store::testing::both_stores;
 
     #[tokio::test]
     async fn a_portal_and_its_alias_come_back_as_they_were_written() {
-        let (store, _directory) = crate::store::images::tests::fresh().await;
-        let row = PortalRow {
-            number: 0,
-            kind: "from_lm".to_owned(),
-            state: "creating".to_owned(),
-            matrix_room_id: None,
-            lm_room_id: Some(room_id!("!a:hub.example").to_owned()),
-            lm_hub: server_name!("hub.example").to_owned(),
-            alias: Some("lm_a_hub.example".to_owned()),
-            reason: None,
-            request: b"{}".to_vec(),
-            created_ts: 7,
-        };
-        let insert_row = row.clone();
-        let number = store.write(move |tx| Box::pin(async move { insert(tx, &insert_row).await })).await.unwrap();
-        let done = PortalRow {
-            number,
-            state: "active".to_owned(),
-            matrix_room_id: Some(room_id!("!m:g.example").to_owned()),
-            reason: Some("x\u{0}y".to_owned()),
-            ..row.clone()
-        };
-        let written = done.clone();
-        store
-            .write(move |tx| {
-                Box::pin(async move {
-                    update(tx, &written).await?;
-                    set_alias(tx, "lm_a_hub.example", number).await
+        both_stores(|store| async move {
+            let row = PortalRow {
+                number: 0,
+                kind: "from_lm".to_owned(),
+                state: "creating".to_owned(),
+                matrix_room_id: None,
+                lm_room_id: Some(room_id!("!a:hub.example").to_owned()),
+                lm_hub: server_name!("hub.example").to_owned(),
+                alias: Some("lm_a_hub.example".to_owned()),
+                reason: None,
+                request: b"{}".to_vec(),
+                created_ts: 7,
+            };
+            let insert_row = row.clone();
+            let number = store.write(move |tx| Box::pin(async move { insert(tx, &insert_row).await })).await.unwrap();
+            let done = PortalRow {
+                number,
+                state: "active".to_owned(),
+                matrix_room_id: Some(room_id!("!m:g.example").to_owned()),
+                reason: Some("x\u{0}y".to_owned()),
+                ..row.clone()
+            };
+            let written = done.clone();
+            store
+                .write(move |tx| {
+                    Box::pin(async move {
+                        update(tx, &written).await?;
+                        set_alias(tx, "lm_a_hub.example", number).await
+                    })
                 })
-            })
-            .await
-            .unwrap();
-        assert_eq!(all(&store).await.unwrap(), [done.clone()]);
-        assert_eq!(aliases(&store).await.unwrap(), [("lm_a_hub.example".to_owned(), number)]);
+                .await
+                .unwrap();
+            assert_eq!(all(&store).await.unwrap(), [done.clone()]);
+            assert_eq!(aliases(&store).await.unwrap(), [("lm_a_hub.example".to_owned(), number)]);
 
-        // A second portal of the same room is impossible until the first has ended.
-        let again = row.clone();
-        assert!(store.write(move |tx| Box::pin(async move { insert(tx, &again).await })).await.is_err());
-        let ended = PortalRow { state: "ended".to_owned(), ..done };
-        let second = store
-            .write(move |tx| {
-                Box::pin(async move {
-                    update(tx, &ended).await?;
-                    insert(tx, &row).await
+            // A second portal of the same room is impossible until the first has ended.
+            let again = row.clone();
+            assert!(store.write(move |tx| Box::pin(async move { insert(tx, &again).await })).await.is_err());
+            let ended = PortalRow { state: "ended".to_owned(), ..done };
+            let second = store
+                .write(move |tx| {
+                    Box::pin(async move {
+                        update(tx, &ended).await?;
+                        insert(tx, &row).await
+                    })
                 })
-            })
-            .await
-            .unwrap();
-        assert_eq!(second, number + 1);
+                .await
+                .unwrap();
+            assert_eq!(second, number + 1);
+        })
+        .await;
     }
 }
