@@ -14,7 +14,7 @@ use super::signed::{Signed, SignedBody, SignedTransaction};
 use super::transaction::{self, Dialect};
 use crate::dag::Dag;
 use crate::event::{Family, RoomVersion};
-use crate::federation::{Begun, Context, Transactions};
+use crate::federation::{Begun, Context, Lines, Transactions};
 use crate::identity::Side;
 use crate::lm::Lm;
 use crate::refusal::Refusal;
@@ -33,6 +33,8 @@ pub struct Federation {
     pub between: SharedBetween,
     /// Transactions that were answered.
     pub transactions: Transactions,
+    /// Transactions that wait for earlier ones of their server.
+    pub lines: Lines,
 }
 
 type Answer = Result<Json<Value>, Refusal>;
@@ -146,6 +148,7 @@ async fn send(
         Dialect::Lm => "v2/send",
     };
     let origin = &transaction.origin;
+    let _turn = federation.lines.enter(origin, transaction.raw.len()).await?;
     match federation.transactions.begin(origin, endpoint, &txn_id).await? {
         Begun::Answered(answer) => Ok(Json(answer)),
         Begun::Process(processing) => {
