@@ -10,6 +10,8 @@ mod pdu;
 mod redact;
 mod room_version;
 mod sign;
+#[cfg(test)]
+mod tests;
 
 pub use self::canonical::canonical_json;
 pub use self::canonical_text::canonical_text;
