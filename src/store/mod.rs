@@ -9,6 +9,7 @@ pub mod ghosts;
 mod ids;
 pub mod images;
 pub mod inbox;
+pub mod lm;
 pub mod outbound;
 pub mod overview;
 pub mod portals;

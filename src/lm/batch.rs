@@ -1,0 +1,334 @@
+//! Events on their way into one log: tried on a copy of the room, written in one transaction with all that hangs on them,
+//! and told about only after the commit (INV-6).
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ruma::{OwnedEventId, OwnedServerName};
+use serde_json::value::RawValue;
+use sqlx::Executor as _;
+
+use super::room::{Move, Snapshot};
+use super::rooms::RoomCell;
+use super::{Appended, Lm, Position};
+use crate::event::{Pdu, Redaction};
+use crate::federation::{Feed, FeedKind, OutboundQueues};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::EventEffect;
+use crate::store::lm::{self as stored, NewEvent, RoomRow};
+use crate::store::{Store, StoreError, Tx, inbox};
+
+/// Where an event comes from, as far as it matters for what is written with it.
+#[derive(Default)]
+pub(super) struct Origin {
+    /// It was made elsewhere: it goes into the bridge's inbox.
+    pub foreign: bool,
+    /// The answer to a handshake carries it to its sender's server, so the queue need not.
+    pub answered: bool,
+    /// What is written with it, with the ID by which its maker knows it.
+    pub effect: Option<Effect>,
+}
+
+/// An effect that waits; it can be looked past from several threads, though only run from one.
+pub(super) struct Effect(Mutex<EventEffect>);
+
+impl Effect {
+    fn into_inner(self) -> EventEffect {
+        self.0.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl From<EventEffect> for Effect {
+    fn from(effect: EventEffect) -> Self {
+        Self(Mutex::new(effect))
+    }
+}
+
+struct Entry {
+    pdu: Arc<Pdu>,
+    position: i64,
+    bytes: Vec<u8>,
+    origin: Origin,
+    moved: Option<Move>,
+}
+
+/// Events that are to be appended together.
+pub(super) struct Batch {
+    before: Arc<Snapshot>,
+    /// The room as it will be.
+    pub after: Snapshot,
+    entries: Vec<Entry>,
+    /// A room that is to be made.
+    new_room: bool,
+    complaints: Vec<(OwnedEventId, String)>,
+}
+
+/// What was committed of a batch.
+pub(super) struct Committed {
+    /// The events, in order.
+    pub appended: Vec<Appended>,
+    /// Why the event after those was not appended.
+    pub failed: Option<StoreError>,
+    /// The effects of the events after the failed one, which were not tried.
+    pub untried: Vec<Option<Effect>>,
+}
+
+impl Batch {
+    pub fn new(before: Arc<Snapshot>) -> Self {
+        let after = (*before).clone();
+        Self { before, after, entries: Vec::new(), new_room: false, complaints: Vec::new() }
+    }
+
+    /// A room that is made together with its first events.
+    pub fn of_new_room(empty: Snapshot) -> Self {
+        Self { new_room: true, ..Self::new(Arc::new(empty)) }
+    }
+
+    /// Adds the next event, which was found to be allowed, and returns its index.
+    pub fn push(&mut self, pdu: Pdu, origin: Origin) -> usize {
+        let pdu = Arc::new(pdu);
+        let moved = self.after.apply(&pdu);
+        let (position, bytes) = (self.after.head, pdu.to_bytes());
+        self.entries.push(Entry { pdu, position, bytes, origin, moved });
+        self.entries.len().saturating_sub(1)
+    }
+
+    /// Records what the hub did wrong, with an event that is not appended.
+    pub fn complain(&mut self, event_id: OwnedEventId, problem: String) {
+        self.complaints.push((event_id, problem));
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.complaints.is_empty() && self.after.redaction == self.before.redaction
+    }
+
+    /// Writes everything, then tells the room's cell, the queues and the bridge.
+    pub async fn commit(self, lm: &Lm, cell: Option<&Arc<RoomCell>>) -> Result<Committed, Refusal> {
+        if self.is_empty() {
+            return Ok(Committed { appended: Vec::new(), failed: None, untried: Vec::new() });
+        }
+        let context = lm.context();
+        let room_id = self.after.facts.room_id.clone();
+        let is_hub = self.after.facts.hub == context.server_name;
+        let destinations = if is_hub { self.destinations(&context.server_name) } else { Vec::new() };
+        let (before, after) = (self.before.clone(), self.after.clone());
+        let events: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
+        let watched = lm.between().watches(Side::Lm, &room_id);
+        let job = Job {
+            store: context.store.clone(),
+            server_name: context.server_name.clone(),
+            now_ms: context.clock.now_ms(),
+            feed: Feed { kind: FeedKind::Log, room_id: room_id.clone() },
+            watched,
+            is_hub,
+            after: self.after,
+            head_before: self.before.head,
+            redaction_before: self.before.redaction,
+            entries: self.entries,
+            new_room: self.new_room,
+            complaints: self.complaints,
+        };
+        let result = context.store.write(move |tx| Box::pin(job.run(tx))).await;
+        let Done { kept, failed, untried, texts, pushed } = match result {
+            Ok(done) => done,
+            Err(error) => {
+                if let Some(cell) = cell {
+                    cell.forget();
+                }
+                return Err(error.into());
+            }
+        };
+        let appended = appended(&before, &events, kept);
+        let snapshot = if kept == events.len() { after } else { replay(&before, &after, &appended) };
+        let cell = match cell {
+            Some(cell) => {
+                cell.publish(Arc::new(snapshot));
+                cell.clone()
+            }
+            None => lm.rooms().add(snapshot).await?,
+        };
+        if !destinations.is_empty() {
+            cell.keep_recent(texts);
+            context.outbound.wake(&Feed { kind: FeedKind::Log, room_id: room_id.clone() }, &destinations);
+        }
+        if pushed {
+            for event in &appended {
+                lm.remember(event).await;
+            }
+            lm.between().accepted(Side::Lm, &room_id);
+        }
+        for event in &appended {
+            if let Some(lpdu_id) = &event.event.lpdu_id {
+                cell.settle(lpdu_id, &Ok(event.clone()));
+            }
+        }
+        Ok(Committed { appended, failed, untried })
+    }
+
+    /// The servers that were in the room before or come into it.
+    fn destinations(&self, own: &ruma::ServerName) -> Vec<OwnedServerName> {
+        let came = self.entries.iter().filter_map(|entry| match &entry.moved {
+            Some(Move::Came(server)) => Some(server),
+            _ => None,
+        });
+        let mut servers: Vec<OwnedServerName> = self.before.servers().chain(came).cloned().collect();
+        servers.retain(|server| server != own);
+        servers
+    }
+}
+
+fn appended(before: &Snapshot, events: &[Arc<Pdu>], kept: usize) -> Vec<Appended> {
+    (before.head.saturating_add(1)..)
+        .zip(events.iter().take(kept))
+        .map(|(position, event)| Appended { event: event.clone(), position: Position(position) })
+        .collect()
+}
+
+fn replay(before: &Snapshot, after: &Snapshot, appended: &[Appended]) -> Snapshot {
+    let mut snapshot = before.clone();
+    snapshot.redaction = after.redaction;
+    for event in appended {
+        snapshot.apply(&event.event);
+    }
+    snapshot
+}
+
+/// The write job of a batch.
+struct Job {
+    store: Store,
+    server_name: OwnedServerName,
+    now_ms: i64,
+    feed: Feed,
+    watched: bool,
+    is_hub: bool,
+    after: Snapshot,
+    head_before: i64,
+    redaction_before: Redaction,
+    entries: Vec<Entry>,
+    new_room: bool,
+    complaints: Vec<(OwnedEventId, String)>,
+}
+
+struct Done {
+    kept: usize,
+    failed: Option<StoreError>,
+    untried: Vec<Option<Effect>>,
+    /// The events as text, where there is somebody to send them to.
+    texts: Vec<(i64, Arc<RawValue>)>,
+    /// Whether anything went into the bridge's inbox.
+    pushed: bool,
+}
+
+impl Job {
+    async fn run(mut self, tx: &mut Tx) -> Result<Done, StoreError> {
+        let room_id = self.feed.room_id.clone();
+        let (kept, failed) = self.effects(tx).await?;
+        let untried = self.entries.drain(kept..).skip(1).map(|entry| entry.origin.effect).collect();
+        let head = self.entries.last().map_or(self.head_before, |entry| entry.position);
+        if self.new_room {
+            let facts = &self.after.facts;
+            let room = RoomRow {
+                room_id: room_id.clone(),
+                version: facts.version,
+                hub: facts.hub.clone(),
+                redaction: self.after.redaction,
+                head,
+            };
+            stored::insert_room(tx, &room).await?;
+        } else if self.after.redaction != self.redaction_before {
+            stored::set_redaction(tx, &room_id, self.after.redaction).await?;
+        }
+        for (event_id, problem) in &self.complaints {
+            stored::complain(tx, &room_id, event_id, problem, self.now_ms).await?;
+        }
+        if self.entries.is_empty() {
+            return Ok(Done { kept, failed, untried, texts: Vec::new(), pushed: false });
+        }
+        if !self.new_room {
+            stored::advance_head(tx, &room_id, head).await?;
+        }
+        if self.is_hub {
+            self.fan_out(tx, head).await?;
+        }
+        let pushed = self.push_to_inbox(tx).await?;
+        let is_hub = self.is_hub;
+        let events = self.append(tx).await?;
+        let texts = if is_hub { texts(events)? } else { Vec::new() };
+        Ok(Done { kept, failed, untried, texts, pushed })
+    }
+
+    /// Runs the effects in order, each in a savepoint, up to the first that fails; says how many events are kept.
+    async fn effects(&mut self, tx: &mut Tx) -> Result<(usize, Option<StoreError>), StoreError> {
+        for (index, entry) in self.entries.iter_mut().enumerate() {
+            let Some(effect) = entry.origin.effect.take() else { continue };
+            tx.execute("SAVEPOINT effect").await?;
+            let result = effect.into_inner()(tx, entry.pdu.event_id.clone()).await;
+            if let Err(error) = result {
+                tx.execute("ROLLBACK TO SAVEPOINT effect").await?;
+                tx.execute("RELEASE SAVEPOINT effect").await?;
+                return Ok((index, Some(error)));
+            }
+            tx.execute("RELEASE SAVEPOINT effect").await?;
+        }
+        Ok((self.entries.len(), None))
+    }
+
+    /// Gives the new events to the queues of the servers in the room.
+    async fn fan_out(&self, tx: &mut Tx, head: i64) -> Result<(), StoreError> {
+        for entry in &self.entries {
+            match &entry.moved {
+                Some(Move::Came(server)) if *server != self.server_name => {
+                    let since = if entry.origin.answered { entry.position } else { entry.position.saturating_sub(1) };
+                    stored::server_joined(tx, &self.feed.room_id, server, since).await?;
+                    OutboundQueues::subscribe(tx, server, &self.feed, since).await?;
+                }
+                Some(Move::Went(server)) if *server != self.server_name => {
+                    stored::server_left(tx, &self.feed.room_id, server, entry.position).await?;
+                    OutboundQueues::end(tx, server, &self.feed, entry.position).await?;
+                }
+                _ => {}
+            }
+        }
+        OutboundQueues::advance(tx, &self.feed, head).await
+    }
+
+    async fn push_to_inbox(&self, tx: &mut Tx) -> Result<bool, StoreError> {
+        if !self.watched {
+            return Ok(false);
+        }
+        let foreign = self.entries.iter().filter(|entry| entry.origin.foreign);
+        let event_ids: Vec<OwnedEventId> = foreign.map(|entry| entry.pdu.event_id.clone()).collect();
+        inbox::push(&self.store, tx, Side::Lm, &self.feed.room_id, &event_ids, self.now_ms).await?;
+        Ok(!event_ids.is_empty())
+    }
+
+    async fn append(self, tx: &mut Tx) -> Result<Vec<NewEvent>, StoreError> {
+        let room_id = &self.feed.room_id;
+        let events: Vec<NewEvent> = self
+            .entries
+            .into_iter()
+            .map(|entry| NewEvent {
+                position: entry.position,
+                event_id: entry.pdu.event_id.clone(),
+                lpdu_id: entry.pdu.lpdu_id.clone(),
+                state: entry.pdu.state_key.as_ref().map(|state_key| (entry.pdu.kind.clone(), state_key.clone())),
+                json: entry.bytes,
+            })
+            .collect();
+        stored::append(tx, room_id, &events).await?;
+        let state = events.iter().filter_map(|event| Some((event.state.as_ref()?, event.position)));
+        let state: BTreeMap<&(String, String), i64> = state.collect();
+        stored::set_state(tx, room_id, &state.into_iter().collect::<Vec<_>>()).await?;
+        Ok(events)
+    }
+}
+
+fn texts(events: Vec<NewEvent>) -> Result<Vec<(i64, Arc<RawValue>)>, StoreError> {
+    let text = |event: NewEvent| {
+        let text = String::from_utf8(event.json).map_err(|error| StoreError::corrupt("event", error))?;
+        let raw = RawValue::from_string(text).map_err(|error| StoreError::corrupt("event", error))?;
+        Ok((event.position, Arc::from(raw)))
+    };
+    events.into_iter().map(text).collect()
+}

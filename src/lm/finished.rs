@@ -1,0 +1,137 @@
+//! Finished events as they come from a hub: their form, their signatures and their hashes.
+
+use std::collections::BTreeSet;
+
+use futures::{StreamExt as _, stream};
+use ruma::OwnedServerName;
+
+use super::Lm;
+use crate::event::{HashCheck, Object, Pdu, Redaction, VerifyKeys, verify_signatures};
+use crate::refusal::Refusal;
+
+/// How many servers are asked for their keys at once.
+const KEYS_AT_ONCE: usize = 16;
+
+/// An event whose required signatures are right.
+pub(super) struct Finished {
+    /// The event; its redacted copy when a hash is wrong.
+    pub pdu: Pdu,
+    /// The table of redaction with which its signatures are right.
+    pub redaction: Redaction,
+    /// Which hash is wrong.
+    pub redacted: Option<Refusal>,
+}
+
+/// Why an event is not taken.
+pub(super) enum Bad {
+    /// Its form is wrong, or its keys cannot be had: nothing is proved either way.
+    Dropped(Refusal),
+    /// A signature is missing or wrong.
+    Forged(Box<Pdu>, Refusal),
+}
+
+impl Bad {
+    pub fn refusal(&self) -> &Refusal {
+        match self {
+            Self::Dropped(refusal) | Self::Forged(_, refusal) => refusal,
+        }
+    }
+}
+
+impl Lm {
+    /// Checks events; `redaction` is the table that the room's hub is thought to use, the other one is tried too.
+    pub(super) async fn check_finished(
+        &self,
+        objects: Vec<Object>,
+        redaction: Redaction,
+    ) -> Vec<Result<Finished, Bad>> {
+        let parsed: Vec<Result<Pdu, Refusal>> =
+            objects.into_iter().map(|object| Pdu::parse(object, redaction)).collect();
+        self.fetch_keys(parsed.iter().flatten()).await;
+        let mut with_keys = Vec::with_capacity(parsed.len());
+        for pdu in parsed {
+            with_keys.push(match pdu {
+                Ok(pdu) => match self.keys_of(&pdu).await {
+                    Ok(keys) => Ok((pdu, keys)),
+                    Err(refusal @ Refusal::KeysUnavailable { .. }) => Err(Bad::Dropped(refusal)),
+                    Err(refusal @ Refusal::Internal(_)) => Err(Bad::Dropped(refusal)),
+                    Err(refusal) => Err(Bad::Forged(Box::new(pdu), refusal)),
+                },
+                Err(refusal) => Err(Bad::Dropped(refusal)),
+            });
+        }
+        let verified = verify_together(&with_keys, redaction);
+        with_keys
+            .into_iter()
+            .zip(verified)
+            .map(|(event, verified)| {
+                let (pdu, keys) = event?;
+                match verified {
+                    Ok(()) => Ok(finish(pdu, redaction)),
+                    Err(refusal) => try_other(pdu, &keys, other(redaction), refusal),
+                }
+            })
+            .collect()
+    }
+
+    /// Gets the keys that will be needed into the key ring, many servers at once.
+    async fn fetch_keys<'a>(&self, pdus: impl Iterator<Item = &'a Pdu>) {
+        let servers: BTreeSet<OwnedServerName> = pdus.flat_map(Pdu::required_signers).collect();
+        let keyring = &self.context().keyring;
+        let fetched = stream::iter(servers).for_each_concurrent(KEYS_AT_ONCE, |server| async move {
+            if let Err(error) = keyring.server_keys(&server).await {
+                tracing::debug!(%server, %error, "no keys");
+            }
+        });
+        fetched.await;
+    }
+
+    async fn keys_of(&self, pdu: &Pdu) -> Result<VerifyKeys, Refusal> {
+        let signers = pdu.required_signers();
+        self.context().keyring.keys_for_event(&pdu.json, &signers, pdu.origin_server_ts).await
+    }
+}
+
+/// Checks all signatures of all events at once; the answers are in the order of `events`.
+fn verify_together(events: &[Result<(Pdu, VerifyKeys), Bad>], redaction: Redaction) -> Vec<Result<(), Refusal>> {
+    let mut answers = Vec::with_capacity(events.len());
+    let (mut checks, mut owners) = (Vec::new(), Vec::new());
+    for (index, event) in events.iter().enumerate() {
+        let own = match event {
+            Ok((pdu, keys)) => pdu.signature_checks(keys, redaction),
+            Err(bad) => Err(bad.refusal().clone()),
+        };
+        answers.push(own.map(|own| {
+            owners.extend(own.iter().map(|_| index));
+            checks.extend(own);
+        }));
+    }
+    for (owner, checked) in owners.into_iter().zip(verify_signatures(&checks)) {
+        if let (Some(answer @ Ok(())), Err(refusal)) = (answers.get_mut(owner), checked) {
+            *answer = Err(refusal);
+        }
+    }
+    answers
+}
+
+fn try_other(pdu: Pdu, keys: &VerifyKeys, redaction: Redaction, refusal: Refusal) -> Result<Finished, Bad> {
+    // The ID depends on the table too.
+    match Pdu::parse(pdu.json.clone(), redaction) {
+        Ok(as_other) if as_other.verify_signatures(keys, redaction).is_ok() => Ok(finish(as_other, redaction)),
+        _ => Err(Bad::Forged(Box::new(pdu), refusal)),
+    }
+}
+
+fn finish(pdu: Pdu, redaction: Redaction) -> Finished {
+    match pdu.check_hashes() {
+        HashCheck::Intact => Finished { pdu, redaction, redacted: None },
+        HashCheck::Redact(why) => Finished { pdu: pdu.redacted(redaction), redaction, redacted: Some(why) },
+    }
+}
+
+fn other(redaction: Redaction) -> Redaction {
+    match redaction {
+        Redaction::Draft => Redaction::GraphServer,
+        Redaction::GraphServer => Redaction::Draft,
+    }
+}

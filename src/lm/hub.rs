@@ -1,0 +1,337 @@
+//! The hub's part: rooms that the gateway makes, what its own users send there, and the LPDUs of participants.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures::future::join_all;
+use rand::RngCore as _;
+use ruma::{OwnedEventId, OwnedRoomId, RoomId, ServerName, UserId};
+use serde_json::{Value, json};
+
+use super::actor::{Outcome, What};
+use super::batch::{Batch, Origin};
+use super::room::{Facts, Snapshot, Subject};
+use super::rooms::RoomCell;
+use super::{Appended, Lm, NewRoom, Role, Sent};
+use crate::event::{Lpdu, Object, Redaction, VerifiedLpdu, VerifyKeys, parse_object, reference_hash};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::{Draft, Handshake, Membership, Outgoing, Raw, Received, Stage};
+
+impl Lm {
+    /// Creates a room with the gateway as its hub.
+    pub async fn create_room(&self, room: NewRoom) -> Result<OwnedRoomId, Refusal> {
+        let context = self.context();
+        let room_id = new_room_id(&context.server_name)?;
+        let facts = Facts { room_id: room_id.clone(), version: room.version, hub: context.server_name.clone() };
+        let mut batch = Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft));
+        let now = context.clock.now_ms();
+        let first = |kind: &str, state_key: &str, content: Value| Draft {
+            sender: room.creator.clone(),
+            kind: kind.to_owned(),
+            state_key: Some(state_key.to_owned()),
+            content: content.as_object().cloned().unwrap_or_default(),
+            origin_server_ts: now,
+        };
+        let create = first("m.room.create", "", json!({ "room_version": room.version.as_str() }));
+        let join = first("m.room.member", room.creator.as_str(), json!({ "membership": "join" }));
+        for draft in [create, join].into_iter().chain(room.initial_state) {
+            let pdu = self.build(&batch.after, &draft)?;
+            batch.push(pdu, Origin::default());
+        }
+        batch.commit(self, None).await?;
+        tracing::info!(room = %room_id, "created a room");
+        Ok(room_id)
+    }
+
+    /// Sends events of the gateway's users into a room, in order. As hub they are appended when this returns, as
+    /// participant they are signed and queued, in one transaction with their effects. Each fails alone, with its effect.
+    /// What is sent here does not go into the bridge's inbox (an echo from a hub does).
+    pub async fn send(&self, room_id: &RoomId, events: Vec<Outgoing>) -> Vec<Result<Sent, Refusal>> {
+        let (cell, snapshot) = match self.find(room_id).await {
+            Ok(found) => found,
+            Err(refusal) => return events.iter().map(|_| Err(refusal.clone())).collect(),
+        };
+        match self.role(&snapshot) {
+            Role::Hub => self.send_as_hub(&cell, events).await,
+            Role::Participant { .. } => self.send_as_participant(&snapshot.facts, events).await,
+        }
+    }
+
+    async fn send_as_hub(&self, cell: &Arc<RoomCell>, events: Vec<Outgoing>) -> Vec<Result<Sent, Refusal>> {
+        let own = |event: Outgoing| {
+            (What::Own(event.draft), Origin { effect: event.effect.map(Into::into), ..Origin::default() })
+        };
+        let results = self.append_all(cell, events.into_iter().map(own).collect()).await;
+        results.into_iter().map(|result| result.map(Sent::Appended)).collect()
+    }
+
+    /// The PDUs of a transaction that belong to LM rooms; answers in order, after all is committed.
+    pub async fn receive(&self, origin: &ServerName, pdus: Vec<Raw>) -> Vec<Received> {
+        let mut answers: Vec<Received> = Vec::with_capacity(pdus.len());
+        let mut by_room: BTreeMap<OwnedRoomId, Vec<(usize, Object)>> = BTreeMap::new();
+        for raw in pdus {
+            match parse(&raw) {
+                Ok((room_id, event_id, object)) => {
+                    by_room.entry(room_id).or_default().push((answers.len(), object));
+                    answers.push(Received { event_id: Some(event_id), result: Ok(()) });
+                }
+                Err(refusal) => answers.push(Received { event_id: None, result: Err(refusal) }),
+            }
+        }
+        let rooms = by_room.into_iter().map(|(room_id, events)| async move {
+            let (places, objects): (Vec<usize>, Vec<Object>) = events.into_iter().unzip();
+            (places, self.receive_in_room(origin, &room_id, objects).await)
+        });
+        for (places, results) in join_all(rooms).await {
+            for (place, result) in places.into_iter().zip(results) {
+                if let Some(answer) = answers.get_mut(place) {
+                    if let Err(refusal) = &result {
+                        let event = answer.event_id.as_ref().map(tracing::field::display);
+                        tracing::info!(%origin, event, %refusal, "refused an event");
+                    }
+                    answer.result = result;
+                }
+            }
+        }
+        answers
+    }
+
+    pub(super) async fn receive_in_room(
+        &self,
+        origin: &ServerName,
+        room_id: &RoomId,
+        objects: Vec<Object>,
+    ) -> Vec<Result<(), Refusal>> {
+        let (cell, snapshot) = match self.find(room_id).await {
+            Ok(found) => found,
+            // Events of rooms that the gateway is not in are dropped, but those of a room that is being joined are kept.
+            Err(Refusal::UnknownRoom(_)) if self.joining().keep(origin, room_id, &objects) => {
+                return objects.iter().map(|_| Ok(())).collect();
+            }
+            Err(Refusal::UnknownRoom(_)) => return objects.iter().map(|_| Ok(())).collect(),
+            Err(refusal) => return objects.iter().map(|_| Err(refusal.clone())).collect(),
+        };
+        match self.role(&snapshot) {
+            Role::Hub => self.receive_lpdus(origin, &cell, &snapshot.facts, objects).await,
+            Role::Participant { .. } => self.take_finished(origin, &cell, objects).await,
+        }
+    }
+
+    /// What a participant sends into a room that is hubbed here. Everything that can be checked before an event's place
+    /// is known is checked here, for many events at once; the rest by the room's task.
+    async fn receive_lpdus(
+        &self,
+        origin: &ServerName,
+        cell: &Arc<RoomCell>,
+        facts: &Facts,
+        objects: Vec<Object>,
+    ) -> Vec<Result<(), Refusal>> {
+        let mut results: Vec<Result<(), Refusal>> = Vec::with_capacity(objects.len());
+        let mut parsed = Vec::with_capacity(objects.len());
+        for object in objects {
+            let lpdu = Lpdu::parse(object).and_then(|lpdu| self.is_for_us(origin, facts, lpdu));
+            match lpdu {
+                Ok(lpdu) => {
+                    parsed.push((results.len(), lpdu));
+                    results.push(Ok(()));
+                }
+                Err(refusal) => results.push(Err(refusal)),
+            }
+        }
+        let mut waiting = Vec::new();
+        for (place, verified) in self.verify(origin, parsed).await {
+            let passed = match verified {
+                Ok(lpdu) if is_join(&lpdu) => {
+                    // What comes before it in the transaction may decide whether it is allowed.
+                    self.flush(cell, &mut waiting, &mut results).await;
+                    self.pass_gate(cell, &lpdu).await.map(|()| lpdu)
+                }
+                other => other,
+            };
+            match passed {
+                Ok(lpdu) => waiting.push((place, lpdu)),
+                Err(refusal) => set(&mut results, place, Err(refusal)),
+            }
+        }
+        self.flush(cell, &mut waiting, &mut results).await;
+        results
+    }
+
+    async fn flush(
+        &self,
+        cell: &Arc<RoomCell>,
+        waiting: &mut Vec<(usize, VerifiedLpdu)>,
+        results: &mut [Result<(), Refusal>],
+    ) {
+        if waiting.is_empty() {
+            return;
+        }
+        let (places, lpdus): (Vec<_>, Vec<_>) = waiting.drain(..).unzip();
+        let foreign = |lpdu| (What::Lpdu(lpdu), Origin { foreign: true, ..Origin::default() });
+        let appended = self.append_all(cell, lpdus.into_iter().map(foreign).collect()).await;
+        for (place, result) in places.into_iter().zip(appended) {
+            set(results, place, result.map(drop));
+        }
+    }
+
+    /// Appends events that may be invites like any others.
+    async fn append_all(&self, cell: &Arc<RoomCell>, events: Vec<(What, Origin)>) -> Vec<Result<Appended, Refusal>> {
+        let before = cell.snapshot(&self.context().store).await;
+        let outcomes = self.append(cell, events).await;
+        let results: Vec<_> = outcomes.into_iter().map(Outcome::into_result).collect();
+        if let Ok(before) = before {
+            for appended in results.iter().flatten().filter(|appended| appended.position.0 > before.head) {
+                self.tell_invited(&before, appended);
+            }
+        }
+        results
+    }
+
+    /// Whether an LPDU comes from its sender's server and is meant for this hub. Our own users are no exception: only this
+    /// gateway speaks for them, and it does not do so over federation.
+    pub(super) fn is_for_us(&self, origin: &ServerName, facts: &Facts, lpdu: Lpdu) -> Result<Lpdu, Refusal> {
+        let own = &self.context().server_name;
+        let sent_by = lpdu.sender.server_name();
+        if sent_by != origin || sent_by == own {
+            return Err(Refusal::WrongOrigin { origin: origin.to_string(), expected: sent_by.to_string() });
+        }
+        if lpdu.hub_server != facts.hub {
+            return Err(Refusal::WrongHub { hub: facts.hub.to_string(), found: lpdu.hub_server.to_string() });
+        }
+        if lpdu.room_id != facts.room_id {
+            return Err(Refusal::malformed("room_id", format!("{}, not {}", lpdu.room_id, facts.room_id)));
+        }
+        if lpdu.kind == "m.room.member"
+            && let Some(target) = &lpdu.state_key
+            && let Err(error) = <&UserId>::try_from(target.as_str())
+        {
+            return Err(Refusal::malformed("state_key", format!("{target:?} of m.room.member: {error}")));
+        }
+        Ok(lpdu)
+    }
+
+    /// Checks hashes and signatures, together those that are signed with the same keys.
+    async fn verify(
+        &self,
+        origin: &ServerName,
+        lpdus: Vec<(usize, Lpdu)>,
+    ) -> Vec<(usize, Result<VerifiedLpdu, Refusal>)> {
+        let mut results = Vec::with_capacity(lpdus.len());
+        let mut groups: Vec<(VerifyKeys, Vec<usize>, Vec<Lpdu>)> = Vec::new();
+        for (place, lpdu) in lpdus {
+            match self.keys(origin, &lpdu).await {
+                Ok(keys) => match groups.iter_mut().find(|(of_group, ..)| *of_group == keys) {
+                    Some((_, places, lpdus)) => {
+                        places.push(place);
+                        lpdus.push(lpdu);
+                    }
+                    None => groups.push((keys, vec![place], vec![lpdu])),
+                },
+                Err(refusal) => results.push((place, Err(refusal))),
+            }
+        }
+        for (keys, places, lpdus) in groups {
+            results.extend(places.into_iter().zip(Lpdu::verify_all(lpdus, &keys)));
+        }
+        // The order of a transaction is the order in the log.
+        results.sort_by_key(|(place, _)| *place);
+        results
+    }
+
+    async fn keys(&self, origin: &ServerName, lpdu: &Lpdu) -> Result<VerifyKeys, Refusal> {
+        let keyring = &self.context().keyring;
+        keyring.keys_for_event(&lpdu.json, &[origin.to_owned()], lpdu.origin_server_ts).await
+    }
+
+    /// One LPDU that came with a handshake: everything but the rules and the gate.
+    pub(super) async fn verify_one(
+        &self,
+        origin: &ServerName,
+        facts: &Facts,
+        body: Object,
+    ) -> Result<VerifiedLpdu, Refusal> {
+        let lpdu = self.is_for_us(origin, facts, Lpdu::parse(body)?)?;
+        let keys = self.keys(origin, &lpdu).await?;
+        lpdu.verify(&keys)
+    }
+
+    /// Asks the other side about a user who joins, if the rules allow the join and it is a new one.
+    pub(super) async fn pass_gate(&self, cell: &Arc<RoomCell>, lpdu: &VerifiedLpdu) -> Result<(), Refusal> {
+        let room = cell.snapshot(&self.context().store).await?;
+        let in_already = lpdu.state_key.as_deref().is_some_and(|user| room.membership(user) == Some("join"));
+        if in_already || self.event_of_lpdu(&lpdu.lpdu_id).await?.is_some() {
+            return Ok(());
+        }
+        let content = content(lpdu);
+        let subject = Subject {
+            sender: &lpdu.sender,
+            kind: &lpdu.kind,
+            state_key: lpdu.state_key.as_deref(),
+            content: &content,
+            signed_by_hub: Some(true),
+        };
+        room.judge(&subject, &room.auth_events(&subject).0)?;
+        self.between().gate(&handshake(&room, &lpdu.sender, Membership::Join, Stage::Send, content)).await
+    }
+}
+
+fn is_join(lpdu: &Lpdu) -> bool {
+    lpdu.kind == "m.room.member" && membership(lpdu) == Some(Membership::Join)
+}
+
+pub(super) fn membership(lpdu: &Lpdu) -> Option<Membership> {
+    lpdu.json.get("content")?.get("membership")?.as_str().and_then(Membership::parse)
+}
+
+pub(super) fn handshake(
+    room: &Snapshot,
+    user_id: &UserId,
+    membership: Membership,
+    stage: Stage,
+    content: Object,
+) -> Handshake {
+    let room_id = room.facts.room_id.clone();
+    Handshake { side: Side::Lm, room_id, user_id: user_id.to_owned(), membership, stage, content }
+}
+
+fn content(lpdu: &Lpdu) -> Object {
+    lpdu.json.get("content").and_then(Value::as_object).cloned().unwrap_or_default()
+}
+
+impl Outcome {
+    /// The event, or why it is not in the log.
+    pub(super) fn into_result(self) -> Result<Appended, Refusal> {
+        match self {
+            Self::Appended(appended) => Ok(appended),
+            Self::Refused(refusal) => Err(refusal),
+            Self::Moved(_) => Err(Refusal::Internal("the log moved".to_owned())),
+        }
+    }
+}
+
+fn set(results: &mut [Result<(), Refusal>], place: usize, result: Result<(), Refusal>) {
+    if let Some(entry) = results.get_mut(place) {
+        *entry = result;
+    }
+}
+
+/// An event of a transaction: its room, its ID as it was received, and the event.
+fn parse(raw: &Raw) -> Result<(OwnedRoomId, OwnedEventId, Object), Refusal> {
+    let mut object = parse_object(raw.get().as_bytes())?;
+    // Neither belongs to an event, and neither counts in what identifies it.
+    object.remove("unsigned");
+    object.remove("event_id");
+    let room_id = object.get("room_id").and_then(Value::as_str).unwrap_or_default();
+    let room_id = RoomId::parse(room_id).map_err(|error| Refusal::malformed("room_id", error.to_string()))?;
+    let event_id = format!("${}", reference_hash(&object, Redaction::Draft));
+    let event_id = OwnedEventId::try_from(event_id).map_err(|error| Refusal::Internal(error.to_string()))?;
+    Ok((room_id, event_id, object))
+}
+
+fn new_room_id(own: &ServerName) -> Result<OwnedRoomId, Refusal> {
+    let mut random = [0u8; 12];
+    rand::rngs::OsRng.fill_bytes(&mut random);
+    let opaque = data_encoding::BASE32_NOPAD.encode(&random).to_lowercase();
+    RoomId::parse(format!("!{opaque}:{own}")).map_err(|error| Refusal::Internal(error.to_string()))
+}

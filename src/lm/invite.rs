@@ -1,0 +1,290 @@
+//! Invites. The hub builds the event on the end of its log and has the target's server sign it; as the target's server the
+//! gateway checks and signs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ruma::{OwnedServerName, RoomId, ServerName, UserId};
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+
+use super::actor::{Item, Job, Outcome, What};
+use super::batch::{Effect, Origin};
+use super::handshake::stripped_state;
+use super::participant::into_refusal;
+use super::room::Snapshot;
+use super::rooms::RoomCell;
+use super::{Appended, Lm, Role, Sent};
+use crate::event::{Family, Object, Pdu, Redaction, RoomVersion, VerifiedLpdu, redact, verify_object};
+use crate::identity::{Side, Validity};
+use crate::refusal::Refusal;
+use crate::seam::{Draft, Invite, Outgoing};
+
+/// How often an invite is built anew because the log has moved, before appends wait for it.
+const TRIES: usize = 3;
+/// How long a target that let appends wait in vain is not waited for again.
+const DISTRUST: Duration = Duration::from_secs(3600);
+/// How often appends in one room may be made to wait.
+const BETWEEN_HOLDS: Duration = Duration::from_secs(60);
+/// How many events of stripped state are read.
+const STRIPPED: usize = 100;
+
+/// For whom appends do not wait.
+pub(super) struct Invites {
+    distrusted: moka::future::Cache<OwnedServerName, ()>,
+    held: moka::future::Cache<ruma::OwnedRoomId, ()>,
+}
+
+impl Invites {
+    pub fn new() -> Self {
+        let distrusted = moka::future::Cache::builder().max_capacity(10_000).time_to_live(DISTRUST);
+        let held = moka::future::Cache::builder().max_capacity(10_000).time_to_live(BETWEEN_HOLDS);
+        Self { distrusted: distrusted.build(), held: held.build() }
+    }
+}
+
+/// What an invite is made of.
+#[derive(Clone)]
+enum Source {
+    Own(Draft),
+    Lpdu(VerifiedLpdu),
+}
+
+impl Lm {
+    /// Invites a user of another server into a room: as hub through the target's server, which signs; as participant
+    /// through the hub.
+    pub async fn invite(&self, room_id: &RoomId, invite: Outgoing) -> Result<Sent, Refusal> {
+        let target = target_of(&invite.draft.kind, invite.draft.state_key.as_deref(), &invite.draft.content)?;
+        let (cell, room) = self.find(room_id).await?;
+        let server = target.server_name();
+        let in_room = room.has_server(server) || *server == self.context().server_name;
+        match self.role(&room) {
+            Role::Hub if !in_room => {
+                let source = Source::Own(invite.draft);
+                self.invite_through(&cell, server, source, invite.effect.map(Into::into)).await.map(Sent::Appended)
+            }
+            Role::Participant { hub } if !in_room => self.invite_through_hub(&room, &hub, invite).await,
+            _ => {
+                let sent = self.send(room_id, vec![invite]).await.pop();
+                sent.unwrap_or_else(|| Err(Refusal::Internal("nothing was sent".to_owned())))
+            }
+        }
+    }
+
+    /// The hub asks the target's server; some hubs take invites by `send` alone.
+    async fn invite_through_hub(&self, room: &Snapshot, hub: &ServerName, invite: Outgoing) -> Result<Sent, Refusal> {
+        let lpdu = self.sign(&room.facts, &invite.draft)?;
+        let (version, stripped) = (room.facts.version, stripped_state(room));
+        match self.peers().invite(hub, &lpdu.lpdu_id, &lpdu.json, version, stripped).await {
+            Ok(_) => {}
+            Err(error) if error.is_unrecognized() => {
+                let sent = self.send_as_participant(&room.facts, vec![invite]).await.pop();
+                return sent.unwrap_or_else(|| Err(Refusal::Internal("nothing was sent".to_owned())));
+            }
+            Err(error) => return Err(into_refusal(error, hub)),
+        }
+        // The same invite again is the same LPDU, which the hub knows: a crash before this line does no harm.
+        if let Some(effect) = invite.effect {
+            let lpdu_id = lpdu.lpdu_id.clone();
+            self.context().store.write(move |tx| effect(tx, lpdu_id)).await?;
+        }
+        Ok(Sent::Queued { lpdu_id: lpdu.lpdu_id })
+    }
+
+    /// `POST invite`, as hub (from a participant, for a third server) and as the target's server.
+    pub async fn invited(&self, origin: &ServerName, body: Object) -> Result<Value, Refusal> {
+        let Some(Value::Object(event)) = body.get("event") else {
+            return Err(Refusal::malformed("event", "missing or no object"));
+        };
+        let room_id = event.get("room_id").and_then(Value::as_str).unwrap_or_default();
+        let room_id = RoomId::parse(room_id).map_err(|error| Refusal::malformed("room_id", error.to_string()))?;
+        let known = match self.find(&room_id).await {
+            Ok(found) => Some(found),
+            Err(Refusal::UnknownRoom(_)) => None,
+            Err(refusal) => return Err(refusal),
+        };
+        let signed = match known {
+            Some((cell, room)) if self.role(&room) == Role::Hub => {
+                self.invite_for(origin, &cell, &room, event.clone()).await?.event.json.clone()
+            }
+            _ => self.countersign(origin, &body, event.clone()).await?,
+        };
+        // The draft's name and the one that peers read.
+        Ok(json!({ "pdu": signed, "event": signed }))
+    }
+
+    /// A participant's invite, at the hub.
+    async fn invite_for(
+        &self,
+        origin: &ServerName,
+        cell: &Arc<RoomCell>,
+        room: &Snapshot,
+        event: Object,
+    ) -> Result<Appended, Refusal> {
+        let lpdu = self.verify_one(origin, &room.facts, event).await?;
+        let empty = Object::new();
+        let content = lpdu.json.get("content").and_then(Value::as_object).unwrap_or(&empty);
+        let target = target_of(&lpdu.kind, lpdu.state_key.as_deref(), content)?;
+        if let Some(appended) = self.event_of_lpdu(&lpdu.lpdu_id).await? {
+            return Ok(appended);
+        }
+        let server = target.server_name();
+        if room.has_server(server) || *server == self.context().server_name {
+            let from = Origin { foreign: true, ..Origin::default() };
+            let outcome = self.append(cell, vec![(What::Lpdu(lpdu), from)]).await.pop();
+            return outcome.ok_or_else(|| Refusal::Internal("no outcome".to_owned()))?.into_result();
+        }
+        self.invite_through(cell, server, Source::Lpdu(lpdu), None).await
+    }
+
+    /// Tells the target's server of an invite that was appended without asking it: participants may send invites like any
+    /// event. Done once and in the background, because the invite stands whatever comes of it.
+    pub(super) fn tell_invited(&self, room: &Snapshot, invite: &Appended) {
+        let event = &invite.event;
+        let Ok(target) = target_of(&event.kind, event.state_key.as_deref(), event.content()) else { return };
+        let server = target.server_name().to_owned();
+        if room.has_server(&server) || server == self.context().server_name {
+            return;
+        }
+        let (lm, event) = (self.clone(), event.clone());
+        let (version, stripped) = (room.facts.version, stripped_state(room));
+        tokio::spawn(async move {
+            if let Err(error) = lm.peers().invite(&server, &event.event_id, &event.json, version, stripped).await {
+                tracing::info!(room = %event.room_id, %server, %error, "the invited server was not told");
+            }
+        });
+    }
+
+    /// Builds an invite on the end of the log, has the target's server sign it, and appends it if the log has not moved.
+    async fn invite_through(
+        &self,
+        cell: &Arc<RoomCell>,
+        server: &ServerName,
+        source: Source,
+        mut effect: Option<Effect>,
+    ) -> Result<Appended, Refusal> {
+        let foreign = matches!(source, Source::Lpdu(_));
+        for _ in 0..TRIES {
+            let what = self.ask_target(cell, server, &source).await?;
+            let origin = Origin { foreign, answered: false, effect: effect.take() };
+            match self.append(cell, vec![(what, origin)]).await.pop() {
+                Some(Outcome::Moved(returned)) => effect = returned,
+                Some(outcome) => return outcome.into_result(),
+                None => return Err(Refusal::Internal("no outcome".to_owned())),
+            }
+        }
+        self.invite_while_log_stands(cell, server, &source, Origin { foreign, answered: false, effect }).await
+    }
+
+    async fn ask_target(&self, cell: &Arc<RoomCell>, server: &ServerName, source: &Source) -> Result<What, Refusal> {
+        let room = cell.snapshot(&self.context().store).await?;
+        let mut pdu = match source {
+            Source::Own(draft) => self.build(&room, draft)?,
+            Source::Lpdu(lpdu) => self.complete(&room, lpdu.clone())?,
+        };
+        let (version, stripped) = (room.facts.version, stripped_state(&room));
+        let answer = self.peers().invite(server, &pdu.event_id, &pdu.json, version, stripped).await;
+        let signed = answer.map_err(|error| into_refusal(error, server))?;
+        self.take_signature(server, &mut pdu, signed).await;
+        Ok(What::Signed { pdu: Box::new(pdu), after: room.last_id().cloned() })
+    }
+
+    /// Takes the target's signature, if it is right, and nothing else of what came back.
+    async fn take_signature(&self, server: &ServerName, pdu: &mut Pdu, mut signed: Object) {
+        let Some(Value::Object(mut signatures)) = signed.remove("signatures") else { return };
+        let Some(Value::Object(by_target)) = signatures.remove(server.as_str()) else { return };
+        let ids: Vec<&str> = by_target.keys().map(String::as_str).take(10).collect();
+        let keyring = &self.context().keyring;
+        let Ok(keys) = keyring.keys_for(server, &ids, Validity::At(pdu.origin_server_ts)).await else { return };
+        let mut countersigned = pdu.json.clone();
+        let all = countersigned.entry("signatures").or_insert_with(|| json!({}));
+        if let Some(all) = all.as_object_mut() {
+            let known = by_target.into_iter().filter(|(id, _)| keys.contains_key(id)).collect();
+            all.insert(server.to_string(), Value::Object(known));
+        }
+        let right = verify_object(&redact(&countersigned, Redaction::Draft), server.as_str(), &keys).is_ok();
+        match Pdu::parse(countersigned, Redaction::Draft) {
+            Ok(countersigned) if right => *pdu = countersigned,
+            _ => tracing::info!(%server, event = %pdu.event_id, "the invited server did not sign the invite"),
+        }
+    }
+
+    /// Appends wait while the target signs, for at most five seconds.
+    async fn invite_while_log_stands(
+        &self,
+        cell: &Arc<RoomCell>,
+        server: &ServerName,
+        source: &Source,
+        origin: Origin,
+    ) -> Result<Appended, Refusal> {
+        let invites = &self.inner.invites;
+        let busy = || Refusal::Remote {
+            server: server.to_string(),
+            problem: "the room moves faster than the invite is signed".to_owned(),
+        };
+        if invites.distrusted.contains_key(server) || invites.held.contains_key(&cell.room_id) {
+            return Err(busy());
+        }
+        invites.held.insert(cell.room_id.clone(), ()).await;
+        let (still, stands) = oneshot::channel();
+        let (give, ready) = oneshot::channel();
+        self.submit(cell, Job::Hold { still, ready }).await;
+        stands.await.map_err(|_| busy())?;
+        let what = self.ask_target(cell, server, source).await?;
+        let (item, outcome) = Item::new(what, origin);
+        if give.send(item).is_err() {
+            invites.distrusted.insert(server.to_owned(), ()).await;
+            return Err(busy());
+        }
+        outcome.await.map_err(|_| busy())?.into_result()
+    }
+
+    /// As the target's server: checks an invite for one of our users and signs it.
+    async fn countersign(&self, origin: &ServerName, body: &Object, event: Object) -> Result<Object, Refusal> {
+        let version = body.get("room_version").and_then(Value::as_str).unwrap_or_default();
+        let room_version = RoomVersion::parse(version)
+            .filter(|version| version.family() == Family::Log)
+            .ok_or_else(|| Refusal::IncompatibleRoomVersion(version.to_owned()))?;
+        let finished = self.check_finished(vec![event], Redaction::Draft).await.pop();
+        let finished = finished.ok_or_else(|| Refusal::malformed("event", "missing"))?;
+        let finished = finished.map_err(|bad| bad.refusal().clone())?;
+        if let Some(refusal) = finished.redacted {
+            return Err(refusal);
+        }
+        let mut pdu = finished.pdu;
+        let target = target_of(&pdu.kind, pdu.state_key.as_deref(), pdu.content())?;
+        let own = &self.context().server_name;
+        if target.server_name() != own {
+            return Err(Refusal::NotFound(format!("user {target}")));
+        }
+        // The hub asks for its own users and for those of its participants.
+        let asked_by = pdu.hub_server.as_deref().unwrap_or(pdu.sender.server_name());
+        if asked_by != origin || pdu.sender.server_name() == own {
+            return Err(Refusal::WrongOrigin { origin: origin.to_string(), expected: asked_by.to_string() });
+        }
+        let stripped = body.get("invite_room_state").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        let stripped_state = stripped.iter().take(STRIPPED).filter_map(|event| event.as_object().cloned()).collect();
+        let invite = Invite {
+            side: Side::Lm,
+            room_id: pdu.room_id.clone(),
+            room_version: room_version.as_str().to_owned(),
+            event_id: pdu.event_id.clone(),
+            sender: pdu.sender.clone(),
+            target,
+            stripped_state,
+        };
+        self.between().invited(invite).await?;
+        pdu.countersign(own, &self.context().signing_key);
+        Ok(pdu.json)
+    }
+}
+
+/// The user whom an event invites.
+fn target_of(kind: &str, state_key: Option<&str>, content: &Object) -> Result<ruma::OwnedUserId, Refusal> {
+    let membership = content.get("membership").and_then(Value::as_str);
+    if kind != "m.room.member" || membership != Some("invite") {
+        return Err(Refusal::malformed("event", format!("{kind:?} with membership {membership:?}, not an invite")));
+    }
+    let target = state_key.unwrap_or_default();
+    UserId::parse(target).map_err(|error| Refusal::malformed("state_key", format!("{target:?}: {error}")))
+}

@@ -1,0 +1,244 @@
+//! LPDUs of the gateway's users on their way to a hub: queued with their effects, looked for before they are sent a second
+//! time, and judged by the hub.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ruma::{OwnedEventId, RoomId, ServerName, UserId};
+use serde_json::Value;
+use sqlx::Executor as _;
+
+use super::actor::template;
+use super::batch::Batch;
+use super::feed::raw;
+use super::intake::Taking;
+use super::room::Facts;
+use super::rooms::RoomCell;
+use super::{Appended, Lm, Sent};
+use crate::event::{Lpdu, Object, canonical_json};
+use crate::federation::{Delivery, Feed, FeedKind, OutboundQueues};
+use crate::refusal::Refusal;
+use crate::seam::{Draft, EventEffect, Outgoing};
+use crate::store::lm as stored;
+use crate::store::{Store, StoreError, Tx};
+
+/// How long the echo of an LPDU is waited for.
+const ECHO: Duration = Duration::from_secs(20);
+
+impl Lm {
+    /// Signs events of our users as LPDUs and queues them for the hub.
+    pub(super) async fn send_as_participant(&self, facts: &Facts, events: Vec<Outgoing>) -> Vec<Result<Sent, Refusal>> {
+        let mut results: Vec<Result<Sent, Refusal>> = Vec::with_capacity(events.len());
+        let (mut places, mut queue) = (Vec::new(), Vec::new());
+        for Outgoing { draft, effect } in events {
+            match self.sign(facts, &draft) {
+                Ok(lpdu) => {
+                    places.push(results.len());
+                    results.push(Ok(Sent::Queued { lpdu_id: lpdu.lpdu_id.clone() }));
+                    queue.push((lpdu.lpdu_id, canonical_json(&lpdu.json), effect));
+                }
+                Err(refusal) => results.push(Err(refusal)),
+            }
+        }
+        let job = Queueing {
+            store: self.context().store.clone(),
+            feed: Feed { kind: FeedKind::Lpdus, room_id: facts.room_id.clone() },
+            hub: facts.hub.clone(),
+            queue,
+        };
+        let feed = job.feed.clone();
+        let written = self.context().store.write(move |tx| Box::pin(job.run(tx))).await;
+        let failures = match written {
+            Ok(failures) => failures,
+            Err(error) => places.iter().map(|_| Some(error.clone())).collect(),
+        };
+        for (place, failure) in places.into_iter().zip(failures) {
+            if let (Some(error), Some(result)) = (failure, results.get_mut(place)) {
+                *result = Err(error.into());
+            }
+        }
+        self.context().outbound.wake(&feed, std::slice::from_ref(&facts.hub));
+        results
+    }
+
+    /// An LPDU of one of our users.
+    pub(super) fn sign(&self, facts: &Facts, draft: &Draft) -> Result<Lpdu, Refusal> {
+        let context = self.context();
+        self.is_own(&draft.sender)?;
+        Lpdu::build(template(&facts.room_id, draft), &facts.hub, &context.server_name, &context.signing_key)
+    }
+
+    /// Only this gateway's users speak through it.
+    pub(super) fn is_own(&self, user: &UserId) -> Result<(), Refusal> {
+        let own = &self.context().server_name;
+        match user.server_name() == own {
+            true => Ok(()),
+            false => Err(Refusal::WrongOrigin { origin: own.to_string(), expected: user.server_name().to_string() }),
+        }
+    }
+
+    /// Sends one event and waits until the hub has put it into the log.
+    pub(super) async fn send_and_wait(
+        &self,
+        cell: &Arc<RoomCell>,
+        facts: &Facts,
+        draft: Draft,
+    ) -> Result<Appended, Refusal> {
+        let lpdu_id = self.sign(facts, &draft)?.lpdu_id;
+        let echo = cell.wait_for(&lpdu_id);
+        let sent = self.send_as_participant(facts, vec![Outgoing { draft, effect: None }]).await.pop();
+        sent.ok_or_else(|| Refusal::Internal("not queued".to_owned()))??;
+        // It may be there from an earlier attempt, of which no further echo comes.
+        if let Some(appended) = self.event_of_lpdu(&lpdu_id).await? {
+            return Ok(appended);
+        }
+        match tokio::time::timeout(ECHO, echo).await {
+            Ok(Ok(fate)) => fate,
+            _ => Err(Refusal::Remote {
+                server: facts.hub.to_string(),
+                problem: format!("{lpdu_id} did not come back within {} s", ECHO.as_secs()),
+            }),
+        }
+    }
+
+    pub(super) async fn read_lpdus(
+        &self,
+        room_id: &RoomId,
+        after: i64,
+        until: Option<i64>,
+        limit: usize,
+    ) -> Result<Vec<Delivery>, StoreError> {
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let rows = stored::lpdus_after(&self.context().store, room_id, after, limit).await?;
+        rows.into_iter()
+            .filter(|row| until.is_none_or(|until| row.position <= until))
+            .map(|row| Ok(Delivery { position: row.position, event: Some(raw(row.json)?) }))
+            .collect()
+    }
+
+    /// Which of the LPDUs at `positions` are in the hub's log already.
+    pub(super) async fn lpdus_at_hub(
+        &self,
+        room_id: &RoomId,
+        hub: &ServerName,
+        positions: &[i64],
+    ) -> Result<Vec<i64>, Refusal> {
+        let lpdus = stored::queued_lpdus(&self.context().store, room_id, positions).await?;
+        let delivered = self.echoed(&lpdus).await?;
+        if delivered.len() == lpdus.len() {
+            return Ok(delivered);
+        }
+        self.catch_up(room_id, hub).await?;
+        self.echoed(&lpdus).await
+    }
+
+    async fn echoed(&self, lpdus: &[stored::LpduRow]) -> Result<Vec<i64>, Refusal> {
+        let ids: Vec<_> = lpdus.iter().map(|lpdu| &*lpdu.lpdu_id).collect();
+        let known = stored::positions_of_lpdus(&self.context().store, &ids).await?;
+        Ok(lpdus.iter().filter(|lpdu| known.contains_key(&lpdu.lpdu_id)).map(|lpdu| lpdu.position).collect())
+    }
+
+    /// Takes what the hub has after the end of our copy of the log, where it lets that be known: a template names the end
+    /// of its log.
+    async fn catch_up(&self, room_id: &RoomId, hub: &ServerName) -> Result<(), Refusal> {
+        let (cell, room) = self.find(room_id).await?;
+        let Some(user) = self.own_members(&room).next() else { return Ok(()) };
+        let Ok((_, template)) = self.peers().make(hub, "join", room_id, &user).await else { return Ok(()) };
+        let ends: Vec<OwnedEventId> = template
+            .get("prev_events")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(|id| OwnedEventId::try_from(id.as_str()?).ok())
+            .collect();
+        if ends.is_empty() {
+            return Ok(());
+        }
+        let _turn = cell.intake.lock().await;
+        let room = cell.snapshot(&self.context().store).await?;
+        let mut taking = Taking::new(self, Batch::new(room));
+        taking.take_up_to(ends).await?;
+        taking.batch.commit(self, Some(&cell)).await?;
+        Ok(())
+    }
+
+    /// The hub has answered: what it refused is told, and nothing waits any more.
+    pub(super) async fn lpdus_answered(&self, room_id: &RoomId, hub: &ServerName, positions: &[i64], answer: &Object) {
+        if let Err(refusal) = self.settle_lpdus(room_id, hub, positions, answer).await {
+            tracing::error!(room = %room_id, %hub, %refusal, "the hub's answer could not be recorded");
+        }
+    }
+
+    async fn settle_lpdus(
+        &self,
+        room_id: &RoomId,
+        hub: &ServerName,
+        positions: &[i64],
+        answer: &Object,
+    ) -> Result<(), Refusal> {
+        let store = &self.context().store;
+        let failed = answer.get("failed_pdus").and_then(Value::as_object);
+        // A transaction of one event may be refused as a whole.
+        let refused = answer.get("errcode").and_then(Value::as_str).map(|_| answer);
+        if refused.is_some() || failed.is_some_and(|failed| !failed.is_empty()) {
+            let cell = self.rooms().find(room_id).await?;
+            for lpdu in stored::queued_lpdus(store, room_id, positions).await? {
+                let why = failed.and_then(|failed| failed.get(lpdu.lpdu_id.as_str())?.as_object()).or(refused);
+                let Some(why) = why else { continue };
+                let why = why.get("error").and_then(Value::as_str).unwrap_or("no reason given");
+                let why: String = why.chars().take(500).collect();
+                tracing::info!(room = %room_id, %hub, event = %lpdu.lpdu_id, why, "the hub refused an event");
+                if let Some(cell) = &cell {
+                    cell.settle(&lpdu.lpdu_id, &Err(Refusal::Forbidden(format!("{hub}: {why}"))));
+                }
+                self.between().lpdu_refused(room_id, &lpdu.lpdu_id, &why).await;
+            }
+        }
+        let (room_id, positions) = (room_id.to_owned(), positions.to_vec());
+        store.write(move |tx| Box::pin(async move { stored::forget_lpdus(tx, &room_id, &positions).await })).await?;
+        Ok(())
+    }
+}
+
+/// The write job that queues LPDUs.
+struct Queueing {
+    store: Store,
+    feed: Feed,
+    hub: ruma::OwnedServerName,
+    queue: Vec<(OwnedEventId, Vec<u8>, Option<EventEffect>)>,
+}
+
+impl Queueing {
+    /// Queues each with its effect, or neither; says for each what failed.
+    async fn run(self, tx: &mut Tx) -> Result<Vec<Option<StoreError>>, StoreError> {
+        let mut failures = Vec::with_capacity(self.queue.len());
+        let mut last = None;
+        for (lpdu_id, json, effect) in self.queue {
+            let position = self.store.next_id();
+            let failure = match effect {
+                None => None,
+                Some(effect) => {
+                    tx.execute("SAVEPOINT effect").await?;
+                    let failure = effect(tx, lpdu_id.clone()).await.err();
+                    if failure.is_some() {
+                        tx.execute("ROLLBACK TO SAVEPOINT effect").await?;
+                    }
+                    tx.execute("RELEASE SAVEPOINT effect").await?;
+                    failure
+                }
+            };
+            if failure.is_none() {
+                if last.is_none() {
+                    OutboundQueues::subscribe(tx, &self.hub, &self.feed, position.saturating_sub(1)).await?;
+                }
+                stored::queue_lpdu(tx, &self.feed.room_id, position, &lpdu_id, &json).await?;
+                last = Some(position);
+            }
+            failures.push(failure);
+        }
+        if let Some(last) = last {
+            OutboundQueues::advance(tx, &self.feed, last).await?;
+        }
+        Ok(failures)
+    }
+}

@@ -1,0 +1,329 @@
+//! The participant's part: coming into rooms that are hubbed elsewhere, and leaving them.
+//!
+//! Positions in a participant's copy of a log number the events that it holds: first the state events that came with its
+//! join, in the hub's order, then the join, then every event in the order in which the hub gives them. After a time outside
+//! the room the state events that are new come first again, then the new join.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use ruma::{EventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
+use serde_json::{Value, json};
+
+use super::actor::What;
+use super::batch::{Batch, Origin};
+use super::finished::{Bad, Finished};
+use super::intake::Taking;
+use super::room::{Facts, Snapshot, Subject};
+use super::rooms::{RoomCell, lock};
+use super::{Appended, Lm, Role};
+use crate::event::{Family, Lpdu, Object, Redaction, RoomVersion};
+use crate::federation::RemoteError;
+use crate::refusal::Refusal;
+use crate::seam::{AliasTarget, Draft, Membership, Outgoing};
+
+/// How many events are kept that come for a room while its join is under way.
+const EARLY: usize = 1000;
+
+/// Rooms that are being joined. Their hub may send events before it answers the join.
+#[derive(Default)]
+pub(super) struct Joining(Mutex<HashMap<OwnedRoomId, Arc<Join>>>);
+
+#[derive(Default)]
+struct Join {
+    turn: tokio::sync::Mutex<()>,
+    early: Mutex<Vec<(OwnedServerName, Object)>>,
+}
+
+impl Joining {
+    fn enter(&self, room_id: &RoomId) -> Arc<Join> {
+        lock(&self.0).entry(room_id.to_owned()).or_default().clone()
+    }
+
+    /// Whether a room is being joined.
+    pub fn contains(&self, room_id: &RoomId) -> bool {
+        lock(&self.0).contains_key(room_id)
+    }
+
+    /// Keeps events until the room is known; false when no join is under way.
+    pub fn keep(&self, origin: &ServerName, room_id: &RoomId, objects: &[Object]) -> bool {
+        let Some(join) = lock(&self.0).get(room_id).cloned() else { return false };
+        let mut early = lock(&join.early);
+        let space = EARLY.saturating_sub(early.len());
+        early.extend(objects.iter().take(space).map(|object| (origin.to_owned(), object.clone())));
+        true
+    }
+
+    /// Ends a join that nobody else waits for; returns what came early.
+    fn leave(&self, room_id: &RoomId, join: Arc<Join>) -> Vec<(OwnedServerName, Object)> {
+        let mut joining = lock(&self.0);
+        // One in the map, one here.
+        if Arc::strong_count(&join) <= 2 {
+            joining.remove(room_id);
+        }
+        std::mem::take(&mut *lock(&join.early))
+    }
+}
+
+impl Lm {
+    /// Joins a room whose hub is elsewhere as `user`, through the servers `via`, by make_join and send_join (or, when the
+    /// gateway is in the room already, by an LPDU, waiting for its echo). Returns the join when the hub has accepted it.
+    pub async fn join(
+        &self,
+        room_id: &RoomId,
+        user: &UserId,
+        via: &[OwnedServerName],
+        mut content: Object,
+    ) -> Result<Appended, Refusal> {
+        self.is_own(user)?;
+        content.insert("membership".to_owned(), json!("join"));
+        let draft = self.own_member(user, content);
+        let (lm, room_id, via) = (self.clone(), room_id.to_owned(), via.to_vec());
+        // On a task of its own: a join that the hub has accepted is stored, whoever still waits for it.
+        let joined = tokio::spawn(async move { lm.join_in_turn(&room_id, draft, &via).await }).await;
+        joined.map_err(|error| Refusal::Internal(error.to_string()))?
+    }
+
+    async fn join_in_turn(&self, room_id: &RoomId, draft: Draft, via: &[OwnedServerName]) -> Result<Appended, Refusal> {
+        let join = self.joining().enter(room_id);
+        let joined = {
+            let _turn = join.turn.lock().await;
+            match self.join_from_inside(room_id, &draft).await {
+                Ok(Some(inside)) => Ok(inside),
+                Ok(None) => self.join_from_outside(room_id, &draft, via).await.map(Inside::Joined),
+                Err(refusal) => Err(refusal),
+            }
+        };
+        for (origin, object) in self.joining().leave(room_id, join) {
+            if let Some(Err(refusal)) = self.receive_in_room(&origin, room_id, vec![object]).await.pop() {
+                tracing::info!(room = %room_id, %origin, %refusal, "refused an event that came before the join");
+            }
+        }
+        match joined? {
+            Inside::Joined(appended) => Ok(appended),
+            // Not in turn: others may join meanwhile.
+            Inside::Member(cell, room) => self.send_and_wait(&cell, &room.facts, draft).await,
+        }
+    }
+
+    async fn join_from_inside(&self, room_id: &RoomId, draft: &Draft) -> Result<Option<Inside>, Refusal> {
+        let (cell, room) = match self.find(room_id).await {
+            Ok(found) => found,
+            Err(Refusal::UnknownRoom(_)) => return Ok(None),
+            Err(refusal) => return Err(refusal),
+        };
+        match self.role(&room) {
+            Role::Hub => {
+                let outcome = self.append(&cell, vec![(What::Own(draft.clone()), Origin::default())]).await.pop();
+                let outcome = outcome.ok_or_else(|| Refusal::Internal("no outcome".to_owned()))?;
+                Ok(Some(Inside::Joined(outcome.into_result()?)))
+            }
+            Role::Participant { .. } if room.has_server(&self.context().server_name) => {
+                Ok(Some(Inside::Member(cell, room)))
+            }
+            Role::Participant { .. } => Ok(None),
+        }
+    }
+
+    /// Asks one server after the other.
+    async fn join_from_outside(
+        &self,
+        room_id: &RoomId,
+        draft: &Draft,
+        via: &[OwnedServerName],
+    ) -> Result<Appended, Refusal> {
+        let mut last = Refusal::NotFound(format!("a server through which {room_id} can be joined"));
+        for server in self.candidates(room_id, via) {
+            match self.join_through(&server, room_id, draft).await {
+                Ok(joined) => return Ok(joined),
+                Err(refusal) => {
+                    tracing::info!(room = %room_id, %server, %refusal, "not joined through this server");
+                    last = refusal;
+                }
+            }
+        }
+        Err(last)
+    }
+
+    /// `via`, then the server that the room's ID names, then that of a room known before; each once and not ourselves.
+    fn candidates(&self, room_id: &RoomId, via: &[OwnedServerName]) -> Vec<OwnedServerName> {
+        let mut servers: Vec<OwnedServerName> = Vec::new();
+        for server in via.iter().map(|server| &**server).chain(room_id.server_name()) {
+            if *server != self.context().server_name && !servers.iter().any(|known| known == server) {
+                servers.push(server.to_owned());
+            }
+        }
+        servers
+    }
+
+    async fn join_through(&self, server: &ServerName, room_id: &RoomId, draft: &Draft) -> Result<Appended, Refusal> {
+        let failed = |error: RemoteError| into_refusal(error, server);
+        let (_, template) = self.peers().make(server, "join", room_id, &draft.sender).await.map_err(failed)?;
+        if template.get("prev_events").and_then(Value::as_array).is_some_and(|events| !events.is_empty()) {
+            let what = format!("{server} takes this gateway for a graph server in {room_id}, which it is not there");
+            return Err(Refusal::Forbidden(what));
+        }
+        // Of the template nothing is needed: what the join says is ours.
+        let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned() };
+        let lpdu = self.sign(&facts, draft)?;
+        let answer = self.peers().send(server, "join", &lpdu.lpdu_id, &lpdu.json).await.map_err(failed)?;
+        self.take_join(server, &lpdu, answer).await
+    }
+
+    /// Checks and stores what the hub answered to a join.
+    async fn take_join(&self, hub: &ServerName, lpdu: &Lpdu, mut answer: Object) -> Result<Appended, Refusal> {
+        let bad = |problem: String| Refusal::Remote { server: hub.to_string(), problem };
+        let (Some(Value::Object(event)), Some(Value::Array(state))) = (answer.remove("event"), answer.remove("state"))
+        else {
+            return Err(bad("event or state is missing in the answer to a join".to_owned()));
+        };
+        let state = state.into_iter().filter_map(|event| match event {
+            Value::Object(event) => Some(event),
+            _ => None,
+        });
+        let state = self.check_finished(state.collect(), Redaction::Draft).await;
+        let joined = self.check_finished(vec![event], Redaction::Draft).await.pop();
+        let joined = match joined {
+            Some(Ok(joined)) if joined.redacted.is_none() => joined,
+            Some(Ok(Finished { redacted: Some(refusal), .. })) => return Err(refusal),
+            Some(Err(error)) => return Err(error.refusal().clone()),
+            _ => return Err(bad("the answer to a join has no event".to_owned())),
+        };
+        if joined.pdu.lpdu_id.as_ref() != Some(&lpdu.lpdu_id) {
+            return Err(bad(format!("{} was answered with another event, {}", lpdu.lpdu_id, joined.pdu.event_id)));
+        }
+        let state = without(state, &joined.pdu.event_id);
+        let facts = facts_of(hub, &lpdu.room_id, &state)?;
+        let known = self.rooms().find(&lpdu.room_id).await?;
+        let turn = match &known {
+            Some(cell) => Some(cell.intake.lock().await),
+            None => None,
+        };
+        let batch = match &known {
+            Some(cell) => Batch::new(cell.snapshot(&self.context().store).await?),
+            None => Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft)),
+        };
+        let mut taking = Taking::new(self, batch);
+        taking.adopt(state).await?;
+        let room = &taking.batch.after;
+        let subject = Subject::of(&joined.pdu);
+        room.judge(&subject, &room.auth_events(&subject).0)?;
+        if joined.redaction != Redaction::Draft {
+            taking.batch.after.redaction = joined.redaction;
+        }
+        taking.append(joined.pdu);
+        let committed = taking.batch.commit(self, known.as_ref()).await?;
+        drop(turn);
+        let joined = committed.appended.into_iter().last();
+        let joined = joined.ok_or_else(|| Refusal::Internal("the join was not stored".to_owned()))?;
+        tracing::info!(room = %lpdu.room_id, %hub, user = %lpdu.sender, "joined a room");
+        Ok(joined)
+    }
+
+    /// Leaves a room, or rejects an invite to one that the gateway is not in, through the hub.
+    pub async fn leave(&self, room_id: &RoomId, user: &UserId, via: &[OwnedServerName]) -> Result<(), Refusal> {
+        self.is_own(user)?;
+        let mut content = Object::new();
+        content.insert("membership".to_owned(), json!("leave"));
+        let draft = self.own_member(user, content);
+        match self.find(room_id).await {
+            Ok((_, room)) if room.has_server(&self.context().server_name) => {
+                let sent = self.send(room_id, vec![Outgoing { draft, effect: None }]).await.pop();
+                sent.unwrap_or_else(|| Err(Refusal::Internal("nothing was sent".to_owned()))).map(drop)
+            }
+            Ok(_) | Err(Refusal::UnknownRoom(_)) => self.leave_from_outside(room_id, &draft, via).await,
+            Err(refusal) => Err(refusal),
+        }
+    }
+
+    async fn leave_from_outside(
+        &self,
+        room_id: &RoomId,
+        draft: &Draft,
+        via: &[OwnedServerName],
+    ) -> Result<(), Refusal> {
+        let mut last = Refusal::NotFound(format!("a server through which {room_id} can be left"));
+        for server in self.candidates(room_id, via) {
+            let left = async {
+                self.peers().make(&server, "leave", room_id, &draft.sender).await?;
+                let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.clone() };
+                let lpdu = self.sign(&facts, draft).map_err(|error| RemoteError::BadAnswer(error.to_string()))?;
+                self.peers().send(&server, "leave", &lpdu.lpdu_id, &lpdu.json).await
+            };
+            match left.await {
+                Ok(_) => return Ok(()),
+                Err(error) => last = into_refusal(error, &server),
+            }
+        }
+        Err(last)
+    }
+
+    /// Asks `server` where an LM alias leads.
+    pub async fn query_directory(&self, server: &ServerName, alias: &str) -> Result<AliasTarget, Refusal> {
+        self.peers().directory(server, alias).await
+    }
+
+    /// A member event that a user of ours sends about itself.
+    fn own_member(&self, user: &UserId, content: Object) -> Draft {
+        Draft {
+            sender: user.to_owned(),
+            kind: "m.room.member".to_owned(),
+            state_key: Some(user.to_string()),
+            content,
+            origin_server_ts: self.context().clock.now_ms(),
+        }
+    }
+
+    /// Users of ours who are joined to a room.
+    pub(super) fn own_members<'a>(&'a self, room: &'a Snapshot) -> impl Iterator<Item = OwnedUserId> + 'a {
+        let own = &self.context().server_name;
+        room.members(Membership::Join.as_str()).filter(move |user| user.server_name() == own).map(UserId::to_owned)
+    }
+}
+
+enum Inside {
+    Joined(Appended),
+    /// The gateway is a member of the room: the hub is told by an LPDU.
+    Member(Arc<RoomCell>, Arc<Snapshot>),
+}
+
+fn without(mut state: Vec<Result<Finished, Bad>>, join: &EventId) -> Vec<Result<Finished, Bad>> {
+    state.retain(|event| !matches!(event, Ok(finished) if finished.pdu.event_id == *join));
+    state
+}
+
+/// What the room is, as its create event says; and that it can be: the server that was asked keeps its log.
+fn facts_of(hub: &ServerName, room_id: &RoomId, state: &[Result<Finished, Bad>]) -> Result<Facts, Refusal> {
+    let bad = |problem: String| Refusal::Remote { server: hub.to_string(), problem };
+    for event in state {
+        // Without these nothing else can be judged.
+        if let Err(Bad::Forged(pdu, refusal)) = event
+            && matches!(pdu.kind.as_str(), "m.room.create" | "m.room.power_levels" | "m.room.join_rules")
+        {
+            return Err(bad(format!("{} in the answer to a join: {refusal}", pdu.kind)));
+        }
+    }
+    let create = state.iter().flatten().map(|event| &event.pdu).find(|pdu| pdu.kind == "m.room.create");
+    let create = create.ok_or_else(|| bad("no m.room.create in the answer to a join".to_owned()))?;
+    let version = create.content().get("room_version").and_then(Value::as_str).unwrap_or_default();
+    let version = RoomVersion::parse(version)
+        .filter(|version| version.family() == Family::Log)
+        .ok_or_else(|| Refusal::IncompatibleRoomVersion(version.to_owned()))?;
+    if create.sender.server_name() != hub || create.room_id != *room_id {
+        return Err(bad(format!("m.room.create of {} by {}, not its own", create.room_id, create.sender)));
+    }
+    let facts = Facts { room_id: room_id.to_owned(), version, hub: hub.to_owned() };
+    Snapshot::empty(facts, Redaction::Draft).judge(&Subject::of(create), &[])?;
+    Ok(Facts { room_id: room_id.to_owned(), version, hub: hub.to_owned() })
+}
+
+/// What another server answered, as a verdict where it is one.
+pub(super) fn into_refusal(error: RemoteError, server: &ServerName) -> Refusal {
+    let RemoteError::Status { status, errcode, error: text } = &error else { return error.into_refusal(server) };
+    match (*status, errcode.as_str()) {
+        (http::StatusCode::FORBIDDEN, _) => Refusal::Forbidden(format!("{server}: {text}")),
+        (http::StatusCode::NOT_FOUND, "M_NOT_FOUND") => Refusal::NotFound(format!("{server}: {text}")),
+        (_, "M_INCOMPATIBLE_ROOM_VERSION") => Refusal::IncompatibleRoomVersion(format!("unknown ({server}: {text})")),
+        _ => error.into_refusal(server),
+    }
+}

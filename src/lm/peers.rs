@@ -1,0 +1,194 @@
+//! What the gateway asks other LM servers. An endpoint is called by the name that peers use today first, then by the
+//! draft's; what a server answered to is remembered.
+
+use std::time::Duration;
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use ruma::{EventId, OwnedServerName, RoomId, ServerName, UserId};
+use serde_json::{Value, json};
+
+use crate::event::{Family, Object, RoomVersion};
+use crate::federation::{Call, Client, RemoteError};
+use crate::identity::Keyring;
+use crate::refusal::Refusal;
+use crate::seam::AliasTarget;
+
+const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+/// What stays as it is in a path segment or a query value.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+/// How many servers are remembered.
+const SERVERS: u64 = 10_000;
+/// How long it is remembered what a server answers to.
+const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
+
+/// Other LM servers.
+pub(super) struct Peers {
+    client: Client,
+    keyring: Keyring,
+    /// Those that know the endpoints by the draft's names only.
+    stable: moka::future::Cache<OwnedServerName, ()>,
+}
+
+impl Peers {
+    pub fn new(client: Client, keyring: Keyring) -> Self {
+        let stable = moka::future::Cache::builder().max_capacity(SERVERS).time_to_live(REMEMBERED).build();
+        Self { client, keyring, stable }
+    }
+
+    /// `GET make_join`, `make_leave` or `make_knock`: the answer, and the template in it.
+    pub async fn make(
+        &self,
+        server: &ServerName,
+        change: &str,
+        room_id: &RoomId,
+        user_id: &UserId,
+    ) -> Result<(Object, Object), RemoteError> {
+        let mut uri = format!("/_matrix/federation/v1/make_{change}/{}/{}", encode(room_id), encode(user_id));
+        if change != "leave" {
+            for (index, version) in RoomVersion::of(Family::Log).enumerate() {
+                uri.push(if index == 0 { '?' } else { '&' });
+                uri.push_str("ver=");
+                uri.push_str(&encode(version.as_str()));
+            }
+        }
+        let answer = self.call(server, Call::get(uri)).await?;
+        // The draft answers a join with the bare template, a leave with one in `event`; peers do as they like.
+        let template = match answer.get("event") {
+            Some(Value::Object(event)) => event.clone(),
+            _ => answer.clone(),
+        };
+        Ok((answer, template))
+    }
+
+    /// `POST send_join`, `send_leave` or `send_knock`.
+    pub async fn send(
+        &self,
+        server: &ServerName,
+        change: &str,
+        lpdu_id: &EventId,
+        lpdu: &Object,
+    ) -> Result<Object, RemoteError> {
+        let call = |uri| Call::post(uri, lpdu.clone()).with_state();
+        self.named(server, "v3", &format!("send_{change}/{}", encode(lpdu_id)), call).await
+    }
+
+    /// `POST invite`: the event as the server signed it.
+    pub async fn invite(
+        &self,
+        server: &ServerName,
+        event_id: &EventId,
+        event: &Object,
+        version: RoomVersion,
+        stripped_state: Vec<Value>,
+    ) -> Result<Object, RemoteError> {
+        let body = json!({
+            "event": event,
+            "room_version": version.as_str(),
+            "invite_room_state": stripped_state,
+        });
+        let body = body.as_object().cloned().unwrap_or_default();
+        let call = |uri| Call::post(uri, body.clone());
+        let answer = self.named(server, "v3", &format!("invite/{}", encode(event_id)), call).await?;
+        ["pdu", "event"]
+            .iter()
+            .find_map(|name| answer.get(*name)?.as_object().cloned())
+            .ok_or_else(|| RemoteError::BadAnswer("neither pdu nor event in the answer to an invite".to_owned()))
+    }
+
+    /// `GET backfill`: the events before and with `from`, in the order in which the server gives them.
+    pub async fn backfill(
+        &self,
+        server: &ServerName,
+        room_id: &RoomId,
+        from: &EventId,
+        limit: usize,
+    ) -> Result<Vec<Object>, RemoteError> {
+        let path = format!("backfill/{}?v={}&limit={limit}", encode(room_id), encode(from));
+        let answer = self.named(server, "v2", &path, Call::get).await?;
+        events(answer, "pdus")
+    }
+
+    /// `GET state`: the state before an event.
+    pub async fn state(
+        &self,
+        server: &ServerName,
+        room_id: &RoomId,
+        before: &EventId,
+    ) -> Result<Vec<Object>, RemoteError> {
+        let uri = format!("/_matrix/federation/v1/state/{}?event_id={}", encode(room_id), encode(before));
+        let answer = self.call(server, Call::get(uri).with_state()).await?;
+        events(answer, "pdus")
+    }
+
+    /// `GET query/directory`
+    pub async fn directory(&self, server: &ServerName, alias: &str) -> Result<AliasTarget, Refusal> {
+        let uri = format!("/_matrix/federation/v1/query/directory?room_alias={}", encode(alias));
+        let answer = match self.call(server, Call::get(uri)).await {
+            Ok(answer) => answer,
+            Err(RemoteError::Status { status, .. }) if status == http::StatusCode::NOT_FOUND => {
+                return Err(Refusal::NotFound(format!("alias {alias}")));
+            }
+            Err(error) => return Err(error.into_refusal(server)),
+        };
+        let room_id = answer.get("room_id").and_then(Value::as_str).unwrap_or_default();
+        let room_id = RoomId::parse(room_id).map_err(|error| Refusal::Remote {
+            server: server.to_string(),
+            problem: format!("answered for {alias} with room_id {room_id:?}: {error}"),
+        })?;
+        let servers = answer.get("servers").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        let servers = servers.iter().filter_map(|server| ServerName::parse(server.as_str()?).ok());
+        Ok(AliasTarget { room_id, servers: servers.take(50).collect() })
+    }
+
+    /// Calls an endpoint that has two names.
+    async fn named(
+        &self,
+        server: &ServerName,
+        version: &str,
+        path: &str,
+        call: impl Fn(String) -> Call,
+    ) -> Result<Object, RemoteError> {
+        let unstable = || call(format!("{UNSTABLE}/{path}"));
+        let stable = || call(format!("/_matrix/federation/{version}/{path}"));
+        if self.stable.contains_key(server) {
+            return match self.call(server, stable()).await {
+                Err(error) if error.is_unrecognized() => {
+                    self.stable.invalidate(server).await;
+                    self.call(server, unstable()).await
+                }
+                answer => answer,
+            };
+        }
+        match self.call(server, unstable()).await {
+            Err(error) if error.is_unrecognized() => {
+                let answer = self.call(server, stable()).await;
+                if !matches!(&answer, Err(error) if error.is_unrecognized()) {
+                    self.stable.insert(server.to_owned(), ()).await;
+                }
+                answer
+            }
+            answer => answer,
+        }
+    }
+
+    async fn call(&self, server: &ServerName, call: Call) -> Result<Object, RemoteError> {
+        // How a GET is signed depends on what the server is; where that cannot be known, as Matrix does it.
+        let linearized = self.keyring.server_keys(server).await.is_ok_and(|keys| keys.linearized);
+        self.client.call(server, call, linearized).await
+    }
+}
+
+fn encode(segment: impl AsRef<str>) -> String {
+    utf8_percent_encode(segment.as_ref(), ENCODED).to_string()
+}
+
+fn events(mut answer: Object, name: &str) -> Result<Vec<Object>, RemoteError> {
+    let Some(Value::Array(events)) = answer.remove(name) else {
+        return Err(RemoteError::BadAnswer(format!("{name} is missing or no array")));
+    };
+    let objects = events.into_iter().filter_map(|event| match event {
+        Value::Object(event) => Some(event),
+        _ => None,
+    });
+    Ok(objects.collect())
+}

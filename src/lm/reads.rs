@@ -1,0 +1,110 @@
+//! What the gateway itself reads of its LM rooms.
+
+use std::sync::Arc;
+
+use ruma::{EventId, RoomId};
+
+use super::room::Snapshot;
+use super::rooms::{RoomCell, stored_pdu};
+use super::{Appended, Lm, Position, Role, Room, State};
+use crate::refusal::Refusal;
+use crate::seam::Draft;
+use crate::store::lm::{self as stored, EventRow};
+
+/// How many complaints about a hub are shown.
+const COMPLAINTS: i64 = 20;
+/// How many events of a log are read at once.
+const LOG: i64 = 1000;
+
+impl Lm {
+    /// Whether this room is on the linear side here, or is being joined.
+    pub async fn knows(&self, room_id: &RoomId) -> Result<bool, Refusal> {
+        Ok(self.rooms().contains(room_id).await? || self.joining().contains(room_id))
+    }
+
+    /// What is known of a room; none when the gateway is not in it.
+    pub async fn room(&self, room_id: &RoomId) -> Result<Option<Room>, Refusal> {
+        let Some(cell) = self.rooms().find(room_id).await? else { return Ok(None) };
+        let snapshot = cell.snapshot(&self.context().store).await?;
+        let role = self.role(&snapshot);
+        let complaints = match role {
+            Role::Hub => Vec::new(),
+            Role::Participant { .. } => stored::complaints(&self.context().store, room_id, COMPLAINTS).await?,
+        };
+        Ok(Some(Room {
+            room_id: room_id.to_owned(),
+            version: snapshot.facts.version,
+            role,
+            head: Position(snapshot.head),
+            complaints,
+        }))
+    }
+
+    /// Whether the LM rules would let `draft` in at the end of the log as it is now.
+    pub async fn check(&self, room_id: &RoomId, draft: &Draft) -> Result<(), Refusal> {
+        let (_, snapshot) = self.find(room_id).await?;
+        self.allow_draft(&snapshot, draft).map(drop)
+    }
+
+    /// The current state of a room.
+    pub async fn state(&self, room_id: &RoomId) -> Result<Arc<State>, Refusal> {
+        let (_, snapshot) = self.find(room_id).await?;
+        Ok(snapshot.shown())
+    }
+
+    /// One event, with its place.
+    pub async fn event(&self, event_id: &EventId) -> Result<Option<Appended>, Refusal> {
+        if let Some(event) = self.inner.events.get(event_id).await {
+            return Ok(Some(event));
+        }
+        let row = stored::event(&self.context().store, event_id).await?;
+        self.appended(row).await
+    }
+
+    /// The event whose LPDU has this ID, once it is in the log.
+    pub async fn event_of_lpdu(&self, lpdu_id: &EventId) -> Result<Option<Appended>, Refusal> {
+        let row = stored::event_of_lpdu(&self.context().store, lpdu_id).await?;
+        self.appended(row).await
+    }
+
+    /// A stretch of the log from `from` on; at most 1,000 events.
+    pub async fn log(&self, room_id: &RoomId, from: Position, limit: i64) -> Result<Vec<Appended>, Refusal> {
+        let (_, snapshot) = self.find(room_id).await?;
+        let limit = limit.clamp(0, LOG);
+        let rows = stored::range(&self.context().store, room_id, from.0, snapshot.head, limit).await?;
+        rows.into_iter().map(|row| from_row(row, &snapshot)).collect()
+    }
+
+    async fn appended(&self, row: Option<EventRow>) -> Result<Option<Appended>, Refusal> {
+        let Some(row) = row else { return Ok(None) };
+        let (_, snapshot) = self.find(&row.room_id.clone()).await?;
+        let event = from_row(row, &snapshot)?;
+        self.remember(&event).await;
+        Ok(Some(event))
+    }
+
+    /// Keeps an event that will be asked for soon.
+    pub(super) async fn remember(&self, event: &Appended) {
+        self.inner.events.insert(event.event.event_id.clone(), event.clone()).await;
+    }
+
+    /// A room that must be known, as it is now.
+    pub(super) async fn find(&self, room_id: &RoomId) -> Result<(Arc<RoomCell>, Arc<Snapshot>), Refusal> {
+        let cell = self.rooms().find(room_id).await?;
+        let cell = cell.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))?;
+        let snapshot = cell.snapshot(&self.context().store).await?;
+        Ok((cell, snapshot))
+    }
+
+    pub(super) fn role(&self, room: &Snapshot) -> Role {
+        match &room.facts.hub {
+            hub if *hub == self.context().server_name => Role::Hub,
+            hub => Role::Participant { hub: hub.clone() },
+        }
+    }
+}
+
+pub(super) fn from_row(row: EventRow, room: &Snapshot) -> Result<Appended, Refusal> {
+    let position = Position(row.position);
+    Ok(Appended { event: Arc::new(stored_pdu(row, room.redaction)?), position })
+}

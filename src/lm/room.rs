@@ -1,0 +1,228 @@
+//! A room as it is after one event of its log: what the next event is judged by and built on. Cloning shares everything,
+//! so that a batch can be tried on a copy.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, ServerName, UserId};
+use serde_json::Value;
+
+use super::State;
+use super::rules::{Before, Judged, Slot, check, selected_slots};
+use crate::event::{Object, Pdu, Redaction, RoomVersion};
+use crate::refusal::Refusal;
+
+/// What of a room never changes.
+#[derive(Debug)]
+pub(super) struct Facts {
+    pub room_id: OwnedRoomId,
+    pub version: RoomVersion,
+    /// The server that keeps the log.
+    pub hub: OwnedServerName,
+}
+
+/// A room after the event at `head`.
+#[derive(Debug, Clone)]
+pub(super) struct Snapshot {
+    pub facts: Arc<Facts>,
+    /// The table of redaction that the hub uses, as far as it is known.
+    pub redaction: Redaction,
+    /// The last position; −1 in a room that has no event yet.
+    pub head: i64,
+    last: Option<Arc<Pdu>>,
+    state: imbl::OrdMap<String, imbl::OrdMap<String, Arc<Pdu>>>,
+    /// How many joined users each server has.
+    servers: imbl::OrdMap<OwnedServerName, u32>,
+    /// The state as others see it, made when it is first asked for.
+    shown: Arc<OnceLock<Arc<State>>>,
+}
+
+/// A server's membership of a room, as an event changed it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Move {
+    /// Its first user joined.
+    Came(OwnedServerName),
+    /// Its last user is gone.
+    Went(OwnedServerName),
+}
+
+/// What of an event the rules judge, whoever made it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Subject<'a> {
+    pub sender: &'a UserId,
+    pub kind: &'a str,
+    pub state_key: Option<&'a str>,
+    pub content: &'a Object,
+    /// Whether a hub has signed it, when it has a `hub_server`.
+    pub signed_by_hub: Option<bool>,
+}
+
+impl<'a> Subject<'a> {
+    pub fn of(pdu: &'a Pdu) -> Self {
+        Self {
+            sender: &pdu.sender,
+            kind: &pdu.kind,
+            state_key: pdu.state_key.as_deref(),
+            content: pdu.content(),
+            signed_by_hub: pdu.hub_server.as_ref().map(|_| true),
+        }
+    }
+}
+
+impl Snapshot {
+    /// A room that has no event yet.
+    pub fn empty(facts: Facts, redaction: Redaction) -> Self {
+        Self {
+            facts: Arc::new(facts),
+            redaction,
+            head: -1,
+            last: None,
+            state: imbl::OrdMap::new(),
+            servers: imbl::OrdMap::new(),
+            shown: Arc::default(),
+        }
+    }
+
+    /// A room of which the current state and the last event were read from the store.
+    pub fn restore(
+        facts: Facts,
+        redaction: Redaction,
+        head: i64,
+        last: Arc<Pdu>,
+        state: impl IntoIterator<Item = Arc<Pdu>>,
+    ) -> Self {
+        let mut snapshot = Self::empty(facts, redaction);
+        for pdu in state {
+            snapshot.place(&pdu);
+        }
+        snapshot.head = head;
+        snapshot.last = Some(last);
+        snapshot
+    }
+
+    /// The event at `head`.
+    pub fn last_id(&self) -> Option<&OwnedEventId> {
+        self.last.as_ref().map(|last| &last.event_id)
+    }
+
+    /// The current state event of a type and state key.
+    pub fn state_event(&self, kind: &str, state_key: &str) -> Option<&Arc<Pdu>> {
+        self.state.get(kind)?.get(state_key)
+    }
+
+    /// The current state.
+    pub fn shown(&self) -> Arc<State> {
+        self.shown
+            .get_or_init(|| {
+                let mut all = BTreeMap::new();
+                for (kind, events) in &self.state {
+                    for (state_key, event) in events {
+                        all.insert((kind.clone(), state_key.clone()), event.clone());
+                    }
+                }
+                Arc::new(all)
+            })
+            .clone()
+    }
+
+    /// Whether a server has a joined user.
+    pub fn has_server(&self, server: &ServerName) -> bool {
+        self.servers.contains_key(server)
+    }
+
+    /// The servers with joined users.
+    pub fn servers(&self) -> impl Iterator<Item = &OwnedServerName> {
+        self.servers.keys()
+    }
+
+    /// `membership` of a user.
+    pub fn membership(&self, user: &str) -> Option<&str> {
+        membership(self.state_event("m.room.member", user)?)
+    }
+
+    /// The users with a membership.
+    pub fn members<'a>(&'a self, wanted: &'a str) -> impl Iterator<Item = &'a UserId> {
+        let members = self.state.get("m.room.member").into_iter().flat_map(|members| members.iter());
+        members
+            .filter(move |(_, event)| membership(event) == Some(wanted))
+            .filter_map(|(user, _)| <&UserId>::try_from(user.as_str()).ok())
+    }
+
+    /// The places in the current state of the events that allow an event, and those events' IDs.
+    pub fn auth_events<'a>(&self, event: &Subject<'a>) -> (Vec<Slot<'a>>, Vec<OwnedEventId>) {
+        selected_slots(event.kind, event.sender, event.state_key, event.content)
+            .into_iter()
+            .filter_map(|slot| Some((slot, self.state_event(slot.kind, slot.state_key)?.event_id.clone())))
+            .unzip()
+    }
+
+    /// Whether the rules allow an event, whose signatures are known to be right, after this one.
+    pub fn judge(&self, event: &Subject<'_>, auth_events: &[Slot<'_>]) -> Result<(), Refusal> {
+        let create = self.state_event("m.room.create", "");
+        let content = |kind| self.state_event(kind, "").map(|event| event.content());
+        check(&Judged {
+            version: self.facts.version,
+            room_id: &self.facts.room_id,
+            sender: event.sender,
+            kind: event.kind,
+            state_key: event.state_key,
+            content: event.content,
+            signed_by_sender: true,
+            signed_by_hub: event.signed_by_hub,
+            has_prev_events: self.last.is_some(),
+            auth_events,
+            before: Before {
+                creator: create.map(|create| &*create.sender),
+                follows_create: self.last.as_ref().is_some_and(|last| last.kind == "m.room.create"),
+                power_levels: content("m.room.power_levels"),
+                join_rules: content("m.room.join_rules"),
+                sender_membership: self.membership(event.sender.as_str()),
+                target_membership: event.state_key.and_then(|target| self.membership(target)),
+            },
+        })
+    }
+
+    /// Puts the next event in its place.
+    pub fn apply(&mut self, pdu: &Arc<Pdu>) -> Option<Move> {
+        self.head = self.head.saturating_add(1);
+        self.last = Some(pdu.clone());
+        self.place(pdu)
+    }
+
+    fn place(&mut self, pdu: &Arc<Pdu>) -> Option<Move> {
+        let state_key = pdu.state_key.as_ref()?;
+        self.shown = Arc::default();
+        let of_kind = self.state.entry(pdu.kind.clone()).or_default();
+        let before = of_kind.insert(state_key.clone(), pdu.clone());
+        if pdu.kind != "m.room.member" {
+            return None;
+        }
+        let user = <&UserId>::try_from(state_key.as_str()).ok()?;
+        let was_in = before.is_some_and(|before| membership(&before) == Some("join"));
+        let is_in = membership(pdu) == Some("join");
+        self.count(user.server_name(), was_in, is_in)
+    }
+
+    fn count(&mut self, server: &ServerName, was_in: bool, is_in: bool) -> Option<Move> {
+        let users = self.servers.get(server).copied().unwrap_or(0);
+        match (was_in, is_in) {
+            (false, true) => {
+                self.servers.insert(server.to_owned(), users.saturating_add(1));
+                (users == 0).then(|| Move::Came(server.to_owned()))
+            }
+            (true, false) if users <= 1 => {
+                self.servers.remove(server);
+                Some(Move::Went(server.to_owned()))
+            }
+            (true, false) => {
+                self.servers.insert(server.to_owned(), users.saturating_sub(1));
+                None
+            }
+            _ => None,
+        }
+    }
+}
+
+fn membership(member: &Pdu) -> Option<&str> {
+    member.content().get("membership").and_then(Value::as_str)
+}

@@ -1,0 +1,214 @@
+//! The rooms in memory. A room has at most one cell, in which its one appender and all readers meet; what is in a cell is
+//! rebuilt from the store at any time.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+
+use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId};
+use serde_json::value::RawValue;
+use tokio::sync::{OnceCell, mpsc, oneshot};
+
+use super::Appended;
+use super::actor::Job;
+use super::room::{Facts, Snapshot};
+use crate::event::{Pdu, Redaction};
+use crate::refusal::Refusal;
+use crate::store::lm::{self as stored, EventRow};
+use crate::store::{Store, StoreError};
+
+/// How many of a room's last events are kept as text for the queues of its servers.
+const RECENT: usize = 256;
+
+/// One room.
+pub(super) struct RoomCell {
+    pub room_id: OwnedRoomId,
+    /// None until it is loaded, and after a write whose fate is unknown.
+    snapshot: RwLock<Option<Arc<Snapshot>>>,
+    load: tokio::sync::Mutex<()>,
+    /// To the room's actor, when one is at work (see [`super::actor`]).
+    pub jobs: Mutex<Option<mpsc::Sender<Job>>>,
+    /// Held by whoever appends what a hub sent, so that its events are taken in order.
+    pub intake: tokio::sync::Mutex<()>,
+    recent: Mutex<VecDeque<(i64, Arc<RawValue>)>>,
+    waiters: Mutex<HashMap<OwnedEventId, Vec<Echo>>>,
+}
+
+/// Where the fate of an LPDU is told.
+pub(super) type Echo = oneshot::Sender<Result<Appended, Refusal>>;
+
+impl RoomCell {
+    fn new(room_id: OwnedRoomId) -> Self {
+        Self {
+            room_id,
+            snapshot: RwLock::default(),
+            load: tokio::sync::Mutex::default(),
+            jobs: Mutex::default(),
+            intake: tokio::sync::Mutex::default(),
+            recent: Mutex::default(),
+            waiters: Mutex::default(),
+        }
+    }
+
+    /// The room as it is now.
+    pub async fn snapshot(&self, store: &Store) -> Result<Arc<Snapshot>, StoreError> {
+        if let Some(snapshot) = self.in_memory() {
+            return Ok(snapshot);
+        }
+        let _one_at_a_time = self.load.lock().await;
+        if let Some(snapshot) = self.in_memory() {
+            return Ok(snapshot);
+        }
+        let snapshot = Arc::new(load(store, &self.room_id).await?);
+        self.publish(snapshot.clone());
+        Ok(snapshot)
+    }
+
+    fn in_memory(&self) -> Option<Arc<Snapshot>> {
+        self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What was committed. Only the appender calls this.
+    pub fn publish(&self, snapshot: Arc<Snapshot>) {
+        *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = Some(snapshot);
+    }
+
+    /// Nobody knows whether a write was committed: the store is asked again.
+    pub fn forget(&self) {
+        *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = None;
+        lock(&self.recent).clear();
+    }
+
+    /// Keeps events as text for those who read the log as it grows.
+    pub fn keep_recent(&self, events: impl IntoIterator<Item = (i64, Arc<RawValue>)>) {
+        let mut recent = lock(&self.recent);
+        for (position, raw) in events {
+            // Kept without holes, so that a reader finds everything after a position or nothing.
+            if recent.back().is_some_and(|(last, _)| last.checked_add(1) != Some(position)) {
+                recent.clear();
+            }
+            recent.push_back((position, raw));
+            if recent.len() > RECENT {
+                recent.pop_front();
+            }
+        }
+    }
+
+    /// The events from `from` to `to`, at most `limit`, if all of them are in memory.
+    pub fn recent(&self, from: i64, to: i64, limit: usize) -> Option<Vec<(i64, Arc<RawValue>)>> {
+        let recent = lock(&self.recent);
+        let (first, last) = (recent.front()?.0, recent.back()?.0);
+        if from < first || from > last {
+            return None;
+        }
+        let skip = usize::try_from(from.saturating_sub(first)).ok()?;
+        Some(recent.iter().skip(skip).take_while(|(position, _)| *position <= to).take(limit).cloned().collect())
+    }
+
+    /// Waits for the echo of an LPDU, or for its refusal.
+    pub fn wait_for(&self, lpdu_id: &EventId) -> oneshot::Receiver<Result<Appended, Refusal>> {
+        let (echo, answer) = oneshot::channel();
+        let mut waiters = lock(&self.waiters);
+        waiters.retain(|_, echoes| echoes.iter().any(|echo| !echo.is_closed()));
+        waiters.entry(lpdu_id.to_owned()).or_default().push(echo);
+        answer
+    }
+
+    /// Tells those who wait for an LPDU.
+    pub fn settle(&self, lpdu_id: &EventId, fate: &Result<Appended, Refusal>) {
+        for echo in lock(&self.waiters).remove(lpdu_id).unwrap_or_default() {
+            // Who waited may have given up.
+            let _ = echo.send(fate.clone());
+        }
+    }
+}
+
+/// All rooms.
+pub(super) struct Rooms {
+    store: Store,
+    /// The IDs of all rooms, so that events of other rooms cost no query.
+    known: OnceCell<RwLock<HashSet<OwnedRoomId>>>,
+    /// Every cell that is in use anywhere.
+    live: Mutex<HashMap<OwnedRoomId, Weak<RoomCell>>>,
+    /// Keeps the cells of rooms in use from being dropped between uses.
+    kept: moka::future::Cache<OwnedRoomId, Arc<RoomCell>>,
+}
+
+impl Rooms {
+    /// The rooms in `store`, `capacity` of them kept in memory.
+    pub fn new(store: Store, capacity: u64) -> Self {
+        Self { store, known: OnceCell::new(), live: Mutex::default(), kept: moka::future::Cache::new(capacity) }
+    }
+
+    async fn known(&self) -> Result<&RwLock<HashSet<OwnedRoomId>>, StoreError> {
+        let load = async {
+            let ids = stored::room_ids(&self.store).await?;
+            Ok(RwLock::new(ids.into_iter().collect()))
+        };
+        self.known.get_or_try_init(|| load).await
+    }
+
+    /// Whether there is such a room.
+    pub async fn contains(&self, room_id: &RoomId) -> Result<bool, StoreError> {
+        Ok(self.known().await?.read().unwrap_or_else(PoisonError::into_inner).contains(room_id))
+    }
+
+    /// A room was committed.
+    pub async fn add(&self, snapshot: Snapshot) -> Result<Arc<RoomCell>, StoreError> {
+        let room_id = snapshot.facts.room_id.clone();
+        let cell = self.cell(&room_id).await;
+        cell.publish(Arc::new(snapshot));
+        self.known().await?.write().unwrap_or_else(PoisonError::into_inner).insert(room_id);
+        Ok(cell)
+    }
+
+    /// A room's cell, if there is such a room.
+    pub async fn find(&self, room_id: &RoomId) -> Result<Option<Arc<RoomCell>>, StoreError> {
+        Ok(if self.contains(room_id).await? { Some(self.cell(room_id).await) } else { None })
+    }
+
+    async fn cell(&self, room_id: &RoomId) -> Arc<RoomCell> {
+        if let Some(cell) = self.kept.get(room_id).await {
+            return cell;
+        }
+        let cell = {
+            let mut live = lock(&self.live);
+            match live.get(room_id).and_then(Weak::upgrade) {
+                Some(cell) => cell,
+                None => {
+                    if live.len() == live.capacity() {
+                        live.retain(|_, cell| cell.strong_count() > 0);
+                    }
+                    let cell = Arc::new(RoomCell::new(room_id.to_owned()));
+                    live.insert(room_id.to_owned(), Arc::downgrade(&cell));
+                    cell
+                }
+            }
+        };
+        self.kept.insert(room_id.to_owned(), cell.clone()).await;
+        cell
+    }
+}
+
+async fn load(store: &Store, room_id: &RoomId) -> Result<Snapshot, StoreError> {
+    let row = stored::room(store, room_id).await?.ok_or_else(|| StoreError::corrupt("room", "it is not there"))?;
+    let state = stored::state_now(store, room_id).await?;
+    let last = stored::range(store, room_id, row.head, row.head, 1).await?;
+    let last = last.into_iter().next().ok_or_else(|| StoreError::corrupt("log", "the last event is missing"))?;
+    let last = Arc::new(stored_pdu(last, row.redaction)?);
+    let state = state.into_iter().map(|event| Ok(Arc::new(stored_pdu(event, row.redaction)?)));
+    let state = state.collect::<Result<Vec<_>, StoreError>>()?;
+    let facts = Facts { room_id: row.room_id, version: row.version, hub: row.hub };
+    Ok(Snapshot::restore(facts, row.redaction, row.head, last, state))
+}
+
+/// An event as it was stored. Its ID is the one under which it was stored.
+pub(super) fn stored_pdu(row: EventRow, redaction: Redaction) -> Result<Pdu, StoreError> {
+    let json = serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("event", error))?;
+    let mut pdu = Pdu::parse(json, redaction).map_err(|error| StoreError::corrupt("event", error))?;
+    pdu.event_id = row.event_id;
+    Ok(pdu)
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,150 @@
+//! What other servers read of the rooms that are hubbed here. A server sees a room while it has a joined user there, and
+//! up to the event that ended that when it had one; to all others the room and its events do not exist.
+
+use std::collections::BTreeSet;
+
+use ruma::{EventId, OwnedEventId, RoomId, ServerName};
+use serde_json::{Value, json};
+
+use super::room::Snapshot;
+use super::{Lm, Role};
+use crate::refusal::Refusal;
+use crate::store::lm::{self as stored, EventRow};
+
+/// How many events one backfill answers with at most.
+const BACKFILL: i64 = 100;
+/// How many events an auth chain is followed through.
+const AUTH_CHAIN: usize = 20_000;
+
+impl Lm {
+    /// `GET event`
+    pub async fn get_event(&self, origin: &ServerName, event_id: &EventId) -> Result<Value, Refusal> {
+        let unknown = || Refusal::NotFound(format!("event {event_id}"));
+        let row = stored::event(&self.context().store, event_id).await?.ok_or_else(unknown)?;
+        let (_, room) = self.find(&row.room_id).await?;
+        match self.role(&room) {
+            Role::Hub if row.position <= self.sees_until(origin, &room).await? => to_value(&row),
+            _ => Err(unknown()),
+        }
+    }
+
+    /// `GET state`, and `state_ids` when `ids` is set.
+    pub async fn get_state(
+        &self,
+        origin: &ServerName,
+        room_id: &RoomId,
+        event_id: Option<&EventId>,
+        ids: bool,
+    ) -> Result<Value, Refusal> {
+        let (room, until) = self.hubbed_and_seen(origin, room_id).await?;
+        let store = &self.context().store;
+        let state = match event_id {
+            Some(event_id) => {
+                let at = self.position_of(&room, event_id, until).await?;
+                stored::state_before(store, room_id, at).await?
+            }
+            None => stored::state_before(store, room_id, until.saturating_add(1)).await?,
+        };
+        let chain = self.auth_chain(&state).await?;
+        if ids {
+            let (state, chain) = (to_ids(&state), to_ids(&chain));
+            // The draft's name and the one that peers write.
+            return Ok(json!({ "pdu_ids": state, "pdus_ids": state, "auth_chain_ids": chain }));
+        }
+        Ok(json!({ "pdus": to_values(&state)?, "auth_chain": to_values(&chain)? }))
+    }
+
+    /// `GET backfill`
+    pub async fn backfill(
+        &self,
+        origin: &ServerName,
+        room_id: &RoomId,
+        from: &EventId,
+        limit: i64,
+    ) -> Result<Value, Refusal> {
+        let (room, until) = self.hubbed_and_seen(origin, room_id).await?;
+        let last = self.position_of(&room, from, until).await?;
+        let limit = limit.clamp(0, BACKFILL);
+        let first = last.saturating_sub(limit).saturating_add(1).max(0);
+        let rows = stored::range(&self.context().store, room_id, first, last, limit).await?;
+        Ok(json!({ "pdus": to_values(&rows)? }))
+    }
+
+    /// A room that is hubbed here, and the last position of it that `origin` sees.
+    async fn hubbed_and_seen(&self, origin: &ServerName, room_id: &RoomId) -> Result<(Snapshot, i64), Refusal> {
+        let room = self.hubbed(room_id).await?;
+        match self.sees_until(origin, &room).await? {
+            until if until >= 0 => Ok((room, until)),
+            _ => Err(Refusal::UnknownRoom(room_id.to_string())),
+        }
+    }
+
+    /// A room that is hubbed here.
+    pub(super) async fn hubbed(&self, room_id: &RoomId) -> Result<Snapshot, Refusal> {
+        let (_, room) = self.find(room_id).await?;
+        match self.role(&room) {
+            Role::Hub => Ok((*room).clone()),
+            Role::Participant { hub } => {
+                Err(Refusal::WrongHub { hub: hub.to_string(), found: self.context().server_name.to_string() })
+            }
+        }
+    }
+
+    /// The last position that a server sees; −1 when it sees nothing.
+    async fn sees_until(&self, server: &ServerName, room: &Snapshot) -> Result<i64, Refusal> {
+        if room.has_server(server) {
+            return Ok(room.head);
+        }
+        let stays = stored::stays(&self.context().store, &room.facts.room_id, server).await?;
+        Ok(stays.into_iter().filter_map(|stay| stay.until).max().unwrap_or(-1))
+    }
+
+    async fn position_of(&self, room: &Snapshot, event_id: &EventId, until: i64) -> Result<i64, Refusal> {
+        let row = stored::event(&self.context().store, event_id).await?;
+        match row {
+            Some(row) if row.room_id == room.facts.room_id && row.position <= until => Ok(row.position),
+            _ => Err(Refusal::NotFound(format!("event {event_id} in {}", room.facts.room_id))),
+        }
+    }
+
+    /// The events that allow `events`, those that allow these, and so on, in the order of the log.
+    pub(super) async fn auth_chain(&self, events: &[EventRow]) -> Result<Vec<EventRow>, Refusal> {
+        let mut seen: BTreeSet<OwnedEventId> = BTreeSet::new();
+        let mut wanted = auth_events(events);
+        let mut chain: Vec<EventRow> = Vec::new();
+        while !wanted.is_empty() && chain.len() < AUTH_CHAIN {
+            seen.extend(wanted.iter().cloned());
+            let ids: Vec<&EventId> = wanted.iter().map(|id| &**id).collect();
+            let found = stored::events_by_id(&self.context().store, &ids).await?;
+            wanted = auth_events(&found).difference(&seen).cloned().collect();
+            chain.extend(found);
+        }
+        chain.sort_by_key(|event| event.position);
+        Ok(chain)
+    }
+}
+
+fn auth_events(events: &[EventRow]) -> BTreeSet<OwnedEventId> {
+    #[derive(serde::Deserialize)]
+    struct AuthEvents {
+        #[serde(default)]
+        auth_events: Vec<OwnedEventId>,
+    }
+    events
+        .iter()
+        .filter_map(|event| serde_json::from_slice::<AuthEvents>(&event.json).ok())
+        .flat_map(|event| event.auth_events)
+        .collect()
+}
+
+pub(super) fn to_value(event: &EventRow) -> Result<Value, Refusal> {
+    serde_json::from_slice(&event.json).map_err(|error| Refusal::Internal(error.to_string()))
+}
+
+pub(super) fn to_values(events: &[EventRow]) -> Result<Vec<Value>, Refusal> {
+    events.iter().map(to_value).collect()
+}
+
+fn to_ids(events: &[EventRow]) -> Vec<&EventId> {
+    events.iter().map(|event| &*event.event_id).collect()
+}

@@ -1,0 +1,127 @@
+//! Rooms of the linear side: the log, the current state, which servers were in a room when, LPDUs on their way to a hub,
+//! and complaints about hubs.
+
+mod read;
+mod write;
+
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
+
+pub use self::read::{
+    Stay, complained_of, complaints, event, event_of_lpdu, events_by_id, lpdus_after, positions_of_lpdus, queued_lpdus,
+    range, room, room_ids, state_before, state_now, stays,
+};
+pub use self::write::{
+    advance_head, append, complain, forget_lpdus, insert_room, queue_lpdu, server_joined, server_left, set_redaction,
+    set_state,
+};
+use crate::event::{Redaction, RoomVersion};
+
+/// A room as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoomRow {
+    /// The room.
+    pub room_id: OwnedRoomId,
+    /// Its version.
+    pub version: RoomVersion,
+    /// The server that keeps its log.
+    pub hub: OwnedServerName,
+    /// The table of redaction that the hub uses.
+    pub redaction: Redaction,
+    /// The last position.
+    pub head: i64,
+}
+
+/// An event on its way into a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewEvent {
+    /// Its place.
+    pub position: i64,
+    /// Its ID.
+    pub event_id: OwnedEventId,
+    /// The ID of the LPDU that it was made of.
+    pub lpdu_id: Option<OwnedEventId>,
+    /// Type and state key of a state event.
+    pub state: Option<(String, String)>,
+    /// The event as it goes over the wire.
+    pub json: Vec<u8>,
+}
+
+/// An event of a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EventRow {
+    /// The room.
+    pub room_id: OwnedRoomId,
+    /// Its place.
+    pub position: i64,
+    /// Its ID.
+    pub event_id: OwnedEventId,
+    /// The event as it goes over the wire.
+    pub json: Vec<u8>,
+}
+
+/// An LPDU that waits for the hub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LpduRow {
+    /// Its place in the feed of the room's LPDUs.
+    pub position: i64,
+    /// Its ID.
+    pub lpdu_id: OwnedEventId,
+    /// The LPDU as it goes over the wire.
+    pub json: Vec<u8>,
+}
+
+fn redaction_name(redaction: Redaction) -> &'static str {
+    match redaction {
+        Redaction::Draft => "draft",
+        Redaction::GraphServer => "graph",
+    }
+}
+
+/// The sizes in which many rows are written or looked up at once, so that there are few statements to prepare.
+const CHUNKS: [usize; 4] = [64, 16, 4, 1];
+
+/// Cuts `items` into pieces whose lengths are all in [`CHUNKS`].
+fn chunks<T>(mut items: &[T]) -> impl Iterator<Item = &[T]> {
+    std::iter::from_fn(move || {
+        let size = CHUNKS.into_iter().find(|size| *size <= items.len())?;
+        let (chunk, rest) = items.split_at_checked(size)?;
+        items = rest;
+        Some(chunk)
+    })
+}
+
+/// `(b+1, b+2, …), (…)`: placeholders for `rows` rows of `columns` columns after the first `before`.
+fn placeholders(rows: usize, columns: usize, before: usize) -> String {
+    let mut sql = String::with_capacity(rows * columns * 5);
+    for row in 0..rows {
+        sql.push_str(if row == 0 { "(" } else { ", (" });
+        for column in 1..=columns {
+            if column > 1 {
+                sql.push_str(", ");
+            }
+            sql.push('$');
+            sql.push_str(&(before + row * columns + column).to_string());
+        }
+        sql.push(')');
+    }
+    sql
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn items_are_cut_into_few_sizes() {
+        let items: Vec<usize> = (0..87).collect();
+        let lengths: Vec<usize> = chunks(&items).map(<[usize]>::len).collect();
+        assert_eq!(lengths, [64, 16, 4, 1, 1, 1]);
+        assert_eq!(chunks(&items).flatten().copied().collect::<Vec<_>>(), items);
+    }
+
+    #[test]
+    fn placeholders_count_on() {
+        assert_eq!(placeholders(2, 2, 0), "($1, $2), ($3, $4)");
+        assert_eq!(placeholders(1, 3, 1), "($2, $3, $4)");
+    }
+}
