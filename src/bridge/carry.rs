@@ -255,3 +255,6 @@ pub(super) fn same(one: &Object, other: &Object) -> bool {
 fn level(user: &UserId, power: &Power<'_>, what: &str, needed: i64) -> Refusal {
     Refusal::Forbidden(format!("{user} has the level {}, to {what} it takes {needed}", power.level(user)))
 }
+
+#[cfg(test)]
+mod tests;

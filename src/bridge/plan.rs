@@ -204,3 +204,6 @@ impl Plan<'_> {
         Fix { side, before: Vec::new(), draft, source: None, instead: None }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,136 @@
+//! Repairs by the states of both rooms: Matrix leads, LM follows.
+
+use ruma::user_id;
+
+use super::*;
+use crate::bridge::power::tests::state as room;
+
+const BOT: &str = "@isthmus:g";
+
+fn users(side: Side) -> Known {
+    let pairs = [("@alice:h", "@mx_alice_h:g"), ("@bob:l", "@lm_bob_l:g")];
+    let mut known = Known::from([(user_id!("@isthmus:g").to_owned(), Who::Bot)]);
+    for ((user, ghost), home) in pairs.into_iter().zip([Side::Matrix, Side::Lm]) {
+        let (user, ghost): (ruma::OwnedUserId, ruma::OwnedUserId) =
+            (user.try_into().unwrap(), ghost.try_into().unwrap());
+        match side == home {
+            true => known.insert(user, Who::Native { ghost }),
+            false => known.insert(ghost, Who::Ghost { user }),
+        };
+    }
+    known
+}
+
+fn rooms(leading: &[(&str, &str, &str, Value)], following: &[(&str, &str, &str, Value)]) -> (State, State) {
+    let with = |own: &[(&'static str, &'static str, &'static str, Value)], more: &[(&str, &str, &str, Value)]| {
+        let all: Vec<(&str, &str, &str, Value)> = own.iter().cloned().chain(more.iter().cloned()).collect();
+        room(&all)
+    };
+    let rest = |bot: Value| {
+        vec![
+            ("m.room.create", "", BOT, json!({"room_version": "11"})),
+            (
+                POWER_LEVELS,
+                "",
+                BOT,
+                json!({"users": {BOT: bot}, "events": {"m.room.encryption": super::super::power::BOT_LEVEL}}),
+            ),
+            ("m.room.join_rules", "", BOT, json!({"join_rule": "public"})),
+            ("m.room.history_visibility", "", BOT, json!({"history_visibility": "shared"})),
+            (MEMBER, BOT, BOT, json!({"membership": "join"})),
+        ]
+    };
+    let mut followed = rest(json!(9_000));
+    followed[1].3 = json!({"users": {BOT: 9_000}, "events": {}});
+    (with(&rest(json!(8_000)), leading), with(&followed, following))
+}
+
+fn fixes(leading: &[(&str, &str, &str, Value)], following: &[(&str, &str, &str, Value)]) -> Vec<Fix> {
+    let (leading, following) = rooms(leading, following);
+    plan(&Plan {
+        authority: Side::Matrix,
+        leading: &leading,
+        following: &following,
+        leading_users: &users(Side::Matrix),
+        following_users: &users(Side::Lm),
+        bot: user_id!("@isthmus:g"),
+        spared: &|_, _| false,
+        now_ms: 5,
+    })
+}
+
+/// Side, sender, type or membership, state key.
+fn brief(fixes: &[Fix]) -> Vec<(&'static str, String, String, String)> {
+    fixes
+        .iter()
+        .map(|fix| {
+            let draft = &fix.draft;
+            assert_eq!(draft.content[REPAIR], json!(true));
+            let what = draft.content.get("membership").and_then(Value::as_str).unwrap_or(&draft.kind);
+            (fix.side.as_str(), draft.sender.to_string(), what.to_owned(), draft.state_key.clone().unwrap_or_default())
+        })
+        .collect()
+}
+
+fn fix(side: &'static str, sender: &str, what: &str, state_key: &str) -> (&'static str, String, String, String) {
+    (side, sender.to_owned(), what.to_owned(), state_key.to_owned())
+}
+
+fn is(membership: &str) -> Value {
+    json!({ "membership": membership })
+}
+
+#[test]
+fn rooms_in_step_need_no_repair() {
+    let alice = [(MEMBER, "@alice:h", "@alice:h", is("join")), (MEMBER, "@lm_bob_l:g", "@lm_bob_l:g", is("join"))];
+    let ghosts = [(MEMBER, "@mx_alice_h:g", "@mx_alice_h:g", is("join")), (MEMBER, "@bob:l", "@bob:l", is("join"))];
+    assert_eq!(brief(&fixes(&alice, &ghosts)), []);
+    let name = [("m.room.name", "", "@alice:h", json!({"name": "Tea"}))];
+    let image = [("m.room.name", "", "@mx_alice_h:g", json!({"name": "Tea", "im.isthmus.source": {}}))];
+    assert_eq!(brief(&fixes(&name, &image)), []);
+}
+
+#[test]
+fn hc_45_state_is_set_to_what_the_authority_has() {
+    let name = |name: &str| [("m.room.name", "", BOT, json!({ "name": name }))];
+    let found = fixes(&name("Tea"), &name("Coffee"));
+    assert_eq!(brief(&found), [fix("lm", BOT, "m.room.name", "")]);
+    assert_eq!(found[0].draft.content["name"], json!("Tea"));
+    let found = fixes(&[], &name("Coffee"));
+    assert_eq!(found[0].draft.content["name"], json!(""));
+    assert_eq!(brief(&fixes(&[], &name(""))), []);
+    let rule = [("m.room.join_rules", "", BOT, json!({"join_rule": "restricted"}))];
+    assert_eq!(fixes(&rule, &[])[0].draft.content["join_rule"], json!("invite"));
+}
+
+#[test]
+fn members_follow_the_authority_as_far_as_the_gateway_can() {
+    let alice = |membership: &str| [(MEMBER, "@alice:h", "@alice:h", is(membership))];
+    let alice_ghost = |membership: &str, by: &'static str| [(MEMBER, "@mx_alice_h:g", by, is(membership))];
+    let bob = |membership: &str| [(MEMBER, "@bob:l", "@bob:l", is(membership))];
+    let bob_ghost = |membership: &str, by: &'static str| [(MEMBER, "@lm_bob_l:g", by, is(membership))];
+    let ghost = "@mx_alice_h:g";
+    for (leading, following, expected) in [
+        (&alice("join")[..], &[][..], vec![fix("lm", ghost, "join", ghost)]),
+        (&alice("leave"), &alice_ghost("join", ghost), vec![fix("lm", ghost, "leave", ghost)]),
+        (&alice("ban"), &alice_ghost("join", ghost), vec![fix("lm", BOT, "ban", ghost)]),
+        (&alice("leave"), &alice_ghost("ban", BOT), vec![fix("lm", BOT, "leave", ghost)]),
+        (&[], &alice_ghost("join", ghost), vec![fix("lm", ghost, "leave", ghost)]),
+        (&[], &alice_ghost("leave", ghost), vec![]),
+        // The authority has removed Bob's ghost: Bob goes. Bob is there and his ghost not yet: it joins.
+        (&bob_ghost("ban", "@alice:h"), &bob("join"), vec![fix("lm", BOT, "ban", "@bob:l")]),
+        (&bob_ghost("leave", "@alice:h"), &bob("join"), vec![fix("lm", BOT, "leave", "@bob:l")]),
+        (&bob_ghost("leave", "@lm_bob_l:g"), &bob("join"), vec![fix("matrix", "@lm_bob_l:g", "join", "@lm_bob_l:g")]),
+        (&[], &bob("join"), vec![fix("matrix", "@lm_bob_l:g", "join", "@lm_bob_l:g")]),
+        // A join is never forged: the ghost of one who is not there leaves.
+        (&bob_ghost("join", "@lm_bob_l:g"), &bob("leave"), vec![fix("matrix", "@lm_bob_l:g", "leave", "@lm_bob_l:g")]),
+        (&bob_ghost("join", "@lm_bob_l:g"), &bob("join"), vec![]),
+        (&bob_ghost("invite", "@alice:h"), &bob("invite"), vec![]),
+    ] {
+        assert_eq!(brief(&fixes(leading, following)), expected, "{leading:?} {following:?}");
+    }
+    let found = fixes(&[], &bob("join"));
+    assert_eq!(found[0].instead.as_ref().map(|draft| draft.sender.as_str()), Some(BOT), "who may not join is kicked");
+    let banned = fixes(&alice("join"), &alice_ghost("ban", BOT));
+    assert_eq!(banned[0].before.len(), 1, "the ban is taken back first");
+}
