@@ -20,7 +20,7 @@ use crate::bridge::Bridge;
 use crate::clock::{SharedClock, SystemClock};
 use crate::config::Config;
 use crate::dag::Dag;
-use crate::federation::{Client, ClientOptions, Context, Lines, OutboundQueues, Transactions};
+use crate::federation::{Client, ClientOptions, Context, OutboundQueues};
 use crate::identity::{Keyring, SigningKey, SigningKeyError};
 use crate::lm::Lm;
 use crate::refusal::Refusal;
@@ -92,15 +92,7 @@ impl Gateway {
             Some(settings) => Some(Appservice::new(&context, &bridge, settings).await?),
             None => None,
         };
-        let transactions = Transactions::new(context.store.clone(), context.clock.clone());
-        let federation = Federation {
-            context: context.clone(),
-            lm: lm.clone(),
-            dag: dag.clone(),
-            between,
-            transactions,
-            lines: Lines::default(),
-        };
+        let federation = Federation::new(context.clone(), lm.clone(), dag.clone(), between);
         let public = match &appservice {
             Some(appservice) => federation_routes(federation).merge(appservice.routes()),
             None => federation_routes(federation),

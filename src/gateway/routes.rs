@@ -37,6 +37,14 @@ pub struct Federation {
     pub lines: Lines,
 }
 
+impl Federation {
+    /// The routes' state over these parts.
+    pub fn new(context: Context, lm: Lm, dag: Dag, between: SharedBetween) -> Self {
+        let transactions = Transactions::new(context.store.clone(), context.clock.clone());
+        Self { context, lm, dag, between, transactions, lines: Lines::default() }
+    }
+}
+
 type Answer = Result<Json<Value>, Refusal>;
 
 /// Where the LM endpoints are found under the names that the peers use today.

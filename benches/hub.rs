@@ -1,0 +1,162 @@
+//! What a hub costs: the floor for one LPDU on one core, and in the same run what isthmus as a hub accepts over loopback
+//! HTTP, durably (SQLite, `synchronous=FULL`), from participants that send batches of 50 and of 1, in one room and in
+//! twenty; then the time of the echo at half that load. The hub is a process of its own, so that its CPU time and its memory
+//! are its own too; the participants in this process do as little as they can. Machines are noisy: trust the ratios.
+//!
+//! `cargo bench --bench hub` (`-- --seconds 2` for a quick look).
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use isthmus::event::{Completion, Lpdu, Pdu, Redaction, VerifyKey, VerifyKeys, parse_object};
+use isthmus::identity::SigningKey;
+use ruma::server_name;
+use serde_json::json;
+
+use self::support::hub::Hub;
+use self::support::participant::Participant;
+use self::support::percentile;
+
+/// How many servers take part.
+const PARTICIPANTS: usize = 4;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let after = |flag: &str| arguments.iter().skip_while(|argument| *argument != flag).nth(1);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    if let Some(directory) = after("--serve-hub") {
+        return runtime.block_on(support::hub::serve(directory.as_ref()));
+    }
+    let seconds = after("--seconds").map_or(5, |text| text.parse().unwrap());
+    let floor = floor();
+    println!("floor, one LPDU on one core       {:>8.0} us   {:>8.0} LPDU/s", floor.one, 1e6 / floor.one);
+    println!("floor, batches of 50              {:>8.0} us   {:>8.0} LPDU/s", floor.batch, 1e6 / floor.batch);
+    runtime.block_on(measure(seconds, &floor));
+}
+
+struct Floor {
+    one: f64,
+    batch: f64,
+}
+
+/// Parse, hash, verify, complete, both hashes, sign, serialize: what nobody can leave out.
+fn floor() -> Floor {
+    let (hub, origin) = (server_name!("hub.example"), server_name!("part.example"));
+    let (hub_key, key) = (SigningKey::generate(), SigningKey::generate());
+    let public = VerifyKey::from_base64(&key.public_base64()).unwrap();
+    let keys = VerifyKeys::from([(origin.to_owned(), BTreeMap::from([(key.id().to_owned(), public)]))]);
+    let texts: Vec<Vec<u8>> = (0..50)
+        .map(|number| {
+            let template = support::message("!room:hub.example", "@bob:part.example", number);
+            serde_json::to_vec(&Lpdu::build(template, hub, origin, &key).unwrap().json).unwrap()
+        })
+        .collect();
+    let completion = Completion {
+        auth_events: ["$nKHVqt3iyLA_HEE8lT1yUaaVjjBRR-fAqpN4t7opadc"; 3].map(|id| id.try_into().unwrap()).into(),
+        prev_event: Some("$nKHVqt3iyLA_HEE8lT1yUaaVjjBRR-fAqpN4t7opadc".try_into().unwrap()),
+    };
+    let finish = |lpdu| Pdu::complete(lpdu, completion.clone(), hub, &hub_key).unwrap().to_bytes();
+    let parse = |text: &Vec<u8>| Lpdu::parse(parse_object(text).unwrap()).unwrap();
+    let one = best_of(|| {
+        for text in &texts {
+            black_box(finish(parse(text).verify(&keys).unwrap()));
+        }
+    });
+    let batch = best_of(|| {
+        for lpdu in Lpdu::verify_all(texts.iter().map(parse).collect(), &keys) {
+            black_box(finish(lpdu.unwrap()));
+        }
+    });
+    // What was measured is what a participant accepts.
+    let pdu = parse_object(&finish(parse(&texts[0]).verify(&keys).unwrap())).unwrap();
+    assert_eq!(Pdu::parse(pdu, Redaction::Draft).unwrap().json["content"]["n"], json!(0));
+    Floor { one, batch }
+}
+
+/// Microseconds for one of the fifty, in the median of many runs.
+fn best_of(mut run: impl FnMut()) -> f64 {
+    let mut runs: Vec<f64> = (0..60)
+        .map(|_| {
+            let start = Instant::now();
+            run();
+            start.elapsed().as_secs_f64() * 1e6 / 50.0
+        })
+        .collect();
+    runs.sort_by(f64::total_cmp);
+    runs[runs.len() / 2]
+}
+
+async fn measure(seconds: u64, floor: &Floor) {
+    println!("\n{PARTICIPANTS} participants       LPDU/s    hub CPU/LPDU   x floor   sent   lost  doubled  misplaced");
+    let mut half = 0.0;
+    for (rooms, batch) in [(1, 50), (20, 50), (1, 1), (20, 1)] {
+        let directory = tempfile::tempdir().unwrap();
+        let hub = Hub::start(directory.path(), rooms).await;
+        let participants = join_all(&hub).await;
+        let cpu = hub.cpu();
+        let start = Instant::now();
+        let until = start + Duration::from_secs(seconds);
+        let sending = participants.iter().map(|participant| participant.flood(&hub, batch, until));
+        let sent: usize = futures::future::join_all(sending).await.into_iter().sum();
+        let elapsed = start.elapsed().as_secs_f64();
+        settle(&participants, sent).await;
+        let cpu = (hub.cpu() - cpu) / sent as f64 * 1e6;
+        let rate = sent as f64 / elapsed;
+        let per_floor = cpu / if batch == 1 { floor.one } else { floor.batch };
+        let order =
+            participants.iter().map(Participant::check).fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2));
+        println!(
+            "{rooms:>2} rooms, batches of {batch:<2} {rate:>9.0} {cpu:>12.0} us {per_floor:>9.2} {sent:>6} {:>6} {:>8} {:>10}",
+            sent * PARTICIPANTS - order.0,
+            order.1,
+            order.2
+        );
+        if batch == 50 && rooms == 1 {
+            half = rate / 2.0;
+        }
+        println!("    peak memory of the hub: {} MiB", hub.peak_memory() >> 20);
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let hub = Hub::start(directory.path(), 1).await;
+    let participants = join_all(&hub).await;
+    let pace = Duration::from_secs_f64(50.0 * PARTICIPANTS as f64 / half);
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let sending = participants.iter().map(|participant| participant.pace(&hub, 50, pace, until));
+    let sent: usize = futures::future::join_all(sending).await.into_iter().sum();
+    settle(&participants, sent).await;
+    let mut echoes: Vec<f64> = participants.iter().flat_map(Participant::echoes).collect();
+    echoes.sort_by(f64::total_cmp);
+    println!(
+        "\necho at {half:.0} LPDU/s in batches of 50: p50 {:.1} ms, p99 {:.1} ms, {} echoes of {sent}",
+        percentile(&echoes, 0.5),
+        percentile(&echoes, 0.99),
+        echoes.len()
+    );
+}
+
+async fn join_all(hub: &Hub) -> Vec<Participant> {
+    let mut participants = Vec::new();
+    for number in 0..PARTICIPANTS {
+        participants.push(Participant::join(number, hub).await);
+    }
+    participants
+}
+
+/// Waits until everybody has got everything, or nothing more comes.
+async fn settle(participants: &[Participant], sent: usize) {
+    let (mut before, mut quiet) = (0, 0);
+    while quiet < 30 {
+        let received: usize = participants.iter().map(Participant::received).sum();
+        if received >= sent * participants.len() {
+            break;
+        }
+        quiet = if received == before { quiet + 1 } else { 0 };
+        before = received;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
