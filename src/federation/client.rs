@@ -233,7 +233,7 @@ impl Client {
         };
         let text = format!("{}{uri}", route.base);
         let url = Url::parse(&text).map_err(|error| RemoteError::Unreachable(format!("{text:?}: {error}")))?;
-        let path = &url[url::Position::BeforePath..];
+        let path = &url[url::Position::BeforePath..url::Position::AfterQuery];
         if !uri.starts_with("/_matrix/") || !path.ends_with(uri) {
             return Err(RemoteError::Unreachable(format!("{uri:?} is not a normal path, {path:?} would be asked for")));
         }

@@ -5,6 +5,8 @@ mod context;
 mod dialler;
 mod discovery;
 mod limits;
+#[cfg(test)]
+mod loopback_tests;
 mod outbound;
 mod transactions;
 mod well_known;

@@ -71,7 +71,7 @@ pub(super) async fn fetch(http: Arc<Http>, host: &str) -> Outcome {
     }
 }
 
-async fn fetch_from(http: &Http, url: Url) -> Outcome {
+pub(super) async fn fetch_from(http: &Http, url: Url) -> Outcome {
     match tokio::time::timeout(TIMEOUT, follow(http, url)).await {
         Ok(Ok(outcome)) => outcome,
         Ok(Err(RemoteError::BadAnswer(_))) => Outcome::Absent,

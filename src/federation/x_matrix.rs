@@ -238,13 +238,29 @@ fn closing_quote(text: &str) -> Option<usize> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use http::HeaderValue;
     use proptest::prelude::*;
     use ruma::server_name;
     use serde::Deserialize;
 
     use super::*;
+
+    /// Whether a request from `g.example` to `destination` is signed with `key`.
+    pub(in crate::federation) fn is_signed_request(
+        key: &SigningKey,
+        destination: &ServerName,
+        method: &Method,
+        uri: &str,
+        headers: &HeaderMap,
+        content: Option<&[u8]>,
+    ) -> bool {
+        let claims = claims(destination, headers).unwrap();
+        assert_eq!(claims.origin, "g.example");
+        let public = VerifyKey::from_base64(&key.public_base64()).unwrap();
+        let message = message(&claims.origin, destination, method, uri, content);
+        claims.signatures.iter().all(|signature| is_signed(&claims.origin, &public, &message, &signature.signature))
+    }
 
     fn headers(values: &[&str]) -> HeaderMap {
         let mut headers = HeaderMap::new();

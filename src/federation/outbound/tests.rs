@@ -35,11 +35,12 @@ impl Seen {
     }
 }
 
+type Replies = dyn Fn(&ServerName, &str, &Object) -> Reply + Send + Sync;
 type Reply = BoxFuture<'static, Result<Object, RemoteError>>;
 
 /// A network on which `reply` answers for everybody.
 struct Played {
-    reply: Box<dyn Fn(&ServerName, &str, &Object) -> Reply + Send + Sync>,
+    reply: Box<Replies>,
     seen: mpsc::UnboundedSender<Seen>,
 }
 
