@@ -1,5 +1,6 @@
 //! All integration tests: one binary, a module a file.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod dag;
 mod support;
 mod vectors;

@@ -36,7 +36,7 @@ use self::events::Events;
 use self::outbox::Outbox;
 use self::room::Rooms;
 use crate::event::{Object, RoomVersion};
-use crate::federation::{Context, FeedKind};
+use crate::federation::{Context, FeedKind, FeedSource};
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing, SharedBetween};
 
@@ -241,6 +241,11 @@ impl Dag {
         write.await?;
         room.set_listed(listed);
         Ok(())
+    }
+
+    /// What other servers are sent, as the outbound queues read it.
+    pub fn outbox(&self) -> impl FeedSource + use<> {
+        Outbox(self.shared.clone())
     }
 
     /// Whether this room is on the graph side here.

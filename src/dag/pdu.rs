@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::version::rules_of;
-use crate::event::{Object, RoomVersion, VerifyKeys, parse_object};
+use crate::event::{Object, RoomVersion, VerifyKeys};
 use crate::refusal::Refusal;
 
 /// The fields of an event of a graph, and the event itself as it goes over the wire (canonical JSON without `unsigned`).
@@ -82,11 +82,6 @@ struct Wire {
 }
 
 impl Unverified {
-    /// Parses an event as it came.
-    pub fn parse(raw: &str, version: RoomVersion) -> Result<Self, Refusal> {
-        Self::from_object(parse_object(raw.as_bytes())?, version)
-    }
-
     /// Checks the form of a parsed event: canonical JSON, fields, lengths and numbers. `unsigned` is dropped.
     pub fn from_object(mut object: Object, version: RoomVersion) -> Result<Self, Refusal> {
         let rules = rules_of(version)?;

@@ -140,11 +140,6 @@ impl Stored {
     }
 }
 
-/// Whether `user` stands in `members` with the given membership; for callers with an event at hand.
-pub fn has_membership(event: Option<&Arc<Stored>>, membership: Membership) -> bool {
-    event.and_then(|event| event.membership()) == Some(membership)
-}
-
 impl Event for Stored {
     type Id = OwnedEventId;
 

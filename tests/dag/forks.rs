@@ -1,0 +1,117 @@
+//! Forks: several events on the same one, states that differ, and what they are resolved to.
+
+use isthmus::event::RoomVersion;
+use serde_json::json;
+
+use super::peer::Peer;
+use super::*;
+
+#[tokio::test]
+async fn two_servers_speak_at_once_and_the_next_event_joins_the_branches() {
+    let (one, two) = (Peer::start("one.example").await, Peer::start("two.example").await);
+    let gateway = Gateway::start(&[&one, &two]).await;
+    for version in VERSIONS {
+        let room = gateway.room(version, "public").await;
+        let (alice, carol) = (one.user("alice"), two.user("carol"));
+        one.join(&gateway, &room, &alice).await.unwrap();
+        let mut here = two.join(&gateway, &room, &carol).await.unwrap();
+        let mut there = here.clone();
+        let (a, first) = here.say(&one, &alice, "one");
+        let (b, second) = there.say(&two, &carol, "two");
+        assert!(one.put(&gateway.dag, &[&first]).await[0].result.is_ok());
+        assert!(two.put(&gateway.dag, &[&second]).await[0].result.is_ok());
+        let reply = gateway.send(&room, message(&bot(), "both")).await.unwrap();
+        let mut prev = gateway.dag.event(&reply).await.unwrap().unwrap().prev_events.clone();
+        prev.sort();
+        let mut expected = [a, b];
+        expected.sort();
+        assert_eq!(prev, expected);
+        let inbox = gateway.inbox(&room).await;
+        assert_eq!(inbox.len(), 4);
+    }
+}
+
+#[tokio::test]
+async fn topics_set_at_once_are_resolved_the_same_in_either_order() {
+    let peer = Peer::start("peer.example").await;
+    for version in VERSIONS {
+        let mut topics = Vec::new();
+        let gateway = Gateway::start(&[&peer]).await;
+        let levels = state(
+            "m.room.power_levels",
+            "",
+            json!({ "users_default": 50,
+            "users": if version == RoomVersion::V12 { json!({}) } else { json!({ (bot().as_str()): 100 }) } }),
+        );
+        let public = state("m.room.join_rules", "", json!({ "join_rule": "public" }));
+        let room = gateway.room_with(version, vec![levels, public]).await;
+        let (alice, carol) = (peer.user("alice"), peer.user("carol"));
+        peer.join(&gateway, &room, &alice).await.unwrap();
+        let base = peer.join(&gateway, &room, &carol).await.unwrap();
+        let branch = |sender: &UserId, topic: &str, ts: i64| {
+            let mut event = base.next(sender, "m.room.topic", Some(""), json!({ "topic": topic }));
+            event["origin_server_ts"] = json!(ts);
+            peer.sign(version, event)
+        };
+        let early = branch(&alice, "early", NOW - 10);
+        let late = branch(&carol, "late", NOW - 5);
+        for order in [[&early, &late], [&late, &early]] {
+            for (_, event) in order {
+                assert!(peer.put(&gateway.dag, &[event]).await[0].result.is_ok());
+            }
+            topics.push(gateway.state(&room).await[&("m.room.topic".to_owned(), String::new())].clone());
+        }
+        // Mainline order puts the later one last: it wins.
+        assert_eq!(topics, [late.0.clone(), late.0]);
+        let next = gateway.send(&room, message(&bot(), "joined")).await.unwrap();
+        assert_eq!(gateway.dag.event(&next).await.unwrap().unwrap().prev_events.len(), 2);
+        let gateway = gateway.restart(&[&peer]);
+        assert_eq!(gateway.state(&room).await[&("m.room.topic".to_owned(), String::new())], topics[0]);
+    }
+}
+
+#[tokio::test]
+async fn a_ban_wins_over_what_the_banned_do_at_the_same_time() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    for version in VERSIONS {
+        let levels = state(
+            "m.room.power_levels",
+            "",
+            json!({ "users_default": 50, "ban": 60,
+            "users": if version == RoomVersion::V12 { json!({}) } else { json!({ (bot().as_str()): 100 }) } }),
+        );
+        let public = state("m.room.join_rules", "", json!({ "join_rule": "public" }));
+        let room = gateway.room_with(version, vec![levels, public]).await;
+        let mallory = peer.user("mallory");
+        let mut view = peer.join(&gateway, &room, &mallory).await.unwrap();
+        let ban = state("m.room.member", mallory.as_str(), json!({ "membership": "ban" }));
+        gateway.send(&room, ban).await.unwrap();
+        // Both were made on the event before the ban: allowed there, not by what the room is now.
+        let (topic, event) = view.add(&peer, &mallory, "m.room.topic", Some(""), json!({ "topic": "mine" }));
+        assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_ok());
+        assert!(gateway.dag.event(&topic).await.unwrap().is_none());
+        assert!(!gateway.state(&room).await.contains_key(&("m.room.topic".to_owned(), String::new())));
+        assert!(!gateway.inbox(&room).await.contains(&topic));
+        assert_eq!(gateway.membership(&room, &mallory).await.as_deref(), Some("ban"));
+    }
+}
+
+#[tokio::test]
+async fn own_events_are_built_on_the_ten_newest_extremities() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let room = gateway.room(RoomVersion::V12, "public").await;
+    let alice = peer.user("alice");
+    let view = peer.join(&gateway, &room, &alice).await.unwrap();
+    let mut tips = Vec::new();
+    for number in 0..25 {
+        let (id, event) = view.clone().say(&peer, &alice, &format!("{number}"));
+        assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_ok());
+        tips.push(id);
+    }
+    let reply = gateway.send(&room, message(&bot(), "reply")).await.unwrap();
+    assert_eq!(gateway.dag.event(&reply).await.unwrap().unwrap().prev_events, tips[15..]);
+    let reply = gateway.send(&room, message(&bot(), "reply")).await.unwrap();
+    assert_eq!(gateway.dag.event(&reply).await.unwrap().unwrap().prev_events.len(), 10);
+}

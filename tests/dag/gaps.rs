@@ -1,0 +1,106 @@
+//! Events whose predecessors or auth events are not here yet.
+
+use isthmus::event::RoomVersion;
+use serde_json::json;
+
+use super::peer::Peer;
+use super::*;
+
+#[tokio::test]
+async fn missing_events_are_fetched_and_taken_in_order() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    for version in VERSIONS {
+        let room = gateway.room(version, "public").await;
+        let alice = peer.user("alice");
+        let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
+        let said: Vec<_> = (0..30).map(|number| view.say(&peer, &alice, &format!("{number}"))).collect();
+        let (last, event) = said.last().unwrap();
+        assert!(peer.put(&gateway.dag, &[event]).await[0].result.is_ok());
+        let inbox = gateway.inbox(&room).await;
+        let expected: Vec<_> = said.iter().map(|(id, _)| id.clone()).collect();
+        assert_eq!(inbox[1..], expected);
+        assert!(gateway.dag.event(last).await.unwrap().is_some());
+    }
+}
+
+#[tokio::test]
+async fn hc_48_a_message_that_outruns_its_join() {
+    let (one, two) = (Peer::start("one.example").await, Peer::start("two.example").await);
+    let gateway = Gateway::start(&[&one, &two]).await;
+    let room = gateway.room(RoomVersion::V12, "public").await;
+    let mut view = one.join(&gateway, &room, &one.user("alice")).await.unwrap();
+    // Carol joined through the first server; the gateway hears of it only from her message.
+    let carol = two.user("carol");
+    let (join, event) = view.add(&two, &carol, "m.room.member", Some(carol.as_str()), json!({ "membership": "join" }));
+    two.keep(&join, &event);
+    let (hello, event) = view.say(&two, &carol, "hello");
+    assert!(two.put(&gateway.dag, &[&event]).await[0].result.is_ok());
+    assert_eq!(gateway.inbox(&room).await[1..], [join, hello]);
+    assert_eq!(gateway.membership(&room, &carol).await.as_deref(), Some("join"));
+}
+
+#[tokio::test]
+async fn a_gap_that_cannot_be_filled_is_bridged_by_the_state_at_its_edge() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    for version in VERSIONS {
+        let room = gateway.room(version, "public").await;
+        let alice = peer.user("alice");
+        let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
+        let carol = peer.user("carol");
+        for number in 0..5 {
+            let (lost, _) = view.say(&peer, &alice, &format!("{number}"));
+            peer.memory.hidden.lock().unwrap().insert(lost);
+        }
+        let (join, _) = view.add(&peer, &carol, "m.room.member", Some(carol.as_str()), json!({ "membership": "join" }));
+        let (lost, _) = view.say(&peer, &alice, "lost too");
+        peer.memory.hidden.lock().unwrap().insert(lost);
+        let before = view.state.values().cloned().collect();
+        let (edge, _) = view.say(&peer, &carol, "edge");
+        peer.memory.states.lock().unwrap().insert(edge.clone(), before);
+        let (last, event) = view.say(&peer, &carol, "last");
+        assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_ok());
+        assert!(gateway.dag.event(&last).await.unwrap().is_some());
+        assert_eq!(gateway.inbox(&room).await[1..], [edge, last]);
+        assert_eq!(gateway.membership(&room, &carol).await.as_deref(), Some("join"));
+        assert_eq!(gateway.state(&room).await[&("m.room.member".to_owned(), carol.to_string())], join);
+    }
+}
+
+#[tokio::test]
+async fn what_nobody_has_is_refused_and_may_come_later() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let room = gateway.room(RoomVersion::V11, "public").await;
+    let alice = peer.user("alice");
+    let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
+    let (lost, first) = view.say(&peer, &alice, "lost");
+    peer.memory.hidden.lock().unwrap().insert(lost);
+    let (second, event) = view.say(&peer, &alice, "second");
+    assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_err());
+    assert!(gateway.dag.event(&second).await.unwrap().is_none());
+    let results = peer.put(&gateway.dag, &[&event, &first]).await;
+    assert!(results.iter().all(|received| received.result.is_ok()));
+    assert_eq!(gateway.inbox(&room).await.len(), 3);
+}
+
+#[tokio::test]
+async fn hc_41_an_endless_chain_of_missing_events_ends() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let room = gateway.room(RoomVersion::V12, "public").await;
+    let alice = peer.user("alice");
+    let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
+    let (hole, _) = view.say(&peer, &alice, "hole");
+    peer.memory.hidden.lock().unwrap().insert(hole);
+    for number in 0..600 {
+        view.say(&peer, &alice, &format!("{number}"));
+    }
+    let (_, event) = view.say(&peer, &alice, "last");
+    peer.memory.asked.lock().unwrap().clear();
+    assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_err());
+    let asked = peer.memory.asked.lock().unwrap().len();
+    assert!(asked < 20, "{asked} requests");
+    gateway.send(&room, message(&bot(), "fine")).await.unwrap();
+}

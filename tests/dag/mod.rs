@@ -1,0 +1,197 @@
+//! The graph side against a second homeserver that lives in the test: it has its own key, builds its events with ruma, and
+//! answers over loopback HTTP.
+
+mod arrival;
+mod forks;
+mod gaps;
+mod handshakes;
+mod hostile;
+mod peer;
+mod rooms;
+mod sending;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use isthmus::clock::{Clock as _, ManualClock};
+use isthmus::dag::{Dag, NewRoom};
+use isthmus::event::{Object, RoomVersion};
+use isthmus::federation::{Client, ClientOptions, Context, OutboundQueues};
+use isthmus::identity::{Keyring, Side, SigningKey};
+use isthmus::refusal::Refusal;
+use isthmus::seam::{AliasTarget, Between, Draft, Handshake, Invite, Outgoing, Profile};
+use isthmus::store::{Store, inbox};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, ServerName, UserId};
+use serde_json::{Value, json};
+
+use self::peer::Peer;
+
+/// The gateway's name in these tests.
+pub const OWN: &str = "gateway.example";
+/// 2024-01-01.
+pub const NOW: i64 = 1_704_067_200_000;
+
+/// A graph side with a store of its own.
+pub struct Gateway {
+    pub dag: Dag,
+    pub context: Context,
+    pub clock: Arc<ManualClock>,
+    pub between: Arc<Recorder>,
+    _directory: tempfile::TempDir,
+}
+
+/// A bridge that notes what it is asked.
+#[derive(Default)]
+pub struct Recorder {
+    pub refuses: AtomicBool,
+    pub handshakes: Mutex<Vec<Handshake>>,
+    pub invites: Mutex<Vec<Invite>>,
+}
+
+impl Gateway {
+    /// A gateway that knows `peers`.
+    pub async fn start(peers: &[&Peer]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(&format!("sqlite://{}", directory.path().join("db").display())).await.unwrap();
+        Self::over(store, peers, directory)
+    }
+
+    /// The same over the same store, as after a restart.
+    pub fn restart(self, peers: &[&Peer]) -> Self {
+        Self::over(self.context.store, peers, self._directory)
+    }
+
+    fn over(store: Store, peers: &[&Peer], directory: tempfile::TempDir) -> Self {
+        let own: ruma::OwnedServerName = OWN.try_into().unwrap();
+        let clock = ManualClock::new(NOW);
+        let key = Arc::new(SigningKey::from_seed("own", "YJDBA9Xnr2sVqXD9Vj7XVUnmFZcZrlw8Md7kMW+3XA1").unwrap());
+        let options = ClientOptions {
+            allow_private_networks: true,
+            resolve: peers.iter().map(|peer| (peer.name.clone(), peer.url.clone())).collect(),
+            ..ClientOptions::default()
+        };
+        let client = Client::new(own.clone(), key.clone(), options).unwrap();
+        let keyring = Keyring::new(own.clone(), key.clone(), Arc::new(client.clone()), store.clone(), clock.clone());
+        let config = serde_json::from_value(json!({ "server_name": OWN })).unwrap();
+        let context = Context {
+            server_name: own,
+            signing_key: key,
+            keyring,
+            outbound: OutboundQueues::new(store.clone()),
+            store,
+            clock: clock.clone(),
+            client,
+            config: Arc::new(config),
+        };
+        let between = Arc::new(Recorder::default());
+        let dag = Dag::new(context.clone(), between.clone());
+        Self { dag, context, clock, between, _directory: directory }
+    }
+
+    /// A room with these join rules, made by the bot.
+    pub async fn room(&self, version: RoomVersion, join_rule: &str) -> OwnedRoomId {
+        self.room_with(version, vec![state("m.room.join_rules", "", json!({ "join_rule": join_rule }))]).await
+    }
+
+    /// A room with this state, made by the bot.
+    pub async fn room_with(&self, version: RoomVersion, initial_state: Vec<Draft>) -> OwnedRoomId {
+        self.dag.create_room(NewRoom { creator: bot(), version, initial_state }).await.unwrap()
+    }
+
+    /// Sends one event of the gateway.
+    pub async fn send(&self, room: &RoomId, draft: Draft) -> Result<OwnedEventId, Refusal> {
+        let results = self.dag.send(room, vec![Outgoing { draft, effect: None }]).await;
+        results.into_iter().next().unwrap().map(|event| event.event_id.clone())
+    }
+
+    /// What waits in the bridge's inbox, in order.
+    pub async fn inbox(&self, room: &RoomId) -> Vec<OwnedEventId> {
+        let rows = inbox::waiting(&self.context.store, Side::Matrix, room, 0, 10_000).await.unwrap();
+        rows.into_iter().map(|row| row.event_id).collect()
+    }
+
+    /// The current state's event IDs.
+    pub async fn state(&self, room: &RoomId) -> BTreeMap<(String, String), OwnedEventId> {
+        let state = self.dag.state(room).await.unwrap();
+        state.iter().map(|(key, event)| (key.clone(), event.event_id.clone())).collect()
+    }
+
+    /// A current membership.
+    pub async fn membership(&self, room: &RoomId, user: &UserId) -> Option<String> {
+        let event = self.dag.state_event(room, "m.room.member", user.as_str()).await.unwrap()?;
+        event.content.get("membership")?.as_str().map(str::to_owned)
+    }
+
+    pub fn now(&self) -> i64 {
+        self.clock.now_ms()
+    }
+}
+
+#[async_trait]
+impl Between for Recorder {
+    async fn gate(&self, handshake: &Handshake) -> Result<(), Refusal> {
+        self.handshakes.lock().unwrap().push(handshake.clone());
+        if self.refuses.load(Ordering::SeqCst) {
+            return Err(Refusal::LmRule { rule: "4.3", problem: "not there".to_owned() });
+        }
+        Ok(())
+    }
+
+    fn watches(&self, _side: Side, _room_id: &RoomId) -> bool {
+        true
+    }
+
+    fn accepted(&self, _side: Side, _room_id: &RoomId) {}
+
+    async fn invited(&self, invite: Invite) -> Result<(), Refusal> {
+        self.invites.lock().unwrap().push(invite);
+        Ok(())
+    }
+
+    async fn alias(&self, alias: &str, _asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
+        Err(Refusal::NotFound(alias.to_owned()))
+    }
+
+    async fn profile(&self, _side: Side, user_id: &UserId) -> Result<Profile, Refusal> {
+        Err(Refusal::NotFound(user_id.to_string()))
+    }
+
+    async fn lpdu_refused(&self, _room_id: &RoomId, _lpdu_id: &OwnedEventId, _error: &str) {}
+}
+
+pub fn bot() -> OwnedUserId {
+    format!("@isthmus:{OWN}").try_into().unwrap()
+}
+
+pub fn ghost(name: &str) -> OwnedUserId {
+    format!("@lm_{name}_hub.example:{OWN}").try_into().unwrap()
+}
+
+pub fn object(value: Value) -> Object {
+    value.as_object().unwrap().clone()
+}
+
+/// A state event of the bot.
+pub fn state(kind: &str, state_key: &str, content: Value) -> Draft {
+    draft(&bot(), kind, Some(state_key), content)
+}
+
+/// A message of one of the gateway's users.
+pub fn message(sender: &UserId, body: &str) -> Draft {
+    draft(sender, "m.room.message", None, json!({ "msgtype": "m.text", "body": body }))
+}
+
+pub fn draft(sender: &UserId, kind: &str, state_key: Option<&str>, content: Value) -> Draft {
+    Draft {
+        sender: sender.to_owned(),
+        kind: kind.to_owned(),
+        state_key: state_key.map(str::to_owned),
+        content: object(content),
+        origin_server_ts: NOW,
+    }
+}
+
+/// The versions that the gateway makes rooms of.
+pub const VERSIONS: [RoomVersion; 3] = [RoomVersion::V10, RoomVersion::V11, RoomVersion::V12];

@@ -1,0 +1,74 @@
+//! Making rooms, and what is known of them.
+
+use isthmus::event::RoomVersion;
+use isthmus::refusal::Refusal;
+use serde_json::{Value, json};
+
+use super::*;
+
+#[tokio::test]
+async fn rooms_of_each_version_are_made_and_survive_a_restart() {
+    let gateway = Gateway::start(&[]).await;
+    let mut rooms = Vec::new();
+    for version in VERSIONS {
+        let name = state("m.room.name", "", json!({ "name": "Bridge" }));
+        rooms.push((version, gateway.room_with(version, vec![name]).await));
+    }
+    let gateway = gateway.restart(&[]);
+    for (version, room_id) in rooms {
+        let room = gateway.dag.room(&room_id).await.unwrap().unwrap();
+        assert_eq!(room.version, version);
+        let state = gateway.dag.state(&room_id).await.unwrap();
+        let create = &state[&("m.room.create".to_owned(), String::new())];
+        assert_eq!(create.content["room_version"], version.as_str());
+        assert_eq!(create.content.contains_key("creator"), version == RoomVersion::V10);
+        assert_eq!(state[&("m.room.name".to_owned(), String::new())].content["name"], "Bridge");
+        assert_eq!(gateway.membership(&room_id, &bot()).await.as_deref(), Some("join"));
+        if version == RoomVersion::V12 {
+            assert_eq!(room_id.as_str().replacen('!', "$", 1), create.event_id.as_str());
+            let levels = &state[&("m.room.power_levels".to_owned(), String::new())];
+            assert_eq!(levels.content["users"], json!({}));
+        }
+        gateway.send(&room_id, message(&bot(), "still here")).await.unwrap();
+    }
+    assert!(gateway.dag.room(RoomId::parse("!other:x").unwrap().as_ref()).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn rooms_that_the_rules_forbid_are_not_made() {
+    let gateway = Gateway::start(&[]).await;
+    let new = |version, initial_state| NewRoom { creator: bot(), version, initial_state };
+    let refused = gateway.dag.create_room(new(RoomVersion::V9, vec![])).await.unwrap_err();
+    assert_eq!(refused, Refusal::IncompatibleRoomVersion("9".to_owned()));
+    let encrypted = state("m.room.encryption", "", json!({ "algorithm": "m.megolm.v1.aes-sha2" }));
+    let refused = gateway.dag.create_room(new(RoomVersion::V12, vec![encrypted])).await.unwrap_err();
+    assert_eq!(refused.code(), "encryption");
+    // HC-43: creators of version 12 must not be in the power levels.
+    let levels = state("m.room.power_levels", "", json!({ "users": { (bot().as_str()): 100 } }));
+    let refused = gateway.dag.create_room(new(RoomVersion::V12, vec![levels])).await.unwrap_err();
+    assert_eq!(refused.code(), "matrix_rule");
+}
+
+#[tokio::test]
+async fn listed_rooms_are_in_the_public_directory() {
+    let gateway = Gateway::start(&[]).await;
+    let mut rooms = Vec::new();
+    for number in 0..3 {
+        let name = state("m.room.name", "", json!({ "name": format!("Room {number}") }));
+        let room = gateway.room_with(RoomVersion::V12, vec![name]).await;
+        if number > 0 {
+            gateway.dag.set_listed(&room, true).await.unwrap();
+            rooms.push(room);
+        }
+    }
+    rooms.sort();
+    let page = gateway.dag.public_rooms(Some(1), None).await.unwrap();
+    assert_eq!(page["chunk"][0]["room_id"], json!(rooms[0]));
+    let next = page["next_batch"].as_str().unwrap();
+    let page = gateway.dag.public_rooms(Some(5), Some(next)).await.unwrap();
+    let ids: Vec<&Value> = page["chunk"].as_array().unwrap().iter().map(|room| &room["room_id"]).collect();
+    assert_eq!(ids, [&json!(rooms[1])]);
+    assert_eq!(page["chunk"][0]["num_joined_members"], 1);
+    gateway.dag.set_listed(&rooms[1], false).await.unwrap();
+    assert_eq!(gateway.dag.public_rooms(None, None).await.unwrap()["chunk"].as_array().unwrap().len(), 1);
+}

@@ -1,0 +1,150 @@
+//! Events of the gateway's own users, and what other servers are sent of them.
+
+use std::sync::Mutex;
+
+use isthmus::event::RoomVersion;
+use isthmus::federation::{Feed, FeedKind, FeedSource as _};
+use isthmus::store::StoreError;
+use ruma::RoomId;
+use serde_json::json;
+
+use super::peer::Peer;
+use super::*;
+
+/// What the destination is sent after a position, as bodies or types.
+async fn feed(gateway: &Gateway, room: &RoomId, destination: &Peer, after: i64) -> Vec<(i64, Option<String>)> {
+    let feed = Feed { kind: FeedKind::Graph, room_id: room.to_owned() };
+    let rows = gateway.dag.outbox().read(&feed, &destination.name, after, None, 100).await.unwrap();
+    rows.into_iter()
+        .map(|row| {
+            let event = row.event.map(|event| serde_json::from_str::<serde_json::Value>(event.get()).unwrap());
+            let label = event.map(|event| {
+                event["content"]["body"].as_str().or(event["content"]["membership"].as_str()).unwrap_or("?").to_owned()
+            });
+            (row.position, label)
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn ghosts_join_and_speak_each_event_failing_alone() {
+    let gateway = Gateway::start(&[]).await;
+    for version in VERSIONS {
+        let room = gateway.room(version, "public").await;
+        let bob = ghost("bob");
+        let join = draft(&bob, "m.room.member", Some(bob.as_str()), json!({ "membership": "join" }));
+        let effects: Arc<Mutex<Vec<String>>> = Arc::default();
+        let note = |label: &str| -> isthmus::seam::EventEffect {
+            let (effects, label) = (effects.clone(), label.to_owned());
+            Box::new(move |_, _| {
+                Box::pin(async move {
+                    effects.lock().unwrap().push(label);
+                    Ok::<(), StoreError>(())
+                })
+            })
+        };
+        let events = vec![
+            Outgoing { draft: message(&bob, "too early"), effect: Some(note("early")) },
+            Outgoing { draft: join, effect: Some(note("join")) },
+            Outgoing { draft: message(&bob, "hello"), effect: Some(note("hello")) },
+        ];
+        let results = gateway.dag.send(&room, events).await;
+        assert_eq!(results[0].as_ref().unwrap_err().code(), "matrix_rule");
+        let join = results[1].as_ref().unwrap();
+        let hello = results[2].as_ref().unwrap();
+        assert_eq!(hello.prev_events, [join.event_id.clone()]);
+        assert_eq!(hello.depth, join.depth + 1);
+        assert_eq!(*effects.lock().unwrap(), ["join", "hello"]);
+        assert!(gateway.inbox(&room).await.is_empty());
+        assert_eq!(gateway.dag.event(&hello.event_id).await.unwrap().unwrap().content["body"], "hello");
+    }
+}
+
+#[tokio::test]
+async fn times_in_the_future_become_now_and_foreign_senders_are_refused() {
+    let gateway = Gateway::start(&[]).await;
+    let room = gateway.room(RoomVersion::V12, "public").await;
+    let late = Draft { origin_server_ts: NOW + 1, ..message(&bot(), "x") };
+    let early = Draft { origin_server_ts: NOW - 5, ..message(&bot(), "x") };
+    for (draft, ts) in [(late, NOW), (early, NOW - 5)] {
+        let id = gateway.send(&room, draft).await.unwrap();
+        assert_eq!(gateway.dag.event(&id).await.unwrap().unwrap().origin_server_ts, ts);
+    }
+    let alice: OwnedUserId = "@alice:peer.example".try_into().unwrap();
+    assert_eq!(gateway.send(&room, message(&alice, "x")).await.unwrap_err().code(), "forbidden");
+    let large = message(&bot(), &"x".repeat(70_000));
+    assert_eq!(gateway.send(&room, large).await.unwrap_err().code(), "malformed");
+    let float = draft(&bot(), "x", None, json!({ "x": 1.5 }));
+    assert_eq!(gateway.send(&room, float).await.unwrap_err().code(), "malformed");
+    assert!(gateway.dag.check(&room, &message(&bot(), "fine")).await.is_ok());
+    assert!(gateway.dag.check(&room, &message(&ghost("x"), "not joined")).await.is_err());
+}
+
+#[tokio::test]
+async fn a_server_is_sent_what_happens_while_it_is_in_the_room() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let room = gateway.room(RoomVersion::V11, "public").await;
+    gateway.send(&room, message(&bot(), "before")).await.unwrap();
+    let alice = peer.user("alice");
+    let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
+    gateway.send(&room, message(&bot(), "while")).await.unwrap();
+    let kick = state("m.room.member", alice.as_str(), json!({ "membership": "leave" }));
+    gateway.send(&room, kick).await.unwrap();
+    gateway.send(&room, message(&bot(), "after")).await.unwrap();
+    let sent = |rows: Vec<(i64, Option<String>)>| rows.into_iter().filter_map(|row| row.1).collect::<Vec<_>>();
+    assert_eq!(sent(feed(&gateway, &room, &peer, 0).await), ["while", "leave"]);
+
+    view = peer.join(&gateway, &room, &alice).await.unwrap_or(view);
+    gateway.send(&room, message(&bot(), "again")).await.unwrap();
+    assert_eq!(sent(feed(&gateway, &room, &peer, 0).await), ["while", "leave", "again"]);
+    // A join through the gateway goes to the others, not to where it came from.
+    let other = Peer::start("other.example").await;
+    let gateway = gateway.restart(&[&peer, &other]);
+    other.join(&gateway, &room, &other.user("carol")).await.unwrap();
+    assert_eq!(sent(feed(&gateway, &room, &peer, 0).await).last().unwrap(), "join");
+    assert!(sent(feed(&gateway, &room, &other, 0).await).is_empty());
+    assert!(!view.tips.is_empty());
+}
+
+#[tokio::test]
+async fn invites_are_signed_by_the_target_and_withdrawn_over_federation() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    for version in VERSIONS {
+        peer.signs_invites(version);
+        let room = gateway.room(version, "invite").await;
+        let alice = peer.user("_isthmus");
+        let invite = state("m.room.member", alice.as_str(), json!({ "membership": "invite" }));
+        let event = gateway.dag.invite(&room, Outgoing { draft: invite, effect: None }).await.unwrap();
+        assert_eq!(gateway.membership(&room, &alice).await.as_deref(), Some("invite"));
+        let told = peer.memory.invite_states.lock().unwrap().pop().unwrap();
+        let create = told.as_array().unwrap().iter().find(|event| event["type"] == "m.room.create").unwrap();
+        assert_eq!(create.get("signatures").is_some(), version == RoomVersion::V12);
+        assert!(gateway.inbox(&room).await.is_empty());
+        let withdraw = state("m.room.member", alice.as_str(), json!({ "membership": "leave" }));
+        gateway.send(&room, withdraw).await.unwrap();
+        let sent: Vec<_> = feed(&gateway, &room, &peer, 0).await.into_iter().filter_map(|row| row.1).collect();
+        assert_eq!(sent, ["leave"]);
+        assert_eq!(event.state_key.as_deref(), Some(alice.as_str()));
+    }
+    // A server that does not sign is not invited.
+    let silent = Peer::start("silent.example").await;
+    let gateway = gateway.restart(&[&silent]);
+    let room = gateway.room(RoomVersion::V12, "invite").await;
+    let invite = state("m.room.member", silent.user("x").as_str(), json!({ "membership": "invite" }));
+    let refused = gateway.dag.invite(&room, Outgoing { draft: invite, effect: None }).await.unwrap_err();
+    assert_eq!(refused.code(), "remote");
+    assert_eq!(gateway.membership(&room, &silent.user("x")).await, None);
+}
+
+#[tokio::test]
+async fn profiles_and_aliases_are_asked_of_their_servers() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let profile = gateway.dag.query_profile(&peer.user("alice")).await.unwrap();
+    assert_eq!(profile.displayname.as_deref(), Some("Alice"));
+    assert_eq!(profile.avatar_url.as_deref(), Some("mxc://x/y"));
+    let target = gateway.dag.query_directory(&peer.name, "#a b:peer.example").await.unwrap();
+    assert_eq!(target.room_id.as_str(), "!room:x");
+}
