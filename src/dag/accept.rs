@@ -94,8 +94,13 @@ impl Batch {
         if !prev.is_empty() || !auth.is_empty() {
             return Ok(Outcome::Missing { prev, auth });
         }
-        let before = match before {
-            Some(before) => before,
+        // The room as it is now; where the state before the event is another server's word, what happened in the gap is part
+        // of it.
+        let (before, now) = match before {
+            Some(before) => {
+                let now = self.merge(vec![self.core.current.clone(), before.clone()]).await?;
+                (before, now)
+            }
             None => {
                 let mut states = Vec::new();
                 for event in pdu.prev_events.iter().filter_map(|id| known.get(id)) {
@@ -103,11 +108,11 @@ impl Batch {
                         states.push(self.snapshot(groups.after).await?);
                     }
                 }
-                self.merge(states).await?
+                (self.merge(states).await?, self.core.current.clone())
             }
         };
         let mut event = Stored::new(pdu);
-        let verdict = self.judge(&event, &known, &before).await?;
+        let verdict = self.judge(&event, &known, &before, &now).await?;
         let after = match (&verdict, event.key()) {
             (Verdict::Accepted | Verdict::SoftFailed(_), Some(key)) => {
                 self.derive(&before, &[(key, Some(event.pdu.event_id.clone()))])?
@@ -167,7 +172,13 @@ impl Batch {
         Ok(by_auth_events)
     }
 
-    async fn judge(&self, event: &Stored, known: &EventMap, before: &Snapshot) -> Result<Verdict, Refusal> {
+    async fn judge(
+        &self,
+        event: &Stored,
+        known: &EventMap,
+        before: &Snapshot,
+        now: &Snapshot,
+    ) -> Result<Verdict, Refusal> {
         let foreign = event.pdu.prev_events.iter().filter_map(|id| known.get(id));
         if let Some(prev) = foreign.into_iter().find(|prev| prev.pdu.room_id != self.room_id) {
             let problem = format!("prev event {} is of room {}", prev.pdu.event_id, prev.pdu.room_id);
@@ -186,8 +197,8 @@ impl Batch {
         {
             return Ok(Verdict::Rejected(refusal));
         }
-        if self.core.current.id != before.id {
-            let by_current = self.auth_state(event, &self.core.current).await?;
+        if now.id != before.id {
+            let by_current = self.auth_state(event, now).await?;
             if !self.core.tips.is_empty()
                 && !same(&by_current, &by_state)
                 && let Err(refusal) = check_against(event, &by_current, rules)

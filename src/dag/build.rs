@@ -108,10 +108,11 @@ impl Batch {
         let now = self.shared.context.clock.now_ms();
         let mut event = Object::new();
         let mut content = draft.content.clone();
-        if draft.kind == "m.room.redaction" && !self.rules.redaction.content_field_redacts {
-            if let Some(redacts) = content.remove("redacts") {
-                event.insert("redacts".to_owned(), redacts);
-            }
+        if draft.kind == "m.room.redaction"
+            && !self.rules.redaction.content_field_redacts
+            && let Some(redacts) = content.remove("redacts")
+        {
+            event.insert("redacts".to_owned(), redacts);
         }
         if draft.kind != "m.room.create" || self.rules.event_format.require_room_create_room_id {
             event.insert("room_id".to_owned(), json!(self.room_id));

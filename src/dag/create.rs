@@ -1,5 +1,7 @@
 //! Making rooms of version 10, 11 and 12.
 
+use std::sync::Arc;
+
 use rand::Rng as _;
 use rand::rngs::OsRng;
 use ruma::OwnedRoomId;
@@ -10,7 +12,7 @@ use super::accept::Source;
 use super::batch::Batch;
 use super::build::Signer;
 use super::pdu::Verified;
-use super::room::Core;
+use super::room::{Core, Room};
 use super::version::{can_create, rules_of};
 use super::{Dag, NewRoom};
 use crate::event::{Object, RoomVersion};
@@ -26,10 +28,9 @@ impl Dag {
         if let Some(draft) = room.initial_state.iter().find(|draft| draft.kind == "m.room.encryption") {
             return Err(Refusal::Encryption(format!("a new room with {}", draft.kind)));
         }
-        let create = self.create_event(&room)?;
-        let room_id = create.pdu().room_id.clone();
+        let (create, active) = self.reserve(&room).await?;
+        let room_id = active.room_id.clone();
         let drafts = rest_of(&room, self.shared.context.clock.now_ms());
-        let active = self.shared.start_new(&room_id, room.version, Core::default())?;
         let made = self.shared.run(&active, move |batch| Box::pin(begin(batch, create, drafts))).await;
         if let Err(refusal) = made {
             self.shared.forget(&room_id);
@@ -39,7 +40,26 @@ impl Dag {
         Ok(room_id)
     }
 
-    fn create_event(&self, room: &NewRoom) -> Result<Verified, Refusal> {
+    /// The create event, and the room with its ID. The ID of a version 12 room is its create event's hash: of several rooms
+    /// that are made alike in the same millisecond, each but the first is dated a little earlier.
+    async fn reserve(&self, room: &NewRoom) -> Result<(Verified, Arc<Room>), Refusal> {
+        let now = self.shared.context.clock.now_ms();
+        let mut taken = Refusal::Internal("no room ID is free".to_owned());
+        for earlier in 0..1000 {
+            let create = self.create_event(room, now.saturating_sub(earlier))?;
+            let room_id = create.pdu().room_id.clone();
+            if self.shared.find(&room_id).await?.is_some() {
+                continue;
+            }
+            match self.shared.start_new(&room_id, room.version, Core::default()) {
+                Ok(active) => return Ok((create, active)),
+                Err(refusal) => taken = refusal,
+            }
+        }
+        Err(taken)
+    }
+
+    fn create_event(&self, room: &NewRoom, origin_server_ts: i64) -> Result<Verified, Refusal> {
         let context = &self.shared.context;
         let rules = rules_of(room.version)?;
         let given = room.initial_state.iter().find(|draft| draft.kind == "m.room.create");
@@ -53,7 +73,7 @@ impl Dag {
             ("sender".to_owned(), json!(room.creator)),
             ("state_key".to_owned(), json!("")),
             ("content".to_owned(), Value::Object(content)),
-            ("origin_server_ts".to_owned(), json!(context.clock.now_ms())),
+            ("origin_server_ts".to_owned(), json!(origin_server_ts)),
             ("depth".to_owned(), json!(1)),
             ("prev_events".to_owned(), json!([])),
             ("auth_events".to_owned(), json!([])),

@@ -159,18 +159,13 @@ impl Filling<'_> {
     /// Fetches auth events, each alone when they are few, and those that they need in turn; true when something new came.
     async fn fetch_auth_events(&mut self, wanted: &BTreeSet<OwnedEventId>) -> Result<bool, Refusal> {
         let mut found = Vec::new();
-        if wanted.len() > 3 {
-            if let Some(event_id) = self.needs_auth() {
-                let uri = format!(
-                    "/_matrix/federation/v1/event_auth/{}/{}",
-                    segment(self.room.room_id.as_str()),
-                    segment(event_id.as_str())
-                );
-                if let Ok(mut answer) =
-                    self.shared.context.client.call(self.origin, Call::get(uri).with_state(), false).await
-                {
-                    found = take_events(&mut answer, "auth_chain", MAX_ANSWER);
-                }
+        if wanted.len() > 3
+            && let Some(event_id) = self.needs_auth()
+        {
+            let (room_id, event_id) = (segment(self.room.room_id.as_str()), segment(event_id.as_str()));
+            let call = Call::get(format!("/_matrix/federation/v1/event_auth/{room_id}/{event_id}")).with_state();
+            if let Ok(mut answer) = self.shared.context.client.call(self.origin, call, false).await {
+                found = take_events(&mut answer, "auth_chain", MAX_ANSWER);
             }
         }
         let mut events = self.verify(found).await?;
@@ -221,26 +216,35 @@ impl Filling<'_> {
     /// Closes what is still open: the events at the edge are taken with the state that the other server says was there.
     async fn bridge_gaps(&mut self) -> Result<(), Refusal> {
         for _ in 0..MAX_EDGES {
-            let (prev, _) = self.missing();
-            let Some(edge) = prev.into_iter().next() else { return Ok(()) };
-            let bridged = match self.bridge_gap(&edge).await {
-                Ok(bridged) => bridged,
-                Err(refusal) if refusal.is_transient() => return Err(refusal),
-                Err(refusal) => {
-                    tracing::info!(room = %self.room.room_id, event = %edge, error = %refusal, "gap stays open");
-                    false
+            let Some(edge) = self.edge() else { return Ok(()) };
+            let event_id = edge.pdu().event_id.clone();
+            match self.bridge_gap(edge).await {
+                Ok(outcome) => {
+                    self.waiting.remove(&event_id);
+                    self.outcomes.insert(event_id, Ok(outcome));
                 }
-            };
-            if !bridged {
-                return Ok(());
+                Err(refusal) => {
+                    tracing::info!(room = %self.room.room_id, event = %event_id, error = %refusal, "gap stays open");
+                    return Ok(());
+                }
             }
             self.retry().await?;
         }
         Ok(())
     }
 
-    async fn bridge_gap(&mut self, edge: &EventId) -> Result<bool, Refusal> {
-        let Some(event) = self.fetch_event(edge).await? else { return Ok(false) };
+    /// The deepest in the past of the waiting events that follow something nobody gave.
+    fn edge(&self) -> Option<Verified> {
+        let is_edge = |event: &&Verified| {
+            matches!(self.outcomes.get(&event.pdu().event_id), Some(Ok(Outcome::Missing { prev, auth }))
+                if auth.is_empty() && prev.iter().any(|id| !self.waiting.contains_key(id)))
+        };
+        let rank = |event: &&Verified| (event.pdu().depth, event.pdu().event_id.clone());
+        self.waiting.values().filter(is_edge).min_by_key(rank).cloned()
+    }
+
+    async fn bridge_gap(&self, event: Verified) -> Result<Outcome, Refusal> {
+        let edge = event.pdu().event_id.clone();
         let room_id = segment(self.room.room_id.as_str());
         let uri = format!("/_matrix/federation/v1/state_ids/{room_id}?event_id={}", segment(edge.as_str()));
         let client = &self.shared.context.client;
@@ -269,8 +273,7 @@ impl Filling<'_> {
             }
         }
         self.take_outliers(fetched).await?;
-        let outcome = self
-            .shared
+        self.shared
             .run(self.room, move |batch| {
                 Box::pin(async move {
                     let found = batch.shared.events.with_staged(&state, &batch.staged).await?;
@@ -289,8 +292,7 @@ impl Filling<'_> {
                     batch.accept(event, &Source::Received, Some(before)).await
                 })
             })
-            .await?;
-        Ok(matches!(outcome, Outcome::Known(_)))
+            .await
     }
 
     async fn is_known(&self, id: &OwnedEventId) -> Result<bool, Refusal> {

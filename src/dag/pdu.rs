@@ -10,7 +10,7 @@ use ruma::room_version_rules::RoomVersionRules;
 use ruma::serde::Base64;
 use ruma::signatures::{
     PublicKeyMap, PublicKeySet, Verified as HashVerified, reference_hash, required_server_signatures_to_verify_event,
-    verify_event,
+    verify_event, verify_json,
 };
 use ruma::state_res::check_pdu_format;
 use ruma::{CanonicalJsonObject, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
@@ -136,13 +136,18 @@ impl Unverified {
         let rules = rules_of(self.pdu.version)?;
         let redacted = redact(self.json.clone(), &rules.redaction, None)
             .map_err(|error| Refusal::malformed("event", error.to_string()))?;
-        let mut demanded = public_keys(keys)?;
-        demanded.retain(|server, _| servers.iter().any(|wanted| wanted.as_str() == server));
+        // ruma checks every entity that has signed: it is shown one at a time.
+        let all = public_keys(keys)?;
         for server in servers {
-            let bad = |problem: String| Refusal::BadSignature { entity: server.to_string(), problem };
-            let set = demanded.get(server.as_str()).cloned().ok_or_else(|| bad("no key".to_owned()))?;
-            let one = PublicKeyMap::from([(server.to_string(), set)]);
-            ruma::signatures::verify_json(&one, &redacted).map_err(|error| bad(error.to_string()))?;
+            let bad = |problem: &str| Refusal::BadSignature { entity: server.to_string(), problem: problem.to_owned() };
+            let signatures = redacted.get("signatures").and_then(|value| value.as_object());
+            let signature = signatures.and_then(|all| all.get(server.as_str())).ok_or_else(|| bad("absent"))?;
+            let keys = all.get(server.as_str()).ok_or_else(|| bad("no key is known"))?;
+            let mut shown = redacted.clone();
+            let signature = CanonicalJsonObject::from([(server.to_string(), signature.clone())]);
+            shown.insert("signatures".to_owned(), signature.into());
+            let keys = PublicKeyMap::from([(server.to_string(), keys.clone())]);
+            verify_json(&keys, &shown).map_err(|error| bad(&error.to_string()))?;
         }
         self.verify(keys)
     }

@@ -316,12 +316,12 @@ async fn hc_50_other_servers_and_other_rooms_read_nothing() {
     // The event of another room through a room that may be read.
     assert_eq!(dag.event_auth(peer, &scene.room, &secret).await.unwrap_err().code(), "not_found");
     assert_eq!(dag.get_state(peer, &scene.room, &secret, true).await.unwrap_err().code(), "not_found");
-    let page = dag.backfill(peer, &scene.room, &[secret.clone()], 10).await.unwrap();
+    let page = dag.backfill(peer, &scene.room, std::slice::from_ref(&secret), 10).await.unwrap();
     assert_eq!(page["pdus"], json!([]));
     let answer = dag.get_missing_events(peer, &scene.room, missing(&secret)).await.unwrap();
     assert_eq!(answer["events"], json!([]));
 
-    let page = dag.backfill(peer, &scene.room, &[public.clone()], 3).await.unwrap();
+    let page = dag.backfill(peer, &scene.room, std::slice::from_ref(&public), 3).await.unwrap();
     assert_eq!(page["pdus"].as_array().unwrap().len(), 3);
     assert_eq!(page["pdus"][0]["content"]["body"], "public");
     let answer = dag.get_missing_events(peer, &scene.room, missing(&public)).await.unwrap();

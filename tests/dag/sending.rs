@@ -52,7 +52,7 @@ async fn ghosts_join_and_speak_each_event_failing_alone() {
         assert_eq!(results[0].as_ref().unwrap_err().code(), "matrix_rule");
         let join = results[1].as_ref().unwrap();
         let hello = results[2].as_ref().unwrap();
-        assert_eq!(hello.prev_events, [join.event_id.clone()]);
+        assert_eq!(hello.prev_events, std::slice::from_ref(&join.event_id));
         assert_eq!(hello.depth, join.depth + 1);
         assert_eq!(*effects.lock().unwrap(), ["join", "hello"]);
         assert!(gateway.inbox(&room).await.is_empty());
