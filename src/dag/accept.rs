@@ -306,8 +306,7 @@ impl Batch {
         }
         let server = user.server_name().to_owned();
         if self.core.set_joined(&user, joined) && server != self.shared.context.server_name {
-            let list = if joined { &mut self.changes.opened } else { &mut self.changes.closed };
-            list.push((server, self.core.head));
+            self.changes.windows.push((server, self.core.head, joined));
         }
         self.changes.joined.push((user, joined));
     }

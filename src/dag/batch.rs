@@ -49,7 +49,7 @@ pub struct Batch {
 pub struct Savepoint {
     core: Core,
     staged: EventMap,
-    lengths: [usize; 10],
+    lengths: [usize; 9],
 }
 
 impl Batch {
@@ -92,8 +92,7 @@ impl Batch {
                 changes.groups.len(),
                 changes.joined.len(),
                 changes.outbox.len(),
-                changes.opened.len(),
-                changes.closed.len(),
+                changes.windows.len(),
                 self.inbox.len(),
                 self.effects.lock().map_or(0, |effects| effects.len()),
                 self.once.len(),
@@ -104,15 +103,14 @@ impl Batch {
 
     /// Takes back what was changed since.
     pub fn roll_back(&mut self, savepoint: Savepoint) {
-        let [events, groups, joined, outbox, opened, closed, inbox, effects, once, redacted] = savepoint.lengths;
+        let [events, groups, joined, outbox, windows, inbox, effects, once, redacted] = savepoint.lengths;
         self.core = savepoint.core;
         self.staged = savepoint.staged;
         self.changes.events.truncate(events);
         self.changes.groups.truncate(groups);
         self.changes.joined.truncate(joined);
         self.changes.outbox.truncate(outbox);
-        self.changes.opened.truncate(opened);
-        self.changes.closed.truncate(closed);
+        self.changes.windows.truncate(windows);
         self.inbox.truncate(inbox);
         self.effects_mut().truncate(effects);
         self.once.truncate(once);
@@ -207,7 +205,7 @@ impl Batch {
         let feed = Feed { kind: FeedKind::Graph, room_id: room_id.clone() };
         let has_news = !changes.outbox.is_empty();
         let mut to_wake: BTreeSet<OwnedServerName> = once.iter().map(|(server, _)| server.clone()).collect();
-        to_wake.extend(changes.closed.iter().map(|(server, _)| server.clone()));
+        to_wake.extend(changes.windows.iter().map(|(server, ..)| server.clone()));
         let watched = !inbox.is_empty() && shared.between.watches(Side::Matrix, &room_id);
         let now = shared.context.clock.now_ms();
         let redactions = redacted.clone();
@@ -225,11 +223,12 @@ impl Batch {
                     if watched {
                         inbox::push(&writing, tx, Side::Matrix, &row.room_id, &inbox, now).await?;
                     }
-                    for (server, after) in &changes.opened {
-                        OutboundQueues::subscribe(tx, server, &feed, *after).await?;
-                    }
-                    for (server, until) in &changes.closed {
-                        OutboundQueues::end(tx, server, &feed, *until).await?;
+                    for (server, position, opened) in &changes.windows {
+                        if *opened {
+                            OutboundQueues::subscribe(tx, server, &feed, *position).await?;
+                        } else {
+                            OutboundQueues::end(tx, server, &feed, *position).await?;
+                        }
                     }
                     for (server, position) in &once {
                         dag::open_once(tx, &row.room_id, server, *position).await?;

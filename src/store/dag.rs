@@ -91,10 +91,8 @@ pub struct Changes {
     pub joined: Vec<(OwnedUserId, bool)>,
     /// New positions of the outbox.
     pub outbox: Vec<OutboxRow>,
-    /// Servers that get what comes after a position.
-    pub opened: Vec<(OwnedServerName, i64)>,
-    /// Servers that get nothing after a position.
-    pub closed: Vec<(OwnedServerName, i64)>,
+    /// Servers that come (true) and get what follows a position, or go and get nothing after it, in order.
+    pub windows: Vec<(OwnedServerName, i64, bool)>,
 }
 
 /// Writes a batch's changes and the room's new row.
@@ -129,25 +127,14 @@ pub async fn write(tx: &mut Tx, room: &RoomRow, changes: &Changes) -> Result<(),
             .execute(&mut *tx)
             .await?;
     }
-    for (server, position) in &changes.opened {
-        sqlx::query(
-            "INSERT INTO dag_windows (room_id, server, opened, closed) VALUES ($1, $2, $3, $4) \
-             ON CONFLICT (room_id, server, opened) DO UPDATE SET closed = excluded.closed",
-        )
-        .bind(room.room_id.as_str())
-        .bind(server.as_str())
-        .bind(position)
-        .bind(None::<i64>)
-        .execute(&mut *tx)
-        .await?;
-    }
-    for (server, position) in &changes.closed {
-        sqlx::query("UPDATE dag_windows SET closed = $3 WHERE room_id = $1 AND server = $2 AND closed IS NULL")
-            .bind(room.room_id.as_str())
-            .bind(server.as_str())
-            .bind(position)
-            .execute(&mut *tx)
-            .await?;
+    for (server, position, opened) in &changes.windows {
+        let sql = if *opened {
+            "INSERT INTO dag_windows (room_id, server, opened, closed) VALUES ($1, $2, $3, NULL) \
+             ON CONFLICT (room_id, server, opened) DO UPDATE SET closed = excluded.closed"
+        } else {
+            "UPDATE dag_windows SET closed = $3 WHERE room_id = $1 AND server = $2 AND closed IS NULL"
+        };
+        sqlx::query(sql).bind(room.room_id.as_str()).bind(server.as_str()).bind(position).execute(&mut *tx).await?;
     }
     write_room(tx, room).await
 }

@@ -76,10 +76,10 @@ impl Gateway {
         let keyring = Keyring::new(own.clone(), key.clone(), Arc::new(client.clone()), store.clone(), clock.clone());
         let config = serde_json::from_value(json!({ "server_name": OWN })).unwrap();
         let context = Context {
+            outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
             server_name: own,
             signing_key: key,
             keyring,
-            outbound: OutboundQueues::new(store.clone()),
             store,
             clock: clock.clone(),
             client,
