@@ -42,6 +42,8 @@ pub(super) struct Direction {
     state: AtomicU8,
     /// Wakes the task when it waits for something.
     pub(super) wake: Notify,
+    /// Held while images of this direction are made.
+    pub(super) making: tokio::sync::Mutex<()>,
 }
 
 const IDLE: u8 = 0;

@@ -116,6 +116,8 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, R
     if !portal.state.carries() {
         return Ok(0);
     }
+    let _from_matrix = entry.from_matrix.making.lock().await;
+    let _from_lm = entry.from_lm.making.lock().await;
     let fixes = fixes(core, &portal).await?;
     let mut sent = 0;
     let mut stuck = None;

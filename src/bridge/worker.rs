@@ -150,6 +150,9 @@ impl Worker {
     /// Carries the items with these numbers, in order. Ends early when one of them fails, for the others to be looked at
     /// again.
     async fn carry(&mut self, portal: &Arc<Portal>, seqs: &[i64]) -> Result<(), Refusal> {
+        let entry = self.entry.clone();
+        // Repair makes images too; together the two could make one twice.
+        let _lock = entry.direction(self.source).making.lock().await;
         let mut view = self.view(portal).await?;
         let mut batch: Vec<(i64, Crossing)> = Vec::new();
         for &seq in seqs {
@@ -223,13 +226,11 @@ impl Worker {
         }
         let mut outgoing = Vec::with_capacity(batch.len());
         let mut seqs = Vec::with_capacity(batch.len());
-        let mut before = None;
         for (seq, crossing) in batch {
             let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
-            let effect = effect::crossed(&self.core, portal, self.source, item, before, crossing.note);
+            let effect = effect::crossed(&self.core, portal, self.source, item, crossing.note);
             outgoing.push(Outgoing { draft: crossing.image, effect: Some(effect) });
             seqs.push(seq);
-            before = Some(seq);
         }
         let far = self.source.other();
         let results = self.core.sides()?.rooms(far).send(portal.room(far), outgoing).await;
@@ -237,8 +238,8 @@ impl Worker {
         for (seq, result) in seqs.into_iter().zip(results) {
             match result {
                 Ok(_) => self.inbox.drop_item(seq),
-                // What comes after a failure is looked at again; its own failure may be but the other's.
-                Err(_) if !all => {}
+                // What comes after a failure that may pass failed with it, and is tried again right after it.
+                Err(refusal) if refusal.is_transient() && !all => {}
                 Err(refusal) => {
                     all = false;
                     let done = if refusal.is_transient() { Done::Later(refusal) } else { Done::Refused(refusal) };
@@ -290,7 +291,7 @@ impl Worker {
             }
         }
         let send = async |draft: Draft| -> Result<Made, Refusal> {
-            let effect = effect::crossed(&self.core, portal, self.source, item, None, note.clone());
+            let effect = effect::crossed(&self.core, portal, self.source, item, note.clone());
             let outgoing = Outgoing { draft, effect: Some(effect) };
             if asks_server {
                 return rooms.invite(room, outgoing).await;

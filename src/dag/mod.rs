@@ -160,8 +160,16 @@ impl Dag {
             .run(&room, move |batch| {
                 Box::pin(async move {
                     let mut results = Vec::with_capacity(events.len());
+                    let mut broken_off: Option<Refusal> = None;
                     for event in events {
-                        results.push(batch.send(event).await.map(|event| event.to_graph_event()));
+                        let result = match &broken_off {
+                            // What comes after an event that may yet be sent must not overtake it.
+                            Some(refusal) => Err(refusal.clone()),
+                            None => batch.send(event).await.map(|event| event.to_graph_event()),
+                        };
+                        broken_off =
+                            broken_off.or_else(|| result.as_ref().err().filter(|error| error.is_transient()).cloned());
+                        results.push(result);
                     }
                     Ok(results)
                 })

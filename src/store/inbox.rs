@@ -76,13 +76,6 @@ pub async fn take(tx: &mut Tx, seq: i64) -> Result<bool, StoreError> {
     Ok(done.rows_affected() > 0)
 }
 
-/// Whether an event still waits, as seen inside a write job.
-pub async fn holds(tx: &mut Tx, seq: i64) -> Result<bool, StoreError> {
-    let (count,): (i64,) =
-        sqlx::query_as("SELECT COUNT(*) FROM bridge_inbox WHERE seq = $1").bind(seq).fetch_one(tx).await?;
-    Ok(count > 0)
-}
-
 /// The rooms in which events wait.
 pub async fn rooms(store: &Store) -> Result<Vec<(Side, OwnedRoomId)>, StoreError> {
     let rows: Vec<(String, String)> =
