@@ -118,9 +118,6 @@ async fn join_ghosts(core: &Arc<Core>, portal: &Portal, state: &State, known: &K
         if entry.membership() != "join" || there.membership(ghost) == "join" {
             continue;
         }
-        if access::takes_part(&core.context.config.access, Side::Lm, user.server_name()).is_err() {
-            continue;
-        }
         if !public && there.membership(ghost) != "invite" {
             let draft = core.member(core.users.bot(), ghost, "invite");
             outgoing.push(Outgoing { draft, effect: None });

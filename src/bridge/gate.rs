@@ -46,7 +46,7 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
         Who::Appservice => return Ok(()),
         Who::Ghost { .. } | Who::Bot | Who::Stranger => return Err(stranger(user)),
     };
-    access::takes_part(&core.context.config.access, handshake.side, user.server_name())?;
+    access::user(&core.context.config.access, portal.kind, handshake.side, user.server_name())?;
     let at_hub = portal.kind == PortalKind::FromLm && handshake.side == Side::Matrix;
     match handshake.membership {
         Membership::Join if at_hub && handshake.stage == Stage::Send => {

@@ -60,7 +60,7 @@ impl Inbox {
         let store = &core.context.store;
         let rows = inbox::waiting(store, source, portal.room(source), self.cursor, limit).await?;
         let Some(last) = rows.last().map(|row| row.seq) else { return Ok(false) };
-        let mut sorted = sort(core, entry, portal, source, rows).await?;
+        let mut sorted = sort(core, portal, source, rows).await?;
         effect::sorted_out(core, portal, source, sorted.out).await?;
         if sorted.echoes {
             // What waited for an echo is on the other direction.
@@ -87,6 +87,13 @@ impl Inbox {
         if let Some(item) = self.items.iter_mut().find(|item| item.row.seq == seq) {
             item.retry_at = now.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
             item.failures = if first { 0 } else { item.failures.saturating_add(1) };
+        }
+    }
+
+    /// Puts an item off until it is heard of.
+    pub(super) fn wait(&mut self, seq: i64) {
+        if let Some(item) = self.items.iter_mut().find(|item| item.row.seq == seq) {
+            item.retry_at = i64::MAX;
         }
     }
 
@@ -121,13 +128,7 @@ struct Sorted {
     echoes: bool,
 }
 
-async fn sort(
-    core: &Core,
-    entry: &Entry,
-    portal: &Portal,
-    source: Side,
-    rows: Vec<InboxRow>,
-) -> Result<Sorted, Refusal> {
+async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -> Result<Sorted, Refusal> {
     let store = &core.context.store;
     let rooms = core.sides()?.rooms(source);
     let mut events = Vec::with_capacity(rows.len());
@@ -160,28 +161,27 @@ async fn sort(
                 sorted.echoes |= matches!(echo, Out::Echo(_));
                 sorted.out.push((row, echo));
             }
-            who => match admit(core, source, &event, &who) {
+            who => match admit(core, portal, source, &event, &who) {
                 Err(refusal) => sorted.out.push((row, Out::Refused(Box::new(event), refusal))),
-                Ok(()) => sorted.items.push(item(core, source, row, event)),
+                Ok(()) => sorted.items.push(item(core, row, event)),
             },
         }
     }
-    let _ = entry;
     Ok(sorted)
 }
 
 /// Whether an event may cross as far as its type and its sender's server go.
-fn admit(core: &Core, source: Side, event: &Event, who: &Who) -> Result<(), Refusal> {
+fn admit(core: &Core, portal: &Portal, source: Side, event: &Event, who: &Who) -> Result<(), Refusal> {
     if *who == Who::Stranger {
         return Err(carry::stranger(&event.sender));
     }
     if *who != Who::Appservice {
-        access::takes_part(&core.context.config.access, source, event.sender.server_name())?;
+        access::user(&core.context.config.access, portal.kind, source, event.sender.server_name())?;
     }
     translate::crosses(event)
 }
 
-fn item(core: &Core, source: Side, row: InboxRow, event: Event) -> Item {
+fn item(core: &Core, row: InboxRow, event: Event) -> Item {
     let membership = event.membership();
     // A far user is invited through their server, which may be slow or dead: nobody else waits for that.
     let asks_server = membership.as_ref().is_some_and(|(target, membership)| {
@@ -196,6 +196,5 @@ fn item(core: &Core, source: Side, row: InboxRow, event: Event) -> Item {
         held: false,
         overtaken: false,
     };
-    let _ = source;
     Item { row, event, waiting, retry_at: 0, blocked_since: None, asks_server, failures: 0 }
 }

@@ -55,18 +55,19 @@ impl Between for Seat {
 /// invite of the bot to an LM room makes a portal of it.
 async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
     let who = core.users.who(&core.context.store, invite.side, &invite.target).await?;
-    access::takes_part(&core.context.config.access, invite.side, invite.sender.server_name())?;
+    let policy = &core.context.config.access;
     match who {
-        Who::Ghost { user } => {
-            access::takes_part(&core.context.config.access, invite.side.other(), user.server_name())?;
-            match core.registry.of_room(invite.side, &invite.room_id) {
-                Some(_) => Ok(()),
-                None => Err(Refusal::Forbidden(format!(
-                    "{} is not connected with a room of {user}, and invites into such rooms are not supported yet",
-                    invite.room_id
-                ))),
+        Who::Ghost { user } => match core.registry.of_room(invite.side, &invite.room_id) {
+            Some(entry) => {
+                let kind = entry.portal().kind;
+                access::user(policy, kind, invite.side, invite.sender.server_name())?;
+                access::user(policy, kind, invite.side.other(), user.server_name())
             }
-        }
+            None => Err(Refusal::Forbidden(format!(
+                "{} is not connected with a room of {user}, and invites into such rooms are not supported yet",
+                invite.room_id
+            ))),
+        },
         Who::Bot if invite.side == Side::Lm => {
             let encrypted = invite.stripped_state.iter().any(|event| {
                 event.get("type").and_then(|kind| kind.as_str()) == Some("m.room.create")
@@ -75,6 +76,7 @@ async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
             if encrypted {
                 return Err(Refusal::Encryption(format!("the room {}", invite.room_id)));
             }
+            access::takes_part(policy, Side::Lm, invite.sender.server_name())?;
             let (making, room_id) = (core.clone(), invite.room_id.clone());
             let via = vec![invite.sender.server_name().to_owned()];
             core.spawn(async move {
@@ -100,7 +102,9 @@ async fn profile(core: &Core, side: Side, user_id: &UserId) -> Result<Profile, R
         Who::Native { .. } | Who::Appservice | Who::Stranger => return Err(unknown()),
     };
     let home = side.other();
-    access::takes_part(&core.context.config.access, home, user.server_name()).map_err(|_| unknown())?;
+    if home == Side::Matrix {
+        access::takes_part(&core.context.config.access, home, user.server_name()).map_err(|_| unknown())?;
+    }
     if let Some((displayname, avatar_url)) = images::profile(&core.context.store, home, &user).await? {
         return Ok(Profile { displayname, avatar_url });
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ruma::OwnedEventId;
+use tokio::sync::mpsc;
 
 use super::carry::{self, Before, Case, Crossing, Outcome};
 use super::core::Core;
@@ -32,7 +33,8 @@ const POLL: Duration = Duration::from_secs(5);
 
 /// Carries what `source` has accepted until nothing is left.
 pub(super) async fn run(core: Arc<Core>, entry: Arc<Entry>, source: Side) {
-    let mut worker = Worker { core, entry, source, inbox: inbox::Inbox::default() };
+    let (asked, answers) = mpsc::unbounded_channel();
+    let mut worker = Worker { core, entry, source, inbox: inbox::Inbox::default(), asked, answers };
     loop {
         if !worker.entry.portal().state.carries() {
             worker.entry.direction(source).end();
@@ -67,6 +69,9 @@ struct Worker {
     entry: Arc<Entry>,
     source: Side,
     inbox: inbox::Inbox,
+    /// Where the tasks tell that ask other servers.
+    asked: mpsc::UnboundedSender<(i64, Done)>,
+    answers: mpsc::UnboundedReceiver<(i64, Done)>,
 }
 
 /// Both rooms as they are while a few events are looked at.
@@ -87,11 +92,16 @@ enum Done {
     Later(Refusal),
     /// It waits for an echo.
     Waits,
+    /// Another server is being asked; what it answers is told later.
+    Asked,
 }
 
 impl Worker {
     async fn pass(&mut self) -> Result<Progress, Refusal> {
         let portal = self.entry.portal();
+        while let Ok((seq, done)) = self.answers.try_recv() {
+            self.finish(&portal, seq, done).await?;
+        }
         let loaded = self.inbox.load(&self.core, &self.entry, &portal, self.source).await?;
         if self.inbox.items.is_empty() {
             return Ok(if loaded { Progress::More } else { Progress::Empty });
@@ -290,12 +300,13 @@ impl Worker {
                 return Ok(if refusal.is_transient() { Done::Later(refusal) } else { Done::Refused(refusal) });
             }
         }
+        if asks_server {
+            self.ask(portal, item, image, note);
+            return Ok(Done::Asked);
+        }
         let send = async |draft: Draft| -> Result<Made, Refusal> {
             let effect = effect::crossed(&self.core, portal, self.source, item, note.clone());
             let outgoing = Outgoing { draft, effect: Some(effect) };
-            if asks_server {
-                return rooms.invite(room, outgoing).await;
-            }
             let nothing = || Refusal::Internal("nothing came of an event".to_owned());
             rooms.send(room, vec![outgoing]).await.pop().unwrap_or_else(|| Err(nothing()))
         };
@@ -309,6 +320,28 @@ impl Worker {
             },
             (Err(refusal), None) => Done::Refused(refusal),
         })
+    }
+
+    /// Invites a user of another server, which may be slow or dead: on a task of its own.
+    fn ask(&self, portal: &Arc<Portal>, item: &Item, invite: Draft, note: Option<String>) {
+        let effect = effect::crossed(&self.core, portal, self.source, item, note);
+        let (core, entry, portal, source) = (self.core.clone(), self.entry.clone(), portal.clone(), self.source);
+        let (seq, asked) = (item.row.seq, self.asked.clone());
+        self.core.spawn(async move {
+            let outgoing = Outgoing { draft: invite, effect: Some(effect) };
+            let invited = match core.sides() {
+                Ok(sides) => sides.rooms(source.other()).invite(portal.room(source.other()), outgoing).await,
+                Err(refusal) => Err(refusal),
+            };
+            let done = match invited {
+                Ok(_) => Done::Gone,
+                Err(refusal) if refusal.is_transient() => Done::Later(refusal),
+                Err(refusal) => Done::Refused(refusal),
+            };
+            // The task that asked stays as long as the item does.
+            let _ = asked.send((seq, done));
+            entry.direction(source).wake.notify_one();
+        });
     }
 
     /// Whether a join that would be sent first is already on its way to the hub.
@@ -327,6 +360,7 @@ impl Worker {
         let now = self.core.now_ms();
         match done {
             Done::Gone => self.inbox.drop_item(seq),
+            Done::Asked => self.inbox.wait(seq),
             Done::Waits => {
                 self.inbox.later(seq, now, Duration::from_millis(250), true);
                 return Ok(false);
