@@ -7,6 +7,7 @@ pub mod bridge;
 pub mod clock;
 pub mod config;
 pub mod dag;
+pub mod doctor;
 pub mod event;
 pub mod federation;
 pub mod gateway;

@@ -5,10 +5,13 @@ mod cli;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use isthmus::clock::SystemClock;
 use isthmus::config::{Config, Example, example};
+use isthmus::doctor::{self, Outcome};
 use isthmus::{appservice, gateway};
 use ruma::OwnedServerName;
 use tracing_subscriber::EnvFilter;
@@ -108,9 +111,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             log()?;
             runtime()?.block_on(gateway::serve(config))?;
         }
-        Command::Doctor { config } => {
-            let _ = config;
-        }
+        Command::Doctor { config } => return doctor(&config.load()?),
         Command::Portal { config, command } => runtime()?.block_on(command.run(&config.load()?))?,
         Command::Explain { config, event_id } => runtime()?.block_on(cli::explain(&config.load()?, &event_id))?,
     }
@@ -152,6 +153,20 @@ fn register(config: &Config, url: Option<&Url>) -> anyhow::Result<()> {
     eprintln!("Add these lines to homeserver.yaml and restart Synapse:\n");
     println!("app_service_config_files:\n  - {}", registered.path.display());
     Ok(())
+}
+
+fn doctor(config: &Config) -> anyhow::Result<ExitCode> {
+    let findings = runtime()?.block_on(doctor::examine(config, Arc::new(SystemClock), |finding| println!("{finding}")));
+    let failed = findings.iter().filter(|finding| finding.outcome == Outcome::Fail).count();
+    println!(
+        "\n{}",
+        if failed == 0 {
+            "Nothing is wrong.".to_owned()
+        } else {
+            format!("{failed} of {} checks failed.", findings.len())
+        }
+    );
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Logs go to standard error: for people on a terminal, as JSON elsewhere. RUST_LOG says which.

@@ -49,7 +49,9 @@ async fn authenticate(State(appservice): State<Appservice>, request: Request, ne
         tracing::warn!(path = request.uri().path(), error, "a request to the appservice was refused");
         (status, Json(json!({ "errcode": errcode, "error": error }))).into_response()
     };
-    match appservice.inner.registration.hs_token.check(request.headers()) {
+    let bearer = appservice.inner.registration.hs_token.check(request.headers());
+    appservice.inner.status.called(bearer == Bearer::Right);
+    match bearer {
         Bearer::Right => next.run(request).await,
         Bearer::Wrong => refuse(StatusCode::FORBIDDEN, "M_FORBIDDEN", "this is not the hs_token of the registration"),
         Bearer::Missing => refuse(StatusCode::UNAUTHORIZED, "M_UNAUTHORIZED", "the hs_token is missing"),

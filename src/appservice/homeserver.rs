@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use url::Url;
 
 use super::Token;
+use crate::federation::crypto_provider;
 
 /// How long a request may take.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -94,8 +95,7 @@ type Result<T> = std::result::Result<T, HomeserverError>;
 impl Homeserver {
     /// The homeserver at `base`, to which `token` is shown.
     pub fn new(base: Url, token: Token, custom_ca: &[PathBuf]) -> Result<Self> {
-        // An error means that somebody has installed one already.
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        crypto_provider();
         let mut builder = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .redirect(reqwest::redirect::Policy::none())
@@ -167,6 +167,12 @@ impl Homeserver {
         let answer = self.call(Method::GET, &directory(alias), None, true, TIMEOUT).await?;
         let room_id = text(&answer.body, "room_id")?;
         RoomId::parse(room_id).map_err(|error| HomeserverError::BadAnswer(format!("room_id: {error}")))
+    }
+
+    /// Asks, without a token, for an alias that nobody has: makes the Synapse ask the one to whom such aliases belong, the
+    /// appservice or another server.
+    pub async fn look_up(&self, alias: &str) -> Result<()> {
+        self.call(Method::GET, &directory(alias), None, false, PING_TIMEOUT).await.map(drop)
     }
 
     /// Takes an alias away.

@@ -33,6 +33,10 @@ pub struct HomeserverStatus {
     pub error: Option<String>,
     /// The transaction ID of the last ping that the homeserver sent on to this gateway: how `doctor` sees that it was this one.
     pub received: Option<String>,
+    /// How often the homeserver called this gateway with the right token since its start.
+    pub calls: u64,
+    /// How often somebody called the appservice with a wrong token or none.
+    pub refused_calls: u64,
 }
 
 /// Where the status is kept; clones share it.
@@ -48,6 +52,13 @@ impl Status {
     pub(super) fn received(&self, transaction_id: Option<&str>) {
         let transaction_id = transaction_id.map(|id| id.chars().take(100).collect());
         self.0.lock().unwrap_or_else(PoisonError::into_inner).received = transaction_id;
+    }
+
+    /// The appservice was called, with the right token or not.
+    pub(super) fn called(&self, right: bool) {
+        let mut status = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = if right { &mut status.calls } else { &mut status.refused_calls };
+        *count = count.saturating_add(1);
     }
 
     fn tried(&self, now_ms: i64, error: Option<String>) {

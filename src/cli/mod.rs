@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use isthmus::config::Config;
+use isthmus::federation::crypto_provider;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::Method;
 use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId};
@@ -141,7 +142,7 @@ impl Api {
         if address.ip().is_unspecified() {
             address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
         }
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        crypto_provider();
         let http = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().tls_certs_only([]).build()?;
         Ok(Self { http, base: format!("http://{address}"), token })
     }

@@ -44,7 +44,7 @@ pub enum ListenError {
 }
 
 /// A listener that accepts connections.
-pub(super) struct Listener {
+pub(crate) struct Listener {
     address: SocketAddr,
     handle: Handle<SocketAddr>,
     task: JoinHandle<()>,
@@ -52,7 +52,7 @@ pub(super) struct Listener {
 
 impl Listener {
     /// Listens as `settings` say, by TLS when they name a certificate.
-    pub(super) async fn open(name: &'static str, settings: &Listen, routes: Router) -> Result<Self, ListenError> {
+    pub(crate) async fn open(name: &'static str, settings: &Listen, routes: Router) -> Result<Self, ListenError> {
         let (Some(certificate), Some(key)) = (&settings.tls_certificate, &settings.tls_private_key) else {
             return Self::open_plain(name, settings.address, routes).await;
         };
@@ -73,7 +73,7 @@ impl Listener {
     }
 
     /// Listens without TLS.
-    pub(super) async fn open_plain(
+    pub(crate) async fn open_plain(
         name: &'static str,
         address: SocketAddr,
         routes: Router,
@@ -88,17 +88,17 @@ impl Listener {
     }
 
     /// Where it listens, with the port that the system chose when none was given.
-    pub(super) fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Takes no more requests and gives those under way `grace` to end.
-    pub(super) fn stop(&self, grace: Duration) {
+    pub(crate) fn stop(&self, grace: Duration) {
         self.handle.graceful_shutdown(Some(grace));
     }
 
     /// Returns when the last connection is closed.
-    pub(super) async fn ended(self) {
+    pub(crate) async fn ended(self) {
         let _ = self.task.await;
     }
 }

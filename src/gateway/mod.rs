@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 pub use self::listen::ListenError;
-use self::listen::Listener;
+pub(crate) use self::listen::Listener;
 pub use self::routes::{Federation, federation_routes};
 use crate::admin::Admin;
 use crate::appservice::{Appservice, AppserviceError};

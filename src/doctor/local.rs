@@ -1,0 +1,117 @@
+//! What can be checked on this machine alone: files and the database.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use sqlx::{AnyConnection, Connection as _};
+
+use super::Finding;
+use crate::appservice::{Registration, RegistrationError};
+use crate::config::{self, Config};
+use crate::identity::SigningKey;
+
+/// How long the database may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The key, when there is one, and what is to be said of its file.
+pub(super) fn signing_key(config: &Config) -> (Option<SigningKey>, Finding) {
+    const CHECK: &str = "signing key";
+    let path = &config.signing_key;
+    if !path.exists() {
+        let writable = path.parent().is_some_and(|folder| {
+            folder.metadata().is_ok_and(|folder| folder.is_dir() && !folder.permissions().readonly())
+        });
+        let found = format!("{} is not there yet", path.display());
+        return (
+            None,
+            if writable {
+                Finding::pass(CHECK, format!("{found} and is made at the first start"))
+            } else {
+                Finding::fail(CHECK, format!("{found} and its folder cannot be written"), "make the folder writable")
+            },
+        );
+    }
+    match SigningKey::load_or_generate(path) {
+        Ok(key) if is_open_to_all(path) => {
+            let found = format!("{} can be read by everybody on this machine", path.display());
+            (Some(key), Finding::warn(CHECK, found, format!("chmod 600 {}", path.display())))
+        }
+        Ok(key) => {
+            let found = format!("{} holds the key {}", path.display(), key.id());
+            (Some(key), Finding::pass(CHECK, found))
+        }
+        Err(error) => {
+            let fix = "restore the file from a backup, or move it away so that a new key is made";
+            (None, Finding::fail(CHECK, error.to_string(), fix))
+        }
+    }
+}
+
+/// Whether the database can be opened. Nothing is changed in it.
+pub(super) async fn database(config: &Config) -> Finding {
+    const CHECK: &str = "database";
+    let url = &config.database.url;
+    let name = if url.starts_with("sqlite:") { url.as_str() } else { "PostgreSQL" };
+    if let Some(file) = url.strip_prefix("sqlite://") {
+        let file = file.split('?').next().unwrap_or_default();
+        let file = percent_encoding::percent_decode_str(file).decode_utf8_lossy().into_owned();
+        if !Path::new(&file).exists() {
+            return Finding::pass(CHECK, format!("{file} is not there yet and is made at the first start"));
+        }
+    }
+    sqlx::any::install_default_drivers();
+    let ask = async {
+        let mut connection = AnyConnection::connect(url).await?;
+        sqlx::query("SELECT 1").execute(&mut connection).await?;
+        connection.close().await
+    };
+    match tokio::time::timeout(PATIENCE, ask).await {
+        Ok(Ok(())) => Finding::pass(CHECK, format!("{name} answers")),
+        Ok(Err(error)) => {
+            let fix = match url.starts_with("sqlite:") {
+                true => "make the file readable and writable for the gateway, or restore it from a backup",
+                false => "start PostgreSQL, or correct host, database, user and password in `database.url`",
+            };
+            Finding::fail(CHECK, format!("{name} cannot be opened: {error}"), fix)
+        }
+        Err(_) => {
+            let found = format!("{name} does not answer within {} s", PATIENCE.as_secs());
+            Finding::fail(CHECK, found, "check that `database.url` names the right host and port")
+        }
+    }
+}
+
+/// What is to be said of the registration file, which could be read.
+pub(super) fn registration(settings: &config::Appservice, registration: &Registration) -> Vec<Finding> {
+    const CHECK: &str = "registration";
+    let path = settings.registration.display();
+    let mut findings = Vec::new();
+    let again = "run `isthmus register` again and restart Synapse";
+    if is_open_to_all(&settings.registration) {
+        let found = format!("{path} holds secret tokens and can be read by everybody on this machine");
+        findings.push(Finding::warn(CHECK, found, format!("chmod 640 {path}, with the Synapse's group")));
+    }
+    let fresh = Registration::new(&settings.homeserver_name, "");
+    let patterns = |registration: &Registration| {
+        registration.namespaces.aliases.iter().map(|namespace| namespace.regex.clone()).collect::<Vec<_>>()
+    };
+    if fresh.id != registration.id || fresh.sender_localpart != registration.sender_localpart {
+        findings.push(Finding::fail(CHECK, format!("{path} was not written by this isthmus"), again));
+    } else if patterns(&fresh).iter().any(|pattern| !patterns(registration).contains(pattern)) {
+        let found = format!("{path} does not give the aliases #lm_…:{} to isthmus", settings.homeserver_name);
+        findings.push(Finding::fail(CHECK, found, again));
+    } else if findings.is_empty() {
+        findings.push(Finding::pass(CHECK, format!("{path} can be read")));
+    }
+    findings
+}
+
+/// Why the registration could not be read.
+pub(super) fn unusable(error: &RegistrationError) -> Finding {
+    Finding { check: "registration", outcome: super::Outcome::Fail, found: error.to_string(), fix: None }
+}
+
+fn is_open_to_all(path: &Path) -> bool {
+    path.metadata().is_ok_and(|file| file.permissions().mode() & 0o004 != 0)
+}

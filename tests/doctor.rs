@@ -1,0 +1,140 @@
+//! `isthmus doctor` names the cause of each thing that can be wrong, with a real Synapse.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use isthmus::clock::{Clock as _, ManualClock, SystemClock};
+use isthmus::config::Config;
+use isthmus::doctor::{Finding, Outcome, examine};
+
+use crate::support::testbed::certificates::Authority;
+use crate::support::testbed::process::free_port;
+use crate::support::testbed::{gateway, synapse};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_isthmus");
+
+async fn findings(config: &Path) -> Vec<Finding> {
+    examine(&Config::load(config).unwrap(), Arc::new(SystemClock), |_| {}).await
+}
+
+fn shown(findings: &[Finding]) -> String {
+    findings.iter().map(|finding| format!("{finding}\n")).collect()
+}
+
+/// That one check failed, and for this reason.
+fn assert_cause(findings: &[Finding], cause: &str) {
+    let failed: Vec<&Finding> = findings.iter().filter(|finding| finding.outcome == Outcome::Fail).collect();
+    let all = shown(findings);
+    assert!(failed.len() == 1 && failed[0].found.contains(cause), "only this should have failed: {cause}\n{all}");
+    assert!(failed[0].fix.is_some(), "{all}");
+}
+
+struct House {
+    directory: tempfile::TempDir,
+    authority: Authority,
+    ports: [u16; 2],
+    gateway: gateway::Plan,
+}
+
+impl House {
+    fn build() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let authority = Authority::new(directory.path()).unwrap();
+        let ports = [free_port().unwrap(), free_port().unwrap()];
+        let mut gateway = gateway::Plan::new(&directory.path().join("g"), Path::new(BINARY), &authority).unwrap();
+        let synapse = synapse::Plan::at(&directory.path().join("s"), ports).unwrap();
+        gateway.register_with(&synapse).unwrap();
+        Self { directory, authority, ports, gateway }
+    }
+
+    fn config(&self) -> PathBuf {
+        self.directory.path().join("g/isthmus.toml")
+    }
+
+    /// The configuration with another line in it.
+    fn config_with(&self, from: &str, to: &str) -> PathBuf {
+        let text = std::fs::read_to_string(self.config()).unwrap();
+        assert!(text.contains(from), "{from} is not in\n{text}");
+        let path = self.directory.path().join("g/other.toml");
+        std::fs::write(&path, text.replace(from, to)).unwrap();
+        path
+    }
+
+    /// The Synapse, with the registration as `change` makes it of the gateway's.
+    async fn synapse(&self, change: Option<&dyn Fn(String) -> String>) -> synapse::Synapse {
+        let theirs = self.directory.path().join("theirs.yaml");
+        if let Some(change) = change {
+            let ours = std::fs::read_to_string(self.directory.path().join("g/registration.yaml")).unwrap();
+            std::fs::write(&theirs, change(ours)).unwrap();
+        }
+        let plan = synapse::Plan::at(&self.directory.path().join("s"), self.ports).unwrap();
+        plan.start(&self.authority, change.map(|_| theirs.as_path())).await.unwrap()
+    }
+}
+
+/// Another value of a key of the registration.
+fn other(key: &'static str, value: &str) -> impl Fn(String) -> String {
+    let value = value.to_owned();
+    move |text| {
+        let line = |line: &str| match line.starts_with(&format!("{key}: ")) {
+            true => format!("{key}: {value}\n"),
+            false => format!("{line}\n"),
+        };
+        text.lines().map(line).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_names_each_cause() {
+    let house = House::build();
+    assert_cause(&findings(&house.config()).await, "Synapse is not reachable");
+
+    let synapse = house.synapse(None).await;
+    assert_cause(&findings(&house.config()).await, "the registration is not loaded");
+    drop(synapse);
+
+    let same = |text: String| text;
+    let synapse = house.synapse(Some(&same)).await;
+    let found = findings(&house.config()).await;
+    assert!(found.iter().all(|finding| finding.outcome == Outcome::Pass), "{}", shown(&found));
+    let printed = house.gateway.run(&["doctor", "--config", "isthmus.toml"]).unwrap();
+    assert!(printed.contains("pass  ping: ") && printed.contains("Nothing is wrong."), "{printed}");
+
+    let late = ManualClock::new(SystemClock.now_ms() + 600_000);
+    let found = examine(&Config::load(&house.config()).unwrap(), late, |_| {}).await;
+    assert_cause(&found, "ahead of the homeserver's");
+
+    let own = format!("[federation.resolve]\n{:?} = ", house.gateway.server_name);
+    let elsewhere = house
+        .config_with("[federation]\n", &format!("{own}\"http://127.0.0.1:{}\"\n[federation]\n", free_port().unwrap()));
+    assert_cause(&findings(&elsewhere).await, "does not lead back to this gateway");
+    let elsewhere =
+        house.config_with("[federation]\n", &format!("{own}\"https://localhost:{}\"\n[federation]\n", house.ports[0]));
+    assert_cause(&findings(&elsewhere).await, &format!("says that it is localhost:{}", house.ports[0]));
+    let stranger = house.config_with("homeserver_name = \"localhost:", "homeserver_name = \"other.example:");
+    let found = findings(&stranger).await;
+    assert!(shown(&found).contains("FAIL  as_token: the homeserver's name is localhost:"), "{}", shown(&found));
+    drop(synapse);
+
+    let synapse = house.synapse(Some(&other("as_token", "other"))).await;
+    assert_cause(&findings(&house.config()).await, "wrong as_token");
+    drop(synapse);
+
+    let synapse = house.synapse(Some(&other("hs_token", "other"))).await;
+    assert_cause(&findings(&house.config()).await, "wrong hs_token");
+    drop(synapse);
+
+    let both = |text| other("hs_token", "other")(other("as_token", "another")(text));
+    let synapse = house.synapse(Some(&both)).await;
+    assert_cause(&findings(&house.config()).await, "with other tokens than");
+    drop(synapse);
+
+    let nobody = format!("http://127.0.0.1:{}", free_port().unwrap());
+    let synapse = house.synapse(Some(&other("url", &nobody))).await;
+    assert_cause(&findings(&house.config()).await, "could not connect");
+    drop(synapse);
+
+    let itself = format!("http://127.0.0.1:{}", house.ports[1]);
+    let _synapse = house.synapse(Some(&other("url", &itself))).await;
+    assert_cause(&findings(&house.config()).await, "got 404 from something that is not this gateway");
+}
