@@ -84,6 +84,12 @@ fn write_value(value: &Value, out: &mut Vec<u8>) {
 
 fn write_string(text: &str, out: &mut Vec<u8>) {
     out.push(b'"');
+    write_escaped(text, out);
+    out.push(b'"');
+}
+
+/// What stands between the quotes of a string.
+pub(super) fn write_escaped(text: &str, out: &mut Vec<u8>) {
     let bytes = text.as_bytes();
     let mut plain = 0;
     for (index, byte) in bytes.iter().enumerate() {
@@ -106,7 +112,6 @@ fn write_string(text: &str, out: &mut Vec<u8>) {
         plain = index + 1;
     }
     out.extend_from_slice(bytes.get(plain..).unwrap_or_default());
-    out.push(b'"');
 }
 
 #[cfg(test)]

@@ -1,70 +1,45 @@
-//! Canonical JSON straight from text, as lenient as the parsers of the peers: of duplicate keys the last one counts, and a
-//! lone surrogate stays the escape that it was, and a number beyond every double is null. It serves only to check the signature over a transaction, of which one bad
-//! event must fail alone; what it accepts is parsed strictly afterwards.
+//! Canonical JSON straight from text, as lenient as the parsers of the peers: of duplicate keys the last one counts, a lone
+//! surrogate stays the escape that it was, and a number beyond every double is null. It serves only to check the signature
+//! over a transaction, of which one bad event must fail alone; what it accepts is parsed strictly afterwards.
+//!
+//! Nothing is proved of the sender yet, so no tree is built: the canonical form is written as the text is read, and only
+//! the keys of objects that are still open are remembered besides.
 
-use std::borrow::Cow;
 use std::cmp::Ordering;
+use std::ops::Range;
 
+use super::canonical::write_escaped;
 use crate::refusal::Refusal;
 
 /// Deeper nesting than this is refused, long before the stack ends.
 const MAX_DEPTH: usize = 200;
-/// Up to here every integer has a form of its own (2^53).
-const MAX_EXACT: i64 = 1 << 53;
+/// An integer of as many digits is below 2^53, so that what stands in the text is its canonical form.
+const EXACT_DIGITS: usize = 15;
 
 /// The RFC 8785 form of the JSON text `raw`.
 pub fn canonical_text(raw: &[u8]) -> Result<Vec<u8>, Refusal> {
     let text = std::str::from_utf8(raw).map_err(|error| Refusal::NotJson(error.to_string()))?;
-    let mut reader = Reader { text, at: 0 };
-    reader.white_space();
-    let node = reader.node(0)?;
-    reader.white_space();
+    let mut reader = Reader { text, at: 0, out: Vec::with_capacity(raw.len()) };
+    reader.value(0)?;
     if reader.at != text.len() {
         return Err(reader.problem("something follows the JSON value"));
     }
-    let mut out = Vec::with_capacity(raw.len());
-    write_node(&node, &mut out);
-    Ok(out)
-}
-
-enum Node<'a> {
-    /// `null`, `true`, `false`, and numbers in their canonical form.
-    Literal(Cow<'a, str>),
-    Text(Text<'a>),
-    Array(Vec<Node<'a>>),
-    Object(Vec<(Text<'a>, Node<'a>)>),
-}
-
-/// A string.
-enum Text<'a> {
-    /// Without escapes: its canonical form is what stands between the quotes.
-    Plain(&'a str),
-    /// With escapes, as UTF-16 code units, so that lone surrogates have a place.
-    Units(Vec<u16>),
-}
-
-impl Text<'_> {
-    fn units(&self) -> Cow<'_, [u16]> {
-        match self {
-            Self::Plain(text) => Cow::Owned(text.encode_utf16().collect()),
-            Self::Units(units) => Cow::Borrowed(units),
-        }
-    }
-
-    fn order(&self, other: &Self) -> Ordering {
-        match (self, other) {
-            (Self::Plain(a), Self::Plain(b)) if a.is_ascii() && b.is_ascii() => a.cmp(b),
-            _ => self.units().cmp(&other.units()),
-        }
-    }
+    Ok(reader.out)
 }
 
 struct Reader<'a> {
     text: &'a str,
     at: usize,
+    out: Vec<u8>,
 }
 
-impl<'a> Reader<'a> {
+/// Where an entry of an object stands in what was written.
+struct Entry {
+    key: Range<usize>,
+    end: usize,
+}
+
+impl Reader<'_> {
     fn problem(&self, problem: &str) -> Refusal {
         Refusal::NotJson(format!("{problem} at byte {}", self.at))
     }
@@ -79,138 +54,221 @@ impl<'a> Reader<'a> {
         Some(byte)
     }
 
+    /// The next byte that is no white space.
+    fn next_token(&mut self) -> Option<u8> {
+        self.white_space();
+        self.next()
+    }
+
     fn white_space(&mut self) {
         while matches!(self.peek(), Some(b' ' | b'\t' | b'\n' | b'\r')) {
             self.at += 1;
         }
     }
 
-    fn node(&mut self, depth: usize) -> Result<Node<'a>, Refusal> {
+    fn read(&self, range: Range<usize>) -> &str {
+        self.text.get(range).unwrap_or_default()
+    }
+
+    /// One value and the white space around it.
+    fn value(&mut self, depth: usize) -> Result<(), Refusal> {
         if depth > MAX_DEPTH {
             return Err(self.problem("nested too deeply"));
         }
+        self.white_space();
         match self.peek() {
-            Some(b'{') => self.object(depth),
-            Some(b'[') => self.array(depth),
-            Some(b'"') => Ok(Node::Text(self.string()?)),
-            Some(b'-' | b'0'..=b'9') => self.number(),
-            _ => self.keyword(),
+            Some(b'{') => self.object(depth)?,
+            Some(b'[') => self.array(depth)?,
+            Some(b'"') => self.string()?,
+            Some(b'-' | b'0'..=b'9') => self.number()?,
+            _ => self.keyword()?,
         }
+        self.white_space();
+        Ok(())
     }
 
-    fn keyword(&mut self) -> Result<Node<'a>, Refusal> {
-        let rest = self.text.get(self.at..).unwrap_or_default();
+    fn keyword(&mut self) -> Result<(), Refusal> {
+        let rest = self.read(self.at..self.text.len());
         let Some(word) = ["null", "true", "false"].into_iter().find(|word| rest.starts_with(word)) else {
             return Err(self.problem("no JSON value"));
         };
         self.at += word.len();
-        Ok(Node::Literal(Cow::Borrowed(word)))
+        self.out.extend_from_slice(word.as_bytes());
+        Ok(())
     }
 
-    fn number(&mut self) -> Result<Node<'a>, Refusal> {
+    fn number(&mut self) -> Result<(), Refusal> {
         let start = self.at;
-        while matches!(self.peek(), Some(b'-' | b'+' | b'.' | b'e' | b'E' | b'0'..=b'9')) {
+        let negative = self.peek() == Some(b'-');
+        if negative {
             self.at += 1;
         }
+        let leading_zero = self.peek() == Some(b'0');
+        let digits = self.digits();
+        if digits == 0 || (leading_zero && digits > 1) {
+            return Err(self.problem("a bad number"));
+        }
+        let mut integer = true;
+        if self.peek() == Some(b'.') {
+            self.at += 1;
+            integer = false;
+            if self.digits() == 0 {
+                return Err(self.problem("a bad number"));
+            }
+        }
+        if matches!(self.peek(), Some(b'e' | b'E')) {
+            self.at += 1;
+            integer = false;
+            if matches!(self.peek(), Some(b'+' | b'-')) {
+                self.at += 1;
+            }
+            if self.digits() == 0 {
+                return Err(self.problem("a bad number"));
+            }
+        }
         let text = self.text.get(start..self.at).unwrap_or_default();
-        // The strict grammar of numbers is serde_json's business.
-        serde_json::from_str::<&serde_json::value::RawValue>(text).map_err(|_| self.problem("a bad number"))?;
-        if let Ok(integer) = text.parse::<i64>()
-            && (-MAX_EXACT..=MAX_EXACT).contains(&integer)
-        {
-            return Ok(Node::Literal(Cow::Owned(integer.to_string())));
+        if integer && digits <= EXACT_DIGITS && !(negative && leading_zero) {
+            self.out.extend_from_slice(text.as_bytes());
+            return Ok(());
         }
         // A number beyond every double is infinite to the peers' parser, and infinity is written as null.
-        let number = text.parse::<f64>().ok().filter(|number| number.is_finite());
-        Ok(Node::Literal(number.map_or(Cow::Borrowed("null"), |number| {
-            Cow::Owned(ryu_js::Buffer::new().format_finite(number).to_owned())
-        })))
+        match text.parse::<f64>().ok().filter(|number| number.is_finite()) {
+            Some(number) => self.out.extend_from_slice(ryu_js::Buffer::new().format_finite(number).as_bytes()),
+            None => self.out.extend_from_slice(b"null"),
+        }
+        Ok(())
     }
 
-    fn array(&mut self, depth: usize) -> Result<Node<'a>, Refusal> {
+    /// How many digits stand here.
+    fn digits(&mut self) -> usize {
+        let start = self.at;
+        while matches!(self.peek(), Some(b'0'..=b'9')) {
+            self.at += 1;
+        }
+        self.at - start
+    }
+
+    fn array(&mut self, depth: usize) -> Result<(), Refusal> {
         self.at += 1;
-        let mut items = Vec::new();
+        self.out.push(b'[');
         self.white_space();
         if self.peek() == Some(b']') {
             self.at += 1;
-            return Ok(Node::Array(items));
+            self.out.push(b']');
+            return Ok(());
         }
         loop {
-            self.white_space();
-            items.push(self.node(depth + 1)?);
-            self.white_space();
+            self.value(depth + 1)?;
             match self.next() {
-                Some(b',') => {}
-                Some(b']') => return Ok(Node::Array(items)),
+                Some(b',') => self.out.push(b','),
+                Some(b']') => {
+                    self.out.push(b']');
+                    return Ok(());
+                }
                 _ => return Err(self.problem("an array that is not closed")),
             }
         }
     }
 
-    fn object(&mut self, depth: usize) -> Result<Node<'a>, Refusal> {
+    fn object(&mut self, depth: usize) -> Result<(), Refusal> {
         self.at += 1;
-        let mut entries = Vec::new();
+        let start = self.out.len();
+        self.out.push(b'{');
         self.white_space();
         if self.peek() == Some(b'}') {
             self.at += 1;
-            return Ok(Node::Object(entries));
+            self.out.push(b'}');
+            return Ok(());
         }
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut in_order = true;
         loop {
             self.white_space();
             if self.peek() != Some(b'"') {
                 return Err(self.problem("a key that is no string"));
             }
-            let key = self.string()?;
-            self.white_space();
-            if self.next() != Some(b':') {
+            let key_start = self.out.len();
+            self.string()?;
+            let key = key_start..self.out.len();
+            if self.next_token() != Some(b':') {
                 return Err(self.problem("a key without a value"));
             }
-            self.white_space();
-            entries.push((key, self.node(depth + 1)?));
-            self.white_space();
+            self.out.push(b':');
+            self.value(depth + 1)?;
+            in_order =
+                in_order && entries.last().is_none_or(|last| key_order(&self.out, &last.key, &key) == Ordering::Less);
+            entries.push(Entry { key, end: self.out.len() });
             match self.next() {
-                Some(b',') => {}
-                Some(b'}') => break,
+                Some(b',') => self.out.push(b','),
+                Some(b'}') => {
+                    self.out.push(b'}');
+                    break;
+                }
                 _ => return Err(self.problem("an object that is not closed")),
             }
         }
-        entries.sort_by(|(a, _), (b, _)| a.order(b));
-        // The sort is stable, so of equal keys the last one in the text is the last one here.
-        let mut unique: Vec<(Text<'a>, Node<'a>)> = Vec::with_capacity(entries.len());
-        for entry in entries {
-            match unique.last_mut() {
-                Some(last) if last.0.order(&entry.0) == Ordering::Equal => *last = entry,
-                _ => unique.push(entry),
-            }
+        if !in_order {
+            self.sort(start, entries);
         }
-        Ok(Node::Object(unique))
+        Ok(())
     }
 
-    fn string(&mut self) -> Result<Text<'a>, Refusal> {
-        self.at += 1;
-        let start = self.at;
-        loop {
-            match self.next() {
-                Some(b'"') => return Ok(Text::Plain(self.text.get(start..self.at - 1).unwrap_or_default())),
-                Some(b'\\') => break,
-                Some(byte) if byte >= 0x20 => {}
-                _ => return Err(self.problem("a string that is not closed, or a control character in it")),
+    /// Puts the entries of the object that was written last into their order.
+    fn sort(&mut self, start: usize, mut entries: Vec<Entry>) {
+        entries.sort_by(|a, b| key_order(&self.out, &a.key, &b.key));
+        let mut sorted = Vec::with_capacity(self.out.len() - start);
+        let mut entries = entries.iter().peekable();
+        while let Some(entry) = entries.next() {
+            // The sort is stable, so of equal keys the last one in the text is the last one here.
+            if entries.peek().is_some_and(|next| key_order(&self.out, &entry.key, &next.key) == Ordering::Equal) {
+                continue;
             }
+            sorted.push(if sorted.is_empty() { b'{' } else { b',' });
+            sorted.extend_from_slice(self.out.get(entry.key.start..entry.end).unwrap_or_default());
         }
-        let mut units: Vec<u16> = self.text.get(start..self.at - 1).unwrap_or_default().encode_utf16().collect();
-        units.push(self.escape()?);
+        sorted.push(b'}');
+        self.out.truncate(start);
+        self.out.extend_from_slice(&sorted);
+    }
+
+    fn string(&mut self) -> Result<(), Refusal> {
+        self.at += 1;
+        self.out.push(b'"');
         loop {
             let plain = self.at;
             while !matches!(self.peek(), None | Some(b'"' | b'\\' | 0..=0x1f)) {
                 self.at += 1;
             }
-            units.extend(self.text.get(plain..self.at).unwrap_or_default().encode_utf16());
+            self.out.extend_from_slice(self.text.as_bytes().get(plain..self.at).unwrap_or_default());
             match self.next() {
-                Some(b'"') => return Ok(Text::Units(units)),
-                Some(b'\\') => units.push(self.escape()?),
+                Some(b'"') => {
+                    self.out.push(b'"');
+                    return Ok(());
+                }
+                Some(b'\\') => self.escaped()?,
                 _ => return Err(self.problem("a string that is not closed, or a control character in it")),
             }
         }
+    }
+
+    /// What a backslash begins, and the other half of a pair of surrogates.
+    fn escaped(&mut self) -> Result<(), Refusal> {
+        let unit = self.escape()?;
+        let mut units = vec![unit];
+        if matches!(unit, 0xd800..=0xdbff) && self.read(self.at..self.at + 2) == "\\u" {
+            let behind_first = self.at;
+            self.at += 1;
+            match self.escape()? {
+                second @ 0xdc00..=0xdfff => units.push(second),
+                // It stands for itself.
+                _ => self.at = behind_first,
+            }
+        }
+        match String::from_utf16(&units) {
+            Ok(text) => write_escaped(&text, &mut self.out),
+            Err(_) => self.out.extend_from_slice(format!("\\u{unit:04x}").as_bytes()),
+        }
+        Ok(())
     }
 
     /// What follows a backslash.
@@ -233,61 +291,30 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn write_node(node: &Node<'_>, out: &mut Vec<u8>) {
-    match node {
-        Node::Literal(text) => out.extend_from_slice(text.as_bytes()),
-        Node::Text(text) => write_text(text, out),
-        Node::Array(items) => {
-            out.push(b'[');
-            for (index, item) in items.iter().enumerate() {
-                if index > 0 {
-                    out.push(b',');
-                }
-                write_node(item, out);
-            }
-            out.push(b']');
-        }
-        Node::Object(entries) => {
-            out.push(b'{');
-            for (index, (key, value)) in entries.iter().enumerate() {
-                if index > 0 {
-                    out.push(b',');
-                }
-                write_text(key, out);
-                out.push(b':');
-                write_node(value, out);
-            }
-            out.push(b'}');
-        }
-    }
+/// The order of two keys that were written, by the UTF-16 code units that they stand for.
+fn key_order(out: &[u8], a: &Range<usize>, b: &Range<usize>) -> Ordering {
+    let inside = |key: &Range<usize>| out.get(key.start + 1..key.end - 1).unwrap_or_default();
+    let (a, b) = (inside(a), inside(b));
+    let plain = !a.contains(&b'\\') && !b.contains(&b'\\');
+    if plain && (a.is_ascii() || b.is_ascii()) { a.cmp(b) } else { units(a).cmp(&units(b)) }
 }
 
-fn write_text(text: &Text<'_>, out: &mut Vec<u8>) {
-    out.push(b'"');
-    match text {
-        Text::Plain(plain) => out.extend_from_slice(plain.as_bytes()),
-        Text::Units(units) => {
-            for unit in char::decode_utf16(units.iter().copied()) {
-                match unit {
-                    Ok('"') => out.extend_from_slice(b"\\\""),
-                    Ok('\\') => out.extend_from_slice(b"\\\\"),
-                    Ok('\u{8}') => out.extend_from_slice(b"\\b"),
-                    Ok('\u{c}') => out.extend_from_slice(b"\\f"),
-                    Ok('\n') => out.extend_from_slice(b"\\n"),
-                    Ok('\r') => out.extend_from_slice(b"\\r"),
-                    Ok('\t') => out.extend_from_slice(b"\\t"),
-                    Ok(control) if control < ' ' => {
-                        out.extend_from_slice(format!("\\u{:04x}", u32::from(control)).as_bytes());
-                    }
-                    Ok(character) => out.extend_from_slice(character.encode_utf8(&mut [0; 4]).as_bytes()),
-                    Err(lone) => {
-                        out.extend_from_slice(format!("\\u{:04x}", lone.unpaired_surrogate()).as_bytes());
-                    }
-                }
-            }
+/// The code units that a string in its canonical form stands for.
+fn units(canonical: &[u8]) -> Vec<u16> {
+    let canonical = std::str::from_utf8(canonical).unwrap_or_default();
+    let mut units = Vec::with_capacity(canonical.len());
+    let mut reader = Reader { text: canonical, at: 0, out: Vec::new() };
+    while reader.at < canonical.len() {
+        let plain = reader.at;
+        while !matches!(reader.peek(), None | Some(b'\\')) {
+            reader.at += 1;
+        }
+        units.extend(reader.read(plain..reader.at).encode_utf16());
+        if reader.next().is_some() {
+            units.push(reader.escape().unwrap_or_default());
         }
     }
-    out.push(b'"');
+    units
 }
 
 #[cfg(test)]
@@ -324,6 +351,31 @@ mod tests {
     fn hc_15_a_lone_surrogate_stays_an_escape() {
         assert_eq!(canonical(r#"{"a":"x\uD800y"}"#), r#"{"a":"x\ud800y"}"#);
         assert_eq!(canonical(r#""\ud83d\ude00\n\u001f/""#), "\"😀\\n\\u001f/\"");
+    }
+
+    #[test]
+    fn hc_16_keys_are_ordered_by_what_they_stand_for() {
+        assert_eq!(canonical(r#"{"a\"":1,"a!":2,"a#":3,"a\n":4}"#), r#"{"a\n":4,"a!":2,"a\"":1,"a#":3}"#);
+        assert_eq!(
+            canonical(r#"{"\ud800":1,"\ud800\udc00":2,"\ud800a":3}"#),
+            "{\"\\ud800\":1,\"\\ud800a\":3,\"\u{10000}\":2}"
+        );
+        assert_eq!(
+            canonical(r#"{"b":1,"a":{"d":1,"c":2},"b":{"f":1,"e":2}}"#),
+            r#"{"a":{"c":2,"d":1},"b":{"e":2,"f":1}}"#
+        );
+    }
+
+    #[test]
+    fn hc_15_halves_of_pairs_that_do_not_meet_stay_escapes() {
+        assert_eq!(canonical(r#""\uD800\n\udc00\ud83d\uD83D\ude00\udbff""#), "\"\\ud800\\n\\udc00\\ud83d😀\\udbff\"");
+    }
+
+    #[test]
+    fn hc_17_many_small_values_cost_no_more_than_their_text() {
+        let text = format!("[{}0]", "0,".repeat(100_000));
+        let canonical = canonical_text(text.as_bytes()).unwrap();
+        assert_eq!((canonical.len(), canonical.capacity()), (text.len(), text.len()));
     }
 
     #[test]

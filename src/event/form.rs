@@ -12,6 +12,8 @@ use crate::refusal::Refusal;
 pub(super) const MAX_EVENT: usize = 65_536;
 /// The length of a type or a state key, in characters.
 const MAX_CHARACTERS: usize = 255;
+/// The length of an identifier, in bytes.
+const MAX_IDENTIFIER: usize = 255;
 /// The largest integer that every JSON parser reads exactly, 2^53 − 1.
 const MAX_INTEGER: i64 = (1 << 53) - 1;
 
@@ -71,6 +73,9 @@ where
     for<'a> T: TryFrom<&'a str, Error: std::fmt::Display>,
 {
     let text = text(json, field)?;
+    if text.len() > MAX_IDENTIFIER {
+        return Err(Refusal::malformed(field, format!("{} bytes, at most {MAX_IDENTIFIER} are allowed", text.len())));
+    }
     T::try_from(text).map_err(|error| {
         let shown: String = text.chars().take(60).collect();
         Refusal::malformed(field, format!("{shown:?}: {error}"))
@@ -86,10 +91,19 @@ pub(super) fn event_ids(json: &Object, field: &str, most: usize) -> Result<Vec<O
     list.iter()
         .map(|id| {
             id.as_str()
+                .filter(|id| is_event_id(id))
                 .and_then(|id| OwnedEventId::try_from(id).ok())
                 .ok_or_else(|| Refusal::malformed(field, "an entry that is no event ID"))
         })
         .collect()
+}
+
+/// `$` and URL-safe base64, as every event ID of an LM room is: no other may reach the store.
+fn is_event_id(id: &str) -> bool {
+    id.len() <= MAX_IDENTIFIER
+        && id.strip_prefix('$').is_some_and(|hash| {
+            !hash.is_empty() && hash.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+        })
 }
 
 fn check_signatures(json: &Object) -> Result<(), Refusal> {

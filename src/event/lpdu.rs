@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::form::{Common, MAX_EVENT, check_numbers, sha256, strip, wrong};
 use super::hash::{event_id_of, lpdu_hash, lpdu_signing_bytes};
 use super::sign::{add_signature, known_signatures};
-use super::{Object, Redaction, SignatureCheck, VerifyKeys, canonical_json, verify_signatures};
+use super::{Object, Redaction, SignatureCheck, VerifyKeys, canonical_json, verify_each};
 use crate::identity::SigningKey;
 use crate::refusal::Refusal;
 
@@ -98,31 +98,15 @@ impl Lpdu {
     /// Checks the hash and the sender's server's signature.
     pub fn verify(self, keys: &VerifyKeys) -> Result<VerifiedLpdu, Refusal> {
         self.check_hash()?;
-        for answer in verify_signatures(&self.signature_checks(keys)?) {
+        for answer in verify_each(&self.signature_checks(keys)?) {
             answer?;
         }
         Ok(VerifiedLpdu(self))
     }
 
-    /// The same for many, with one batch verification; answers in order.
+    /// The same for many; answers in order. Not in one batch: [`verify_each`] says why.
     pub fn verify_all(lpdus: Vec<Self>, keys: &VerifyKeys) -> Vec<Result<VerifiedLpdu, Refusal>> {
-        let mut answers: Vec<Result<(), Refusal>> = Vec::with_capacity(lpdus.len());
-        let mut checks = Vec::with_capacity(lpdus.len());
-        let mut owners = Vec::with_capacity(lpdus.len());
-        for (index, lpdu) in lpdus.iter().enumerate() {
-            let own = lpdu.check_hash().and_then(|()| lpdu.signature_checks(keys));
-            answers.push(own.map(|own| {
-                owners.resize(owners.len() + own.len(), index);
-                checks.extend(own);
-            }));
-        }
-        for (owner, checked) in owners.into_iter().zip(verify_signatures(&checks)) {
-            if let (Some(answer @ Ok(())), Err(refusal)) = (answers.get_mut(owner), checked) {
-                *answer = Err(refusal);
-            }
-        }
-        drop(checks);
-        lpdus.into_iter().zip(answers).map(|(lpdu, answer)| answer.map(|()| VerifiedLpdu(lpdu))).collect()
+        lpdus.into_iter().map(|lpdu| lpdu.verify(keys)).collect()
     }
 
     fn check_hash(&self) -> Result<(), Refusal> {

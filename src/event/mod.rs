@@ -22,4 +22,6 @@ pub use self::pdu::{Completion, HashCheck, Pdu};
 pub use self::redact::{Redaction, redact};
 pub use self::room_version::{Family, RoomVersion};
 pub(crate) use self::sign::decode_base64;
-pub use self::sign::{SignatureCheck, VerifyKey, VerifyKeys, sign_object, verify_object, verify_signatures};
+pub use self::sign::{
+    SignatureCheck, VerifyKey, VerifyKeys, sign_object, verify_each, verify_object, verify_signatures,
+};

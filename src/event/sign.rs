@@ -1,5 +1,9 @@
-//! Ed25519 signatures over canonical JSON, one by one and in batches. Verification is strict: weak keys and signatures with
-//! a small-order point are refused in both ways of checking, so that it never matters in which batch a signature came.
+//! Ed25519 signatures over canonical JSON, one by one and in batches. Verification is strict: keys with a part of small order
+//! and points that are not encoded canonically are refused in both ways of checking.
+//!
+//! One thing is left that a batch may take and a single check never does: a signature whose own point has a part of small
+//! order besides a good one. Only the owner of a key can make it. A hub must not take what stricter servers will refuse, or
+//! their logs would part, so LPDUs are checked one by one; batches are for what a hub has already put into its log.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -42,8 +46,10 @@ impl VerifyKey {
         let bytes: [u8; 32] =
             bytes.try_into().map_err(|bytes: Vec<u8>| bad(format!("{} bytes, 32 are needed", bytes.len())))?;
         let key = VerifyingKey::from_bytes(&bytes).map_err(|error| bad(error.to_string()))?;
-        if key.is_weak() {
-            return Err(bad("a weak key of small order".to_owned()));
+        // With a part of small order in the key, whether a signature verifies would hang on the way of checking.
+        let point = key.to_edwards();
+        if key.is_weak() || !point.is_torsion_free() || point.compress().to_bytes() != bytes {
+            return Err(bad("a weak key: of small order, in whole or in part, or not encoded canonically".to_owned()));
         }
         Ok(Self(key))
     }
@@ -97,11 +103,16 @@ pub fn verify_object(object: &Object, entity: &str, keys: &BTreeMap<String, Veri
 }
 
 /// Checks many signatures at once, faster than one by one; the answers are in the order of `checks`, and a bad one fails
-/// alone.
+/// alone. For what is a fact elsewhere already; what this server is the first to take goes through [`verify_each`].
 pub fn verify_signatures(checks: &[SignatureCheck<'_>]) -> Vec<Result<(), Refusal>> {
     if checks.len() >= BATCH && verify_batch(checks) {
         return checks.iter().map(|_| Ok(())).collect();
     }
+    verify_each(checks)
+}
+
+/// Checks signatures one by one, which takes nothing that any other way of checking would refuse.
+pub fn verify_each(checks: &[SignatureCheck<'_>]) -> Vec<Result<(), Refusal>> {
     checks
         .iter()
         .map(|check| {
@@ -116,7 +127,7 @@ fn verify_batch(checks: &[SignatureCheck<'_>]) -> bool {
         return false;
     };
     // Strict verification refuses these; a batch alone would let them pass.
-    if signatures.iter().any(|signature| SMALL_ORDER.contains(signature.r_bytes())) {
+    if signatures.iter().any(|signature| is_small_or_not_canonical(*signature.r_bytes())) {
         return false;
     }
     let messages: Vec<&[u8]> = checks.iter().map(|check| check.message.as_slice()).collect();
@@ -124,9 +135,33 @@ fn verify_batch(checks: &[SignatureCheck<'_>]) -> bool {
     ed25519_dalek::verify_batch(&messages, &signatures, &keys).is_ok()
 }
 
-/// The encodings of the points of small order.
-static SMALL_ORDER: LazyLock<Vec<[u8; 32]>> =
-    LazyLock::new(|| EIGHT_TORSION.iter().map(|point| point.compress().to_bytes()).collect());
+/// Whether an encoded point is of small order, or has a y-coordinate that is not below the field's order.
+fn is_small_or_not_canonical(mut point: [u8; 32]) -> bool {
+    const SIGN: u8 = 0x80;
+    // 2^255 − 19, little-endian.
+    const ORDER: [u8; 32] = {
+        let mut order = [0xff; 32];
+        order[0] = 0xed;
+        order[31] = 0x7f;
+        order
+    };
+    if let Some(last) = point.last_mut() {
+        *last &= !SIGN;
+    }
+    point.iter().rev().ge(ORDER.iter().rev()) || SMALL_ORDER.contains(&point)
+}
+
+/// The y-coordinates of the points of small order.
+static SMALL_ORDER: LazyLock<Vec<[u8; 32]>> = LazyLock::new(|| {
+    EIGHT_TORSION
+        .iter()
+        .map(|point| {
+            let mut encoded = point.compress().to_bytes();
+            encoded[31] &= 0x7f;
+            encoded
+        })
+        .collect()
+});
 
 /// The signatures of `entity` with a key that is known; at least one, or the reason why there is none.
 pub(super) fn known_signatures<'a>(
@@ -144,7 +179,7 @@ pub(super) fn known_signatures<'a>(
         .filter_map(|(key_id, signature)| Some((keys.get(key_id)?, signature.as_str().unwrap_or_default())))
         .collect();
     if known.is_empty() {
-        let found: Vec<&str> = signatures.keys().map(String::as_str).take(5).collect();
+        let found: Vec<String> = signatures.keys().map(|id| id.chars().take(60).collect()).take(5).collect();
         return Err(bad_signature(entity, &format!("made with {found:?}, none of which is a valid key of it")));
     }
     Ok(known)
@@ -183,6 +218,10 @@ pub(crate) fn decode_base64(encoded: &str) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use curve25519_dalek::constants::ED25519_BASEPOINT_POINT;
+    use curve25519_dalek::scalar::Scalar;
+    use sha2::Digest as _;
+
     use super::*;
 
     fn checks<'a>(
@@ -229,12 +268,69 @@ mod tests {
             let batch: Vec<_> = (0..8).map(|_| check()).collect();
             assert!(verify_signatures(&batch).iter().all(Result::is_err));
         }
+        // The neutral point as the signature's own, in all its encodings, with the s that makes the equation hold.
+        let odd = OddSigner::new();
+        let mut sign_bit_of_zero = [0; 32];
+        (sign_bit_of_zero[0], sign_bit_of_zero[31]) = (1, 0x80);
+        let mut above_the_order = [0xff; 32];
+        (above_the_order[0], above_the_order[31]) = (0xee, 0x7f);
+        let mut both = above_the_order;
+        both[31] = 0xff;
+        let mut neutral = [0; 32];
+        neutral[0] = 1;
+        for point in [neutral, sign_bit_of_zero, above_the_order, both] {
+            let forged = odd.sign_with(point, Scalar::ZERO, b"m");
+            let check = || SignatureCheck { server: "a", key: &odd.public, message: b"m".to_vec(), signature: &forged };
+            assert!(verify_signatures(&[check()])[0].is_err());
+            let batch: Vec<_> = (0..8).map(|_| check()).collect();
+            assert!(verify_signatures(&batch).iter().all(Result::is_err));
+        }
         // s must be below the group's order: adding it gives another encoding of the same signature.
         let good = decode_base64(&key.sign(b"m")).unwrap();
         let mut malleable = good.clone();
         malleable[63] |= 0xf0;
         assert!(public.verify(b"m", &LENIENT.encode(&good)).is_ok());
         assert!(public.verify(b"m", &LENIENT.encode(&malleable)).is_err());
+    }
+
+    #[test]
+    fn hc_11_a_signature_with_a_part_of_small_order_is_refused_one_by_one() {
+        let odd = OddSigner::new();
+        for n in 1..9_u64 {
+            let r = Scalar::from(n + 1000);
+            let torsion = EIGHT_TORSION[usize::try_from(n % 8).unwrap()];
+            let point = (ED25519_BASEPOINT_POINT * r + torsion).compress().to_bytes();
+            let signature = odd.sign_with(point, r, b"m");
+            let check = SignatureCheck { server: "a", key: &odd.public, message: b"m".to_vec(), signature: &signature };
+            assert_eq!(verify_each(&[check])[0].is_ok(), n % 8 == 0);
+        }
+    }
+
+    #[test]
+    fn hc_11_a_key_with_a_part_of_small_order_is_refused() {
+        for (n, torsion) in EIGHT_TORSION.iter().enumerate() {
+            let key = LENIENT.encode((ED25519_BASEPOINT_POINT * Scalar::from(7_u8) + torsion).compress().as_bytes());
+            assert_eq!(VerifyKey::from_base64(&key).is_ok(), n == 0);
+        }
+    }
+
+    /// Signs as nobody honest would: with a point of its own choice.
+    struct OddSigner {
+        secret: Scalar,
+        public: VerifyKey,
+    }
+
+    impl OddSigner {
+        fn new() -> Self {
+            let key = ed25519_dalek::SigningKey::generate(&mut rand::rngs::OsRng);
+            Self { secret: key.to_scalar(), public: VerifyKey(key.verifying_key()) }
+        }
+
+        fn sign_with(&self, point: [u8; 32], r: Scalar, message: &[u8]) -> String {
+            let hash = sha2::Sha512::new().chain_update(point).chain_update(self.public.0.as_bytes());
+            let s = r + Scalar::from_hash(hash.chain_update(message)) * self.secret;
+            LENIENT.encode([point, s.to_bytes()].concat())
+        }
     }
 
     #[test]

@@ -230,6 +230,20 @@ fn hc_19_types_and_state_keys_have_255_characters_at_most() {
 }
 
 #[test]
+fn hc_15_event_ids_that_no_hash_gives_are_refused() {
+    let world = World::new();
+    let good = world.complete(world.lpdu(message("hello")).unwrap()).unwrap().json;
+    for field in ["prev_events", "auth_events"] {
+        for id in ["", "$", "a", "$a\0b", "$a b", "$a:hub.example", &format!("${}", "a".repeat(255))] {
+            let bad = with(good.clone(), field, json!(["$good-_1", id]));
+            assert_eq!(code(Pdu::parse(bad, Redaction::Draft)), "malformed", "{field}: {id}");
+        }
+        let many = with(good.clone(), field, json!(vec!["$a"; 51]));
+        assert_eq!(code(Pdu::parse(many, Redaction::Draft)), "malformed", "{field}");
+    }
+}
+
+#[test]
 fn fields_of_the_wrong_kind_are_named() {
     let good = World::new().lpdu(message("hello")).unwrap().json;
     for (field, value) in [
@@ -243,6 +257,7 @@ fn fields_of_the_wrong_kind_are_named() {
         ("content", json!([])),
         ("signatures", json!({ "a": "b" })),
         ("hub_server", json!("not a name")),
+        ("hub_server", json!("x".repeat(256))),
         ("hub_server", Value::Null),
     ] {
         let refusal = Lpdu::parse(with(good.clone(), field, value)).unwrap_err();
