@@ -66,6 +66,7 @@ pub async fn context(config: Config, clock: SharedClock) -> Result<Context, Gate
         .map_err(|error| GatewayError::Client(error.to_string()))?;
     let keyring =
         Keyring::new(server_name.clone(), signing_key.clone(), Arc::new(client.clone()), store.clone(), clock.clone());
+    keyring.remember_own().await?;
     let outbound =
         OutboundQueues::new(store.clone(), clock.clone(), server_name.clone(), client.clone(), keyring.clone());
     Ok(Context { server_name, signing_key, keyring, store, clock, client, outbound, config: Arc::new(config) })

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use moka::future::Cache;
 use ruma::{OwnedServerName, ServerName};
@@ -14,7 +15,7 @@ use super::server_keys::{ServerKeys, Validity};
 use crate::clock::SharedClock;
 use crate::event::{Object, VerifyKey, VerifyKeys, sign_object};
 use crate::refusal::Refusal;
-use crate::store::{Store, server_keys};
+use crate::store::{Store, StoreError, server_keys};
 
 /// How many servers' keys are kept in memory.
 const CACHED_SERVERS: u64 = 20_000;
@@ -62,7 +63,7 @@ pub struct Keyring {
 struct Inner {
     server_name: OwnedServerName,
     own: Arc<SigningKey>,
-    own_keys: Arc<ServerKeys>,
+    own_keys: ArcSwap<ServerKeys>,
     fetcher: Arc<dyn KeyFetcher>,
     store: Store,
     clock: SharedClock,
@@ -85,6 +86,8 @@ impl Lookup {
     fn is_stale(&self, now_ms: i64, asking_again: bool) -> bool {
         let age = now_ms.saturating_sub(self.asked_ts);
         match &self.keys {
+            // A clock that was set back makes everything stale, so that nothing lasts until it caught up.
+            _ if age < 0 => true,
             _ if self.error.is_some() => age >= RETRY_MS,
             Some(keys) => keys.valid_until_ts <= now_ms || (asking_again && age >= REFETCH_MS),
             None => true,
@@ -114,7 +117,7 @@ impl Keyring {
         denied: BTreeSet<String>,
     ) -> Self {
         let current = VerifyKey::from_base64(&own.public_base64()).ok().map(|key| (own.id().to_owned(), key));
-        let own_keys = Arc::new(ServerKeys {
+        let own_keys = ArcSwap::from_pointee(ServerKeys {
             server: server_name.clone(),
             current: current.into_iter().collect(),
             old: BTreeMap::new(),
@@ -125,10 +128,26 @@ impl Keyring {
         Self { inner: Arc::new(Inner { server_name, own, own_keys, fetcher, store, clock, denied, lookups }) }
     }
 
+    /// Takes up, at the start, the keys that this server had before: they are published as old ones from now on, so that
+    /// what was signed with them stays verifiable.
+    pub async fn remember_own(&self) -> Result<(), StoreError> {
+        let Inner { server_name, own_keys, store, clock, .. } = &*self.inner;
+        let now_ms = clock.now_ms();
+        let mut keys = ServerKeys::clone(&own_keys.load());
+        if let Some((bytes, _)) = server_keys::load(store, server_name).await? {
+            let before = ServerKeys::from_bytes(server_name, &bytes)
+                .ok_or_else(|| StoreError::corrupt("own keys", "not as this program writes them"))?;
+            keys = keys.remember(&before, now_ms);
+        }
+        server_keys::save(store, server_name, keys.to_bytes(), now_ms).await?;
+        own_keys.store(Arc::new(keys));
+        Ok(())
+    }
+
     /// The keys of one server, from the cache, the store or the server itself.
     pub async fn server_keys(&self, server: &ServerName) -> Result<Arc<ServerKeys>, KeyringError> {
         if server == self.inner.server_name {
-            return Ok(self.inner.own_keys.clone());
+            return Ok(self.inner.own_keys.load_full());
         }
         let lookup = self.inner.lookup(server, false).await;
         match (&lookup.keys, &lookup.error) {
@@ -152,7 +171,7 @@ impl Keyring {
             wanted.iter().filter_map(valid).collect()
         };
         if server == self.inner.server_name {
-            return Ok(select(&self.inner.own_keys));
+            return Ok(select(&self.inner.own_keys.load()));
         }
         let mut lookup = self.inner.lookup(server, false).await;
         let mut found = lookup.keys.as_deref().map(select).unwrap_or_default();
@@ -195,12 +214,17 @@ impl Keyring {
 
     /// The signed body of our own `GET /_matrix/key/v2/server`: valid for 12 hours, without `m.linearized`.
     pub fn own_keys(&self) -> Object {
-        let Inner { server_name, own, clock, .. } = &*self.inner;
+        let Inner { server_name, own, own_keys, clock, .. } = &*self.inner;
+        let old = own_keys.load();
+        let old = old
+            .old
+            .iter()
+            .map(|(id, (key, expired_ts))| (id.clone(), json!({ "key": key.to_base64(), "expired_ts": expired_ts })));
         let mut answer = Object::new();
         answer.insert("server_name".to_owned(), json!(server_name));
         answer.insert("valid_until_ts".to_owned(), json!(clock.now_ms().saturating_add(OWN_VALIDITY_MS)));
         answer.insert("verify_keys".to_owned(), json!({ own.id(): { "key": own.public_base64() } }));
-        answer.insert("old_verify_keys".to_owned(), json!({}));
+        answer.insert("old_verify_keys".to_owned(), Value::Object(old.collect()));
         sign_object(&mut answer, server_name.as_str(), own);
         answer
     }

@@ -11,6 +11,8 @@ use crate::event::{Object, VerifyKey, verify_object};
 
 /// Keys are not believed for longer than this after they were fetched.
 const MAX_VALIDITY_MS: i64 = 7 * 24 * 3600 * 1000;
+/// How long a key ID may be, in bytes.
+const MAX_KEY_ID: usize = 100;
 /// How many keys of a server are kept, in use and out of use each.
 const MAX_KEYS: usize = 50;
 
@@ -49,7 +51,7 @@ impl ServerKeys {
     ) -> Result<Self, String> {
         let name = answer.get("server_name").and_then(Value::as_str).unwrap_or_default();
         if name != server.as_str() {
-            return Err(format!("server_name is {name:?}"));
+            return Err(format!("server_name is {:?}", name.chars().take(60).collect::<String>()));
         }
         let valid_until_ts =
             answer.get("valid_until_ts").and_then(Value::as_i64).ok_or("valid_until_ts is no integer")?;
@@ -155,7 +157,10 @@ fn entries<'a>(answer: &'a Object, field: &str) -> Result<&'a Object, String> {
 /// None for keys of algorithms that are not used.
 fn read_key(key_id: &str, entry: &Value, denied: &BTreeSet<String>) -> Result<Option<VerifyKey>, String> {
     let Some(version) = key_id.strip_prefix("ed25519:") else { return Ok(None) };
-    if version.is_empty() || !version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
+    if version.is_empty()
+        || key_id.len() > MAX_KEY_ID
+        || !version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    {
         return Err(format!("the key ID {:?} is malformed", key_id.chars().take(60).collect::<String>()));
     }
     let encoded = entry.get("key").and_then(Value::as_str).ok_or_else(|| format!("{key_id} has no key"))?;

@@ -1,15 +1,17 @@
 //! The gateway's own signing key and its file.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
+use aws_lc_rs::signature::Ed25519KeyPair;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use ed25519_dalek::Signer as _;
 use rand::RngCore as _;
 use rand::rngs::OsRng;
+use zeroize::Zeroizing;
 
 use crate::event::decode_base64;
 
@@ -38,13 +40,15 @@ pub enum SigningKeyError {
 pub struct SigningKey {
     id: String,
     key: ed25519_dalek::SigningKey,
+    /// The same key for a library that signs twice as fast; the signatures are the same.
+    signer: Option<Ed25519KeyPair>,
 }
 
 impl SigningKey {
     /// Reads the file (`ed25519 VERSION BASE64SEED`, as Synapse writes it), or makes it with mode 600 and a fresh version
     /// when it is absent.
     pub fn load_or_generate(path: &Path) -> Result<Self, SigningKeyError> {
-        match std::fs::read_to_string(path) {
+        match std::fs::read_to_string(path).map(Zeroizing::new) {
             Ok(text) => Self::parse(&text).map_err(|problem| SigningKeyError::Format { path: show(path), problem }),
             Err(error) if error.kind() == ErrorKind::NotFound => Self::generate_file(path),
             Err(source) => Err(SigningKeyError::Io { path: show(path), source }),
@@ -56,7 +60,7 @@ impl SigningKey {
         let mut version = [0; 4];
         OsRng.fill_bytes(&mut version);
         let version = data_encoding::HEXLOWER.encode(&version);
-        Self { id: format!("ed25519:i_{version}"), key: ed25519_dalek::SigningKey::generate(&mut OsRng) }
+        Self::new(format!("ed25519:i_{version}"), ed25519_dalek::SigningKey::generate(&mut OsRng))
     }
 
     /// The key of a seed in base64; for tests with known keys.
@@ -77,7 +81,15 @@ impl SigningKey {
 
     /// The signature of `message` as unpadded base64.
     pub fn sign(&self, message: &[u8]) -> String {
-        STANDARD_NO_PAD.encode(self.key.sign(message).to_bytes())
+        match self.signer.as_ref().map(|signer| signer.try_sign(message)) {
+            Some(Ok(signature)) => STANDARD_NO_PAD.encode(signature),
+            _ => STANDARD_NO_PAD.encode(self.key.sign(message).to_bytes()),
+        }
+    }
+
+    fn new(id: String, key: ed25519_dalek::SigningKey) -> Self {
+        let signer = Ed25519KeyPair::from_seed_unchecked(key.as_bytes()).ok();
+        Self { id, key, signer }
     }
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -91,10 +103,10 @@ impl SigningKey {
         if version.is_empty() || !version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
             return Err(format!("the version {version:?} may only hold letters, digits and _"));
         }
-        let seed = decode_base64(seed).ok_or("the seed is not base64")?;
-        let seed: [u8; 32] =
-            seed.try_into().map_err(|seed: Vec<u8>| format!("the seed has {} bytes, 32 are needed", seed.len()))?;
-        Ok(Self { id: format!("ed25519:{version}"), key: ed25519_dalek::SigningKey::from_bytes(&seed) })
+        let seed = Zeroizing::new(decode_base64(seed).ok_or("the seed is not base64")?);
+        let seed: &[u8; 32] =
+            seed.as_slice().try_into().map_err(|_| format!("the seed has {} bytes, 32 are needed", seed.len()))?;
+        Ok(Self::new(format!("ed25519:{version}"), ed25519_dalek::SigningKey::from_bytes(seed)))
     }
 
     /// Writes beside the file and links it into place, so that a crash leaves a whole file or none, and that of two
@@ -103,20 +115,30 @@ impl SigningKey {
         let io = |source| SigningKeyError::Io { path: show(path), source };
         let key = Self::generate();
         let version = key.id.trim_start_matches("ed25519:");
-        let line = format!("ed25519 {version} {}\n", STANDARD_NO_PAD.encode(key.key.to_bytes()));
+        let seed = Zeroizing::new(STANDARD_NO_PAD.encode(key.key.as_bytes()));
+        let line = Zeroizing::new(format!("ed25519 {version} {}\n", *seed));
         let mut name = path.as_os_str().to_owned();
         name.push(format!(".{version}"));
         let beside = Path::new(&name);
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(beside).map_err(io)?;
-        file.write_all(line.as_bytes()).and_then(|()| file.sync_all()).map_err(io)?;
-        let linked = std::fs::hard_link(beside, path);
+        let written = file.write_all(line.as_bytes()).and_then(|()| file.sync_all());
+        let linked = written.and_then(|()| std::fs::hard_link(beside, path));
         std::fs::remove_file(beside).map_err(io)?;
         match linked {
-            Ok(()) => Ok(key),
+            Ok(()) => {
+                sync_directory(path).map_err(io)?;
+                Ok(key)
+            }
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Self::load_or_generate(path),
             Err(source) => Err(io(source)),
         }
     }
+}
+
+/// Makes the name of a new file last.
+fn sync_directory(path: &Path) -> std::io::Result<()> {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(directory)?.sync_all()
 }
 
 fn show(path: &Path) -> String {
@@ -162,6 +184,19 @@ mod tests {
             assert!(error.contains(expected) && error.contains("signing.key"), "{error}");
             assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn both_ways_of_signing_give_the_same() {
+        let mut key = SigningKey::from_seed("1", "YJDBA9Xnr2sVqXD9Vj7XVUnmFZcZrlw8Md7kMW+3XA1").unwrap();
+        assert_eq!(
+            (key.id(), key.public_base64().as_str()),
+            ("ed25519:1", "XGX0JRS2Af3be3knz2fBiRbApjm2Dh61gXDJA8kcJNI")
+        );
+        let fast = key.sign(b"{}");
+        assert_eq!(fast, "K8280/U9SSy9IVtjBuVeLr+HpOB4BQFWbg+UZaADMtTdGYI7Geitb76LTrr5QV/7Xg4ahLwYGYZzuHGZKM5ZAQ");
+        assert!(key.signer.take().is_some());
+        assert_eq!(key.sign(b"{}"), fast);
     }
 
     #[test]

@@ -115,10 +115,12 @@ async fn hc_07_answers_that_prove_nothing_are_refused() {
             (unsigned, "missing"),
             (tampered, "does not verify"),
             (with("server_name", json!("evil.example")), "evil.example"),
+            (with("server_name", json!("x".repeat(60_000))), "server_name"),
             (with("verify_keys", both), other.id()),
             (with("verify_keys", json!({})), "no ed25519 key"),
             (with("verify_keys", json!({ key.id(): { "key": "AAAA" } })), "3 bytes"),
             (with("verify_keys", Value::Object(many)), "60 entries"),
+            (with("verify_keys", json!({ format!("ed25519:{}", "a".repeat(100)): { "key": "AAAA" } })), "malformed"),
             (with("valid_until_ts", json!("soon")), "valid_until_ts"),
         ] {
             let servers = Arc::new(Servers::default());
@@ -126,6 +128,8 @@ async fn hc_07_answers_that_prove_nothing_are_refused() {
             let ring = keyring(&servers, &store, &ManualClock::new(NOW));
             let error = ring.server_keys(hub()).await.unwrap_err();
             assert!(matches!(&error, KeyringError::Rejected { .. }) && error.to_string().contains(reason), "{error}");
+            // It is remembered for a while, so it must not hold what the server chose without a bound.
+            assert!(error.to_string().len() < 500, "{error}");
         }
     })
     .await;
@@ -170,6 +174,10 @@ async fn hc_10_a_stampede_fetches_once_and_a_dead_server_is_left_alone() {
         clock.advance(RETRY_MS);
         assert!(ring.server_keys(dead).await.is_err());
         assert_eq!(servers.fetches(), 4);
+        // A clock that was set back must not keep it away until then.
+        clock.advance(-DAY);
+        assert!(ring.server_keys(dead).await.is_err());
+        assert_eq!(servers.fetches(), 5);
     })
     .await;
 }
@@ -211,6 +219,31 @@ async fn our_own_answer_is_one_that_a_key_ring_takes() {
         let id = ours.inner.own.id();
         assert_eq!(ours.keys_for(g, &[id], Validity::Now).await.unwrap().len(), 1);
         assert_eq!(servers.fetches(), 0);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn our_own_key_is_published_as_an_old_one_after_a_new_one_was_made() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let first = keyring(&servers, &store, &clock);
+        first.remember_own().await.unwrap();
+        clock.advance(DAY);
+        let second = keyring(&servers, &store, &clock);
+        second.remember_own().await.unwrap();
+        let (g, before) = (server_name!("g.example"), first.inner.own.id());
+        let id = [before];
+        assert_eq!(second.keys_for(g, &id, Validity::At(NOW)).await.unwrap().len(), 1);
+        assert!(second.keys_for(g, &id, Validity::At(NOW + 2 * DAY)).await.unwrap().is_empty());
+        assert!(second.keys_for(g, &id, Validity::Now).await.unwrap().is_empty());
+        // It expired when it was first missed, and stays so.
+        clock.advance(DAY);
+        let third = keyring(&servers, &store, &clock);
+        third.remember_own().await.unwrap();
+        let published = ServerKeys::check(&third.own_keys(), g, clock.now_ms(), &BTreeSet::new()).unwrap();
+        assert_eq!(published.old.get(before).map(|(_, expired_ts)| *expired_ts), Some(NOW + DAY));
+        assert_eq!((published.current.len(), published.old.len()), (1, 2));
     })
     .await;
 }
