@@ -11,7 +11,7 @@ mod testbed;
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -20,6 +20,7 @@ use indicatif::ProgressBar;
 use ruma::{OwnedRoomId, OwnedUserId};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::signal::unix::{SignalKind, signal};
 
 use self::provider::{NewRoom, News, Options, Provider};
 use self::testbed::certificates::Authority;
@@ -42,27 +43,44 @@ struct Arguments {
 }
 
 #[tokio::main]
-async fn main() -> Result<()> {
+async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let mut stop = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    tokio::select! {
-        result = run(arguments.once) => result,
-        _ = tokio::signal::ctrl_c() => bail!("stopped"),
-        _ = stop.recv() => bail!("stopped"),
+    let show = Show::new();
+    let result = tokio::select! {
+        result = run(&show, arguments.once) => result,
+        result = stopped() => result,
+    };
+    show.end();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            error.chain().skip(1).for_each(|cause| eprintln!("  because: {cause}"));
+            ExitCode::FAILURE
+        }
     }
 }
 
-async fn run(once: bool) -> Result<()> {
-    let show = Show::new();
+/// Waits for Ctrl-C or SIGTERM. What was started is stopped when the rest is dropped.
+async fn stopped() -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        result = tokio::signal::ctrl_c() => result?,
+        _ = terminate.recv() => {}
+    }
+    bail!("stopped")
+}
+
+async fn run(show: &Show, once: bool) -> Result<()> {
     show.step("Python environment with Synapse");
     let python = {
         let show = show.clone();
         tokio::task::spawn_blocking(move || venv::python(&mut |line| show.detail(line))).await??
     };
     show.step(&format!("Synapse {} is in {}", venv::VERSION, python.display()));
-    let binary = build_isthmus(&show)?;
-    let mut stage = Stage::set(&show, &binary).await?;
-    stage.talk(&show).await?;
+    let binary = build_isthmus(show)?;
+    let mut stage = Stage::set(show, &binary).await?;
+    stage.talk(show).await?;
     show.end();
     stage.print();
     stage.judge()?;
@@ -77,7 +95,8 @@ fn build_isthmus(show: &Show) -> Result<PathBuf> {
     show.step("building isthmus");
     show.end();
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["build", "--bin", "isthmus", "--profile", profile, "--manifest-path"]);
+    // Together with this example, which is built already: so the dependencies keep the features that they were built with.
+    cargo.args(["build", "--bin", "isthmus", "--example", "demo", "--profile", profile, "--manifest-path"]);
     cargo.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")).arg("--target-dir").arg(&target);
     ensure!(cargo.status()?.success(), "isthmus could not be built");
     Ok(target.join(directory).join("isthmus"))
@@ -126,10 +145,8 @@ impl Stage {
 
         show.step("registering isthmus with Synapse");
         let registration = gateway.register_with(&synapse)?;
-        show.step("starting isthmus");
-        let gateway = gateway.start().await?;
-        show.step("starting Synapse");
-        let synapse = synapse.start(&authority, Some(&registration)).await?;
+        show.step("starting Synapse and isthmus");
+        let (synapse, gateway) = tokio::try_join!(synapse.start(&authority, Some(&registration)), gateway.start())?;
 
         let bob = provider.user("bob")?;
         provider.set_display_name(&bob, "Bob");

@@ -115,7 +115,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Starts it and waits until it is healthy.
+    /// Starts it and waits until it answers.
     pub async fn start(self) -> Result<Gateway> {
         self.write()?;
         let server_name = self.server_name.clone();
@@ -129,15 +129,16 @@ impl Gateway {
     /// Starts it again after [`Gateway::kill`].
     pub async fn start(&mut self) -> Result<()> {
         let log = self.log_file();
-        let level = std::env::var("ISTHMUS_TEST_LOG").unwrap_or_else(|_| "info,isthmus=debug".to_owned());
+        let level = std::env::var("ISTHMUS_TEST_LOG").unwrap_or_else(|_| "warn,isthmus=debug".to_owned());
         let mut process = Program::new("isthmus", &self.plan.binary, &log)
             .args(["serve", "--config", "isthmus.toml"])
             .env("RUST_LOG", level)
             .directory(&self.plan.directory)
             .start()?;
         let health = format!("{}/health", self.plan.admin_url);
+        // It runs when it answers at all: a Synapse that is not up yet makes it unhealthy.
         let ready = async {
-            while !self.http.get(&health).send().await.is_ok_and(|answer| answer.status().is_success()) {
+            while self.http.get(&health).send().await.is_err() {
                 process.check()?;
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -146,7 +147,7 @@ impl Gateway {
         let ready = tokio::time::timeout(Duration::from_secs(60), ready).await;
         match ready {
             Ok(result) => result?,
-            Err(_) => bail!("isthmus was not healthy after a minute:\n{}", process.log_tail()),
+            Err(_) => bail!("isthmus did not answer in a minute:\n{}", process.log_tail()),
         }
         self.process = Some(process);
         Ok(())
