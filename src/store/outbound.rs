@@ -64,13 +64,12 @@ pub struct FailureRow {
     pub last_error: String,
 }
 
-/// The feed is for the destination from the event after `after` on. Where it is already, it goes on where it is; an end is
-/// taken back, and what lies between the end and `after` is passed over.
+/// The feed is for the destination from the event after `after` on. Where it is already, it goes on where it is, and an end
+/// is taken back.
 pub async fn subscribe(tx: &mut Tx, key: &CursorKey, after: i64) -> Result<(), StoreError> {
     sqlx::query(
         "INSERT INTO outbound_cursors (destination, kind, room_id, sent, ends_at) VALUES ($1, $2, $3, $4, NULL) \
-         ON CONFLICT (destination, kind, room_id) DO UPDATE SET ends_at = NULL, sent = CASE \
-         WHEN outbound_cursors.ends_at < excluded.sent THEN excluded.sent ELSE outbound_cursors.sent END",
+         ON CONFLICT (destination, kind, room_id) DO UPDATE SET ends_at = NULL",
     )
     .bind(key.destination.as_str())
     .bind(key.kind.as_str())

@@ -103,7 +103,8 @@ pub struct Delivery {
 /// Where the queues read the events of feeds. Implemented by `lm` and `dag`, each for its own kinds.
 #[async_trait]
 pub trait FeedSource: Send + Sync + 'static {
-    /// The events of `feed` for `destination` after position `after`, in order, at most `limit`, none past `until`.
+    /// The events of `feed` for `destination` after position `after`, in order, at most `limit`, none past `until`. Fewer
+    /// than there are may be given, but none only when there is none left: the destination then counts as up to date.
     async fn read(
         &self,
         feed: &Feed,
@@ -123,7 +124,8 @@ pub trait FeedSource: Send + Sync + 'static {
     ) -> Result<Vec<i64>, Refusal>;
 
     /// The destination answered 200 to a transaction with these positions, or refused the only event in it: the answer
-    /// is then its error, with `errcode` and `error`. After a crash in between this may be told twice.
+    /// is then its error, with `errcode` and `error`. Positions that [`Self::already_delivered`] named are told too, with an
+    /// empty answer. After a crash in between this may be told twice.
     async fn answered(&self, feed: &Feed, destination: &ServerName, positions: &[i64], answer: &Object);
 }
 
@@ -257,8 +259,8 @@ impl OutboundQueues {
     }
 
     /// Inside a write job: `destination` gets `feed` from the event after position `after` on. When it already gets the
-    /// feed, nothing changes but an end that was set: that is taken back, and what lies between it and `after` is passed
-    /// over.
+    /// feed, nothing changes but an end that was set: that is taken back, and it is for [`FeedSource::read`] to leave out
+    /// what is not for the destination.
     pub async fn subscribe(tx: &mut Tx, destination: &ServerName, feed: &Feed, after: i64) -> Result<(), StoreError> {
         rows::subscribe(tx, &feed.key(destination), after).await
     }

@@ -202,8 +202,8 @@ impl<'a> Worker<'a> {
         let found = source.read(&feed, self.destination, cursor.sent, Some(cursor.target), limit).await?;
         let mut part =
             Part { feed, after: cursor.sent, through: cursor.sent, positions: Vec::new(), events: Some(Vec::new()) };
-        let exhausted = found.len() < limit;
-        let mut stopped = false;
+        // A source may give less than there is, but for nothing at all.
+        let exhausted = found.is_empty();
         for delivery in found {
             if delivery.position <= part.through || delivery.position > cursor.target {
                 let (position, through, target) = (delivery.position, part.through, cursor.target);
@@ -212,7 +212,6 @@ impl<'a> Worker<'a> {
             }
             if let Some(raw) = delivery.event {
                 if !room.takes(raw.get().len()) {
-                    stopped = true;
                     break;
                 }
                 if let Some(event) = self.parse(&part.feed, delivery.position, raw.get()) {
@@ -222,7 +221,7 @@ impl<'a> Worker<'a> {
             }
             part.through = delivery.position;
         }
-        if exhausted && !stopped {
+        if exhausted {
             part.through = cursor.target;
         }
         if part.through < cursor.target {
@@ -293,16 +292,15 @@ impl<'a> Worker<'a> {
         let mut changed = false;
         for part in transaction.parts.iter_mut().filter(|part| !part.positions.is_empty()) {
             let source = self.source(&part.feed)?;
-            match source.already_delivered(&part.feed, self.destination, &part.positions).await {
-                Ok(delivered) => {
-                    let before = part.positions.len();
-                    part.positions.retain(|position| !delivered.contains(position));
-                    if part.positions.len() != before {
-                        part.events = None;
-                        changed = true;
-                    }
-                }
+            let delivered = match source.already_delivered(&part.feed, self.destination, &part.positions).await {
+                Ok(delivered) => delivered,
                 Err(refusal) => return Ok(Err(refusal.to_string())),
+            };
+            let (gone, left): (Vec<i64>, Vec<i64>) =
+                part.positions.iter().partition(|position| delivered.contains(position));
+            if !gone.is_empty() {
+                source.answered(&part.feed, self.destination, &gone, &Object::new()).await;
+                (part.positions, part.events, changed) = (left, None, true);
             }
         }
         if changed {
