@@ -9,6 +9,7 @@ mod hostile;
 mod peer;
 mod rooms;
 mod sending;
+mod synapse;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
