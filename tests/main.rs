@@ -1,6 +1,7 @@
 //! All integration tests: one binary, a module a file.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod bridge;
 mod dag;
 mod doctor;
 mod support;

@@ -6,7 +6,7 @@ mod forks;
 mod gaps;
 mod handshakes;
 mod hostile;
-mod peer;
+pub mod peer;
 mod rooms;
 mod sending;
 mod synapse;

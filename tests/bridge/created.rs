@@ -1,0 +1,195 @@
+//! A portal with both rooms at the gateway: the graph has authority.
+
+use isthmus::bridge::{NewPortal, Portal};
+use isthmus::identity::Side;
+use serde_json::{Value, json};
+
+use super::world::{Gateway, World, draft, ghost, so, until};
+
+async fn public(gateway: &Gateway) -> std::sync::Arc<Portal> {
+    let new = NewPortal {
+        name: Some("Tea".to_owned()),
+        alias: Some("tea".to_owned()),
+        join_rule: Some("public".to_owned()),
+        ..NewPortal::default()
+    };
+    gateway.bridge.create_portal(new).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_messages_and_names_cross_both_ways() {
+    let (world, gateway) = World::new(json!({})).await;
+    let portal = public(&gateway).await;
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    let alice = world.matrix_user("alice");
+    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    so("the ghost of alice", || async {
+        let content = gateway.node.state(lm, "m.room.member", &ghost(Side::Matrix, "alice")).await;
+        content.is_some_and(|content| content["membership"] == "join" && content["displayname"] == "ALICE")
+    })
+    .await;
+    world.lm_join(lm, "bob").await.unwrap();
+    so("the ghost of bob", || async {
+        let content = gateway.matrix_member(matrix, &ghost(Side::Lm, "bob")).await;
+        content.is_some_and(|content| content["membership"] == "join" && content["displayname"] == "BOB")
+    })
+    .await;
+
+    let hello = world.matrix_say(&gateway, &mut view, &alice, "hello").await;
+    let at_bob = || async { world.server.bodies(lm).await };
+    so("hello in the log", || async { at_bob().await == [(ghost(Side::Matrix, "alice"), "hello".to_owned())] }).await;
+    world.lm_say(lm, "bob", "hi").await;
+    let hi = (ghost(Side::Lm, "bob"), "hi".to_owned());
+    so("hi in the graph", || async { gateway.matrix_bodies(matrix).await.contains(&hi) }).await;
+
+    // A reply and a mention name what is there, and where they come from.
+    let answer = json!({
+        "msgtype": "m.text", "body": "yes",
+        "m.relates_to": { "m.in_reply_to": { "event_id": hello } },
+        "m.mentions": { "user_ids": [ghost(Side::Lm, "bob")] },
+    });
+    let reply = world.matrix_send(&gateway, &mut view, &alice, "m.room.message", None, answer).await;
+    let image = until("the reply", || async { gateway.bridge.explain(&reply).await.unwrap()?.across }).await;
+    let image = gateway.node.lm.event(&image).await.unwrap().unwrap();
+    let source = gateway.bridge.explain(&hello).await.unwrap().unwrap();
+    assert_eq!(source.status, "crossed");
+    let content = Value::Object(image.event.content().clone());
+    assert_eq!(content["m.relates_to"]["m.in_reply_to"]["event_id"], json!(source.across.unwrap()));
+    assert_eq!(content["m.mentions"]["user_ids"], json!([world.lm_user("bob")]));
+    assert_eq!(content["im.isthmus.source"]["sender"], json!(alice));
+    assert_eq!(gateway.bridge.explain(&image.event.event_id).await.unwrap().unwrap().status, "image");
+
+    // Those with the level change the room on both sides.
+    gateway.bridge.set_power(&portal.portal_id, &alice, 50).await.unwrap();
+    gateway.bridge.set_power(&portal.portal_id, &world.lm_user("bob"), 50).await.unwrap();
+    world.refresh(&gateway, &mut view).await;
+    world.matrix_send(&gateway, &mut view, &alice, "m.room.topic", Some(""), json!({ "topic": "green" })).await;
+    so("the topic in the log", || async {
+        gateway.node.state(lm, "m.room.topic", "").await.is_some_and(|content| content["topic"] == "green")
+    })
+    .await;
+    world.lm_send(lm, draft(&world.lm_user("bob"), "m.room.name", Some(""), json!({ "name": "Coffee" }))).await;
+    so("the name in the graph", || async {
+        gateway.matrix_state(matrix, "m.room.name").await.is_some_and(|content| content["name"] == "Coffee")
+    })
+    .await;
+    so("both states in step", || gateway.in_step(&portal)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leaves_kicks_and_bans_cross_both_ways() {
+    let (world, gateway) = World::new(json!({})).await;
+    let portal = public(&gateway).await;
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    let (alice, carol) = (world.matrix_user("alice"), world.matrix_user("carol"));
+    world.matrix_join(&gateway, matrix, &carol).await.unwrap();
+    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    for name in ["bob", "dave", "erin"] {
+        world.lm_join(lm, name).await.unwrap();
+    }
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    gateway.bridge.set_power(&portal.portal_id, &alice, 50).await.unwrap();
+    gateway.bridge.set_power(&portal.portal_id, &world.lm_user("bob"), 50).await.unwrap();
+    world.refresh(&gateway, &mut view).await;
+
+    // Matrix to LM: a kick, then a ban.
+    for (membership, name) in [("leave", "dave"), ("ban", "erin")] {
+        let target = ghost(Side::Lm, name);
+        let content = json!({ "membership": membership, "reason": "enough" });
+        world.matrix_send(&gateway, &mut view, &alice, "m.room.member", Some(&target), content).await;
+        so(membership, || async { gateway.node.membership(lm, world.lm_user(name).as_str()).await == membership })
+            .await;
+    }
+    let event = gateway.node.state(lm, "m.room.member", world.lm_user("erin").as_str()).await.unwrap();
+    assert_eq!(event["reason"], "enough");
+    // LM to Matrix.
+    let bob = world.lm_user("bob");
+    let kick = draft(&bob, "m.room.member", Some(&ghost(Side::Matrix, "carol")), json!({ "membership": "ban" }));
+    world.lm_send(lm, kick).await;
+    so("carol banned", || async {
+        gateway.matrix_member(matrix, carol.as_str()).await.is_some_and(|content| content["membership"] == "ban")
+    })
+    .await;
+    // She cannot come back, nor can erin, on whichever side they try.
+    assert!(world.matrix_join(&gateway, matrix, &carol).await.is_err());
+    assert!(world.lm_join(lm, "erin").await.is_err());
+    // Leaving.
+    world.lm_send(lm, draft(&bob, "m.room.member", Some(bob.as_str()), json!({ "membership": "leave" }))).await;
+    so("the ghost of bob gone", || async {
+        let content = gateway.matrix_member(matrix, &ghost(Side::Lm, "bob")).await;
+        content.is_some_and(|content| content["membership"] == "leave")
+    })
+    .await;
+    world.refresh(&gateway, &mut view).await;
+    let leave = json!({ "membership": "leave" });
+    world.matrix_send(&gateway, &mut view, &alice, "m.room.member", Some(alice.as_str()), leave).await;
+    so("the ghost of alice gone", || async {
+        gateway.node.membership(lm, &ghost(Side::Matrix, "alice")).await == "leave"
+    })
+    .await;
+    so("both states in step", || gateway.in_step(&portal)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_4_what_the_authority_does_not_allow_is_refused_told_and_repaired() {
+    let (world, gateway) = World::new(json!({})).await;
+    let portal = public(&gateway).await;
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    world.matrix_join(&gateway, matrix, &world.matrix_user("alice")).await.unwrap();
+    world.lm_join(lm, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    // Bob has the level in the log alone, by an event that the bridge never saw.
+    let mut levels = gateway.node.state(lm, "m.room.power_levels", "").await.unwrap();
+    levels["users"][world.lm_user("bob").as_str()] = json!(50);
+    let raise = draft(&gateway.bot(), "m.room.power_levels", Some(""), Value::Object(levels));
+    let raise = isthmus::seam::Outgoing { draft: raise, effect: None };
+    gateway.node.lm.send(lm, vec![raise]).await.pop().unwrap().unwrap();
+    world.lm_send(lm, draft(&world.lm_user("bob"), "m.room.name", Some(""), json!({ "name": "Mine" }))).await;
+    so("the name is repaired", || async {
+        let name = gateway.node.state(lm, "m.room.name", "").await.unwrap();
+        name["name"] == "Tea" && name.contains_key("im.isthmus.repair")
+    })
+    .await;
+    so("bob is told", || async {
+        let bodies = world.server.bodies(lm).await;
+        bodies.iter().any(|(sender, body)| *sender == gateway.bot() && body.contains("not carried"))
+    })
+    .await;
+    let health = gateway.bridge.health(&portal.portal_id).await.unwrap();
+    assert_eq!(health.refusals.len(), 1);
+    assert_eq!(health.refusals[0].kind, "m.room.name");
+    so("both states in step", || gateway.in_step(&portal)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_not_invited_comes_into_neither_room() {
+    let (world, gateway) = World::new(json!({})).await;
+    let portal = gateway.bridge.create_portal(NewPortal::default()).await.unwrap();
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    let alice = world.matrix_user("alice");
+    assert!(world.matrix_join(&gateway, matrix, &alice).await.is_err());
+    assert!(world.lm_join(lm, "bob").await.is_err());
+    world.peer.signs_invites(isthmus::event::RoomVersion::V12);
+    gateway.bridge.invite(&portal.portal_id, &alice).await.unwrap();
+    world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    so("the ghost of alice", || async { gateway.node.membership(lm, &ghost(Side::Matrix, "alice")).await == "join" })
+        .await;
+    // This LM server is another gateway, of whose users nothing says on which side they are at home.
+    let invite = json!({ "membership": "invite" });
+    let invite = draft(&gateway.bot(), "m.room.member", Some(world.lm_user("bob").as_str()), invite);
+    gateway.node.lm.invite(lm, isthmus::seam::Outgoing { draft: invite, effect: None }).await.unwrap();
+    world.lm_join(lm, "bob").await.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    let members = gateway.bridge.health(&portal.portal_id).await.unwrap().members;
+    assert_eq!((members.matrix, members.lm), (vec![alice], vec![world.lm_user("bob")]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_that_the_policy_does_not_name_stay_outside() {
+    let access = json!({ "matrix_servers": ["other.example"], "hubs": ["other.example"] });
+    let (world, gateway) = World::new(json!({ "access": access })).await;
+    let portal = public(&gateway).await;
+    let refused = world.matrix_join(&gateway, &portal.matrix_room_id, &world.matrix_user("alice")).await;
+    assert_eq!(refused.unwrap_err().code(), "policy");
+    assert!(world.lm_join(&portal.lm_room_id, "bob").await.is_err());
+}

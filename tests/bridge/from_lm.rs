@@ -1,0 +1,166 @@
+//! A portal of a room that another LM server keeps: the log has authority.
+
+use isthmus::bridge::Cause;
+use isthmus::event::RoomVersion;
+use isthmus::identity::Side;
+use isthmus::lm::NewRoom;
+use isthmus::seam::Outgoing;
+use ruma::OwnedRoomId;
+use serde_json::{Value, json};
+
+use super::world::{LM, World, draft, ghost, message, so, until};
+
+/// A room at the LM server: `@hubert` made it, and these rules and this name are in it.
+async fn room(world: &World, join_rule: &str, create: Value) -> OwnedRoomId {
+    let creator = world.lm_user("hubert");
+    let state = |kind: &str, content: Value| draft(&creator, kind, Some(""), content);
+    let _ = create;
+    let initial_state = vec![
+        state("m.room.power_levels", json!({ "users": { creator.as_str(): 100 } })),
+        state("m.room.join_rules", json!({ "join_rule": join_rule })),
+        state("m.room.name", json!({ "name": "Tea" })),
+    ];
+    let room = NewRoom { creator: creator.clone(), version: RoomVersion::Lm02, initial_state };
+    world.server.lm.create_room(room).await.unwrap()
+}
+
+async fn hub_says(world: &World, room: &OwnedRoomId, name: &str, body: &str) {
+    let draft = message(&world.lm_user(name), body);
+    world.server.lm.send(room, vec![Outgoing { draft, effect: None }]).await.pop().unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_matrix_user_joins_an_lm_room_by_its_alias_and_both_talk() {
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = room(&world, "public", json!({})).await;
+    let alias = format!("lm_{}_{LM}", lm.as_str().split(':').next().unwrap());
+    let target = gateway.bridge.resolve_alias(&alias, Cause::Appservice).await.unwrap();
+    let again = gateway.bridge.resolve_alias(&alias, Cause::Appservice).await.unwrap();
+    assert_eq!(target, again);
+    let portal = gateway.bridge.portals(None, 10).await.unwrap().pop().unwrap();
+    let matrix = &portal.matrix_room_id;
+    assert_eq!((&portal.lm_room_id, &target.room_id), (&lm, matrix));
+    assert_eq!(gateway.matrix_state(matrix, "m.room.name").await.unwrap()["name"], "Tea");
+    let hubert = gateway.matrix_member(matrix, &ghost(Side::Lm, "hubert")).await.unwrap();
+    assert_eq!(hubert["membership"], "join");
+
+    // When the join is accepted, the ghost is in the log already, and it is the join's image.
+    let alice = world.matrix_user("alice");
+    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    assert_eq!(world.server.membership(&lm, &ghost(Side::Matrix, "alice")).await, "join");
+    let hello = world.matrix_say(&gateway, &mut view, &alice, "hello").await;
+    let (from, hello_there) = (ghost(Side::Matrix, "alice"), "hello".to_owned());
+    so("hello at the hub", || async { world.server.bodies(&lm).await == [(from.clone(), hello_there.clone())] }).await;
+    until("the echo", || async {
+        gateway.bridge.explain(&hello).await.unwrap().filter(|found| found.status == "crossed")
+    })
+    .await;
+    hub_says(&world, &lm, "hubert", "hi").await;
+    let hi = (ghost(Side::Lm, "hubert"), "hi".to_owned());
+    so("hi in the graph", || async { gateway.matrix_bodies(matrix).await.contains(&hi) }).await;
+    // A reply to what is on its way waits for its echo.
+    let first = world.matrix_say(&gateway, &mut view, &alice, "first").await;
+    let content = json!({ "body": "second", "m.relates_to": { "m.in_reply_to": { "event_id": first } } });
+    let second = world.matrix_send(&gateway, &mut view, &alice, "m.room.message", None, content).await;
+    let crossed = |id| {
+        let gateway = &gateway;
+        async move {
+            let found = gateway.bridge.explain(id).await.unwrap()?;
+            (found.status == "crossed").then(|| found.across.unwrap())
+        }
+    };
+    let first = until("first", || crossed(&first)).await;
+    let second = until("second", || crossed(&second)).await;
+    let second = gateway.node.lm.event(&second).await.unwrap().unwrap();
+    let content = Value::Object(second.event.content().clone());
+    assert_eq!(content["m.relates_to"]["m.in_reply_to"]["event_id"], json!(first));
+
+    let joins = world
+        .server
+        .log(&lm)
+        .await
+        .into_iter()
+        .filter(|event| event.event.state_key.as_deref() == Some(ghost(Side::Matrix, "alice").as_str()));
+    assert_eq!(joins.count(), 1, "alice's ghost joined once");
+    so("both states in step", || gateway.in_step(&portal)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_has_authority() {
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = room(&world, "public", json!({})).await;
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    let matrix = &portal.matrix_room_id;
+    let (alice, hubert) = (world.matrix_user("alice"), world.lm_user("hubert"));
+    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    let set = async |draft| {
+        let sent = world.server.lm.send(&lm, vec![Outgoing { draft, effect: None }]).await.pop().unwrap();
+        sent.unwrap();
+    };
+    set(draft(&hubert, "m.room.topic", Some(""), json!({ "topic": "green" }))).await;
+    so("the topic in the graph", || async {
+        gateway.matrix_state(matrix, "m.room.topic").await.is_some_and(|content| content["topic"] == "green")
+    })
+    .await;
+    // Whoever may not in the log does not in the graph: the levels are the log's.
+    let (_, name) = view.add(&world.peer, &alice, "m.room.name", Some(""), json!({ "name": "Mine" }));
+    assert!(world.peer.put(&gateway.dag, &[&name]).await[0].result.is_err());
+    set(draft(
+        &hubert,
+        "m.room.power_levels",
+        Some(""),
+        json!({ "users": { hubert.as_str(): 100, ghost(Side::Matrix, "alice"): 50 } }),
+    ))
+    .await;
+    so("alice's level in the graph", || async {
+        let levels = gateway.matrix_state(matrix, "m.room.power_levels").await.unwrap();
+        levels["users"] == json!({ ghost(Side::Lm, "hubert"): 100, alice.as_str(): 50 })
+    })
+    .await;
+    world.refresh(&gateway, &mut view).await;
+    world.matrix_send(&gateway, &mut view, &alice, "m.room.name", Some(""), json!({ "name": "Ours" })).await;
+    so("the name at the hub", || async {
+        world.server.state(&lm, "m.room.name", "").await.is_some_and(|content| content["name"] == "Ours")
+    })
+    .await;
+    // A ban in the log takes alice out of the graph, and keeps her out.
+    set(draft(&hubert, "m.room.member", Some(&ghost(Side::Matrix, "alice")), json!({ "membership": "ban" }))).await;
+    so("alice banned", || async {
+        gateway.matrix_member(matrix, alice.as_str()).await.is_some_and(|content| content["membership"] == "ban")
+    })
+    .await;
+    assert!(world.matrix_join(&gateway, matrix, &alice).await.is_err());
+    so("both states in step", || gateway.in_step(&portal)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_39_the_hubs_refusal_of_a_join_is_the_gates() {
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = room(&world, "public", json!({})).await;
+    let hubert = world.lm_user("hubert");
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    let mallory = ghost(Side::Matrix, "mallory");
+    let ban = draft(&hubert, "m.room.member", Some(&mallory), json!({ "membership": "ban" }));
+    world.server.lm.send(&lm, vec![Outgoing { draft: ban, effect: None }]).await.pop().unwrap().unwrap();
+    let refused = world.matrix_join(&gateway, &portal.matrix_room_id, &world.matrix_user("mallory")).await;
+    assert!(refused.is_err());
+    // The Matrix room is no wider than the log: nobody else may let her in either.
+    so("both states in step", || gateway.in_step(&portal)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn portals_are_made_by_whom_and_with_whom_the_policy_allows() {
+    let access = json!({ "hubs": ["*.trusted"], "create_by_alias": "appservice" });
+    let (world, gateway) = World::new(json!({ "access": access })).await;
+    let lm = room(&world, "public", json!({})).await;
+    let alias = format!("lm_{}_{LM}", lm.as_str().split(':').next().unwrap());
+    let by_server = Cause::Server("other.example".try_into().unwrap());
+    for (cause, problem) in [(Cause::Appservice, "hubs"), (by_server, "create_by_alias")] {
+        let refusal = gateway.bridge.resolve_alias(&alias, cause).await.unwrap_err();
+        assert_eq!(refusal.code(), "policy");
+        assert!(refusal.to_string().contains(problem), "{refusal}");
+    }
+    assert!(gateway.bridge.portals(None, 10).await.unwrap().is_empty());
+}

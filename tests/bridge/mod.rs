@@ -1,0 +1,6 @@
+//! Portals in one process: a gateway, an LM server and a Matrix homeserver that lives in the test, over loopback HTTP.
+
+mod created;
+mod faults;
+mod from_lm;
+mod world;

@@ -1,0 +1,347 @@
+//! The gateway with everything but its listeners for clients, an LM server, and a Matrix homeserver.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use isthmus::bridge::{Bridge, Portal};
+use isthmus::clock::{Clock, SharedClock};
+use isthmus::config::Config;
+use isthmus::dag::Dag;
+use isthmus::event::{Object, RoomVersion};
+use isthmus::federation::Context;
+use isthmus::gateway::{Federation, federation_routes};
+use isthmus::identity::Side;
+use isthmus::lm::{Appended, Lm, Position};
+use isthmus::refusal::Refusal;
+use isthmus::seam::{Alone, Draft, Outgoing, SharedBetween};
+use ruma::{OwnedEventId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+use crate::dag::peer::{Peer, View, id_of};
+use crate::dag::{NOW, OWN};
+
+/// How long anything may take before a test gives up.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The LM server and the Matrix homeserver.
+pub const LM: &str = "lm.example";
+pub const MATRIX: &str = "matrix.example";
+
+/// Time that goes on from the moment that the homeserver lives in.
+struct Ticking(Instant);
+
+impl Clock for Ticking {
+    fn now_ms(&self) -> i64 {
+        NOW + i64::try_from(self.0.elapsed().as_millis()).unwrap()
+    }
+}
+
+/// A server with routes, its own store and keys.
+pub struct Node {
+    pub context: Context,
+    pub lm: Lm,
+    listener: std::net::TcpListener,
+    serving: JoinHandle<()>,
+}
+
+/// The gateway.
+pub struct Gateway {
+    pub node: Node,
+    pub dag: Dag,
+    pub bridge: Bridge,
+}
+
+pub struct World {
+    directory: tempfile::TempDir,
+    resolve: BTreeMap<OwnedServerName, url::Url>,
+    clock: SharedClock,
+    settings: Value,
+    pub server: Node,
+    pub peer: Peer,
+}
+
+impl World {
+    /// The three, with the gateway's settings besides the usual ones.
+    pub async fn new(settings: Value) -> (Self, Gateway) {
+        let directory = tempfile::tempdir().unwrap();
+        let clock: SharedClock = Arc::new(Ticking(Instant::now()));
+        let peer = Peer::start(MATRIX).await;
+        let listeners = [OWN, LM].map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        let mut resolve = BTreeMap::from([(peer.name.clone(), peer.url.clone())]);
+        for (name, listener) in [OWN, LM].into_iter().zip(&listeners) {
+            let url = format!("http://{}", listener.local_addr().unwrap());
+            resolve.insert(ServerName::parse(name).unwrap(), url.parse().unwrap());
+        }
+        let [own, other] = listeners;
+        let context = context(directory.path(), LM, &resolve, clock.clone(), &json!({})).await;
+        let between: SharedBetween = Arc::new(Alone);
+        let lm = Lm::new(context.clone(), between.clone());
+        let server = serve(&context, &lm, Dag::new(context.clone(), between.clone()), between, other).await;
+        let world = Self { directory, resolve, clock, settings, server, peer };
+        let gateway = world.start(own).await;
+        (world, gateway)
+    }
+
+    async fn start(&self, listener: std::net::TcpListener) -> Gateway {
+        let context = context(self.directory.path(), OWN, &self.resolve, self.clock.clone(), &self.settings).await;
+        let bridge = Bridge::new(context.clone());
+        let between = bridge.between();
+        let lm = Lm::new(context.clone(), between.clone());
+        let dag = Dag::new(context.clone(), between.clone());
+        bridge.start(lm.clone(), dag.clone()).await.unwrap();
+        let node = serve(&context, &lm, dag.clone(), between, listener).await;
+        Gateway { node, dag, bridge }
+    }
+
+    /// Breaks everything off where it is, and starts again over the same store.
+    pub async fn kill(&self, gateway: Gateway) -> Gateway {
+        let Gateway { node: Node { context, lm, listener, serving }, dag, bridge } = gateway;
+        serving.abort();
+        let _ = serving.await;
+        bridge.stop().await;
+        context.outbound.stop().await;
+        context.store.close().await;
+        drop((context, lm, dag, bridge));
+        self.start(listener).await
+    }
+
+    pub fn lm_user(&self, localpart: &str) -> OwnedUserId {
+        UserId::parse(format!("@{localpart}:{LM}")).unwrap()
+    }
+
+    pub fn matrix_user(&self, localpart: &str) -> OwnedUserId {
+        UserId::parse(format!("@{localpart}:{MATRIX}")).unwrap()
+    }
+
+    /// A user of the LM server joins a room that the gateway keeps.
+    pub async fn lm_join(&self, room: &RoomId, localpart: &str) -> Result<Appended, Refusal> {
+        let content = object(json!({ "displayname": localpart.to_uppercase() }));
+        self.server.lm.join(room, &self.lm_user(localpart), &[OWN.try_into().unwrap()], content).await
+    }
+
+    pub async fn lm_send(&self, room: &RoomId, draft: Draft) {
+        let sent = self.server.lm.send(room, vec![Outgoing { draft, effect: None }]).await.pop().unwrap();
+        sent.unwrap();
+    }
+
+    pub async fn lm_say(&self, room: &RoomId, localpart: &str, body: &str) {
+        self.lm_send(room, message(&self.lm_user(localpart), body)).await;
+    }
+
+    /// A user of the homeserver joins a room of the gateway.
+    pub async fn matrix_join(&self, gateway: &Gateway, room: &RoomId, user: &UserId) -> Result<View, Refusal> {
+        let versions: Vec<String> = RoomVersion::ALL.iter().map(|version| version.as_str().to_owned()).collect();
+        let made = gateway.dag.make_join(&self.peer.name, room, user, &versions).await?;
+        let version = RoomVersion::parse(made["room_version"].as_str().unwrap()).unwrap();
+        let mut event = made["event"].clone();
+        event["content"]["displayname"] = json!(user.localpart().to_uppercase());
+        let (id, event) = self.peer.sign(version, event);
+        let answer = gateway.dag.send_join(&self.peer.name, room, &id, event.clone(), false).await?;
+        let mut view = View { version, room_id: room.to_owned(), state: BTreeMap::new(), tips: Vec::new(), depth: 0 };
+        for event in answer["auth_chain"].as_array().unwrap().iter().chain(answer["state"].as_array().unwrap()) {
+            let event = object(event.clone());
+            self.peer.keep(&id_of(version, &event), &event);
+        }
+        for event in answer["state"].as_array().unwrap() {
+            let event = object(event.clone());
+            view.note(id_of(version, &event), &event);
+        }
+        self.peer.keep(&id, &event);
+        view.note(id, &event);
+        Ok(view)
+    }
+
+    /// A user of the homeserver sends an event; its ID.
+    pub async fn matrix_send(
+        &self,
+        gateway: &Gateway,
+        view: &mut View,
+        user: &UserId,
+        kind: &str,
+        state_key: Option<&str>,
+        content: Value,
+    ) -> OwnedEventId {
+        let (id, event) = view.add(&self.peer, user, kind, state_key, content);
+        let answers = self.peer.put(&gateway.dag, &[&event]).await;
+        for answer in answers {
+            answer.result.unwrap();
+        }
+        id
+    }
+
+    pub async fn matrix_say(&self, gateway: &Gateway, view: &mut View, user: &UserId, body: &str) -> OwnedEventId {
+        let content = json!({ "msgtype": "m.text", "body": body });
+        self.matrix_send(gateway, view, user, "m.room.message", None, content).await
+    }
+
+    /// Brings a homeserver's view up to what the gateway has.
+    pub async fn refresh(&self, gateway: &Gateway, view: &mut View) {
+        let mut view_of = Vec::new();
+        for (id, event) in gateway.matrix_events(&view.room_id).await {
+            view_of.push((id, event));
+        }
+        let prevs: std::collections::BTreeSet<String> = view_of
+            .iter()
+            .flat_map(|(_, event)| event["prev_events"].as_array().unwrap().clone())
+            .filter_map(|id| id.as_str().map(str::to_owned))
+            .collect();
+        let state = gateway.dag.state(&view.room_id).await.unwrap();
+        for (id, event) in &view_of {
+            self.peer.keep(id, event);
+            view.depth = view.depth.max(event["depth"].as_i64().unwrap());
+        }
+        view.state = state.iter().map(|(key, event)| (key.clone(), event.event_id.clone())).collect();
+        view.tips = view_of.into_iter().map(|(id, _)| id).filter(|id| !prevs.contains(id.as_str())).collect();
+    }
+}
+
+impl Gateway {
+    pub fn bot(&self) -> OwnedUserId {
+        crate::dag::bot()
+    }
+
+    /// All accepted events of a Matrix room, in the order in which they were stored.
+    pub async fn matrix_events(&self, room: &RoomId) -> Vec<(OwnedEventId, Object)> {
+        let rows: Vec<(String, Vec<u8>)> =
+            sqlx::query_as("SELECT event_id, json FROM dag_events WHERE room_id = $1 AND status = 0 ORDER BY seq")
+                .bind(room.as_str())
+                .fetch_all(self.node.context.store.reader())
+                .await
+                .unwrap();
+        rows.into_iter()
+            .map(|(id, json)| (id.as_str().try_into().unwrap(), object(serde_json::from_slice(&json).unwrap())))
+            .collect()
+    }
+
+    /// The messages of a Matrix room: sender and body.
+    pub async fn matrix_bodies(&self, room: &RoomId) -> Vec<(String, String)> {
+        let events = self.matrix_events(room).await;
+        events.into_iter().filter_map(|(_, event)| said(&Value::Object(event))).collect()
+    }
+
+    /// A member's content in the Matrix room.
+    pub async fn matrix_member(&self, room: &RoomId, user: &str) -> Option<Object> {
+        let event = self.dag.state_event(room, "m.room.member", user).await.unwrap()?;
+        Some(event.content.clone())
+    }
+
+    pub async fn matrix_state(&self, room: &RoomId, kind: &str) -> Option<Object> {
+        Some(self.dag.state_event(room, kind, "").await.unwrap()?.content.clone())
+    }
+
+    /// The two states are in step, when the queues are empty (INV-4).
+    pub async fn in_step(&self, portal: &Portal) -> bool {
+        let health = self.bridge.health(&portal.portal_id).await.unwrap();
+        let empty = health.waiting.iter().all(|waiting| waiting.count == 0) && health.pending == 0;
+        empty && self.bridge.out_of_step(&portal.portal_id).await.unwrap() == 0
+    }
+}
+
+impl Node {
+    pub async fn log(&self, room: &RoomId) -> Vec<Appended> {
+        self.lm.log(room, Position(0), 10_000).await.unwrap_or_default()
+    }
+
+    /// The messages of a log: sender and body.
+    pub async fn bodies(&self, room: &RoomId) -> Vec<(String, String)> {
+        self.log(room).await.iter().filter_map(|event| said(&Value::Object(event.event.json.clone()))).collect()
+    }
+
+    pub async fn state(&self, room: &RoomId, kind: &str, state_key: &str) -> Option<Object> {
+        let state = self.lm.state(room).await.ok()?;
+        Some(state.get(&(kind.to_owned(), state_key.to_owned()))?.content().clone())
+    }
+
+    pub async fn membership(&self, room: &RoomId, user: &str) -> String {
+        let content = self.state(room, "m.room.member", user).await.unwrap_or_default();
+        content.get("membership").and_then(Value::as_str).unwrap_or("leave").to_owned()
+    }
+}
+
+/// Waits until `found` finds something.
+pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut found: impl FnMut() -> F) -> T {
+    let waiting = async {
+        loop {
+            if let Some(found) = found().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    match tokio::time::timeout(PATIENCE, waiting).await {
+        Ok(found) => found,
+        Err(_) => panic!("waited in vain for {what}"),
+    }
+}
+
+/// Waits until it is so.
+pub async fn so<F: Future<Output = bool>>(what: &str, mut is: impl FnMut() -> F) {
+    until(what, || {
+        let is = is();
+        async move { is.await.then_some(()) }
+    })
+    .await;
+}
+
+pub fn object(value: Value) -> Object {
+    value.as_object().unwrap().clone()
+}
+
+pub fn draft(sender: &UserId, kind: &str, state_key: Option<&str>, content: Value) -> Draft {
+    Draft {
+        sender: sender.to_owned(),
+        kind: kind.to_owned(),
+        state_key: state_key.map(str::to_owned),
+        content: object(content),
+        origin_server_ts: NOW,
+    }
+}
+
+pub fn message(sender: &UserId, body: &str) -> Draft {
+    draft(sender, "m.room.message", None, json!({ "msgtype": "m.text", "body": body }))
+}
+
+pub fn said(event: &Value) -> Option<(String, String)> {
+    let body = event["content"]["body"].as_str()?;
+    Some((event["sender"].as_str()?.to_owned(), body.to_owned()))
+}
+
+async fn context(
+    directory: &std::path::Path,
+    name: &str,
+    resolve: &BTreeMap<OwnedServerName, url::Url>,
+    clock: SharedClock,
+    settings: &Value,
+) -> Context {
+    let file = |ending: &str| directory.join(format!("{name}.{ending}"));
+    let mut config = json!({
+        "server_name": name,
+        "signing_key": file("key"),
+        "database": { "url": format!("sqlite://{}", file("db").display()) },
+        "federation": { "allow_private_networks": true, "resolve": resolve },
+    });
+    for (key, value) in settings.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    let config: Config = serde_json::from_value(config).unwrap();
+    isthmus::gateway::context(config, clock).await.unwrap()
+}
+
+async fn serve(context: &Context, lm: &Lm, dag: Dag, between: SharedBetween, listener: std::net::TcpListener) -> Node {
+    let routes = federation_routes(Federation::new(context.clone(), lm.clone(), dag, between));
+    context.outbound.start().await.unwrap();
+    let accepting = listener.try_clone().unwrap();
+    accepting.set_nonblocking(true).unwrap();
+    let accepting = tokio::net::TcpListener::from_std(accepting).unwrap();
+    let serving = tokio::spawn(async move { axum::serve(accepting, routes).await.unwrap() });
+    Node { context: context.clone(), lm: lm.clone(), listener, serving }
+}
+
+/// The ghost of a user on the side across.
+pub fn ghost(of: Side, localpart: &str) -> String {
+    match of {
+        Side::Matrix => format!("@mx_{localpart}_{MATRIX}:{OWN}"),
+        Side::Lm => format!("@lm_{localpart}_{LM}:{OWN}"),
+    }
+}
