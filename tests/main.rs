@@ -4,5 +4,6 @@
 mod bridge;
 mod dag;
 mod doctor;
+mod lm;
 mod support;
 mod vectors;

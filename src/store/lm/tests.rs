@@ -1,0 +1,156 @@
+use ruma::{room_id, server_name};
+
+use super::*;
+use crate::store::Store;
+use crate::store::testing::both_stores;
+
+#[test]
+fn items_are_cut_into_few_sizes() {
+    let items: Vec<usize> = (0..87).collect();
+    let lengths: Vec<usize> = chunks(&items).map(<[usize]>::len).collect();
+    assert_eq!(lengths, [64, 16, 4, 1, 1, 1]);
+    assert_eq!(chunks(&items).flatten().copied().collect::<Vec<_>>(), items);
+}
+
+#[test]
+fn placeholders_count_on() {
+    assert_eq!(placeholders(2, 2, 0), "($1, $2), ($3, $4)");
+    assert_eq!(placeholders(1, 3, 1), "($2, $3, $4)");
+}
+
+const ROOM: &str = "!room:hub.example";
+
+fn id(name: &str) -> OwnedEventId {
+    OwnedEventId::try_from(format!("${name}")).unwrap()
+}
+
+fn event(position: i64, state: Option<(&str, &str)>) -> NewEvent {
+    NewEvent {
+        position,
+        event_id: id(&format!("event{position}")),
+        lpdu_id: (position % 2 == 1).then(|| id(&format!("lpdu{position}"))),
+        state: state.map(|(kind, state_key)| (kind.to_owned(), state_key.to_owned())),
+        json: format!("{{\"position\":{position}}}").into_bytes(),
+    }
+}
+
+/// A room with `events`, in one transaction.
+async fn write(store: &Store, events: Vec<NewEvent>) -> Result<(), crate::store::StoreError> {
+    store
+        .write(move |tx| {
+            Box::pin(async move {
+                let room_id = room_id!("!room:hub.example");
+                append(tx, room_id, &events).await?;
+                let state = events.iter().filter_map(|event| Some((event.state.as_ref()?, event.position)));
+                let state: std::collections::BTreeMap<_, _> = state.collect();
+                set_state(tx, room_id, &state.into_iter().collect::<Vec<_>>()).await?;
+                advance_head(tx, room_id, events.last().map_or(0, |event| event.position)).await
+            })
+        })
+        .await
+}
+
+async fn add_room(store: &Store) {
+    let row = RoomRow {
+        room_id: ROOM.try_into().unwrap(),
+        version: RoomVersion::Lm02,
+        hub: server_name!("hub.example").to_owned(),
+        redaction: Redaction::Draft,
+        head: 0,
+    };
+    store.write(move |tx| Box::pin(async move { insert_room(tx, &row).await })).await.unwrap();
+}
+
+fn positions(rows: Vec<EventRow>) -> Vec<i64> {
+    rows.into_iter().map(|row| row.position).collect()
+}
+
+#[tokio::test]
+async fn a_log_and_its_states_come_back_as_they_were_written() {
+    both_stores(|store| async move {
+        add_room(&store).await;
+        let odd = ("type\u{0}", "key\u{0}\u{1}");
+        let mut events = vec![event(0, Some(("m.room.create", ""))), event(1, Some(odd)), event(2, None)];
+        events.extend((3..150).map(|position| event(position, None)));
+        events.extend([event(150, Some(odd)), event(151, Some(("m.room.name", "")))]);
+        write(&store, events).await.unwrap();
+
+        let room_id = room_id!("!room:hub.example");
+        assert_eq!(room_ids(&store).await.unwrap(), [room_id]);
+        let row = room(&store, room_id).await.unwrap().unwrap();
+        assert_eq!((row.head, row.version, row.redaction), (151, RoomVersion::Lm02, Redaction::Draft));
+        assert_eq!(room(&store, room_id!("!other:hub.example")).await.unwrap(), None);
+        assert_eq!(positions(range(&store, room_id, 140, 145, 3).await.unwrap()), [140, 141, 142]);
+        assert_eq!(positions(state_now(&store, room_id).await.unwrap()), [0, 150, 151]);
+        assert_eq!(positions(state_before(&store, room_id, 151).await.unwrap()), [0, 150]);
+        assert_eq!(positions(state_before(&store, room_id, 150).await.unwrap()), [0, 1]);
+        assert_eq!(positions(state_before(&store, room_id, 0).await.unwrap()), Vec::<i64>::new());
+
+        let found = super::event(&store, &id("event7")).await.unwrap().unwrap();
+        assert_eq!((found.position, found.json), (7, b"{\"position\":7}".to_vec()));
+        assert_eq!(event_of_lpdu(&store, &id("lpdu7")).await.unwrap().unwrap().position, 7);
+        assert_eq!(event_of_lpdu(&store, &id("lpdu8")).await.unwrap(), None);
+        let wanted: Vec<OwnedEventId> = (0..100).map(|position| id(&format!("lpdu{position}"))).collect();
+        let wanted: Vec<&ruma::EventId> = wanted.iter().map(|id| &**id).collect();
+        let found = positions_of_lpdus(&store, &wanted).await.unwrap();
+        assert_eq!((found.len(), found.get(&id("lpdu99"))), (50, Some(&99)));
+        let mut both = positions(events_by_id(&store, &[&id("event5"), &id("none"), &id("event9")]).await.unwrap());
+        both.sort_unstable();
+        assert_eq!(both, [5, 9]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn inv_1_a_position_is_written_once() {
+    both_stores(|store| async move {
+        add_room(&store).await;
+        write(&store, vec![event(0, None), event(1, None)]).await.unwrap();
+        let mut again = event(1, None);
+        again.event_id = id("another");
+        assert!(write(&store, vec![event(2, None), again]).await.is_err());
+        let mut elsewhere = event(5, None);
+        elsewhere.event_id = id("event1");
+        assert!(write(&store, vec![elsewhere]).await.is_err());
+        let log = range(&store, room_id!("!room:hub.example"), 0, 100, 100).await.unwrap();
+        assert_eq!(log.iter().map(|row| row.event_id.as_str()).collect::<Vec<_>>(), ["$event0", "$event1"]);
+        assert_eq!(room(&store, room_id!("!room:hub.example")).await.unwrap().unwrap().head, 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn stays_lpdus_and_complaints_come_back() {
+    both_stores(|store| async move {
+        let room_id = room_id!("!room:hub.example");
+        let server = server_name!("part.example");
+        store
+            .write(move |tx| {
+                Box::pin(async move {
+                    server_joined(tx, room_id, server, 3).await?;
+                    server_left(tx, room_id, server, 5).await?;
+                    server_joined(tx, room_id, server, 9).await?;
+                    for position in [10, 20, 30] {
+                        queue_lpdu(tx, room_id, position, &id(&format!("l{position}")), b"{}").await?;
+                    }
+                    forget_lpdus(tx, room_id, &[20]).await?;
+                    complain(tx, room_id, &id("e"), "first\u{0}", 1).await?;
+                    complain(tx, room_id, &id("e"), "second", 2).await?;
+                    complain(tx, room_id, &id("f"), "third", 3).await
+                })
+            })
+            .await
+            .unwrap();
+        let found = stays(&store, room_id, server).await.unwrap();
+        assert_eq!(found, [Stay { since: 3, until: Some(5) }, Stay { since: 9, until: None }]);
+        assert_eq!(stays(&store, room_id, server_name!("other.example")).await.unwrap(), []);
+        let queued = lpdus_after(&store, room_id, 10, 10).await.unwrap();
+        assert_eq!(queued.iter().map(|lpdu| lpdu.position).collect::<Vec<_>>(), [30]);
+        let some = queued_lpdus(&store, room_id, &[10, 20, 30]).await.unwrap();
+        assert_eq!(some.len(), 2);
+        assert_eq!(complaints(&store, room_id, 5).await.unwrap(), ["$f: third", "$e: first\u{0}"]);
+        assert!(complained_of(&store, room_id, &id("e")).await.unwrap());
+        assert!(!complained_of(&store, room_id, &id("g")).await.unwrap());
+    })
+    .await;
+}

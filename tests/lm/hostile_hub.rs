@@ -1,0 +1,300 @@
+//! What a participant takes from a hub that misbehaves: what is forged or not allowed is not taken, and is remembered.
+
+use isthmus::event::{Completion, Object, Pdu};
+use isthmus::identity::SigningKey;
+use isthmus::lm::{Appended, Sent};
+use isthmus::refusal::Refusal;
+use isthmus::seam::{Draft, Received};
+use ruma::{OwnedEventId, OwnedRoomId, RoomId};
+use serde_json::{Value, json};
+
+use super::world::{Node, World, bodies, draft, ids, member, message, raw};
+
+async fn room_of(hub: &Node, part: &Node) -> OwnedRoomId {
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", hub).await;
+    room
+}
+
+async fn give(part: &Node, origin: &Node, event: &Object) -> Received {
+    part.lm.receive(&origin.name, vec![raw(event)]).await.pop().unwrap()
+}
+
+async fn complaints(part: &Node, room: &RoomId) -> Vec<String> {
+    part.lm.room(room).await.unwrap().unwrap().complaints
+}
+
+/// An event as the hub could make it of anything, on the end of its log.
+fn finished(hub: &Node, room: &RoomId, log: &[Appended], draft: &Draft, auth: &[&str]) -> Pdu {
+    let named = |kind: &&str| {
+        log.iter().rev().find(|event| event.event.kind == **kind).unwrap().event.event_id.clone()
+    };
+    let completion = Completion {
+        auth_events: auth.iter().map(named).collect(),
+        prev_event: Some(log.last().unwrap().event.event_id.clone()),
+    };
+    let template = template(room, draft);
+    Pdu::build(template, completion, &hub.name, &hub.context.signing_key).unwrap()
+}
+
+fn template(room: &RoomId, draft: &Draft) -> Object {
+    let mut template = json!({
+        "type": draft.kind,
+        "room_id": room,
+        "sender": draft.sender,
+        "content": draft.content,
+        "origin_server_ts": draft.origin_server_ts,
+    });
+    if let Some(state_key) = &draft.state_key {
+        template["state_key"] = json!(state_key);
+    }
+    template.as_object().unwrap().clone()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_forged_event_is_dropped_and_complained_of() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    let log = hub.log(&room).await;
+    // In the name of the participant's user, with the hub's signature alone.
+    let draft = message(&part.user("alice"), "forged");
+    let forged = finished(&hub, &room, &log, &draft, &["m.room.create", "m.room.power_levels", "m.room.member"]);
+    let refused = give(&part, &hub, &forged.json).await;
+    assert!(matches!(refused.result, Err(Refusal::BadSignature { .. })), "{refused:?}");
+    assert_eq!(bodies(&part.log(&room).await), Vec::<String>::new());
+    assert_eq!(complaints(&part, &room).await.len(), 1);
+    // Signed with a key that is not the hub's.
+    let other = SigningKey::generate();
+    let completion = Completion { auth_events: Vec::new(), prev_event: None };
+    let draft = message(&hub.user("bot"), "other key");
+    let forged = Pdu::build(template(&room, &draft), completion, &hub.name, &other).unwrap();
+    assert!(give(&part, &hub, &forged.json).await.result.is_err());
+    assert_eq!(bodies(&part.log(&room).await), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_41_an_event_that_the_rules_forbid_is_not_taken_and_complained_of() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    let log = hub.log(&room).await;
+    let bot = hub.user("bot");
+    let create_levels_member = ["m.room.create", "m.room.power_levels", "m.room.member"];
+    let ghost = message(&hub.user("ghost"), "I never joined");
+    let not_joined = finished(&hub, &room, &log, &ghost, &["m.room.create", "m.room.power_levels"]);
+    let no_create = finished(&hub, &room, &log, &message(&bot, "x"), &["m.room.power_levels"]);
+    let rules = finished(&hub, &room, &log, &message(&bot, "x"), &["m.room.create", "m.room.join_rules"]);
+    let mut unknown = finished(&hub, &room, &log, &message(&bot, "x"), &create_levels_member);
+    let completion = Completion {
+        auth_events: vec![OwnedEventId::try_from(format!("${}", "a".repeat(43))).unwrap()],
+        prev_event: Some(log.last().unwrap().event.event_id.clone()),
+    };
+    unknown = Pdu::build(unknown.json, completion, &hub.name, &hub.context.signing_key).unwrap();
+    for (event, number) in [(not_joined, "6"), (no_create, "4.3"), (rules, "4.2"), (unknown, "4.2")] {
+        let refused = give(&part, &hub, &event.json).await;
+        assert!(matches!(&refused.result, Err(Refusal::LmRule { rule, .. }) if *rule == number), "{refused:?}");
+        // Sent again it is known, and nothing more is made of it.
+        assert_eq!(give(&part, &hub, &event.json).await.result, Ok(()));
+    }
+    assert_eq!(bodies(&part.log(&room).await), Vec::<String>::new());
+    assert_eq!(complaints(&part, &room).await.len(), 4);
+    // What follows is taken, though it stands on what was not.
+    hub.say(&room, "bot", "honest").await;
+    part.wait_for_body(&room, "honest").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_30_a_hub_that_changes_what_it_finishes_is_found_out() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    part.say(&room, "alice", "mine").await;
+    let log = hub.wait_for_body(&room, "mine").await;
+    let echo = log.last().unwrap().event.clone();
+    part.wait_for_body(&room, "mine").await;
+    // The same LPDU with other content: the sender's signature still holds, its hash does not.
+    let lpdu = part.lpdu(&room, &hub.name, &message(&part.user("alice"), "original"));
+    let mut json = lpdu.json.clone();
+    json["content"]["body"] = json!("changed by the hub");
+    json.insert("auth_events".to_owned(), json!(echo.auth_events));
+    json.insert("prev_events".to_owned(), json!([echo.event_id]));
+    let hash = isthmus::event::content_hash(&json);
+    json["hashes"]["sha256"] = json!(hash);
+    let mut signed = isthmus::event::redact(&json, isthmus::event::Redaction::Draft);
+    isthmus::event::sign_object(&mut signed, hub.name.as_str(), &hub.context.signing_key);
+    json.insert("signatures".to_owned(), signed["signatures"].clone());
+    assert_eq!(give(&part, &hub, &json).await.result, Ok(()));
+    let taken = part.log(&room).await.pop().unwrap();
+    assert_eq!(taken.event.lpdu_id.as_ref(), Some(&lpdu.lpdu_id));
+    assert_eq!(taken.event.content(), &Object::new(), "only the redacted copy is kept");
+    assert_eq!(complaints(&part, &room).await.len(), 1);
+    // A field that the hub adds, changed after it signed.
+    let mut tampered = echo.json.clone();
+    tampered["prev_events"] = json!([]);
+    let refused = give(&part, &hub, &tampered).await;
+    assert!(matches!(refused.result, Err(Refusal::BadSignature { .. })), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_31_an_event_finished_by_another_hub_is_refused() {
+    let (_world, [hub, part, other]) = World::new(["hub.example", "part.example", "other.example"]).await;
+    let room = room_of(&hub, &part).await;
+    other.join(&room, "o", &hub).await;
+    let log = hub.log(&room).await;
+    part.wait(&room, "the join", |theirs| theirs.last().unwrap().event.event_id == log.last().unwrap().event.event_id)
+        .await;
+    // An LPDU that names another hub, finished by that one, and brought by the right one.
+    let lpdu = part.lpdu(&room, &other.name, &message(&part.user("alice"), "astray"));
+    let keys = part
+        .context
+        .keyring
+        .keys_for_event(&lpdu.json, std::slice::from_ref(&part.name), lpdu.origin_server_ts)
+        .await
+        .unwrap();
+    let completion =
+        Completion { auth_events: Vec::new(), prev_event: Some(log.last().unwrap().event.event_id.clone()) };
+    let pdu = Pdu::complete(lpdu.verify(&keys).unwrap(), completion, &other.name, &other.context.signing_key).unwrap();
+    let refused = give(&part, &hub, &pdu.json).await;
+    assert!(matches!(refused.result, Err(Refusal::WrongHub { .. })), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_32_a_fork_is_taken_in_the_order_in_which_it_came_and_complained_of() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    let log = hub.log(&room).await;
+    let auth = ["m.room.create", "m.room.power_levels"];
+    let bot_join = log[1].event.event_id.clone();
+    for body in ["one", "two"] {
+        let mut pdu = finished(&hub, &room, &log, &message(&hub.user("bot"), body), &auth);
+        let mut auth_events = pdu.auth_events.clone();
+        auth_events.push(bot_join.clone());
+        let completion = Completion { auth_events, prev_event: pdu.prev_events.first().cloned() };
+        pdu = Pdu::build(pdu.json, completion, &hub.name, &hub.context.signing_key).unwrap();
+        assert_eq!(give(&part, &hub, &pdu.json).await.result, Ok(()));
+    }
+    assert_eq!(bodies(&part.log(&room).await), ["one", "two"]);
+    assert_eq!(complaints(&part, &room).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_33_only_the_hub_brings_events() {
+    let (_world, [hub, part, spoke]) = World::new(["hub.example", "part.example", "spoke.example"]).await;
+    let room = room_of(&hub, &part).await;
+    spoke.join(&room, "s", &hub).await;
+    hub.say(&room, "bot", "marker").await;
+    part.wait_for_body(&room, "marker").await;
+    let before = part.log(&room).await;
+    // An LPDU that goes astray is dropped, a finished event is refused, whoever made it.
+    let lpdu = spoke.lpdu(&room, &hub.name, &message(&spoke.user("s"), "to the wrong place")).json;
+    assert_eq!(give(&part, &spoke, &lpdu).await.result, Ok(()));
+    let log = hub.log(&room).await;
+    let auth = ["m.room.create", "m.room.power_levels"];
+    let pdu = finished(&hub, &room, &log, &message(&hub.user("bot"), "relayed"), &auth);
+    let refused = give(&part, &spoke, &pdu.json).await;
+    assert!(matches!(refused.result, Err(Refusal::WrongOrigin { .. })), "{refused:?}");
+    assert_eq!(ids(&part.log(&room).await), ids(&before));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_35_what_the_hub_repeats_is_passed_over() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    hub.say(&room, "bot", "once").await;
+    let log = part.wait_for_body(&room, "once").await;
+    let again: Vec<_> = log.iter().map(|event| raw(&event.event.json)).collect();
+    assert!(part.lm.receive(&hub.name, again).await.iter().all(|received| received.result == Ok(())));
+    let part = world.restart(part).await;
+    let again: Vec<_> = log.iter().map(|event| raw(&event.event.json)).collect();
+    assert!(part.lm.receive(&hub.name, again).await.iter().all(|received| received.result == Ok(())));
+    assert_eq!(ids(&part.log(&room).await), ids(&log));
+    assert_eq!(complaints(&part, &room).await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_37_what_is_sent_while_the_hub_is_silent_arrives_once_in_order() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    part.context.outbound.stop().await;
+    for number in 0..60 {
+        part.say(&room, "alice", &number.to_string()).await;
+    }
+    assert_eq!(bodies(&hub.log(&room).await), Vec::<String>::new());
+    let part = world.restart(part).await;
+    let log = hub.wait(&room, "everything", |log| bodies(log).len() >= 60).await;
+    let expected: Vec<String> = (0..60).map(|number: u32| number.to_string()).collect();
+    assert_eq!(bodies(&log), expected);
+    part.wait_for_body(&room, "59").await;
+    assert_eq!(bodies(&part.log(&room).await), expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_hub_refuses_is_told() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    let topic = draft(&part.user("alice"), "m.room.topic", Some(""), json!({ "topic": "mine" }));
+    let Sent::Queued { lpdu_id } = part.send(&room, topic).await.unwrap() else { panic!("a participant queues") };
+    part.say(&room, "alice", "after").await;
+    part.wait_for_body(&room, "after").await;
+    let mut news = part.watcher.news.subscribe();
+    let refused = loop {
+        if let Some(refused) = part.watcher.refused.lock().unwrap().first().cloned() {
+            break refused;
+        }
+        tokio::time::timeout(std::time::Duration::from_secs(30), news.changed()).await.unwrap().unwrap();
+    };
+    assert_eq!(refused.0, lpdu_id);
+    assert!(refused.1.contains("rule 7"), "{}", refused.1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_of_another_server_is_not_sent_for() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    for (node, draft) in [
+        (&part, message(&hub.user("bot"), "x")),
+        (&hub, message(&part.user("alice"), "x")),
+        (&part, member(&hub.user("bot"), &hub.user("bot"), "leave")),
+    ] {
+        let refused = node.send(&room, draft).await;
+        assert!(matches!(refused, Err(Refusal::WrongOrigin { .. })), "{refused:?}");
+    }
+}
+
+/// An invite for one of our users is signed only when all of it is right.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_39_an_invite_is_signed_only_for_whom_it_may_be() {
+    let (_world, [hub, part, evil]) = World::new(["hub.example", "part.example", "evil.example"]).await;
+    let room = hub.create_room("invite").await;
+    let log = hub.log(&room).await;
+    let auth = ["m.room.create", "m.room.power_levels"];
+    let alice = part.user("alice");
+    let good = finished(&hub, &room, &log, &member(&hub.user("bot"), &alice, "invite"), &auth).json;
+    let body = |event: &Object, version: &str| {
+        let body = json!({ "event": event, "room_version": version, "invite_room_state": [1, {}, { "type": "x" }] });
+        body.as_object().unwrap().clone()
+    };
+    const VERSION: &str = "org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+    let with = |key: &str, value: Value| {
+        let mut event = good.clone();
+        event.insert(key.to_owned(), value);
+        event
+    };
+    let finish = |draft: &Draft| finished(&hub, &room, &log, draft, &auth).json;
+    for (origin, body) in [
+        (&evil, body(&good, VERSION)),
+        (&hub, body(&good, "11")),
+        (&hub, body(&good, "")),
+        (&hub, body(&with("content", json!({ "membership": "invite", "reason": "changed" })), VERSION)),
+        (&hub, body(&with("state_key", json!("@other:part.example")), VERSION)),
+        (&hub, body(&finish(&member(&hub.user("bot"), &alice, "ban")), VERSION)),
+        (&hub, body(&finish(&member(&hub.user("bot"), &evil.user("e"), "invite")), VERSION)),
+        (&hub, body(&finish(&member(&part.user("p"), &alice, "invite")), VERSION)),
+        (&hub, Object::new()),
+    ] {
+        let refused = part.lm.invited(&origin.name, body.clone()).await;
+        assert!(refused.is_err(), "signed: {body:?}");
+    }
+    assert!(part.watcher.invites.lock().unwrap().is_empty());
+    let signed = part.lm.invited(&hub.name, body(&good, VERSION)).await.unwrap();
+    assert_eq!(signed["pdu"], signed["event"]);
+    assert!(signed["pdu"]["signatures"].get("part.example").is_some());
+}

@@ -1,0 +1,217 @@
+//! A hub and a participant that behave.
+
+use isthmus::identity::Side;
+use isthmus::lm::{Appended, Role, Sent};
+use isthmus::refusal::Refusal;
+use isthmus::seam::{Membership, Outgoing, Stage};
+use serde_json::json;
+
+use super::world::{World, assert_dense, bodies, draft, ids, member, message};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_participant_joins_and_both_sides_talk() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    let joined = part.join(&room, "alice", &hub).await;
+    assert_eq!(joined.event.sender, part.user("alice"));
+    assert_eq!(part.lm.room(&room).await.unwrap().unwrap().role, Role::Participant { hub: hub.name.clone() });
+
+    let Sent::Appended(hello) = hub.say(&room, "bot", "hello").await else { panic!("a hub appends") };
+    let Sent::Queued { lpdu_id } = part.say(&room, "alice", "hi").await else { panic!("a participant queues") };
+    let at_hub = hub.wait_for_body(&room, "hi").await;
+    let at_part = part.wait_for_body(&room, "hi").await;
+    assert_dense(&at_hub);
+    // The participant holds the state at its join, the join, and everything after it.
+    assert_eq!(ids(&at_part), ids(&at_hub));
+    assert!(ids(&at_part).contains(&hello.event.event_id));
+    let echo = part.lm.event_of_lpdu(&lpdu_id).await.unwrap().unwrap();
+    assert_eq!(Some(&echo.event.event_id), ids(&at_hub).last());
+    assert_eq!(bodies(&at_part), ["hello", "hi"]);
+    assert_eq!(part.lm.room(&room).await.unwrap().unwrap().complaints, Vec::<String>::new());
+
+    let gates = hub.watcher.gates.lock().unwrap();
+    let stages: Vec<Stage> = gates.iter().map(|gate| gate.stage).collect();
+    assert_eq!(stages, [Stage::Make, Stage::Send]);
+    assert!(gates.iter().all(|gate| gate.side == Side::Lm && gate.membership == Membership::Join));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_user_of_a_participant_joins_by_lpdu() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    let joined = part.join(&room, "bob", &hub).await;
+    assert_eq!(joined.event.sender, part.user("bob"));
+    part.say(&room, "bob", "me too").await;
+    hub.wait_for_body(&room, "me too").await;
+    // Both asked the gate: once by the handshake, once for the LPDU.
+    let gated = hub.watcher.gates.lock().unwrap().iter().filter(|gate| gate.stage == Stage::Send).count();
+    assert_eq!(gated, 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_gate_keeps_users_out_whom_the_other_side_would_not_have() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    hub.watcher.unwanted.lock().unwrap().push(part.user("mallory"));
+    let via = [hub.name.clone()];
+    let refused = part.lm.join(&room, &part.user("mallory"), &via, Default::default()).await;
+    assert!(matches!(refused, Err(Refusal::Forbidden(_))), "{refused:?}");
+    part.join(&room, "alice", &hub).await;
+    let refused = part.lm.join(&room, &part.user("mallory"), &via, Default::default()).await;
+    assert!(matches!(refused, Err(Refusal::Forbidden(_))), "{refused:?}");
+    assert_eq!(part.watcher.refused.lock().unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kick_and_a_ban_reach_the_server_whose_last_user_they_hit_and_nothing_after() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    for membership in ["leave", "ban"] {
+        let room = hub.create_room("public").await;
+        part.join(&room, "alice", &hub).await;
+        hub.say(&room, "bot", "before").await;
+        hub.send(&room, member(&hub.user("bot"), &part.user("alice"), membership)).await.unwrap();
+        hub.say(&room, "bot", "after").await;
+        let log = part
+            .wait(&room, membership, |log| {
+                log.last().unwrap().event.content().get("membership") == Some(&json!(membership))
+            })
+            .await;
+        assert_eq!(bodies(&log), ["before"]);
+        // What comes after is not for that server: it sees the room up to its end.
+        let end = &log.last().unwrap().event.event_id;
+        let at_hub = hub.log(&room).await;
+        let after = &at_hub.last().unwrap().event.event_id;
+        let unstable = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+        part.get(&hub, &format!("{unstable}/event/{end}")).await.unwrap();
+        assert!(part.get(&hub, &format!("{unstable}/event/{after}")).await.is_err());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_back_gets_nothing_of_what_was_said_meanwhile() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    part.lm.leave(&room, &part.user("alice"), &[]).await.unwrap();
+    let left = |log: &[Appended]| {
+        log.last().unwrap().event.content().get("membership") == Some(&json!("leave"))
+    };
+    hub.wait(&room, "the leave", left).await;
+    part.wait(&room, "the echo of the leave", left).await;
+    hub.say(&room, "bot", "among us").await;
+    hub.send(&room, draft(&hub.user("bot"), "m.room.name", Some(""), json!({ "name": "new" }))).await.unwrap();
+    part.join(&room, "alice", &hub).await;
+    hub.say(&room, "bot", "welcome back").await;
+    let log = part.wait_for_body(&room, "welcome back").await;
+    assert_eq!(bodies(&log), ["welcome back"]);
+    let state = part.lm.state(&room).await.unwrap();
+    assert_eq!(state[&("m.room.name".to_owned(), String::new())].content()["name"], "new");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_invite_is_signed_by_the_invited_server() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let room = hub.create_room("invite").await;
+    let alice = part.user("alice");
+    let invite = |draft| Outgoing { draft, effect: None };
+    let sent = hub.lm.invite(&room, invite(member(&hub.user("bot"), &alice, "invite"))).await.unwrap();
+    let Sent::Appended(invited) = sent else { panic!("a hub appends") };
+    assert!(invited.event.json["signatures"].get("part.example").is_some());
+    assert_eq!(part.watcher.invites.lock().unwrap()[0].target, alice);
+    part.join(&room, "alice", &hub).await;
+
+    // A participant invites through the hub.
+    let carol = third.user("carol");
+    let sent = part.lm.invite(&room, invite(member(&alice, &carol, "invite"))).await.unwrap();
+    let Sent::Queued { lpdu_id } = sent else { panic!("a participant asks the hub") };
+    let log = part.wait(&room, "the invite", |log| log.last().unwrap().event.lpdu_id.as_ref() == Some(&lpdu_id)).await;
+    let signatures = &log.last().unwrap().event.json["signatures"];
+    for server in ["hub.example", "part.example", "third.example"] {
+        assert!(signatures.get(server).is_some(), "{server} did not sign");
+    }
+    third.join(&room, "carol", &hub).await;
+    third.say(&room, "carol", "thanks").await;
+    assert_dense(&hub.wait_for_body(&room, "thanks").await);
+    part.wait_for_body(&room, "thanks").await;
+
+    // A refusal comes back with its reason, and nothing is appended.
+    let dave = third.user("dave");
+    third.watcher.unwanted.lock().unwrap().push(dave.clone());
+    let head = hub.lm.room(&room).await.unwrap().unwrap().head;
+    for (node, sender) in [(&hub, hub.user("bot")), (&part, alice.clone())] {
+        // From a server that is not in the room.
+        let eve = draft(&sender, "m.room.member", Some("@dave:third.example"), json!({ "membership": "invite" }));
+        third.lm.leave(&room, &carol, &[]).await.ok();
+        hub.wait(&room, "carol's leave", |log| {
+            let left = |event: &Appended| event.event.content().get("membership") == Some(&json!("leave"));
+            log.iter().any(|event| event.event.sender == carol && left(event))
+        })
+        .await;
+        let refused = node.lm.invite(&room, invite(eve)).await;
+        assert!(matches!(&refused, Err(Refusal::Forbidden(why)) if why.contains("does not want")), "{refused:?}");
+    }
+    let now = hub.lm.room(&room).await.unwrap().unwrap().head;
+    assert_eq!(now.0, head.0 + 1, "only carol's leave was appended");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_invite_is_declined_through_the_hub() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("invite").await;
+    let alice = part.user("alice");
+    let invite = Outgoing { draft: member(&hub.user("bot"), &alice, "invite"), effect: None };
+    hub.lm.invite(&room, invite).await.unwrap();
+    part.lm.leave(&room, &alice, &[hub.name.clone()]).await.unwrap();
+    let last = hub.log(&room).await.pop().unwrap();
+    assert_eq!((last.event.sender.clone(), &last.event.content()["membership"]), (alice.clone(), &json!("leave")));
+    let refused = part.lm.join(&room, &alice, &[hub.name.clone()], Default::default()).await;
+    assert!(matches!(refused, Err(Refusal::Forbidden(_))), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_1_inv_6_a_restart_of_either_keeps_everything() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    part.say(&room, "alice", "one").await;
+    hub.wait_for_body(&room, "one").await;
+    part.wait_for_body(&room, "one").await;
+    let before = hub.log(&room).await;
+    let state = hub.lm.state(&room).await.unwrap();
+
+    let hub = world.restart(hub).await;
+    assert_eq!(ids(&hub.log(&room).await), ids(&before));
+    let restored = hub.lm.state(&room).await.unwrap();
+    assert_eq!(restored.keys().collect::<Vec<_>>(), state.keys().collect::<Vec<_>>());
+    hub.say(&room, "bot", "two").await;
+    part.wait_for_body(&room, "two").await;
+
+    let part = world.restart(part).await;
+    part.say(&room, "alice", "three").await;
+    let at_hub = hub.wait_for_body(&room, "three").await;
+    let at_part = part.wait_for_body(&room, "three").await;
+    assert_dense(&at_hub);
+    assert_eq!(ids(&at_hub), ids(&at_part));
+    assert_eq!(ids(&at_hub)[..before.len()], ids(&before));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_missed_is_fetched_from_the_hub() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    // Events that the participant never gets: the hub believes that they were delivered.
+    let name = hub.name.to_string();
+    hub.context.outbound.stop().await;
+    for number in 0..130 {
+        hub.say(&room, "bot", &format!("missed {number}")).await;
+    }
+    let last = hub.lm.send(&room, vec![Outgoing { draft: message(&hub.user("bot"), "last"), effect: None }]).await;
+    let Some(Ok(Sent::Appended(last))) = last.into_iter().next() else { panic!("a hub appends") };
+    let received = part.lm.receive(&hub.name, vec![super::world::raw(&last.event.json)]).await;
+    assert_eq!(received[0].result, Ok(()));
+    assert_eq!(ids(&part.log(&room).await), ids(&hub.log(&room).await), "{name}");
+    assert_eq!(part.lm.room(&room).await.unwrap().unwrap().complaints, Vec::<String>::new());
+    drop(world);
+}

@@ -1,0 +1,299 @@
+//! Servers of the linear side on loopback HTTP: each with its own store, keys, queues and routes, as the gateway has them.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use isthmus::clock::SystemClock;
+use isthmus::config::Config;
+use isthmus::dag::Dag;
+use isthmus::event::{Lpdu, Object, RoomVersion};
+use isthmus::federation::{Call, Context, Lines, RemoteError, Transactions};
+use isthmus::gateway::{Federation, federation_routes};
+use isthmus::identity::Side;
+use isthmus::lm::{Appended, Lm, NewRoom, Position, Sent};
+use isthmus::refusal::Refusal;
+use isthmus::seam::{AliasTarget, Between, Draft, Handshake, Invite, Outgoing, Profile, Raw};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+/// How long anything may take before a test gives up.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A bridge that carries nothing over, and remembers what it was asked.
+pub struct Watcher {
+    /// Changes with every commit that a room's events went into the inbox with.
+    pub news: watch::Sender<u64>,
+    pub gates: Mutex<Vec<Handshake>>,
+    pub invites: Mutex<Vec<Invite>>,
+    pub refused: Mutex<Vec<(OwnedEventId, String)>>,
+    /// Users whom the other side would not have.
+    pub unwanted: Mutex<Vec<OwnedUserId>>,
+}
+
+impl Watcher {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            news: watch::channel(0).0,
+            gates: Mutex::default(),
+            invites: Mutex::default(),
+            refused: Mutex::default(),
+            unwanted: Mutex::default(),
+        })
+    }
+}
+
+#[async_trait]
+impl Between for Watcher {
+    async fn gate(&self, handshake: &Handshake) -> Result<(), Refusal> {
+        self.gates.lock().unwrap().push(handshake.clone());
+        match self.unwanted.lock().unwrap().contains(&handshake.user_id) {
+            true => Err(Refusal::Forbidden("the other side would not have this user".to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    fn watches(&self, _side: Side, _room_id: &RoomId) -> bool {
+        true
+    }
+
+    fn accepted(&self, _side: Side, _room_id: &RoomId) {
+        self.news.send_modify(|news| *news += 1);
+    }
+
+    async fn invited(&self, invite: Invite) -> Result<(), Refusal> {
+        if self.unwanted.lock().unwrap().contains(&invite.target) {
+            return Err(Refusal::Forbidden("does not want to be invited".to_owned()));
+        }
+        self.invites.lock().unwrap().push(invite);
+        Ok(())
+    }
+
+    async fn alias(&self, alias: &str, _asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
+        Err(Refusal::NotFound(format!("alias {alias}")))
+    }
+
+    async fn profile(&self, _side: Side, user_id: &UserId) -> Result<Profile, Refusal> {
+        Err(Refusal::NotFound(format!("user {user_id}")))
+    }
+
+    async fn lpdu_refused(&self, _room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) {
+        self.refused.lock().unwrap().push((lpdu_id.clone(), error.to_owned()));
+        self.news.send_modify(|news| *news += 1);
+    }
+}
+
+/// One server. It can be torn down and started again over the same store.
+pub struct Node {
+    pub name: OwnedServerName,
+    pub context: Context,
+    pub lm: Lm,
+    pub watcher: Arc<Watcher>,
+    listener: std::net::TcpListener,
+    serving: JoinHandle<()>,
+}
+
+/// Some servers that can reach each other.
+pub struct World {
+    directory: tempfile::TempDir,
+    resolve: BTreeMap<OwnedServerName, url::Url>,
+}
+
+impl World {
+    /// Servers of these names.
+    pub async fn new<const N: usize>(names: [&str; N]) -> (Self, [Node; N]) {
+        let directory = tempfile::tempdir().unwrap();
+        let listeners = names.map(|name| (name, std::net::TcpListener::bind("127.0.0.1:0").unwrap()));
+        let resolve = listeners.iter().map(|(name, listener)| {
+            let url = format!("http://{}", listener.local_addr().unwrap());
+            (ServerName::parse(*name).unwrap(), url.parse().unwrap())
+        });
+        let world = Self { resolve: resolve.collect(), directory };
+        let mut nodes = Vec::new();
+        for (name, listener) in listeners {
+            nodes.push(world.node(name, listener).await);
+        }
+        (world, nodes.try_into().unwrap_or_else(|_| panic!("as many nodes as names")))
+    }
+
+    async fn node(&self, name: &str, listener: std::net::TcpListener) -> Node {
+        let file = |ending: &str| self.directory.path().join(format!("{name}.{ending}"));
+        let config = json!({
+            "server_name": name,
+            "signing_key": file("key"),
+            "database": { "url": format!("sqlite://{}", file("db").display()) },
+            "federation": { "allow_private_networks": true, "resolve": self.resolve },
+        });
+        let config: Config = serde_json::from_value(config).unwrap();
+        let clock = Arc::new(SystemClock);
+        let context = isthmus::gateway::context(config, clock.clone()).await.unwrap();
+        let watcher = Watcher::new();
+        let lm = Lm::new(context.clone(), watcher.clone());
+        let dag = Dag::new(context.clone(), watcher.clone());
+        let transactions = Transactions::new(context.store.clone(), clock);
+        let routes = federation_routes(Federation {
+            context: context.clone(),
+            lm: lm.clone(),
+            dag,
+            between: watcher.clone(),
+            transactions,
+            lines: Lines::default(),
+        });
+        context.outbound.start().await.unwrap();
+        let accepting = listener.try_clone().unwrap();
+        accepting.set_nonblocking(true).unwrap();
+        let accepting = tokio::net::TcpListener::from_std(accepting).unwrap();
+        let serving = tokio::spawn(async move { axum::serve(accepting, routes).await.unwrap() });
+        Node { name: context.server_name.clone(), context, lm, watcher, listener, serving }
+    }
+
+    /// Stops a server and starts it again over the same store, with nothing kept in memory.
+    pub async fn restart(&self, node: Node) -> Node {
+        let Node { name, context, lm, listener, serving, watcher } = node;
+        serving.abort();
+        let _ = serving.await;
+        context.outbound.stop().await;
+        context.store.close().await;
+        drop((lm, context, watcher));
+        self.node(name.as_str(), listener).await
+    }
+}
+
+impl Node {
+    pub fn user(&self, localpart: &str) -> OwnedUserId {
+        UserId::parse(format!("@{localpart}:{}", self.name)).unwrap()
+    }
+
+    /// A room with `@bot` as its creator.
+    pub async fn create_room(&self, join_rule: &str) -> OwnedRoomId {
+        self.create_room_with(join_rule, json!({ "users": { self.user("bot"): 100 } })).await
+    }
+
+    pub async fn create_room_with(&self, join_rule: &str, power_levels: Value) -> OwnedRoomId {
+        let bot = self.user("bot");
+        let initial_state = vec![
+            draft(&bot, "m.room.power_levels", Some(""), power_levels),
+            draft(&bot, "m.room.join_rules", Some(""), json!({ "join_rule": join_rule })),
+        ];
+        let room = NewRoom { creator: bot, version: RoomVersion::Lm02, initial_state };
+        self.lm.create_room(room).await.unwrap()
+    }
+
+    /// Joins a room as one of this server's users, through `hub`.
+    pub async fn join(&self, room_id: &RoomId, localpart: &str, hub: &Node) -> Appended {
+        self.lm.join(room_id, &self.user(localpart), &[hub.name.clone()], Object::new()).await.unwrap()
+    }
+
+    pub async fn send(&self, room_id: &RoomId, draft: Draft) -> Result<Sent, Refusal> {
+        self.lm.send(room_id, vec![Outgoing { draft, effect: None }]).await.pop().unwrap()
+    }
+
+    pub async fn say(&self, room_id: &RoomId, localpart: &str, body: &str) -> Sent {
+        self.send(room_id, message(&self.user(localpart), body)).await.unwrap()
+    }
+
+    /// The whole log.
+    pub async fn log(&self, room_id: &RoomId) -> Vec<Appended> {
+        self.lm.log(room_id, Position(0), 1000).await.unwrap()
+    }
+
+    pub async fn bodies(&self, room_id: &RoomId) -> Vec<String> {
+        bodies(&self.log(room_id).await)
+    }
+
+    /// Waits until the log is as wanted.
+    pub async fn wait(&self, room_id: &RoomId, what: &str, wanted: impl Fn(&[Appended]) -> bool) -> Vec<Appended> {
+        let mut news = self.watcher.news.subscribe();
+        let waiting = async {
+            loop {
+                news.borrow_and_update();
+                if let Ok(log) = self.lm.log(room_id, Position(0), 1000).await
+                    && wanted(&log)
+                {
+                    return log;
+                }
+                // Own events of a hub are no news: look again now and then.
+                let _ = tokio::time::timeout(Duration::from_millis(50), news.changed()).await;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, waiting).await {
+            Ok(log) => log,
+            Err(_) => panic!("{} waited in vain for {what}; the log is {:#?}", self.name, self.bodies(room_id).await),
+        }
+    }
+
+    pub async fn wait_for_body(&self, room_id: &RoomId, body: &str) -> Vec<Appended> {
+        self.wait(room_id, body, |log| bodies(log).iter().any(|found| found == body)).await
+    }
+
+    /// A correctly signed LPDU of this server, whoever its sender is.
+    pub fn lpdu(&self, room_id: &RoomId, hub: &ServerName, draft: &Draft) -> Lpdu {
+        let mut template = Object::new();
+        template.insert("type".to_owned(), json!(draft.kind));
+        template.insert("room_id".to_owned(), json!(room_id));
+        template.insert("sender".to_owned(), json!(draft.sender));
+        template.insert("content".to_owned(), Value::Object(draft.content.clone()));
+        template.insert("origin_server_ts".to_owned(), json!(draft.origin_server_ts));
+        if let Some(state_key) = &draft.state_key {
+            template.insert("state_key".to_owned(), json!(state_key));
+        }
+        Lpdu::build(template, hub, &self.name, &self.context.signing_key).unwrap()
+    }
+
+    /// Sends a transaction as this server; the answer.
+    pub async fn transact(&self, to: &Node, txn_id: &str, pdus: &[Value]) -> Result<Object, RemoteError> {
+        let uri = format!(
+            "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02/send/{txn_id}"
+        );
+        let body = json!({ "pdus": pdus }).as_object().unwrap().clone();
+        self.context.client.call(&to.name, Call::put(uri, body), false).await
+    }
+
+    pub async fn get(&self, from: &Node, uri: &str) -> Result<Object, RemoteError> {
+        self.context.client.call(&from.name, Call::get(uri), false).await
+    }
+}
+
+pub fn draft(sender: &UserId, kind: &str, state_key: Option<&str>, content: Value) -> Draft {
+    Draft {
+        sender: sender.to_owned(),
+        kind: kind.to_owned(),
+        state_key: state_key.map(str::to_owned),
+        content: content.as_object().unwrap().clone(),
+        origin_server_ts: 1_700_000_000_000,
+    }
+}
+
+pub fn message(sender: &UserId, body: &str) -> Draft {
+    draft(sender, "m.room.message", None, json!({ "msgtype": "m.text", "body": body }))
+}
+
+pub fn member(sender: &UserId, target: &UserId, membership: &str) -> Draft {
+    draft(sender, "m.room.member", Some(target.as_str()), json!({ "membership": membership }))
+}
+
+pub fn bodies(log: &[Appended]) -> Vec<String> {
+    let body = |event: &Appended| event.event.content().get("body")?.as_str().map(str::to_owned);
+    log.iter().filter_map(body).collect()
+}
+
+pub fn ids(log: &[Appended]) -> Vec<OwnedEventId> {
+    log.iter().map(|event| event.event.event_id.clone()).collect()
+}
+
+pub fn raw(json: &Object) -> Raw {
+    serde_json::value::to_raw_value(json).unwrap()
+}
+
+/// Positions are dense from 0 and each event follows the one before it (INV-1).
+#[track_caller]
+pub fn assert_dense(log: &[Appended]) {
+    for (index, event) in log.iter().enumerate() {
+        assert_eq!(event.position, Position(i64::try_from(index).unwrap()));
+        let before = index.checked_sub(1).map(|before| vec![log[before].event.event_id.clone()]);
+        assert_eq!(event.event.prev_events, before.unwrap_or_default());
+    }
+}
