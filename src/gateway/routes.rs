@@ -65,6 +65,8 @@ pub fn federation_routes(federation: Federation) -> Router {
         .route(&federated("/v2/send_join/{room_id}/{event_id}"), put(send_join_matrix))
         .route(&federated("/v1/make_leave/{room_id}/{user_id}"), get(make_leave))
         .route(&federated("/v2/send_leave/{room_id}/{event_id}"), put(send_leave_matrix))
+        .route(&federated("/v1/make_knock/{room_id}/{user_id}"), get(make_knock))
+        .route(&federated("/v1/send_knock/{room_id}/{event_id}"), put(send_knock_matrix))
         .route(&federated("/v2/invite/{room_id}/{event_id}"), put(invite_matrix))
         .route(&federated("/v1/event/{event_id}"), get(event_matrix))
         .route(&federated("/v1/event_auth/{room_id}/{event_id}"), get(event_auth))
@@ -81,6 +83,7 @@ pub fn federation_routes(federation: Federation) -> Router {
         ("v2", "/send/{txn_id}", put(send_lm)),
         ("v3", "/send_join/{txn_id}", post(send_join_lm)),
         ("v3", "/send_leave/{txn_id}", post(send_leave_lm)),
+        ("v3", "/send_knock/{txn_id}", post(send_knock_lm)),
         ("v3", "/invite/{txn_id}", post(invite_lm)),
         ("v2", "/event/{event_id}", get(event_lm)),
         ("v2", "/backfill/{room_id}", get(backfill)),
@@ -281,6 +284,38 @@ async fn send_leave_matrix(
 
 async fn send_leave_lm(State(federation): State<Federation>, Path(_): Path<String>, signed: SignedBody) -> Answer {
     Ok(Json(federation.lm.send_leave(&signed.origin, signed.body).await?))
+}
+
+async fn make_knock(
+    State(federation): State<Federation>,
+    Path((room_id, user_id)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+    signed: Signed,
+) -> Answer {
+    let (room_id, user_id): (OwnedRoomId, OwnedUserId) = (parse("room ID", &room_id)?, parse("user ID", &user_id)?);
+    let versions: Vec<String> = pairs(&query, "ver");
+    let answer = match side_of(&federation, &room_id).await? {
+        Side::Lm => federation.lm.make_knock(&signed.origin, &room_id, &user_id, &versions).await?,
+        Side::Matrix => federation.dag.make_knock(&signed.origin, &room_id, &user_id, &versions).await?,
+    };
+    Ok(Json(answer))
+}
+
+async fn send_knock_matrix(
+    State(federation): State<Federation>,
+    Path((room_id, event_id)): Path<(String, String)>,
+    signed: SignedBody,
+) -> Answer {
+    let (room_id, event_id): (OwnedRoomId, OwnedEventId) = (parse("room ID", &room_id)?, parse("event ID", &event_id)?);
+    let answer = match side_of(&federation, &room_id).await? {
+        Side::Lm => federation.lm.send_knock(&signed.origin, signed.body).await?,
+        Side::Matrix => federation.dag.send_knock(&signed.origin, &room_id, &event_id, signed.body).await?,
+    };
+    Ok(Json(answer))
+}
+
+async fn send_knock_lm(State(federation): State<Federation>, Path(_): Path<String>, signed: SignedBody) -> Answer {
+    Ok(Json(federation.lm.send_knock(&signed.origin, signed.body).await?))
 }
 
 async fn invite_matrix(

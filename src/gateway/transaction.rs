@@ -48,6 +48,13 @@ pub(super) async fn receive(
 ) -> Result<Value, Refusal> {
     let (pdus, _edus) = parse(&transaction.raw)?;
     let outcomes = dispatch(state, &transaction.origin, pdus).await;
+    // What failed here is no verdict on the event: the whole is sent again, and what was taken is known then.
+    if let Some(failure) = outcomes.iter().find_map(|outcome| match &outcome.result {
+        Err(refusal @ Refusal::Internal(_)) => Some(refusal.clone()),
+        _ => None,
+    }) {
+        return Err(failure);
+    }
     Ok(answer(outcomes, dialect))
 }
 

@@ -70,13 +70,12 @@ impl Lm {
     pub async fn receive(&self, origin: &ServerName, pdus: Vec<Raw>) -> Vec<Received> {
         let mut answers: Vec<Received> = Vec::with_capacity(pdus.len());
         let mut by_room: BTreeMap<OwnedRoomId, Vec<(usize, Object)>> = BTreeMap::new();
-        for raw in pdus {
-            match parse(&raw) {
-                Ok((room_id, event_id, object)) => {
-                    by_room.entry(room_id).or_default().push((answers.len(), object));
-                    answers.push(Received { event_id: Some(event_id), result: Ok(()) });
-                }
-                Err(refusal) => answers.push(Received { event_id: None, result: Err(refusal) }),
+        for raw in &pdus {
+            let place = answers.len();
+            let parsed = parse(raw);
+            answers.push(received(None, parsed.as_ref().map(drop).map_err(Clone::clone)));
+            if let Ok((room_id, object)) = parsed {
+                by_room.entry(room_id).or_default().push((place, object));
             }
         }
         let rooms = by_room.into_iter().map(|(room_id, events)| async move {
@@ -85,32 +84,35 @@ impl Lm {
         });
         for (places, results) in join_all(rooms).await {
             for (place, result) in places.into_iter().zip(results) {
-                if let Some(answer) = answers.get_mut(place) {
-                    if let Err(refusal) = &result {
-                        let event = answer.event_id.as_ref().map(tracing::field::display);
-                        tracing::info!(%origin, event, %refusal, "refused an event");
-                    }
-                    answer.result = result;
-                }
+                set(&mut answers, place, result);
             }
+        }
+        for (raw, answer) in pdus.iter().zip(&mut answers) {
+            let Err(refusal) = &answer.result else { continue };
+            // What could not be read as an event still has an ID by which its sender knows it.
+            let event_id = answer.event_id.take().or_else(|| id_as_received(raw));
+            tracing::info!(%origin, event = event_id.as_ref().map(tracing::field::display), %refusal, "refused an event");
+            answer.event_id = event_id;
         }
         answers
     }
 
+    /// Takes events of one room; answers in order.
     pub(super) async fn receive_in_room(
         &self,
         origin: &ServerName,
         room_id: &RoomId,
         objects: Vec<Object>,
-    ) -> Vec<Result<(), Refusal>> {
+    ) -> Vec<Received> {
+        let all = |result: Result<(), Refusal>| objects.iter().map(|_| received(None, result.clone())).collect();
         let (cell, snapshot) = match self.find(room_id).await {
             Ok(found) => found,
             // Events of rooms that the gateway is not in are dropped, but those of a room that is being joined are kept.
-            Err(Refusal::UnknownRoom(_)) if self.joining().keep(origin, room_id, &objects) => {
-                return objects.iter().map(|_| Ok(())).collect();
+            Err(Refusal::UnknownRoom(_)) => {
+                self.joining().keep(origin, room_id, &objects);
+                return all(Ok(()));
             }
-            Err(Refusal::UnknownRoom(_)) => return objects.iter().map(|_| Ok(())).collect(),
-            Err(refusal) => return objects.iter().map(|_| Err(refusal.clone())).collect(),
+            Err(refusal) => return all(Err(refusal)),
         };
         match self.role(&snapshot) {
             Role::Hub => self.receive_lpdus(origin, &cell, &snapshot.facts, objects).await,
@@ -126,17 +128,22 @@ impl Lm {
         cell: &Arc<RoomCell>,
         facts: &Facts,
         objects: Vec<Object>,
-    ) -> Vec<Result<(), Refusal>> {
-        let mut results: Vec<Result<(), Refusal>> = Vec::with_capacity(objects.len());
+    ) -> Vec<Received> {
+        let mut results: Vec<Received> = Vec::with_capacity(objects.len());
         let mut parsed = Vec::with_capacity(objects.len());
         for object in objects {
-            let lpdu = Lpdu::parse(object).and_then(|lpdu| self.is_for_us(origin, facts, lpdu));
-            match lpdu {
-                Ok(lpdu) => {
-                    parsed.push((results.len(), lpdu));
-                    results.push(Ok(()));
+            let lpdu = match Lpdu::parse(object) {
+                Ok(lpdu) => lpdu,
+                Err(refusal) => {
+                    results.push(received(None, Err(refusal)));
+                    continue;
                 }
-                Err(refusal) => results.push(Err(refusal)),
+            };
+            let for_us = self.is_for_us(origin, facts, &lpdu);
+            let is_for_us = for_us.is_ok();
+            results.push(received(Some(lpdu.lpdu_id.clone()), for_us));
+            if is_for_us {
+                parsed.push((results.len().saturating_sub(1), lpdu));
             }
         }
         let mut waiting = Vec::new();
@@ -151,19 +158,14 @@ impl Lm {
             };
             match passed {
                 Ok(lpdu) => waiting.push((place, lpdu)),
-                Err(refusal) => set(&mut results, place, Err(refusal)),
+                Err(refusal) => set_result(&mut results, place, Err(refusal)),
             }
         }
         self.flush(cell, &mut waiting, &mut results).await;
         results
     }
 
-    async fn flush(
-        &self,
-        cell: &Arc<RoomCell>,
-        waiting: &mut Vec<(usize, VerifiedLpdu)>,
-        results: &mut [Result<(), Refusal>],
-    ) {
+    async fn flush(&self, cell: &Arc<RoomCell>, waiting: &mut Vec<(usize, VerifiedLpdu)>, results: &mut [Received]) {
         if waiting.is_empty() {
             return;
         }
@@ -171,7 +173,7 @@ impl Lm {
         let foreign = |lpdu| (What::Lpdu(lpdu), Origin { foreign: true, ..Origin::default() });
         let appended = self.append_all(cell, lpdus.into_iter().map(foreign).collect()).await;
         for (place, result) in places.into_iter().zip(appended) {
-            set(results, place, result.map(drop));
+            set_result(results, place, result.map(drop));
         }
     }
 
@@ -190,7 +192,7 @@ impl Lm {
 
     /// Whether an LPDU comes from its sender's server and is meant for this hub. Our own users are no exception: only this
     /// gateway speaks for them, and it does not do so over federation.
-    pub(super) fn is_for_us(&self, origin: &ServerName, facts: &Facts, lpdu: Lpdu) -> Result<Lpdu, Refusal> {
+    pub(super) fn is_for_us(&self, origin: &ServerName, facts: &Facts, lpdu: &Lpdu) -> Result<(), Refusal> {
         let own = &self.context().server_name;
         let sent_by = lpdu.sender.server_name();
         if sent_by != origin || sent_by == own {
@@ -208,7 +210,7 @@ impl Lm {
         {
             return Err(Refusal::malformed("state_key", format!("{target:?} of m.room.member: {error}")));
         }
-        Ok(lpdu)
+        Ok(())
     }
 
     /// Checks hashes and signatures, together those that are signed with the same keys.
@@ -251,7 +253,8 @@ impl Lm {
         facts: &Facts,
         body: Object,
     ) -> Result<VerifiedLpdu, Refusal> {
-        let lpdu = self.is_for_us(origin, facts, Lpdu::parse(body)?)?;
+        let lpdu = Lpdu::parse(body)?;
+        self.is_for_us(origin, facts, &lpdu)?;
         let keys = self.keys(origin, &lpdu).await?;
         lpdu.verify(&keys)
     }
@@ -310,23 +313,33 @@ impl Outcome {
     }
 }
 
-fn set(results: &mut [Result<(), Refusal>], place: usize, result: Result<(), Refusal>) {
+pub(super) fn received(event_id: Option<OwnedEventId>, result: Result<(), Refusal>) -> Received {
+    Received { event_id, result }
+}
+
+fn set(results: &mut [Received], place: usize, result: Received) {
     if let Some(entry) = results.get_mut(place) {
         *entry = result;
     }
 }
 
-/// An event of a transaction: its room, its ID as it was received, and the event.
-fn parse(raw: &Raw) -> Result<(OwnedRoomId, OwnedEventId, Object), Refusal> {
-    let mut object = parse_object(raw.get().as_bytes())?;
-    // Neither belongs to an event, and neither counts in what identifies it.
-    object.remove("unsigned");
-    object.remove("event_id");
+fn set_result(results: &mut [Received], place: usize, result: Result<(), Refusal>) {
+    if let Some(entry) = results.get_mut(place) {
+        entry.result = result;
+    }
+}
+
+/// An event of a transaction, and its room.
+fn parse(raw: &Raw) -> Result<(OwnedRoomId, Object), Refusal> {
+    let object = parse_object(raw.get().as_bytes())?;
     let room_id = object.get("room_id").and_then(Value::as_str).unwrap_or_default();
     let room_id = RoomId::parse(room_id).map_err(|error| Refusal::malformed("room_id", error.to_string()))?;
-    let event_id = format!("${}", reference_hash(&object, Redaction::Draft));
-    let event_id = OwnedEventId::try_from(event_id).map_err(|error| Refusal::Internal(error.to_string()))?;
-    Ok((room_id, event_id, object))
+    Ok((room_id, object))
+}
+
+fn id_as_received(raw: &Raw) -> Option<OwnedEventId> {
+    let object = parse_object(raw.get().as_bytes()).ok()?;
+    OwnedEventId::try_from(format!("${}", reference_hash(&object, Redaction::Draft))).ok()
 }
 
 fn new_room_id(own: &ServerName) -> Result<OwnedRoomId, Refusal> {

@@ -10,11 +10,13 @@ use ruma::{EventId, OwnedEventId, ServerName};
 use super::Lm;
 use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
+use super::hub::received;
 use super::room::{Snapshot, Subject};
 use super::rooms::{RoomCell, stored_pdu};
 use super::rules::Slot;
 use crate::event::{Object, Pdu};
 use crate::refusal::Refusal;
+use crate::seam::Received;
 use crate::store::lm as stored;
 
 /// How many events one request for missing ones asks for.
@@ -31,15 +33,15 @@ impl Lm {
         origin: &ServerName,
         cell: &Arc<RoomCell>,
         objects: Vec<Object>,
-    ) -> Vec<Result<(), Refusal>> {
+    ) -> Vec<Received> {
         let count = objects.len();
         let (lm, origin, cell) = (self.clone(), origin.to_owned(), cell.clone());
         // On a task of its own: when the hub hangs up, what was begun is still finished.
         let taken = tokio::spawn(async move { lm.take_in_turn(&origin, &cell, objects).await }).await;
         match taken {
             Ok(Ok(results)) => results,
-            Ok(Err(refusal)) => vec![Err(refusal); count],
-            Err(error) => vec![Err(Refusal::Internal(error.to_string())); count],
+            Ok(Err(refusal)) => vec![received(None, Err(refusal)); count],
+            Err(error) => vec![received(None, Err(Refusal::Internal(error.to_string()))); count],
         }
     }
 
@@ -48,19 +50,19 @@ impl Lm {
         origin: &ServerName,
         cell: &Arc<RoomCell>,
         objects: Vec<Object>,
-    ) -> Result<Vec<Result<(), Refusal>>, Refusal> {
+    ) -> Result<Vec<Received>, Refusal> {
         let _turn = cell.intake.lock().await;
         let room = cell.snapshot(&self.context().store).await?;
         if *origin != room.facts.hub {
-            return Ok(objects.iter().map(|object| not_from_hub(origin, &room, object)).collect());
+            return Ok(objects.iter().map(|object| received(None, not_from_hub(origin, &room, object))).collect());
         }
         let checked = self.check_finished(objects, room.redaction).await;
         let mut taking = Taking::new(self, Batch::new(room));
         let mut results = Vec::with_capacity(checked.len());
         for event in checked {
             results.push(match event {
-                Ok(event) => taking.take(event).await?,
-                Err(bad) => taking.reject(bad),
+                Ok(event) => received(Some(event.pdu.event_id.clone()), taking.take(event).await?),
+                Err(bad) => received(None, taking.reject(bad)),
             });
         }
         taking.batch.commit(self, Some(cell)).await?;
@@ -83,12 +85,14 @@ pub(super) struct Taking<'a> {
     pub batch: Batch,
     /// The events in the batch, and those that were rejected on the way.
     fresh: BTreeSet<OwnedEventId>,
+    /// The hub did not give what was missing: it is not asked again now.
+    in_vain: bool,
 }
 
 impl<'a> Taking<'a> {
     /// Goes on from a batch in which these events are already.
     pub fn new(lm: &'a Lm, batch: Batch) -> Self {
-        Self { lm, batch, fresh: BTreeSet::new() }
+        Self { lm, batch, fresh: BTreeSet::new(), in_vain: false }
     }
 
     fn room(&self) -> &Snapshot {
@@ -101,7 +105,7 @@ impl<'a> Taking<'a> {
             return Ok(Ok(()));
         }
         let missing = self.unknown(&event.pdu.prev_events).await?;
-        if !missing.is_empty() {
+        if !missing.is_empty() && !self.in_vain {
             self.fill(&event.pdu.event_id, missing).await?;
         }
         self.place(event).await
@@ -241,6 +245,7 @@ impl<'a> Taking<'a> {
         };
         let found = in_order(found);
         if !complete {
+            self.in_vain = true;
             let first = found.first().map_or_else(|| event.to_owned(), |first| first.pdu.event_id.clone());
             self.complain(event, "the hub did not give all that is before it");
             self.adopt_state_before(&first).await?;

@@ -45,13 +45,12 @@ impl Joining {
         lock(&self.0).contains_key(room_id)
     }
 
-    /// Keeps events until the room is known; false when no join is under way.
-    pub fn keep(&self, origin: &ServerName, room_id: &RoomId, objects: &[Object]) -> bool {
-        let Some(join) = lock(&self.0).get(room_id).cloned() else { return false };
+    /// Keeps events until the room is known, if a join is under way.
+    pub fn keep(&self, origin: &ServerName, room_id: &RoomId, objects: &[Object]) {
+        let Some(join) = lock(&self.0).get(room_id).cloned() else { return };
         let mut early = lock(&join.early);
         let space = EARLY.saturating_sub(early.len());
         early.extend(objects.iter().take(space).map(|object| (origin.to_owned(), object.clone())));
-        true
     }
 
     /// Ends a join that nobody else waits for; returns what came early.
@@ -95,8 +94,10 @@ impl Lm {
             }
         };
         for (origin, object) in self.joining().leave(room_id, join) {
-            if let Some(Err(refusal)) = self.receive_in_room(&origin, room_id, vec![object]).await.pop() {
-                tracing::info!(room = %room_id, %origin, %refusal, "refused an event that came before the join");
+            for early in self.receive_in_room(&origin, room_id, vec![object]).await {
+                if let Err(refusal) = early.result {
+                    tracing::info!(room = %room_id, %origin, %refusal, "refused an event that came before the join");
+                }
             }
         }
         match joined? {
@@ -133,7 +134,7 @@ impl Lm {
         via: &[OwnedServerName],
     ) -> Result<Appended, Refusal> {
         let mut last = Refusal::NotFound(format!("a server through which {room_id} can be joined"));
-        for server in self.candidates(room_id, via) {
+        for server in self.candidates(room_id, via).await {
             match self.join_through(&server, room_id, draft).await {
                 Ok(joined) => return Ok(joined),
                 Err(refusal) => {
@@ -145,10 +146,12 @@ impl Lm {
         Err(last)
     }
 
-    /// `via`, then the server that the room's ID names, then that of a room known before; each once and not ourselves.
-    fn candidates(&self, room_id: &RoomId, via: &[OwnedServerName]) -> Vec<OwnedServerName> {
+    /// `via`, then the hub of a room that was known before, then the server that the room's ID names; each once and not
+    /// ourselves.
+    async fn candidates(&self, room_id: &RoomId, via: &[OwnedServerName]) -> Vec<OwnedServerName> {
+        let known = self.find(room_id).await.ok().map(|(_, room)| room.facts.hub.clone());
         let mut servers: Vec<OwnedServerName> = Vec::new();
-        for server in via.iter().map(|server| &**server).chain(room_id.server_name()) {
+        for server in via.iter().map(|server| &**server).chain(known.as_deref()).chain(room_id.server_name()) {
             if *server != self.context().server_name && !servers.iter().any(|known| known == server) {
                 servers.push(server.to_owned());
             }
@@ -243,7 +246,7 @@ impl Lm {
         via: &[OwnedServerName],
     ) -> Result<(), Refusal> {
         let mut last = Refusal::NotFound(format!("a server through which {room_id} can be left"));
-        for server in self.candidates(room_id, via) {
+        for server in self.candidates(room_id, via).await {
             let left = async {
                 self.peers().make(&server, "leave", room_id, &draft.sender).await?;
                 let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.clone() };

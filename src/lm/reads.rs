@@ -7,6 +7,7 @@ use ruma::{EventId, RoomId};
 use super::room::Snapshot;
 use super::rooms::{RoomCell, stored_pdu};
 use super::{Appended, Lm, Position, Role, Room, State};
+use crate::event::Pdu;
 use crate::refusal::Refusal;
 use crate::seam::Draft;
 use crate::store::lm::{self as stored, EventRow};
@@ -50,6 +51,17 @@ impl Lm {
     pub async fn state(&self, room_id: &RoomId) -> Result<Arc<State>, Refusal> {
         let (_, snapshot) = self.find(room_id).await?;
         Ok(snapshot.shown())
+    }
+
+    /// One event of the current state.
+    pub async fn state_event(
+        &self,
+        room_id: &RoomId,
+        kind: &str,
+        state_key: &str,
+    ) -> Result<Option<Arc<Pdu>>, Refusal> {
+        let (_, snapshot) = self.find(room_id).await?;
+        Ok(snapshot.state_event(kind, state_key).cloned())
     }
 
     /// One event, with its place.

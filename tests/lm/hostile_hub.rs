@@ -26,9 +26,7 @@ async fn complaints(part: &Node, room: &RoomId) -> Vec<String> {
 
 /// An event as the hub could make it of anything, on the end of its log.
 fn finished(hub: &Node, room: &RoomId, log: &[Appended], draft: &Draft, auth: &[&str]) -> Pdu {
-    let named = |kind: &&str| {
-        log.iter().rev().find(|event| event.event.kind == **kind).unwrap().event.event_id.clone()
-    };
+    let named = |kind: &&str| log.iter().rev().find(|event| event.event.kind == **kind).unwrap().event.event_id.clone();
     let completion = Completion {
         auth_events: auth.iter().map(named).collect(),
         prev_event: Some(log.last().unwrap().event.event_id.clone()),
@@ -234,13 +232,8 @@ async fn what_the_hub_refuses_is_told() {
     let Sent::Queued { lpdu_id } = part.send(&room, topic).await.unwrap() else { panic!("a participant queues") };
     part.say(&room, "alice", "after").await;
     part.wait_for_body(&room, "after").await;
-    let mut news = part.watcher.news.subscribe();
-    let refused = loop {
-        if let Some(refused) = part.watcher.refused.lock().unwrap().first().cloned() {
-            break refused;
-        }
-        tokio::time::timeout(std::time::Duration::from_secs(30), news.changed()).await.unwrap().unwrap();
-    };
+    part.wait_for_watcher("the refusal", |watcher| !watcher.refused.lock().unwrap().is_empty()).await;
+    let refused = part.watcher.refused.lock().unwrap()[0].clone();
     assert_eq!(refused.0, lpdu_id);
     assert!(refused.1.contains("rule 7"), "{}", refused.1);
 }

@@ -1,12 +1,19 @@
 //! A hub and a participant that behave.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use isthmus::event::RoomVersion;
 use isthmus::identity::Side;
+use isthmus::lm::rules::{Before, Judged, Slot, check};
 use isthmus::lm::{Appended, Role, Sent};
 use isthmus::refusal::Refusal;
 use isthmus::seam::{Membership, Outgoing, Stage};
-use serde_json::json;
+use ruma::RoomId;
+use serde_json::{Value, json};
 
-use super::world::{World, assert_dense, bodies, draft, ids, member, message};
+use super::world::{Hook, World, assert_dense, bodies, draft, ids, member, message};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_participant_joins_and_both_sides_talk() {
@@ -94,9 +101,7 @@ async fn who_comes_back_gets_nothing_of_what_was_said_meanwhile() {
     let room = hub.create_room("public").await;
     part.join(&room, "alice", &hub).await;
     part.lm.leave(&room, &part.user("alice"), &[]).await.unwrap();
-    let left = |log: &[Appended]| {
-        log.last().unwrap().event.content().get("membership") == Some(&json!("leave"))
-    };
+    let left = |log: &[Appended]| log.last().unwrap().event.content().get("membership") == Some(&json!("leave"));
     hub.wait(&room, "the leave", left).await;
     part.wait(&room, "the echo of the leave", left).await;
     hub.say(&room, "bot", "among us").await;
@@ -143,7 +148,7 @@ async fn an_invite_is_signed_by_the_invited_server() {
         // From a server that is not in the room.
         let eve = draft(&sender, "m.room.member", Some("@dave:third.example"), json!({ "membership": "invite" }));
         third.lm.leave(&room, &carol, &[]).await.ok();
-        hub.wait(&room, "carol's leave", |log| {
+        node.wait(&room, "carol's leave", |log| {
             let left = |event: &Appended| event.event.content().get("membership") == Some(&json!("leave"));
             log.iter().any(|event| event.event.sender == carol && left(event))
         })
@@ -214,4 +219,135 @@ async fn what_was_missed_is_fetched_from_the_hub() {
     assert_eq!(ids(&part.log(&room).await), ids(&hub.log(&room).await), "{name}");
     assert_eq!(part.lm.room(&room).await.unwrap().unwrap().complaints, Vec::<String>::new());
     drop(world);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_invite_holds_a_room_that_moves_faster_than_it_is_signed() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("invite").await;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let hook: Hook = {
+        let (lm, room, asked, bot) = (hub.lm.clone(), room.clone(), asked.clone(), hub.user("bot"));
+        Box::new(move || {
+            let number = asked.fetch_add(1, Ordering::SeqCst);
+            let (lm, room, draft) = (lm.clone(), room.clone(), message(&bot, &format!("meanwhile {number}")));
+            Box::pin(async move {
+                let saying = tokio::spawn(async move {
+                    lm.send(&room, vec![Outgoing { draft, effect: None }]).await.pop().unwrap().unwrap();
+                });
+                // The fourth time the room stands still, and what is said waits for the invite.
+                if number < 3 {
+                    saying.await.unwrap();
+                }
+            })
+        })
+    };
+    *part.watcher.before_signing.lock().unwrap() = Some(hook);
+    let draft = member(&hub.user("bot"), &part.user("alice"), "invite");
+    let sent = hub.lm.invite(&room, Outgoing { draft, effect: None }).await.unwrap();
+    let Sent::Appended(invite) = sent else { panic!("a hub appends") };
+    assert!(invite.event.json["signatures"].get("part.example").is_some());
+    assert_eq!(asked.load(Ordering::SeqCst), 4);
+    let log = hub.wait_for_body(&room, "meanwhile 3").await;
+    assert_dense(&log);
+    let order: Vec<bool> = log[4..].iter().map(|event| event.event.kind == "m.room.member").collect();
+    assert_eq!(order, [false, false, false, true, false]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_invite_that_a_participant_sends_like_any_event_reaches_the_invited_server() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    let carol = third.user("carol");
+    part.send(&room, member(&part.user("alice"), &carol, "invite")).await.unwrap();
+    third.wait_for_watcher("the invite", |watcher| !watcher.invites.lock().unwrap().is_empty()).await;
+    assert_eq!(third.watcher.invites.lock().unwrap()[0].target, carol);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_knock_is_taken_where_the_room_takes_knocks() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let alice = part.user("alice");
+    for (join_rule, taken) in [("knock", true), ("invite", false)] {
+        let room = hub.create_room(join_rule).await;
+        let versions = ["org.matrix.i-d.ralston-mimi-linearized-matrix.02".to_owned()];
+        let made = hub.lm.make_knock(&part.name, &room, &alice, &versions).await;
+        assert_eq!(made.is_ok(), taken);
+        let knock = part.lpdu(&room, &hub.name, &member(&alice, &alice, "knock")).json;
+        let answer = hub.lm.send_knock(&part.name, knock).await;
+        assert_eq!(answer.is_ok(), taken);
+        if let Ok(answer) = answer {
+            assert_eq!(answer["stripped_state"].as_array().unwrap().len(), 2);
+        }
+    }
+}
+
+/// Some participants put the state that answers their join through the rules, event by event, in the order in which it
+/// comes. Members whose invites are no longer in the state pass only when the invites are there too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_state_that_answers_a_join_passes_a_replay() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let bot = hub.user("bot");
+    let levels = json!({ "users": { bot.clone(): 100 } });
+    for join_rule in ["public", "invite"] {
+        let room = hub.create_room_with(join_rule, levels.clone()).await;
+        for (node, name) in [(&part, "alice"), (&part, "bob"), (&third, "carol")] {
+            let draft = member(&bot, &node.user(name), "invite");
+            hub.lm.invite(&room, Outgoing { draft, effect: None }).await.unwrap();
+            if name != "carol" {
+                node.join(&room, name, &hub).await;
+            }
+        }
+        hub.send(&room, draft(&bot, "m.room.topic", Some(""), json!({ "topic": "x" }))).await.unwrap();
+        hub.send(&room, member(&bot, &part.user("bob"), "ban")).await.unwrap();
+        let join = third.lpdu(&room, &hub.name, &member(&third.user("carol"), &third.user("carol"), "join"));
+        let answer = hub.lm.send_join(&third.name, join.json).await.unwrap();
+        let state = answer["state"].as_array().unwrap();
+        replay(&room, state);
+        if join_rule == "public" {
+            let kinds: Vec<&str> = state.iter().take(4).map(|event| event["type"].as_str().unwrap()).collect();
+            assert_eq!(kinds, ["m.room.create", "m.room.member", "m.room.power_levels", "m.room.join_rules"]);
+            assert_eq!(state.len(), 8, "the current state and nothing more");
+        }
+    }
+}
+
+/// Each event is allowed by those before it.
+#[track_caller]
+fn replay(room: &RoomId, state: &[Value]) {
+    let mut current: BTreeMap<(String, String), &Value> = BTreeMap::new();
+    let text = |event: &Value, name: &str| event[name].as_str().unwrap().to_owned();
+    let mut last = String::new();
+    for event in state {
+        let (kind, state_key, sender) = (text(event, "type"), text(event, "state_key"), text(event, "sender"));
+        let content = |kind: &str, key: &str| {
+            current.get(&(kind.to_owned(), key.to_owned())).map(|event| event["content"].as_object().unwrap())
+        };
+        let membership = |user: &str| content("m.room.member", user).and_then(|content| content["membership"].as_str());
+        let creator = current.get(&("m.room.create".to_owned(), String::new())).map(|create| text(create, "sender"));
+        let judged = Judged {
+            version: RoomVersion::Lm02,
+            room_id: room,
+            sender: sender.as_str().try_into().unwrap(),
+            kind: &kind,
+            state_key: Some(&state_key),
+            content: event["content"].as_object().unwrap(),
+            signed_by_sender: true,
+            signed_by_hub: None,
+            has_prev_events: !current.is_empty(),
+            auth_events: &[Slot { kind: "m.room.create", state_key: "" }],
+            before: Before {
+                creator: creator.as_deref().map(|creator| creator.try_into().unwrap()),
+                follows_create: last == "m.room.create",
+                power_levels: content("m.room.power_levels", ""),
+                join_rules: content("m.room.join_rules", ""),
+                sender_membership: membership(&sender),
+                target_membership: membership(&state_key),
+            },
+        };
+        check(&judged).unwrap_or_else(|refusal| panic!("{kind} {state_key}: {refusal}"));
+        last.clone_from(&kind);
+        current.insert((kind, state_key), event);
+    }
 }

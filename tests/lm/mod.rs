@@ -1,6 +1,6 @@
 //! The linear side: hubs and participants that talk to each other over loopback HTTP, and what misbehaves there.
 
-mod hub_and_participant;
 mod hostile_hub;
 mod hostile_participant;
+mod hub_and_participant;
 mod world;

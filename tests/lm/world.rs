@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use isthmus::clock::SystemClock;
 use isthmus::config::Config;
 use isthmus::dag::Dag;
@@ -32,7 +33,12 @@ pub struct Watcher {
     pub refused: Mutex<Vec<(OwnedEventId, String)>>,
     /// Users whom the other side would not have.
     pub unwanted: Mutex<Vec<OwnedUserId>>,
+    /// What is done before an invite is signed.
+    pub before_signing: Mutex<Option<Hook>>,
 }
+
+/// Something asynchronous that a test does in between.
+pub type Hook = Box<dyn Fn() -> BoxFuture<'static, ()> + Send + Sync>;
 
 impl Watcher {
     fn new() -> Arc<Self> {
@@ -42,6 +48,7 @@ impl Watcher {
             invites: Mutex::default(),
             refused: Mutex::default(),
             unwanted: Mutex::default(),
+            before_signing: Mutex::default(),
         })
     }
 }
@@ -65,10 +72,15 @@ impl Between for Watcher {
     }
 
     async fn invited(&self, invite: Invite) -> Result<(), Refusal> {
+        let before = self.before_signing.lock().unwrap().as_ref().map(|hook| hook());
+        if let Some(before) = before {
+            before.await;
+        }
         if self.unwanted.lock().unwrap().contains(&invite.target) {
             return Err(Refusal::Forbidden("does not want to be invited".to_owned()));
         }
         self.invites.lock().unwrap().push(invite);
+        self.news.send_modify(|news| *news += 1);
         Ok(())
     }
 
@@ -225,6 +237,13 @@ impl Node {
         }
     }
 
+    /// Waits until what the watcher has seen is as wanted.
+    pub async fn wait_for_watcher(&self, what: &str, wanted: impl Fn(&Watcher) -> bool) {
+        let mut news = self.watcher.news.subscribe();
+        let seen = tokio::time::timeout(PATIENCE, news.wait_for(|_| wanted(&self.watcher))).await;
+        assert!(seen.is_ok(), "{} waited in vain for {what}", self.name);
+    }
+
     pub async fn wait_for_body(&self, room_id: &RoomId, body: &str) -> Vec<Appended> {
         self.wait(room_id, body, |log| bodies(log).iter().any(|found| found == body)).await
     }
@@ -245,9 +264,8 @@ impl Node {
 
     /// Sends a transaction as this server; the answer.
     pub async fn transact(&self, to: &Node, txn_id: &str, pdus: &[Value]) -> Result<Object, RemoteError> {
-        let uri = format!(
-            "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02/send/{txn_id}"
-        );
+        let uri =
+            format!("/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02/send/{txn_id}");
         let body = json!({ "pdus": pdus }).as_object().unwrap().clone();
         self.context.client.call(&to.name, Call::put(uri, body), false).await
     }
