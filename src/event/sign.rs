@@ -245,7 +245,7 @@ mod tests {
         let public: Vec<VerifyKey> =
             keys.iter().map(|key| VerifyKey::from_base64(&key.public_base64()).unwrap()).collect();
         let mut signatures: Vec<String> =
-            keys.iter().enumerate().map(|(index, key)| key.sign(&vec![u8::try_from(index).unwrap(); 40])).collect();
+            keys.iter().enumerate().map(|(index, key)| key.sign(&[u8::try_from(index).unwrap(); 40])).collect();
         assert!(verify_signatures(&checks(&keys, &public, &signatures)).iter().all(Result::is_ok));
         signatures[3] = keys[3].sign(b"something else");
         signatures[7] = "not base64!".to_owned();
