@@ -35,3 +35,24 @@ pub async fn behind(store: &Store, ghost: &UserId, home: Side) -> Result<Option<
         .await?;
     row.map(|(user,)| user.try_into().map_err(|error| StoreError::corrupt("user ID", error))).transpose()
 }
+
+#[cfg(test)]
+mod tests {
+    use ruma::user_id;
+
+    use super::*;
+    use crate::store::testing::both_stores;
+
+    #[tokio::test]
+    async fn a_ghost_stands_for_one_user_of_one_side_for_ever() {
+        both_stores(|store| async move {
+            let (ghost, user) = (user_id!("@lm_=_abc:g.example"), user_id!("@LONG:hub.example"));
+            assert_eq!(behind(&store, ghost, Side::Lm).await.unwrap(), None);
+            remember(&store, ghost, Side::Lm, user).await.unwrap();
+            remember(&store, ghost, Side::Lm, user_id!("@other:hub.example")).await.unwrap();
+            assert_eq!(behind(&store, ghost, Side::Lm).await.unwrap().as_deref(), Some(user));
+            assert_eq!(behind(&store, ghost, Side::Matrix).await.unwrap(), None);
+        })
+        .await;
+    }
+}
