@@ -379,4 +379,69 @@ pub(super) mod tests {
             }
         }
     }
+
+    /// Answers with the keys of one server.
+    struct OneServer(Object);
+
+    #[async_trait::async_trait]
+    impl crate::identity::KeyFetcher for OneServer {
+        async fn fetch_keys(&self, server: &ServerName) -> Result<Object, Refusal> {
+            let refusal = || Refusal::KeysUnavailable { server: server.to_string(), problem: "away".to_owned() };
+            (server == "a.example").then(|| self.0.clone()).ok_or_else(refusal)
+        }
+    }
+
+    #[tokio::test]
+    async fn requests_are_let_in_by_every_signature_that_they_carry() {
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}", directory.path().join("t.db").display());
+        let store = crate::store::Store::open(&url).await.unwrap();
+        let clock = crate::clock::ManualClock::new(1_700_000_000_000);
+        let (key, other_key) = (std::sync::Arc::new(SigningKey::generate()), SigningKey::generate());
+        let (a, g) = (server_name!("a.example"), server_name!("g.example"));
+        let nobody = std::sync::Arc::new(OneServer(Object::new()));
+        let of_a = Keyring::new(a.to_owned(), key.clone(), nobody, store.clone(), clock.clone()).own_keys();
+        let own = std::sync::Arc::new(SigningKey::generate());
+        let keyring = Keyring::new(g.to_owned(), own, std::sync::Arc::new(OneServer(of_a)), store, clock);
+        let check = async |method: &Method, uri: &str, values: &[String], body: Option<&Object>| {
+            let values: Vec<&str> = values.iter().map(String::as_str).collect();
+            authenticate(&keyring, g, method, uri, &headers(&values), body).await
+        };
+
+        let (empty, body) = (Object::new(), serde_json::from_str::<Object>(r#"{"a":{"b":1.5},"c":null}"#).unwrap());
+        let sign = |method: &Method, uri: &str, content: Option<&Object>| {
+            authorization_header(a, g, &key, method, uri, content)
+        };
+        let uri = "/_matrix/federation/v1/x/%21a%3Ab?c=d";
+        for content in [None, Some(&empty)] {
+            let header = sign(&Method::GET, uri, content);
+            assert_eq!(
+                check(&Method::GET, uri, std::slice::from_ref(&header), None).await.unwrap().origin,
+                "a.example"
+            );
+            // HC-04
+            assert!(
+                check(&Method::GET, "/_matrix/federation/v1/x/%21a%3Ab", std::slice::from_ref(&header), None)
+                    .await
+                    .is_err()
+            );
+            assert!(check(&Method::POST, uri, &[header], Some(&body)).await.is_err());
+        }
+        let good = sign(&Method::PUT, uri, Some(&body));
+        assert!(check(&Method::PUT, uri, std::slice::from_ref(&good), Some(&body)).await.is_ok());
+        assert!(check(&Method::PUT, uri, &[good.clone(), good.clone()], Some(&body)).await.is_ok());
+        // HC-03: another body, and a body that was not signed at all.
+        let changed = serde_json::from_str::<Object>(r#"{"a":{"b":1.25},"c":null}"#).unwrap();
+        assert!(check(&Method::PUT, uri, std::slice::from_ref(&good), Some(&changed)).await.is_err());
+        assert!(check(&Method::PUT, uri, &[sign(&Method::PUT, uri, None)], Some(&body)).await.is_err());
+
+        let with_other_key = authorization_header(a, g, &other_key, &Method::PUT, uri, Some(&body));
+        let same_id = with_other_key.replace(other_key.id(), key.id());
+        let of_other = authorization_header(server_name!("b.example"), g, &key, &Method::PUT, uri, Some(&body));
+        for bad in [with_other_key, same_id, of_other] {
+            let alone = check(&Method::PUT, uri, std::slice::from_ref(&bad), Some(&body)).await.unwrap_err();
+            assert_eq!((alone.status(), alone.errcode()), (http::StatusCode::UNAUTHORIZED, "M_FORBIDDEN"), "{alone}");
+            assert!(check(&Method::PUT, uri, &[good.clone(), bad], Some(&body)).await.is_err());
+        }
+    }
 }

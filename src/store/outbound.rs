@@ -23,6 +23,8 @@ pub struct Cursor {
     pub sent: i64,
     /// The last position that it is to have now: the feed's end, or where its own end is before that.
     pub target: i64,
+    /// Whether nothing follows the target.
+    pub ends: bool,
 }
 
 /// One feed's part of a transaction.
@@ -38,6 +40,9 @@ pub struct PartRow {
     pub through: i64,
     /// The positions of the events that are in it.
     pub positions: Vec<i64>,
+    /// Whether the feed ends here for the destination.
+    #[serde(default)]
+    pub is_last: bool,
 }
 
 /// The transaction that may be on its way to a destination.
@@ -135,7 +140,8 @@ pub async fn cursor(store: &Store, key: &CursorKey) -> Result<Option<Cursor>, St
     .await?;
     let Some(row) = row else { return Ok(None) };
     let (head, ends_at): (i64, Option<i64>) = (row.try_get("head")?, row.try_get("ends_at")?);
-    Ok(Some(Cursor { sent: row.try_get("sent")?, target: ends_at.map_or(head, |end| end.min(head)) }))
+    let target = ends_at.map_or(head, |end| end.min(head));
+    Ok(Some(Cursor { sent: row.try_get("sent")?, target, ends: ends_at == Some(target) }))
 }
 
 /// Every destination and feed where events wait.
@@ -228,9 +234,14 @@ pub async fn arrived(tx: &mut Tx, destination: &str, parts: &[PartRow]) -> Resul
         .bind(part.through)
         .execute(&mut *tx)
         .await?;
-        let key =
-            CursorKey { destination: destination.to_owned(), kind: part.kind.clone(), room_id: part.room_id.clone() };
-        drop_ended(tx, &key).await?;
+        if part.is_last {
+            let key = CursorKey {
+                destination: destination.to_owned(),
+                kind: part.kind.clone(),
+                room_id: part.room_id.clone(),
+            };
+            drop_ended(tx, &key).await?;
+        }
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! that it gets, the position up to which it has it. So a queue costs nothing per event, survives every crash, and is
 //! caught up from the room itself. One transaction in flight a destination, the same ID and the same events on retry.
 
+mod compose;
 mod slot;
 mod verdict;
 mod wire;

@@ -1,7 +1,6 @@
-//! The worker of one destination: composes a transaction from the feeds that have news, keeps its composition, sends it
-//! until it is answered, and keeps what has arrived.
+//! The worker of one destination: has a transaction composed, keeps its composition, sends it until it is answered, and
+//! keeps what has arrived.
 
-use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use rand::Rng as _;
@@ -9,26 +8,17 @@ use ruma::OwnedServerName;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::compose::{Composed, Composer, Part, Transaction, part_rows};
 use super::slot::Slot;
 use super::verdict::{Failure, Verdict, backoff, is_own_error, judge};
 use super::wire::Envelope;
-use super::{Feed, FeedSource, Shared, lock};
-use crate::event::{Object, parse_object};
+use super::{Feed, Shared, lock};
+use crate::event::Object;
 use crate::federation::RemoteError;
 use crate::identity::Side;
 use crate::store::StoreError;
-use crate::store::outbound::{self as rows, FailureRow, InflightRow, PartRow};
+use crate::store::outbound::{self as rows, FailureRow, PartRow};
 
-/// How many events a transaction has at most.
-const MAX_PDUS: usize = 50;
-/// How many feeds are looked at for one transaction.
-const MAX_FEEDS: usize = 50;
-/// How few events of one feed are taken at once when many feeds wait.
-const MIN_SHARE: usize = 5;
-/// An LM transaction ends before the event that would make its body longer than this: a peer refuses 102,400 bytes.
-const MAX_LM_BYTES: usize = 90_000;
-/// The same for Matrix servers, which take 50 events of any size.
-const MAX_MATRIX_BYTES: usize = 4 << 20;
 /// How long a worker stays when there is nothing to do.
 const LINGER: Duration = Duration::from_secs(20);
 /// The shortest time between two tries of a destination that fails.
@@ -46,30 +36,10 @@ pub(super) struct Worker<'a> {
     tries: u32,
     /// How many events are still to be sent one by one, because the batch that they were in was refused.
     singles: usize,
-}
-
-struct Transaction {
-    txn_id: String,
-    composed_ts: i64,
-    parts: Vec<Part>,
-    /// Whether some of it may have arrived already.
-    uncertain: bool,
-}
-
-struct Part {
-    feed: Feed,
-    after: i64,
-    through: i64,
-    positions: Vec<i64>,
-    /// The events at the positions, as long as they need not be read again.
-    events: Option<Vec<Object>>,
-}
-
-enum Composed {
-    Nothing,
-    /// There was nothing to send, but the destination is further now.
-    Passed(Vec<Part>),
-    Transaction(Transaction),
+    /// What has arrived and is still to be kept.
+    done: Option<Vec<PartRow>>,
+    /// Whether the record of failures is still to be taken away.
+    recovered: bool,
 }
 
 impl<'a> Worker<'a> {
@@ -79,7 +49,7 @@ impl<'a> Worker<'a> {
         slot: &'a Slot,
         stop: &'a CancellationToken,
     ) -> Self {
-        Self { shared, destination, slot, stop, failures: 0, tries: 0, singles: 0 }
+        Self { shared, destination, slot, stop, failures: 0, tries: 0, singles: 0, done: None, recovered: false }
     }
 
     /// Works until there is nothing to do, or until all is stopped.
@@ -93,11 +63,14 @@ impl<'a> Worker<'a> {
                     resumed = true;
                 }
                 if current.is_none() {
-                    match self.compose().await? {
-                        Composed::Nothing => return Ok(self.is_idle().await),
-                        Composed::Passed(parts) => self.keep_passed(parts).await?,
+                    match self.composer().compose(self.singles > 0, self.done.as_deref()).await? {
+                        Composed::Nothing => {
+                            self.keep(Vec::new(), None).await?;
+                            return Ok(self.is_idle().await);
+                        }
+                        Composed::Passed(parts) => self.keep(part_rows(&parts), None).await?,
                         Composed::Transaction(transaction) => {
-                            self.keep(&transaction).await?;
+                            self.keep(Vec::new(), Some(&transaction)).await?;
                             current = Some(transaction);
                         }
                     }
@@ -112,13 +85,19 @@ impl<'a> Worker<'a> {
                 Ok(false) => {}
                 Err(error) => {
                     tracing::error!(%error, server = %self.destination, "the outbound queue waits for the store");
-                    resumed = false;
-                    current = None;
+                    (resumed, current, self.done) = (false, None, None);
                     self.slot.everything_again(&self.shared.store, self.destination).await;
                     self.pause(STORE_PAUSE).await;
                 }
             }
         }
+        if let Err(error) = self.keep(Vec::new(), None).await {
+            tracing::error!(%error, server = %self.destination, "what was sent last is sent again by the next start");
+        }
+    }
+
+    fn composer(&self) -> Composer<'a> {
+        Composer { shared: self.shared, destination: self.destination, slot: self.slot }
     }
 
     /// What was on its way when the last worker ended.
@@ -136,6 +115,7 @@ impl<'a> Worker<'a> {
                 after: part.after,
                 through: part.through,
                 positions: part.positions,
+                is_last: part.is_last,
                 events: None,
             })
         });
@@ -163,101 +143,31 @@ impl<'a> Worker<'a> {
         idle
     }
 
-    async fn compose(&mut self) -> Result<Composed, StoreError> {
-        let feeds = self.slot.take(MAX_FEEDS);
-        let Some(first) = feeds.first() else { return Ok(Composed::Nothing) };
-        let mut room = Room::new(first.kind.protocol(), self.singles > 0, feeds.len());
-        let mut parts = Vec::new();
-        for feed in feeds {
-            if room.is_full() {
-                self.slot.add(feed);
-                continue;
-            }
-            if let Some(part) = self.part(feed, &mut room).await? {
-                parts.push(part);
-            }
-        }
-        if parts.iter().all(|part| part.positions.is_empty()) {
-            return Ok(Composed::Passed(parts));
-        }
-        let composed_ts = self.shared.clock.now_ms();
-        let txn_id = self.txn_id(composed_ts);
-        Ok(Composed::Transaction(Transaction { txn_id, composed_ts, parts, uncertain: self.singles > 0 }))
-    }
-
-    fn txn_id(&self, now_ms: i64) -> String {
-        format!("{now_ms}.{}", self.shared.store.next_id())
-    }
-
-    /// What a feed has for the destination, as far as there is room. A feed that has more is put to the end of the line.
-    async fn part(&self, feed: Feed, room: &mut Room) -> Result<Option<Part>, StoreError> {
-        let source = self.source(&feed)?;
-        let Some(cursor) = rows::cursor(&self.shared.store, &feed.key(self.destination)).await? else {
-            return Ok(None);
-        };
-        if cursor.sent >= cursor.target {
-            return Ok(None);
-        }
-        let limit = room.share();
-        let found = source.read(&feed, self.destination, cursor.sent, Some(cursor.target), limit).await?;
-        let mut part =
-            Part { feed, after: cursor.sent, through: cursor.sent, positions: Vec::new(), events: Some(Vec::new()) };
-        // A source may give less than there is, but for nothing at all.
-        let exhausted = found.is_empty();
-        for delivery in found {
-            if delivery.position <= part.through || delivery.position > cursor.target {
-                let (position, through, target) = (delivery.position, part.through, cursor.target);
-                tracing::error!(feed = ?part.feed, position, through, target, "a feed is out of order");
-                return Ok(None);
-            }
-            if let Some(raw) = delivery.event {
-                if !room.takes(raw.get().len()) {
-                    break;
-                }
-                if let Some(event) = self.parse(&part.feed, delivery.position, raw.get()) {
-                    part.positions.push(delivery.position);
-                    part.events.get_or_insert_default().push(event);
-                }
-            }
-            part.through = delivery.position;
-        }
-        if exhausted {
-            part.through = cursor.target;
-        }
-        if part.through < cursor.target {
-            self.slot.add(part.feed.clone());
-        }
-        Ok(Some(part))
-    }
-
-    fn source(&self, feed: &Feed) -> Result<Arc<dyn FeedSource>, StoreError> {
-        let sources = self.shared.sources.read().unwrap_or_else(PoisonError::into_inner);
-        let source = sources.get(&feed.kind).cloned();
-        source.ok_or_else(|| StoreError::corrupt("feed", format!("nobody has registered for {:?}", feed.kind)))
-    }
-
-    fn parse(&self, feed: &Feed, position: i64, raw: &str) -> Option<Object> {
-        parse_object(raw.as_bytes())
-            .inspect_err(|refusal| tracing::error!(?feed, position, %refusal, "an event of ours cannot be sent"))
-            .ok()
-    }
-
-    async fn keep(&self, transaction: &Transaction) -> Result<(), StoreError> {
-        let name = self.destination.to_string();
-        let row = InflightRow {
-            txn_id: transaction.txn_id.clone(),
-            parts: part_rows(&transaction.parts),
-            composed_ts: transaction.composed_ts,
-        };
-        self.shared.store.write(move |tx| Box::pin(async move { rows::keep_inflight(tx, &name, &row).await })).await
-    }
-
-    async fn keep_passed(&self, parts: Vec<Part>) -> Result<(), StoreError> {
-        let (name, parts) = (self.destination.to_string(), part_rows(&parts));
-        if parts.is_empty() {
+    /// Keeps, in one write, what has arrived, what was passed over, and the transaction that comes next.
+    async fn keep(&mut self, passed: Vec<PartRow>, next: Option<&Transaction>) -> Result<(), StoreError> {
+        let (done, recovered) = (self.done.take(), self.recovered);
+        if done.is_none() && passed.is_empty() && next.is_none() {
             return Ok(());
         }
-        self.shared.store.write(move |tx| Box::pin(async move { rows::arrived(tx, &name, &parts).await })).await
+        let (name, next, ended) = (self.destination.to_string(), next.map(Transaction::row), done.is_some());
+        let mut arrived = done.unwrap_or_default();
+        arrived.extend(passed);
+        self.shared
+            .store
+            .write(move |tx| {
+                Box::pin(async move {
+                    rows::arrived(tx, &name, &arrived).await?;
+                    match next {
+                        Some(next) => rows::keep_inflight(tx, &name, &next).await?,
+                        None if ended => rows::forget_inflight(tx, &name).await?,
+                        None => {}
+                    }
+                    if recovered { rows::forget_failure(tx, &name).await } else { Ok(()) }
+                })
+            })
+            .await?;
+        self.recovered = false;
+        Ok(())
     }
 
     /// Tries to send a transaction; gives it back when it is to be tried again.
@@ -268,10 +178,10 @@ impl<'a> Worker<'a> {
         {
             return self.failed(transaction, problem).await;
         }
-        let pdus = self.load(&mut transaction).await?;
+        let pdus = self.composer().load(&mut transaction).await?;
         if pdus.is_empty() {
             self.singles = self.singles.saturating_sub(1);
-            self.arrived(transaction).await?;
+            self.arrived(&transaction);
             return Ok(None);
         }
         let events = pdus.len();
@@ -279,7 +189,7 @@ impl<'a> Worker<'a> {
             Ok(answer) => {
                 self.tell(&transaction, &answer).await;
                 self.singles = self.singles.saturating_sub(events);
-                self.arrived(transaction).await?;
+                self.arrived(&transaction);
                 Ok(None)
             }
             Err(error) => self.refused(transaction, events, error).await,
@@ -288,10 +198,10 @@ impl<'a> Worker<'a> {
 
     /// Before a transaction of unknown fate is sent again: what is known to have arrived is left out. With other content
     /// it is another transaction.
-    async fn leave_out_delivered(&self, transaction: &mut Transaction) -> Result<Result<(), String>, StoreError> {
+    async fn leave_out_delivered(&mut self, transaction: &mut Transaction) -> Result<Result<(), String>, StoreError> {
         let mut changed = false;
         for part in transaction.parts.iter_mut().filter(|part| !part.positions.is_empty()) {
-            let source = self.source(&part.feed)?;
+            let source = self.composer().source(&part.feed)?;
             let delivered = match source.already_delivered(&part.feed, self.destination, &part.positions).await {
                 Ok(delivered) => delivered,
                 Err(refusal) => return Ok(Err(refusal.to_string())),
@@ -304,32 +214,10 @@ impl<'a> Worker<'a> {
             }
         }
         if changed {
-            transaction.composed_ts = self.shared.clock.now_ms();
-            transaction.txn_id = self.txn_id(transaction.composed_ts);
-            self.keep(transaction).await?;
+            (transaction.txn_id, transaction.composed_ts) = self.composer().txn_id();
+            self.keep(Vec::new(), Some(transaction)).await?;
         }
         Ok(Ok(()))
-    }
-
-    /// The events of a transaction, read again when they are not at hand.
-    async fn load(&self, transaction: &mut Transaction) -> Result<Vec<Object>, StoreError> {
-        let mut pdus = Vec::new();
-        for part in &mut transaction.parts {
-            if let Some(events) = part.events.take() {
-                pdus.extend(events);
-                continue;
-            }
-            if part.positions.is_empty() {
-                continue;
-            }
-            let source = self.source(&part.feed)?;
-            let found = source.read(&part.feed, self.destination, part.after, Some(part.through), MAX_PDUS).await?;
-            for delivery in found.into_iter().filter(|delivery| part.positions.contains(&delivery.position)) {
-                let event = delivery.event.and_then(|raw| self.parse(&part.feed, delivery.position, raw.get()));
-                pdus.extend(event);
-            }
-        }
-        Ok(pdus)
     }
 
     async fn send(&self, transaction: &Transaction, pdus: Vec<Object>) -> Result<Object, RemoteError> {
@@ -354,7 +242,7 @@ impl<'a> Worker<'a> {
 
     async fn tell(&self, transaction: &Transaction, answer: &Object) {
         for part in transaction.parts.iter().filter(|part| !part.positions.is_empty()) {
-            if let Ok(source) = self.source(&part.feed) {
+            if let Ok(source) = self.composer().source(&part.feed) {
                 source.answered(&part.feed, self.destination, &part.positions, answer).await;
             }
         }
@@ -392,7 +280,7 @@ impl<'a> Worker<'a> {
                 }
                 self.tell(&transaction, &error_object(&error)).await;
                 self.singles = self.singles.saturating_sub(events);
-                self.arrived(transaction).await?;
+                self.arrived(&transaction);
                 Ok(None)
             }
         }
@@ -408,27 +296,14 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    async fn arrived(&mut self, transaction: Transaction) -> Result<(), StoreError> {
-        let (name, parts) = (self.destination.to_string(), part_rows(&transaction.parts));
-        let recovered = self.failures > 0;
-        self.shared
-            .store
-            .write(move |tx| {
-                Box::pin(async move {
-                    rows::arrived(tx, &name, &parts).await?;
-                    rows::forget_inflight(tx, &name).await?;
-                    if recovered {
-                        rows::forget_failure(tx, &name).await?;
-                    }
-                    Ok(())
-                })
-            })
-            .await?;
-        if recovered {
+    /// The transaction is done with; this is kept together with what comes next.
+    fn arrived(&mut self, transaction: &Transaction) {
+        if self.failures > 0 {
             tracing::info!(server = %self.destination, failures = self.failures, "the destination is back");
+            self.recovered = true;
         }
         (self.failures, self.tries) = (0, 0);
-        Ok(())
+        self.done = Some(part_rows(&transaction.parts));
     }
 
     /// The destination failed: it is left alone for a while, or until it is heard of.
@@ -471,58 +346,6 @@ impl<'a> Worker<'a> {
             () = self.stop.cancelled() => {}
         }
     }
-}
-
-/// The room that is left in a transaction.
-struct Room {
-    events: usize,
-    bytes: usize,
-    share: usize,
-    is_empty: bool,
-}
-
-impl Room {
-    fn new(protocol: Side, single: bool, feeds: usize) -> Self {
-        let events = if single { 1 } else { MAX_PDUS };
-        let bytes = match protocol {
-            Side::Lm => MAX_LM_BYTES,
-            Side::Matrix => MAX_MATRIX_BYTES,
-        };
-        let share = MAX_PDUS.checked_div(feeds).unwrap_or(MAX_PDUS).max(MIN_SHARE).min(events);
-        Self { events, bytes, share, is_empty: true }
-    }
-
-    fn is_full(&self) -> bool {
-        self.events == 0
-    }
-
-    /// How many events the next feed may add.
-    fn share(&self) -> usize {
-        self.share.min(self.events)
-    }
-
-    /// Whether there is room for an event of so many bytes: for the first one always.
-    fn takes(&mut self, bytes: usize) -> bool {
-        let Some(events) = self.events.checked_sub(1) else { return false };
-        let Some(bytes) = self.bytes.checked_sub(bytes.saturating_add(1)) else {
-            let first = self.is_empty;
-            (self.events, self.bytes, self.is_empty) = (0, 0, false);
-            return first;
-        };
-        (self.events, self.bytes, self.is_empty) = (events, bytes, false);
-        true
-    }
-}
-
-fn part_rows(parts: &[Part]) -> Vec<PartRow> {
-    let row = |part: &Part| PartRow {
-        kind: part.feed.kind.as_str().to_owned(),
-        room_id: part.feed.room_id.to_string(),
-        after: part.after,
-        through: part.through,
-        positions: part.positions.clone(),
-    };
-    parts.iter().map(row).collect()
 }
 
 /// An error as the answer to the one event that it is about.

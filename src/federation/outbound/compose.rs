@@ -1,0 +1,224 @@
+//! What goes into a transaction: events of the feeds that have news for the destination, in the order of each feed, within
+//! bounds.
+
+use std::sync::{Arc, PoisonError};
+
+use ruma::OwnedServerName;
+
+use super::slot::Slot;
+use super::{Feed, FeedSource, Shared};
+use crate::event::{Object, parse_object};
+use crate::identity::Side;
+use crate::store::StoreError;
+use crate::store::outbound::{self as rows, InflightRow, PartRow};
+
+/// How many events a transaction has at most.
+const MAX_PDUS: usize = 50;
+/// How many feeds are looked at for one transaction.
+const MAX_FEEDS: usize = 50;
+/// How few events of one feed are taken at once when many feeds wait.
+const MIN_SHARE: usize = 5;
+/// An LM transaction ends before the event that would make its body longer than this: a peer refuses 102,400 bytes.
+const MAX_LM_BYTES: usize = 90_000;
+/// The same for Matrix servers, which take 50 events of any size.
+const MAX_MATRIX_BYTES: usize = 4 << 20;
+
+/// Composes the transactions of one destination.
+pub(super) struct Composer<'a> {
+    pub shared: &'a Shared,
+    pub destination: &'a OwnedServerName,
+    pub slot: &'a Slot,
+}
+
+pub(super) struct Transaction {
+    pub txn_id: String,
+    pub composed_ts: i64,
+    pub parts: Vec<Part>,
+    /// Whether some of it may have arrived already.
+    pub uncertain: bool,
+}
+
+pub(super) struct Part {
+    pub feed: Feed,
+    pub after: i64,
+    pub through: i64,
+    pub positions: Vec<i64>,
+    /// Whether the feed ends here for the destination.
+    pub is_last: bool,
+    /// The events at the positions, as long as they need not be read again.
+    pub events: Option<Vec<Object>>,
+}
+
+pub(super) enum Composed {
+    Nothing,
+    /// There was nothing to send, but the destination is further now.
+    Passed(Vec<Part>),
+    Transaction(Transaction),
+}
+
+impl Transaction {
+    /// As it is stored.
+    pub(super) fn row(&self) -> InflightRow {
+        InflightRow { txn_id: self.txn_id.clone(), parts: part_rows(&self.parts), composed_ts: self.composed_ts }
+    }
+}
+
+impl Composer<'_> {
+    /// The next transaction, of one event when it is to be `single`. `done` has arrived, but is not kept yet.
+    pub(super) async fn compose(&self, single: bool, done: Option<&[PartRow]>) -> Result<Composed, StoreError> {
+        let feeds = self.slot.take(MAX_FEEDS);
+        let Some(first) = feeds.first() else { return Ok(Composed::Nothing) };
+        let mut room = Room::new(first.kind.protocol(), single, feeds.len());
+        let mut parts = Vec::new();
+        for feed in feeds {
+            if room.is_full() {
+                self.slot.add(feed);
+                continue;
+            }
+            if let Some(part) = self.part(feed, &mut room, done.unwrap_or_default()).await? {
+                parts.push(part);
+            }
+        }
+        if parts.iter().all(|part| part.positions.is_empty()) {
+            return Ok(Composed::Passed(parts));
+        }
+        let (txn_id, composed_ts) = self.txn_id();
+        Ok(Composed::Transaction(Transaction { txn_id, composed_ts, parts, uncertain: single }))
+    }
+
+    /// A fresh transaction ID, and when it was made.
+    pub(super) fn txn_id(&self) -> (String, i64) {
+        let now_ms = self.shared.clock.now_ms();
+        (format!("{now_ms}.{}", self.shared.store.next_id()), now_ms)
+    }
+
+    /// What a feed has for the destination, as far as there is room. A feed that has more is put to the end of the line.
+    async fn part(&self, feed: Feed, room: &mut Room, done: &[PartRow]) -> Result<Option<Part>, StoreError> {
+        let source = self.source(&feed)?;
+        let Some(cursor) = rows::cursor(&self.shared.store, &feed.key(self.destination)).await? else {
+            return Ok(None);
+        };
+        let is_this = |row: &&PartRow| row.kind == feed.kind.as_str() && row.room_id == feed.room_id.as_str();
+        let sent = done.iter().filter(is_this).map(|row| row.through).fold(cursor.sent, i64::max);
+        if sent >= cursor.target {
+            return Ok(None);
+        }
+        let limit = room.share();
+        let found = source.read(&feed, self.destination, sent, Some(cursor.target), limit).await?;
+        let mut part =
+            Part { feed, after: sent, through: sent, positions: Vec::new(), is_last: false, events: Some(Vec::new()) };
+        // A source may give less than there is, but for nothing at all.
+        let exhausted = found.is_empty();
+        for delivery in found {
+            if delivery.position <= part.through || delivery.position > cursor.target {
+                let (position, through, target) = (delivery.position, part.through, cursor.target);
+                tracing::error!(feed = ?part.feed, position, through, target, "a feed is out of order");
+                return Ok(None);
+            }
+            if let Some(raw) = delivery.event {
+                if !room.takes(raw.get().len()) {
+                    break;
+                }
+                if let Some(event) = self.parse(&part.feed, delivery.position, raw.get()) {
+                    part.positions.push(delivery.position);
+                    part.events.get_or_insert_default().push(event);
+                }
+            }
+            part.through = delivery.position;
+        }
+        if exhausted {
+            part.through = cursor.target;
+        }
+        if part.through < cursor.target {
+            self.slot.add(part.feed.clone());
+        }
+        part.is_last = cursor.ends && part.through == cursor.target;
+        Ok(Some(part))
+    }
+
+    pub(super) fn source(&self, feed: &Feed) -> Result<Arc<dyn FeedSource>, StoreError> {
+        let sources = self.shared.sources.read().unwrap_or_else(PoisonError::into_inner);
+        let source = sources.get(&feed.kind).cloned();
+        source.ok_or_else(|| StoreError::corrupt("feed", format!("nobody has registered for {:?}", feed.kind)))
+    }
+
+    fn parse(&self, feed: &Feed, position: i64, raw: &str) -> Option<Object> {
+        parse_object(raw.as_bytes())
+            .inspect_err(|refusal| tracing::error!(?feed, position, %refusal, "an event of ours cannot be sent"))
+            .ok()
+    }
+
+    /// The events of a transaction, read again when they are not at hand.
+    pub(super) async fn load(&self, transaction: &mut Transaction) -> Result<Vec<Object>, StoreError> {
+        let mut pdus = Vec::new();
+        for part in &mut transaction.parts {
+            if let Some(events) = part.events.take() {
+                pdus.extend(events);
+                continue;
+            }
+            if part.positions.is_empty() {
+                continue;
+            }
+            let source = self.source(&part.feed)?;
+            let found = source.read(&part.feed, self.destination, part.after, Some(part.through), MAX_PDUS).await?;
+            for delivery in found.into_iter().filter(|delivery| part.positions.contains(&delivery.position)) {
+                let event = delivery.event.and_then(|raw| self.parse(&part.feed, delivery.position, raw.get()));
+                pdus.extend(event);
+            }
+        }
+        Ok(pdus)
+    }
+}
+
+/// The room that is left in a transaction.
+struct Room {
+    events: usize,
+    bytes: usize,
+    share: usize,
+    is_empty: bool,
+}
+
+impl Room {
+    fn new(protocol: Side, single: bool, feeds: usize) -> Self {
+        let events = if single { 1 } else { MAX_PDUS };
+        let bytes = match protocol {
+            Side::Lm => MAX_LM_BYTES,
+            Side::Matrix => MAX_MATRIX_BYTES,
+        };
+        let share = MAX_PDUS.checked_div(feeds).unwrap_or(MAX_PDUS).max(MIN_SHARE).min(events);
+        Self { events, bytes, share, is_empty: true }
+    }
+
+    fn is_full(&self) -> bool {
+        self.events == 0
+    }
+
+    /// How many events the next feed may add.
+    fn share(&self) -> usize {
+        self.share.min(self.events)
+    }
+
+    /// Whether there is room for an event of so many bytes: for the first one always.
+    fn takes(&mut self, bytes: usize) -> bool {
+        let Some(events) = self.events.checked_sub(1) else { return false };
+        let Some(bytes) = self.bytes.checked_sub(bytes.saturating_add(1)) else {
+            let first = self.is_empty;
+            (self.events, self.bytes, self.is_empty) = (0, 0, false);
+            return first;
+        };
+        (self.events, self.bytes, self.is_empty) = (events, bytes, false);
+        true
+    }
+}
+
+pub(super) fn part_rows(parts: &[Part]) -> Vec<PartRow> {
+    let row = |part: &Part| PartRow {
+        kind: part.feed.kind.as_str().to_owned(),
+        room_id: part.feed.room_id.to_string(),
+        after: part.after,
+        through: part.through,
+        positions: part.positions.clone(),
+        is_last: part.is_last,
+    };
+    parts.iter().map(row).collect()
+}
