@@ -1,5 +1,6 @@
 //! What operators look at: metrics, health, the admin API.
 
+mod api;
 mod health;
 pub mod metrics;
 mod page;
@@ -42,6 +43,7 @@ impl Admin {
             .route("/", get(status_page))
             .route("/health", get(health))
             .route("/metrics", get(show_metrics))
+            .merge(api::routes(&self))
             .with_state(self)
             .merge(appservice)
             .layer(from_fn_with_state("admin", metrics::track))
