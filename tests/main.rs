@@ -3,6 +3,7 @@
 
 mod bridge;
 mod dag;
+mod docker;
 mod doctor;
 mod lm;
 mod support;

@@ -138,7 +138,7 @@ pub(super) async fn make(
     let portal = match make {
         Make::Create { name, alias, join_rule, encryption, matrix_room_version, lm_room_version } => {
             // There is only one policy, which every portal has.
-            let None | Some(EncryptionPolicy::Refuse) = encryption;
+            let (None | Some(EncryptionPolicy::Refuse)) = encryption;
             if !matches!(join_rule.as_deref(), None | Some("public" | "invite" | "knock")) {
                 return Err(Refusal::malformed("join_rule", "it must be public, invite or knock"));
             }
