@@ -28,6 +28,7 @@ pub struct Client {
 #[derive(Default)]
 struct Seen {
     next_batch: Option<String>,
+    /// State and timeline of each room, as they came.
     timelines: BTreeMap<String, Vec<Value>>,
     invites: BTreeMap<String, Value>,
 }
@@ -246,8 +247,9 @@ impl Client {
         let rooms = |kind: &str| answer["rooms"][kind].as_object().cloned().unwrap_or_default();
         for (room, news) in rooms("join").into_iter().chain(rooms("leave")) {
             seen.invites.remove(&room);
-            let timeline = news["timeline"]["events"].as_array().cloned().unwrap_or_default();
-            seen.timelines.entry(room).or_default().extend(timeline);
+            // The state before the timeline belongs to what is known, as after a join.
+            let events = ["state", "timeline"].into_iter().flat_map(|part| news[part]["events"].as_array());
+            seen.timelines.entry(room).or_default().extend(events.flatten().cloned());
         }
         seen.invites.extend(rooms("invite"));
         seen.next_batch = Some(string(&answer, "next_batch")?);

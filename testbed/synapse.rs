@@ -111,6 +111,7 @@ enable_registration_without_verification: true
 allow_public_rooms_over_federation: true
 allow_public_rooms_without_auth: true
 bcrypt_rounds: 4
+filter_timeline_limit: 5000
 app_service_config_files: [{registrations}]
 rc_message: {unlimited}
 rc_registration: {unlimited}

@@ -7,4 +7,5 @@ mod docker;
 mod doctor;
 mod lm;
 mod support;
+mod synapse;
 mod vectors;

@@ -4,6 +4,7 @@
 pub mod provider;
 #[path = "../../testbed/mod.rs"]
 pub mod testbed;
+pub mod world;
 
 mod provider_talks;
 mod synapse_boots;

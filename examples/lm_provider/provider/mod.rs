@@ -24,6 +24,7 @@ use isthmus::event::{Object, Pdu};
 use isthmus::identity::SigningKey;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, UserId};
 use serde_json::{Value, json};
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, broadcast};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -102,6 +103,8 @@ struct Inner {
     /// The tasks of the outboxes, and the one that serves until it is told to stop.
     tasks: Mutex<Vec<JoinHandle<()>>>,
     serving: Mutex<Option<JoinHandle<()>>>,
+    /// Where the tasks run.
+    runtime: Handle,
     stopping: CancellationToken,
     news: broadcast::Sender<News>,
 }
@@ -142,6 +145,7 @@ impl Provider {
             outboxes: Mutex::default(),
             tasks: Mutex::default(),
             serving: Mutex::default(),
+            runtime: Handle::current(),
             stopping: CancellationToken::new(),
             news: broadcast::channel(10_000).0,
         });

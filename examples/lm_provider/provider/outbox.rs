@@ -36,7 +36,7 @@ impl Inner {
         let Some(me) = self.me.upgrade() else { return };
         let notify = Arc::new(Notify::new());
         outboxes.insert(server.to_owned(), notify.clone());
-        let task = tokio::spawn(run(me, server.to_owned(), notify));
+        let task = self.runtime.spawn(run(me, server.to_owned(), notify));
         lock(&self.tasks).push(task);
     }
 

@@ -1,0 +1,6 @@
+//! Scenarios with stock Synapses: a Matrix user and an LM user in one portal.
+
+mod alias_join;
+mod crossing;
+mod fork;
+mod kill;
