@@ -141,10 +141,10 @@ async fn natives(core: &Core, portal: &Portal, side: Side) -> Result<Vec<OwnedUs
     let state = core.sides()?.rooms(side).state(portal.room(side)).await?;
     let mut natives = Vec::new();
     for entry in state.members().into_iter().filter(|entry| entry.membership() == "join") {
-        if let Ok(user) = UserId::parse(entry.state_key) {
-            if matches!(core.users.who(&core.context.store, side, &user).await?, Who::Native { .. }) {
-                natives.push(user);
-            }
+        if let Ok(user) = UserId::parse(entry.state_key)
+            && matches!(core.users.who(&core.context.store, side, &user).await?, Who::Native { .. })
+        {
+            natives.push(user);
         }
     }
     Ok(natives)

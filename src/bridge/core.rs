@@ -107,6 +107,22 @@ impl Core {
         });
     }
 
+    /// Runs a task that ends with the bridge, and whose answer somebody may wait for.
+    pub(super) async fn in_task<T: Send + 'static>(
+        &self,
+        task: impl Future<Output = Result<T, Refusal>> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let stop = self.stop.clone();
+        let stopping = || Refusal::Internal("the gateway is stopping".to_owned());
+        let task = self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => Err(stopping()),
+                done = task => done,
+            }
+        });
+        task.await.unwrap_or_else(|error| Err(Refusal::Internal(error.to_string())))
+    }
+
     /// There is news for the direction of a room: its task works, or is started.
     pub(super) fn call(self: &Arc<Self>, side: Side, room_id: &RoomId) {
         if let Some(entry) = self.registry.of_room(side, room_id) {

@@ -50,8 +50,7 @@ pub(super) async fn create_portal(core: &Arc<Core>, new: NewPortal) -> Outcome {
     let row = begin(core, row).await?;
     let making = core.clone();
     // Whoever asked may go away; what was begun is finished.
-    let task = core.tasks.spawn(async move { finish_or_end(&making, row).await });
-    task.await.unwrap_or_else(|_| Err(Refusal::Internal("the making of the portal was broken off".to_owned())))
+    core.in_task(async move { finish_or_end(&making, row).await }).await
 }
 
 /// Joins an LM room at its hub and makes the Matrix room of it.
@@ -114,7 +113,8 @@ pub(super) fn resume(core: &Arc<Core>, rows: Vec<PortalRow>) {
             }
         }
         let making = core.clone();
-        core.tasks.spawn(async move {
+        core.spawn(async move {
+            // What comes of it is logged.
             let _ = finish_or_end(&making, row).await;
         });
     }
@@ -136,17 +136,16 @@ pub(super) async fn add_alias(core: &Core, localpart: &str, number: i64) -> Resu
 }
 
 fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Shared<BoxFuture<'static, Outcome>> {
-    let making = core.clone();
-    let task = core.tasks.spawn(async move {
+    let (making, waiting) = (core.clone(), core.clone());
+    let task = async move {
         let outcome = match begin(&making, row).await {
             Ok(row) => finish_or_end(&making, row).await,
             Err(error) => Err(error.into()),
         };
         making.creations.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&room_id);
         outcome
-    });
-    let broken = || Err(Refusal::Internal("the making of the portal was broken off".to_owned()));
-    async move { task.await.unwrap_or_else(|_| broken()) }.boxed().shared()
+    };
+    async move { waiting.in_task(task).await }.boxed().shared()
 }
 
 async fn begin(core: &Core, row: PortalRow) -> Result<PortalRow, StoreError> {
@@ -167,9 +166,6 @@ async fn finish_or_end(core: &Arc<Core>, row: PortalRow) -> Outcome {
         "from_lm" => from_lm::make(core, &mut row).await,
         _ => make_both(core, &mut row).await,
     };
-    if core.stop.is_cancelled() {
-        return Err(Refusal::Internal("the gateway is stopping".to_owned()));
-    }
     match made {
         Ok(()) => activate(core, row).await,
         Err(refusal) => {

@@ -8,6 +8,7 @@ use super::core::Core;
 use super::inbox::{Item, Out};
 use super::portal::Portal;
 use super::side::Event;
+use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::EventEffect;
@@ -137,6 +138,7 @@ pub(super) async fn sorted_out(
         .into_iter()
         .map(|(row, out)| match out {
             Out::Refused(event, refusal) => {
+                metrics::image_refused(source.other(), &refusal);
                 tracing::debug!(portal = portal.portal_id, event = %row.event_id, %refusal, "an event does not cross");
                 (row, None, Some(refusal_row(core, portal, source, &event, &refusal)))
             }

@@ -29,7 +29,7 @@ const BATCH: usize = 50;
 pub(super) async fn make(core: &Arc<Core>, row: &mut PortalRow) -> Result<(), Refusal> {
     let room_id = row.lm_room_id.clone().ok_or_else(|| Refusal::Internal("the LM room is missing".to_owned()))?;
     let made = make_of(core, row, &room_id).await;
-    if made.as_ref().is_err_and(|refusal| !refusal.is_transient()) && !core.stop.is_cancelled() {
+    if made.as_ref().is_err_and(|refusal| !refusal.is_transient()) {
         // Nobody is served by a bot in a room without a portal.
         let via = vec![row.lm_hub.clone()];
         if let Ok(Some(_)) = core.sides()?.lm.room(&room_id).await {

@@ -109,10 +109,10 @@ async fn join_at_hub(core: &Arc<Core>, entry: &Arc<Entry>, ghost: &UserId, conte
             let (room_id, via, user) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
             core.spawn(async move {
                 let _spared = spared;
-                if let Ok(Ok(_)) = join.await {
-                    if let Err(refusal) = lm.leave(&room_id, &user, &via).await {
-                        tracing::warn!(room = %room_id, %user, %refusal, "a late join could not be left again");
-                    }
+                if let Ok(Ok(_)) = join.await
+                    && let Err(refusal) = lm.leave(&room_id, &user, &via).await
+                {
+                    tracing::warn!(room = %room_id, %user, %refusal, "a late join could not be left again");
                 }
             });
             let waited = HUB_PATIENCE.as_secs();

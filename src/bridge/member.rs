@@ -50,10 +50,9 @@ pub(super) fn outcome(case: &Case<'_>, target: &UserId, membership: &str) -> Out
 
 fn joins(case: &Case<'_>, ghost: &UserId) -> Outcome {
     let content = translate::member_content(&case.event.content, "join");
-    if let Some(there) = case.far.member(ghost).filter(|there| there.membership() == "join" && there.sender == ghost) {
-        if same(there.content, &content) {
-            return Outcome::Adopt(there.event_id.to_owned());
-        }
+    let there = case.far.member(ghost).filter(|there| there.membership() == "join" && there.sender == ghost);
+    if let Some(there) = there.filter(|there| same(there.content, &content)) {
+        return Outcome::Adopt(there.event_id.to_owned());
     }
     cross(case, invited_first(case, ghost), ghost, ghost, content)
 }

@@ -14,6 +14,7 @@ use super::portal::{Portal, PortalState};
 use super::registry::Entry;
 use super::side::State;
 use super::users::Known;
+use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
@@ -127,9 +128,12 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, R
                 Some(format!("{} {:?} was repaired {A_MINUTE} times in a minute", fix.draft.kind, fix.draft.state_key));
             continue;
         }
-        let (kind, state_key) = (fix.draft.kind.clone(), fix.draft.state_key.clone());
+        let (side, kind, state_key) = (fix.side, fix.draft.kind.clone(), fix.draft.state_key.clone());
         match apply(core, &portal, fix).await {
-            Ok(()) => sent += 1,
+            Ok(()) => {
+                sent += 1;
+                metrics::repair(side);
+            }
             Err(refusal) if refusal.is_transient() => return Err(refusal),
             Err(refusal) => stuck = Some(format!("{kind} {state_key:?}: {refusal}")),
         }

@@ -17,6 +17,7 @@ use super::portal::{Portal, PortalState};
 use super::registry::Entry;
 use super::side::{Event, Made, State};
 use super::{effect, repair, translate};
+use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
@@ -84,7 +85,9 @@ struct View {
 
 /// What became of an item.
 enum Done {
-    /// It is gone: carried over, or there was nothing to do.
+    /// It was carried over.
+    Crossed,
+    /// There was nothing to do, or it was done already.
     Gone,
     /// It is refused.
     Refused(Refusal),
@@ -178,10 +181,14 @@ impl Worker {
             match self.outcome(&view, &item.event).await? {
                 Outcome::Cross(crossing) if crossing.before.is_empty() && !single => batch.push((seq, *crossing)),
                 outcome => {
+                    let unsure = self.source == portal.authority() && may_be_reset(&view.near, &item.event);
                     if !self.flush(portal, std::mem::take(&mut batch)).await? {
                         return Ok(());
                     }
                     let done = self.single(portal, seq, outcome).await?;
+                    if unsure {
+                        repair::soon(&self.core, &self.entry);
+                    }
                     if !self.finish(portal, seq, done).await? {
                         return Ok(());
                     }
@@ -247,7 +254,9 @@ impl Worker {
         let mut all = true;
         for (seq, result) in seqs.into_iter().zip(results) {
             match result {
-                Ok(_) => self.inbox.drop_item(seq),
+                Ok(_) => {
+                    self.finish(portal, seq, Done::Crossed).await?;
+                }
                 // What comes after a failure that may pass failed with it, and is tried again right after it.
                 Err(refusal) if refusal.is_transient() && !all => {}
                 Err(refusal) => {
@@ -311,10 +320,10 @@ impl Worker {
             rooms.send(room, vec![outgoing]).await.pop().unwrap_or_else(|| Err(nothing()))
         };
         Ok(match (send(image).await, instead) {
-            (Ok(_), _) => Done::Gone,
+            (Ok(_), _) => Done::Crossed,
             (Err(refusal), _) if refusal.is_transient() => Done::Later(refusal),
             (Err(_), Some(instead)) => match send(instead).await {
-                Ok(_) => Done::Gone,
+                Ok(_) => Done::Crossed,
                 Err(refusal) if refusal.is_transient() => Done::Later(refusal),
                 Err(refusal) => Done::Refused(refusal),
             },
@@ -334,7 +343,7 @@ impl Worker {
                 Err(refusal) => Err(refusal),
             };
             let done = match invited {
-                Ok(_) => Done::Gone,
+                Ok(_) => Done::Crossed,
                 Err(refusal) if refusal.is_transient() => Done::Later(refusal),
                 Err(refusal) => Done::Refused(refusal),
             };
@@ -360,6 +369,12 @@ impl Worker {
         let now = self.core.now_ms();
         match done {
             Done::Gone => self.inbox.drop_item(seq),
+            Done::Crossed => {
+                if let Some(item) = self.inbox.take(seq) {
+                    let waited = u64::try_from(now.saturating_sub(item.row.received_ts)).unwrap_or(0);
+                    metrics::image(self.source.other(), Duration::from_millis(waited));
+                }
+            }
             Done::Asked => self.inbox.wait(seq),
             Done::Waits => {
                 self.inbox.later(seq, now, Duration::from_millis(250), true);
@@ -380,6 +395,7 @@ impl Worker {
             Done::Refused(refusal) => {
                 let Some(item) = self.inbox.take(seq) else { return Ok(false) };
                 effect::refused(&self.core, portal, self.source, &item, &refusal).await?;
+                metrics::image_refused(self.source.other(), &refusal);
                 self.core.notices.tell(&self.core, portal, self.source, &item.event, &refusal);
                 if item.event.state_key.is_some() {
                     repair::soon(&self.core, &self.entry);
@@ -389,4 +405,16 @@ impl Worker {
         }
         Ok(true)
     }
+}
+
+/// Whether an event that was accepted into a graph may have changed more of its state than itself, or nothing: where forks
+/// meet, state resolution decides, and no event says so.
+fn may_be_reset(near: &State, event: &Event) -> bool {
+    let (State::Graph(_), Some(state_key)) = (near, &event.state_key) else { return false };
+    let current = near.get(&event.kind, state_key).is_some_and(|entry| *entry.event_id == event.event_id);
+    let decides = match event.membership() {
+        Some((target, _)) => target != event.sender,
+        None => matches!(event.kind.as_str(), "m.room.power_levels" | "m.room.join_rules"),
+    };
+    !current || decides
 }

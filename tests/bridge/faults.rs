@@ -48,6 +48,50 @@ async fn inv_5_hc_36_nothing_is_lost_or_doubled_when_a_participant_is_broken_off
     talk_and_break(&world, gateway, &portal).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_5_a_portal_whose_making_is_broken_off_is_made_once_all_the_same() {
+    for pause in [0, 3, 6, 10, 15, 25, 60] {
+        let (world, gateway) = World::new(json!({})).await;
+        let bob = world.lm_user("bob");
+        let rules = super::world::draft(&bob, "m.room.join_rules", Some(""), json!({ "join_rule": "public" }));
+        let version = isthmus::event::RoomVersion::Lm02;
+        let room = isthmus::lm::NewRoom { creator: bob, version, initial_state: vec![rules] };
+        let lm = world.server.lm.create_room(room).await.unwrap();
+        for number in 0..20 {
+            world.lm_join_own(&lm, &format!("user{number}")).await;
+        }
+        let (bridge, room) = (gateway.bridge.clone(), lm.clone());
+        let asking = tokio::spawn(async move {
+            let via = [LM.try_into().unwrap()];
+            bridge.portal_from_lm(&room, &via, None, Cause::Admin).await
+        });
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        let gateway = world.kill(gateway).await;
+        let asked = asking.await.unwrap();
+        let portal = match asked {
+            Ok(portal) => portal,
+            // It is taken up by itself, or, when it was not written down yet, by who asks again.
+            Err(_) => {
+                let via = [LM.try_into().unwrap()];
+                super::world::until("the portal", || async {
+                    gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.ok()
+                })
+                .await
+            }
+        };
+        so("both states in step", || gateway.in_step(&portal)).await;
+        let members = gateway.bridge.health(&portal.portal_id).await.unwrap().members;
+        assert_eq!((members.matrix.len(), members.lm.len()), (0, 21));
+        let joins = gateway
+            .matrix_events(&portal.matrix_room_id)
+            .await
+            .into_iter()
+            .filter(|(_, event)| event["content"].get("membership").is_some_and(|membership| membership == "join"));
+        assert_eq!(joins.count(), 22, "each ghost and the bot joined once");
+        assert_eq!(gateway.bridge.portals(None, 10).await.unwrap().len(), 1);
+    }
+}
+
 async fn talk_and_break(world: &World, gateway: Gateway, portal: &isthmus::bridge::Portal) {
     use isthmus::identity::Side;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);

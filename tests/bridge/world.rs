@@ -18,6 +18,7 @@ use isthmus::seam::{Alone, Draft, Outgoing, SharedBetween};
 use ruma::{OwnedEventId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use crate::dag::peer::{Peer, View, id_of};
 use crate::dag::{NOW, OWN};
@@ -43,6 +44,7 @@ pub struct Node {
     pub lm: Lm,
     listener: std::net::TcpListener,
     serving: JoinHandle<()>,
+    stop: CancellationToken,
 }
 
 /// The gateway.
@@ -96,10 +98,11 @@ impl World {
 
     /// Breaks everything off where it is, and starts again over the same store.
     pub async fn kill(&self, gateway: Gateway) -> Gateway {
-        let Gateway { node: Node { context, lm, listener, serving }, dag, bridge } = gateway;
-        serving.abort();
-        let _ = serving.await;
+        let Gateway { node: Node { context, lm, listener, serving, stop }, dag, bridge } = gateway;
         bridge.stop().await;
+        // Its connections must go too, or who keeps one goes on talking with the dead.
+        stop.cancel();
+        let _ = tokio::time::timeout(PATIENCE, serving).await.unwrap();
         context.outbound.stop().await;
         context.store.close().await;
         drop((context, lm, dag, bridge));
@@ -118,6 +121,13 @@ impl World {
     pub async fn lm_join(&self, room: &RoomId, localpart: &str) -> Result<Appended, Refusal> {
         let content = object(json!({ "displayname": localpart.to_uppercase() }));
         self.server.lm.join(room, &self.lm_user(localpart), &[OWN.try_into().unwrap()], content).await
+    }
+
+    /// A user of the LM server joins a room of that server.
+    pub async fn lm_join_own(&self, room: &RoomId, localpart: &str) {
+        let user = self.lm_user(localpart);
+        let content = json!({ "membership": "join", "displayname": localpart });
+        self.lm_send(room, draft(&user, "m.room.member", Some(user.as_str()), content)).await;
     }
 
     pub async fn lm_send(&self, room: &RoomId, draft: Draft) {
@@ -334,8 +344,10 @@ async fn serve(context: &Context, lm: &Lm, dag: Dag, between: SharedBetween, lis
     let accepting = listener.try_clone().unwrap();
     accepting.set_nonblocking(true).unwrap();
     let accepting = tokio::net::TcpListener::from_std(accepting).unwrap();
-    let serving = tokio::spawn(async move { axum::serve(accepting, routes).await.unwrap() });
-    Node { context: context.clone(), lm: lm.clone(), listener, serving }
+    let stop = CancellationToken::new();
+    let serving = axum::serve(accepting, routes).with_graceful_shutdown(stop.clone().cancelled_owned());
+    let serving = tokio::spawn(async move { serving.await.unwrap() });
+    Node { context: context.clone(), lm: lm.clone(), listener, serving, stop }
 }
 
 /// The ghost of a user on the side across.
