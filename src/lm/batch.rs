@@ -114,6 +114,7 @@ impl Batch {
         let destinations = if is_hub { self.destinations(&context.server_name) } else { Vec::new() };
         let (before, after) = (self.before.clone(), self.after.clone());
         let events: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
+        let somebody_moved = self.entries.iter().any(|entry| entry.moved.is_some());
         let watched = lm.between().watches(Side::Lm, &room_id);
         let job = Job {
             store: context.store.clone(),
@@ -143,6 +144,10 @@ impl Batch {
         let snapshot = if kept == events.len() { after } else { replay(&before, &after, &appended) };
         let cell = match cell {
             Some(cell) => {
+                if somebody_moved {
+                    // Before the new head can be seen: who sees that must see who came and went with it.
+                    cell.forget_stays();
+                }
                 cell.publish(Arc::new(snapshot));
                 cell.clone()
             }

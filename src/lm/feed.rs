@@ -80,7 +80,7 @@ impl Lm {
         let Some(cell) = self.rooms().find(room_id).await? else { return Ok(Vec::new()) };
         let head = cell.snapshot(store).await?.head;
         let last = until.unwrap_or(head).min(head);
-        let stays = stored::stays(store, room_id, destination).await?;
+        let stays = cell.stays(store, destination).await?;
         let Some((first, last)) = next_visible(&stays, after, last) else {
             // Nothing more of what it was told of is for it.
             let skipped = (last > after).then_some(Delivery { position: last, event: None });

@@ -58,6 +58,9 @@ impl Lm {
         }
         let checked = self.check_finished(objects, room.redaction).await;
         let mut taking = Taking::new(self, Batch::new(room));
+        let coming = checked.iter().flatten().map(|event| &event.pdu);
+        let asked_for = coming.flat_map(|pdu| pdu.prev_events.iter().chain([&pdu.event_id])).cloned();
+        taking.look_up(asked_for.collect()).await?;
         let mut results = Vec::with_capacity(checked.len());
         for event in checked {
             results.push(match event {
@@ -85,6 +88,8 @@ pub(super) struct Taking<'a> {
     pub batch: Batch,
     /// The events in the batch, and those that were rejected on the way.
     fresh: BTreeSet<OwnedEventId>,
+    /// What the store knew of the events that were looked up when this began.
+    looked_up: BTreeMap<OwnedEventId, bool>,
     /// The hub did not give what was missing: it is not asked again now.
     in_vain: bool,
 }
@@ -92,7 +97,7 @@ pub(super) struct Taking<'a> {
 impl<'a> Taking<'a> {
     /// Goes on from a batch in which these events are already.
     pub fn new(lm: &'a Lm, batch: Batch) -> Self {
-        Self { lm, batch, fresh: BTreeSet::new(), in_vain: false }
+        Self { lm, batch, fresh: BTreeSet::new(), looked_up: BTreeMap::new(), in_vain: false }
     }
 
     fn room(&self) -> &Snapshot {
@@ -212,18 +217,29 @@ impl<'a> Taking<'a> {
     }
 
     /// Whether an event is in the log, or was rejected before.
-    async fn knows(&self, event_id: &EventId) -> Result<bool, Refusal> {
-        if self.fresh.contains(event_id) || self.room().last_id().is_some_and(|last| last == event_id) {
+    async fn knows(&mut self, event_id: &EventId) -> Result<bool, Refusal> {
+        if self.fresh.contains(event_id) {
             return Ok(true);
         }
-        let store = &self.lm.context().store;
-        if stored::event(store, event_id).await?.is_some() {
-            return Ok(true);
+        if !self.looked_up.contains_key(event_id) {
+            self.look_up(BTreeSet::from([event_id.to_owned()])).await?;
         }
-        Ok(stored::complained_of(store, &self.room().facts.room_id, event_id).await?)
+        Ok(self.looked_up.get(event_id).copied().unwrap_or(false))
     }
 
-    async fn unknown(&self, event_ids: &[OwnedEventId]) -> Result<Vec<OwnedEventId>, Refusal> {
+    /// Asks the store about many events at once.
+    async fn look_up(&mut self, event_ids: BTreeSet<OwnedEventId>) -> Result<(), Refusal> {
+        let ids: Vec<&EventId> = event_ids.iter().map(|id| &**id).collect();
+        let room_id = self.room().facts.room_id.clone();
+        let known = stored::known_of(&self.lm.context().store, &room_id, &ids).await?;
+        for event_id in event_ids {
+            let is_known = known.contains(&event_id);
+            self.looked_up.insert(event_id, is_known);
+        }
+        Ok(())
+    }
+
+    async fn unknown(&mut self, event_ids: &[OwnedEventId]) -> Result<Vec<OwnedEventId>, Refusal> {
         let mut unknown = Vec::new();
         for event_id in event_ids {
             if !self.knows(event_id).await? {
@@ -259,11 +275,11 @@ impl<'a> Taking<'a> {
 
     /// Whether everything between the log and `missing` was found.
     async fn fetch(
-        &self,
+        &mut self,
         found: &mut BTreeMap<OwnedEventId, Finished>,
         missing: Vec<OwnedEventId>,
     ) -> Result<bool, Refusal> {
-        let facts = &self.room().facts;
+        let facts = self.room().facts.clone();
         let mut wanted = missing;
         for _ in 0..PAGES {
             let Some(from) = wanted.pop() else { return Ok(true) };

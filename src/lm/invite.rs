@@ -141,6 +141,9 @@ impl Lm {
     /// event. Done once and in the background, because the invite stands whatever comes of it.
     pub(super) fn tell_invited(&self, room: &Snapshot, invite: &Appended) {
         let event = &invite.event;
+        if event.kind != "m.room.member" {
+            return;
+        }
         let Ok(target) = target_of(&event.kind, event.state_key.as_deref(), event.content()) else { return };
         let server = target.server_name().to_owned();
         if room.has_server(&server) || server == self.context().server_name {

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
-use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, RoomId, ServerName};
 use serde_json::value::RawValue;
 use tokio::sync::{OnceCell, mpsc, oneshot};
 
@@ -13,7 +13,7 @@ use super::actor::Job;
 use super::room::{Facts, Snapshot};
 use crate::event::{Pdu, Redaction};
 use crate::refusal::Refusal;
-use crate::store::lm::{self as stored, EventRow};
+use crate::store::lm::{self as stored, EventRow, Stay};
 use crate::store::{Store, StoreError};
 
 /// How many of a room's last events are kept as text for the queues of its servers.
@@ -31,6 +31,15 @@ pub(super) struct RoomCell {
     pub intake: tokio::sync::Mutex<()>,
     recent: Mutex<VecDeque<(i64, Arc<RawValue>)>>,
     waiters: Mutex<HashMap<OwnedEventId, Vec<Echo>>>,
+    stays: Mutex<Stays>,
+}
+
+/// When servers were in the room, as far as somebody has asked.
+#[derive(Default)]
+struct Stays {
+    /// Grows with every change, so that what was read before it is not kept after it.
+    changes: u64,
+    known: HashMap<OwnedServerName, Arc<[Stay]>>,
 }
 
 /// Where the fate of an LPDU is told.
@@ -46,6 +55,7 @@ impl RoomCell {
             intake: tokio::sync::Mutex::default(),
             recent: Mutex::default(),
             waiters: Mutex::default(),
+            stays: Mutex::default(),
         }
     }
 
@@ -76,6 +86,7 @@ impl RoomCell {
     pub fn forget(&self) {
         *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = None;
         lock(&self.recent).clear();
+        self.forget_stays();
     }
 
     /// Keeps events as text for those who read the log as it grows.
@@ -102,6 +113,30 @@ impl RoomCell {
         }
         let skip = usize::try_from(from.saturating_sub(first)).ok()?;
         Some(recent.iter().skip(skip).take_while(|(position, _)| *position <= to).take(limit).cloned().collect())
+    }
+
+    /// When a server was in the room.
+    pub async fn stays(&self, store: &Store, server: &ServerName) -> Result<Arc<[Stay]>, StoreError> {
+        let changes = {
+            let stays = lock(&self.stays);
+            if let Some(known) = stays.known.get(server) {
+                return Ok(known.clone());
+            }
+            stays.changes
+        };
+        let read: Arc<[Stay]> = stored::stays(store, &self.room_id, server).await?.into();
+        let mut stays = lock(&self.stays);
+        if stays.changes == changes {
+            stays.known.insert(server.to_owned(), read.clone());
+        }
+        Ok(read)
+    }
+
+    /// Servers came or went, or may have.
+    pub fn forget_stays(&self) {
+        let mut stays = lock(&self.stays);
+        stays.changes = stays.changes.wrapping_add(1);
+        stays.known.clear();
     }
 
     /// Waits for the echo of an LPDU, or for its refusal.

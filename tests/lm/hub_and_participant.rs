@@ -167,10 +167,10 @@ async fn an_invite_is_declined_through_the_hub() {
     let alice = part.user("alice");
     let invite = Outgoing { draft: member(&hub.user("bot"), &alice, "invite"), effect: None };
     hub.lm.invite(&room, invite).await.unwrap();
-    part.lm.leave(&room, &alice, &[hub.name.clone()]).await.unwrap();
+    part.lm.leave(&room, &alice, std::slice::from_ref(&hub.name)).await.unwrap();
     let last = hub.log(&room).await.pop().unwrap();
     assert_eq!((last.event.sender.clone(), &last.event.content()["membership"]), (alice.clone(), &json!("leave")));
-    let refused = part.lm.join(&room, &alice, &[hub.name.clone()], Default::default()).await;
+    let refused = part.lm.join(&room, &alice, std::slice::from_ref(&hub.name), Default::default()).await;
     assert!(matches!(refused, Err(Refusal::Forbidden(_))), "{refused:?}");
 }
 

@@ -196,7 +196,7 @@ impl Node {
 
     /// Joins a room as one of this server's users, through `hub`.
     pub async fn join(&self, room_id: &RoomId, localpart: &str, hub: &Node) -> Appended {
-        self.lm.join(room_id, &self.user(localpart), &[hub.name.clone()], Object::new()).await.unwrap()
+        self.lm.join(room_id, &self.user(localpart), std::slice::from_ref(&hub.name), Object::new()).await.unwrap()
     }
 
     pub async fn send(&self, room_id: &RoomId, draft: Draft) -> Result<Sent, Refusal> {

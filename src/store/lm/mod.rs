@@ -7,7 +7,7 @@ mod write;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
 pub use self::read::{
-    Stay, complained_of, complaints, event, event_of_lpdu, events_by_id, lpdus_after, positions_of_lpdus, queued_lpdus,
+    Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus, queued_lpdus,
     range, room, room_ids, state_before, state_now, stays,
 };
 pub use self::write::{
@@ -78,7 +78,7 @@ fn redaction_name(redaction: Redaction) -> &'static str {
 }
 
 /// The sizes in which many rows are written or looked up at once, so that there are few statements to prepare.
-const CHUNKS: [usize; 4] = [64, 16, 4, 1];
+const CHUNKS: [usize; 8] = [64, 48, 32, 16, 8, 4, 2, 1];
 
 /// Cuts `items` into pieces whose lengths are all in [`CHUNKS`].
 fn chunks<T>(mut items: &[T]) -> impl Iterator<Item = &[T]> {

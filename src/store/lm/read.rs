@@ -1,6 +1,6 @@
 //! What is read. Functions with `IN` lists look up in pieces, so that there are few statements to prepare.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId, ServerName};
 use sqlx::any::AnyRow;
@@ -209,14 +209,29 @@ pub async fn complaints(store: &Store, room_id: &RoomId, limit: i64) -> Result<V
         .collect()
 }
 
-/// Whether there is a complaint about this event.
-pub async fn complained_of(store: &Store, room_id: &RoomId, event_id: &EventId) -> Result<bool, StoreError> {
-    let row = sqlx::query("SELECT event_id FROM lm_complaints WHERE room_id = $1 AND event_id = $2")
-        .bind(room_id.as_str())
-        .bind(event_id.as_str())
-        .fetch_optional(store.reader())
-        .await?;
-    Ok(row.is_some())
+/// Which of these events are in a log, or were complained of in this room.
+pub async fn known_of(
+    store: &Store,
+    room_id: &RoomId,
+    event_ids: &[&EventId],
+) -> Result<BTreeSet<OwnedEventId>, StoreError> {
+    let mut known = BTreeSet::new();
+    for chunk in chunks(event_ids) {
+        let list = placeholders(1, chunk.len(), 0);
+        let sql = format!("SELECT event_id FROM lm_events WHERE event_id IN {list}");
+        let query = chunk.iter().fold(sqlx::query(AssertSqlSafe(sql)), |query, id| query.bind(id.as_str()));
+        for row in query.fetch_all(store.reader()).await? {
+            known.insert(parsed(&row, "event_id")?);
+        }
+        let list = placeholders(1, chunk.len(), 1);
+        let sql = format!("SELECT event_id FROM lm_complaints WHERE room_id = $1 AND event_id IN {list}");
+        let query = sqlx::query(AssertSqlSafe(sql)).bind(room_id.as_str());
+        let query = chunk.iter().fold(query, |query, id| query.bind(id.as_str()));
+        for row in query.fetch_all(store.reader()).await? {
+            known.insert(parsed(&row, "event_id")?);
+        }
+    }
+    Ok(known)
 }
 
 fn event_row(row: &AnyRow) -> Result<EventRow, StoreError> {
