@@ -216,6 +216,9 @@ impl IntoResponse for Refusal {
         if let (Self::Budget { retry_after_ms, .. }, Some(object)) = (&self, body.as_object_mut()) {
             object.insert("retry_after_ms".to_owned(), json!(retry_after_ms));
         }
+        if let (Self::IncompatibleRoomVersion(version), Some(object)) = (&self, body.as_object_mut()) {
+            object.insert("room_version".to_owned(), json!(version));
+        }
         (self.status(), Json(body)).into_response()
     }
 }

@@ -242,6 +242,9 @@ impl Batch {
                 })
             })
             .await?;
+        if !redacted.is_empty() {
+            shared.states.invalidate(&room_id).await;
+        }
         shared.events.committed(staged.into_values().chain(redacted), groups.into_values().collect()).await;
         to_wake.extend(core.servers.keys().filter(|server| **server != shared.context.server_name).cloned());
         room.set_core(core);

@@ -15,7 +15,8 @@ use super::batch::Batch;
 use super::pdu::{Pdu, Verified};
 use super::snapshot::Snapshot;
 use super::stored::Stored;
-use crate::event::Object;
+use super::version::rules_of;
+use crate::event::{Object, RoomVersion};
 use crate::identity::SigningKey;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
@@ -26,13 +27,13 @@ const MAX_PREV_EVENTS: usize = 10;
 const MAX_DEPTH: i64 = (1 << 53) - 1;
 
 /// The gateway's key, as ruma wants it.
-pub(super) struct Signer<'a> {
+struct Signer<'a> {
     key: &'a SigningKey,
     id: OwnedSigningKeyId<AnyKeyName>,
 }
 
 impl<'a> Signer<'a> {
-    pub(super) fn new(key: &'a SigningKey) -> Result<Self, Refusal> {
+    fn new(key: &'a SigningKey) -> Result<Self, Refusal> {
         let id = key.id().try_into().map_err(|_| Refusal::Internal(format!("key ID {}", key.id())))?;
         Ok(Self { key, id })
     }
@@ -87,12 +88,9 @@ impl Batch {
         if draft.sender.server_name() != own {
             return Err(Refusal::Forbidden(format!("{} is not a user of {own}", draft.sender)));
         }
-        let mut template = self.template(draft).await?;
+        let template = self.template(draft).await?;
         let context = &self.shared.context;
-        let signer = Signer::new(&context.signing_key)?;
-        hash_and_sign_event(context.server_name.as_str(), &signer, &mut template, &self.rules.redaction)
-            .map_err(|error| Refusal::malformed("event", error.to_string()))?;
-        Verified::own(&template, self.version)
+        sign_canonical(template, self.version, context.server_name.as_str(), &context.signing_key)
     }
 
     /// The event without hashes and signatures; also what `make_join` and the like answer.
@@ -161,11 +159,33 @@ impl Batch {
     }
 }
 
+/// Hashes and signs an event of the gateway as it stands.
+pub(super) fn sign(
+    event: Object,
+    version: RoomVersion,
+    server_name: &str,
+    key: &SigningKey,
+) -> Result<Verified, Refusal> {
+    let event = try_from_json_map(event).map_err(|error| Refusal::malformed("event", error.to_string()))?;
+    sign_canonical(event, version, server_name, key)
+}
+
+fn sign_canonical(
+    mut event: CanonicalJsonObject,
+    version: RoomVersion,
+    server_name: &str,
+    key: &SigningKey,
+) -> Result<Verified, Refusal> {
+    hash_and_sign_event(server_name, &Signer::new(key)?, &mut event, &rules_of(version)?.redaction)
+        .map_err(|error| Refusal::malformed("event", error.to_string()))?;
+    Verified::own(&event, version)
+}
+
 /// Adds the gateway's signature to an event that another server has signed.
 pub(super) fn countersign(pdu: &Pdu, server_name: &str, key: &SigningKey) -> Result<Value, Refusal> {
     let mut json: CanonicalJsonObject =
         serde_json::from_str(pdu.raw.get()).map_err(|error| Refusal::NotJson(error.to_string()))?;
-    let rules = super::version::rules_of(pdu.version)?;
+    let rules = rules_of(pdu.version)?;
     sign_event(server_name, &Signer::new(key)?, &mut json, &rules.redaction)
         .map_err(|error| Refusal::malformed("event", error.to_string()))?;
     serde_json::to_value(&json).map_err(|error| Refusal::Internal(error.to_string()))

@@ -5,12 +5,11 @@ use std::sync::Arc;
 use rand::Rng as _;
 use rand::rngs::OsRng;
 use ruma::OwnedRoomId;
-use ruma::signatures::hash_and_sign_event;
 use serde_json::{Value, json};
 
 use super::accept::Source;
 use super::batch::Batch;
-use super::build::Signer;
+use super::build::sign;
 use super::pdu::Verified;
 use super::room::{Core, Room};
 use super::version::{can_create, rules_of};
@@ -82,16 +81,7 @@ impl Dag {
             let room_id = format!("!{}:{}", random_localpart(), context.server_name);
             event.insert("room_id".to_owned(), json!(room_id));
         }
-        let mut event = ruma::canonical_json::try_from_json_map(event)
-            .map_err(|error| Refusal::malformed("m.room.create", error.to_string()))?;
-        hash_and_sign_event(
-            context.server_name.as_str(),
-            &Signer::new(&context.signing_key)?,
-            &mut event,
-            &rules.redaction,
-        )
-        .map_err(|error| Refusal::malformed("m.room.create", error.to_string()))?;
-        Verified::own(&event, room.version)
+        sign(event, room.version, context.server_name.as_str(), &context.signing_key)
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ruma::{EventId, OwnedEventId, ServerName};
 use serde_json::{Value, json};
@@ -28,6 +29,10 @@ const MAX_WAITING: usize = 300;
 const MAX_EDGES: usize = 5;
 /// How many events of a state or an auth chain are fetched one by one before the whole is asked for.
 const MAX_SINGLE: usize = 50;
+/// How long one waits for another who fills a gap of the same room.
+const TURN: Duration = Duration::from_secs(10);
+/// How long filling a gap may take.
+const PATIENCE: Duration = Duration::from_secs(180);
 /// How many events an answer may hold.
 const MAX_ANSWER: usize = 100_000;
 
@@ -46,7 +51,9 @@ impl Shared {
         if !outcomes.values().any(is_missing) {
             return Ok(outcomes);
         }
-        let _one_at_a_time = room.filling.lock().await;
+        // Mostly several servers send what follows the same gap, and it is filled once. Who fills it can be slow on purpose,
+        // so nobody waits for that for long.
+        let _one_at_a_time = tokio::time::timeout(TURN, room.filling.lock()).await;
         let wanted: BTreeSet<OwnedEventId> = outcomes.keys().cloned().collect();
         let mut filling = Filling { shared: self, room, origin, waiting: HashMap::new(), outcomes: Outcomes::new() };
         for event in events {
@@ -55,7 +62,10 @@ impl Shared {
             }
         }
         filling.outcomes = outcomes;
-        filling.fill().await?;
+        match tokio::time::timeout(PATIENCE, filling.fill()).await {
+            Ok(filled) => filled?,
+            Err(_) => tracing::info!(room = %room.room_id, server = %origin, "filling a gap took too long"),
+        }
         let mut outcomes = filling.outcomes;
         outcomes.retain(|id, _| wanted.contains(id));
         Ok(outcomes)
@@ -95,6 +105,10 @@ impl Filling<'_> {
             if !progress {
                 break;
             }
+        }
+        // Of a server that is not in the room yet, no word on the room's state is believed.
+        if self.waiting.is_empty() || !self.room.core().has_server(self.origin) {
+            return Ok(());
         }
         self.bridge_gaps().await
     }

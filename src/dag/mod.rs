@@ -27,6 +27,7 @@ mod version;
 
 use std::sync::Arc;
 
+use imbl::ordmap::DiffItem;
 use moka::future::Cache;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId};
 
@@ -35,6 +36,7 @@ use self::batch::Batch;
 use self::events::Events;
 use self::outbox::Outbox;
 use self::room::Rooms;
+use self::snapshot::Snapshot;
 use crate::event::{Object, RoomVersion};
 use crate::federation::{Context, FeedKind, FeedSource};
 use crate::refusal::Refusal;
@@ -106,8 +108,8 @@ struct Shared {
     /// The groups that states were resolved to.
     resolved: Cache<Vec<i64>, i64>,
     acls: Cache<OwnedEventId, Arc<Acl>>,
-    /// The current states that were asked for as a whole, with their groups.
-    states: Cache<OwnedRoomId, (i64, Arc<State>)>,
+    /// The current states that were asked for as a whole.
+    states: Cache<OwnedRoomId, (Snapshot, Arc<State>)>,
 }
 
 /// What the gateway itself asks of the graph side.
@@ -191,25 +193,28 @@ impl Dag {
     pub async fn state(&self, room_id: &RoomId) -> Result<Arc<State>, Refusal> {
         let room = self.shared.room(room_id).await?;
         let current = room.core().current.clone();
-        let cached = self.shared.states.get(room_id).await;
-        if let Some((_, state)) = cached.as_ref().filter(|(group, _)| *group == current.id) {
-            return Ok(state.clone());
+        let (known, state) = self.shared.states.get(room_id).await.unwrap_or_default();
+        if known.id == current.id {
+            return Ok(state);
         }
-        let mut state = State::clone(&cached.map(|(_, state)| state).unwrap_or_default());
-        let gone: Vec<_> = state.keys().filter(|key| !current.map.contains_key(*key)).cloned().collect();
+        let (mut gone, mut new) = (Vec::new(), Vec::new());
+        for item in known.map.diff(&current.map) {
+            match item {
+                DiffItem::Add(_, id) | DiffItem::Update { new: (_, id), .. } => new.push(id.clone()),
+                DiffItem::Remove(key, _) => gone.push(key.clone()),
+            }
+        }
+        let mut state = State::clone(&state);
         for key in gone {
             state.remove(&key);
         }
-        let differs =
-            |key: &(String, String), id: &OwnedEventId| state.get(key).is_none_or(|event| event.event_id != *id);
-        let new: Vec<_> = current.map.iter().filter(|(key, id)| differs(key, id)).map(|(_, id)| id.clone()).collect();
         for event in self.shared.events.get_many(&new).await?.into_values() {
             if let Some(key) = event.key() {
                 state.insert(key, event.to_graph_event());
             }
         }
         let state = Arc::new(state);
-        self.shared.states.insert(room_id.to_owned(), (current.id, state.clone())).await;
+        self.shared.states.insert(room_id.to_owned(), (current, state.clone())).await;
         Ok(state)
     }
 

@@ -199,3 +199,6 @@ fn part(state: &Snapshot, needed: &BTreeSet<StateKey>) -> StateMap<OwnedEventId>
 fn key(kind: StateEventType) -> StateKey {
     (kind.to_string(), String::new())
 }
+
+#[cfg(test)]
+mod tests;

@@ -204,6 +204,15 @@ async fn a_user_of_the_gateway_is_invited_elsewhere() {
     let invite = gateway.between.invites.lock().unwrap().pop().unwrap();
     assert_eq!((invite.side, invite.target, invite.stripped_state.len()), (Side::Matrix, bob, 1));
 
+    // The ghost declines: its leave is made where the invite came from.
+    peer.memory.leaves.lock().unwrap().clear();
+    gateway.dag.decline(&room, &ghost("bob"), Some("encrypted")).await.unwrap();
+    let leave = peer.memory.leaves.lock().unwrap().pop().unwrap();
+    assert_eq!(leave["content"], json!({ "membership": "leave", "reason": "encrypted" }));
+    assert_eq!((&leave["sender"], &leave["depth"]), (&json!(ghost("bob")), &json!(7)));
+    assert!(leave["signatures"].get(OWN).is_some());
+    assert_eq!(gateway.dag.decline(&room, &ghost("bob"), None).await.unwrap_err().code(), "not_found");
+
     for (field, value) in [
         ("state_key", json!("@bob:elsewhere.example")),
         ("sender", json!("@alice:elsewhere.example")),

@@ -2,6 +2,7 @@
 //! answers over loopback HTTP.
 
 mod arrival;
+mod databases;
 mod forks;
 mod gaps;
 mod handshakes;
@@ -64,7 +65,8 @@ impl Gateway {
         Self::over(self.context.store, peers, self._directory)
     }
 
-    fn over(store: Store, peers: &[&Peer], directory: tempfile::TempDir) -> Self {
+    /// The same over a store of the caller's.
+    pub fn over(store: Store, peers: &[&Peer], directory: tempfile::TempDir) -> Self {
         let own: ruma::OwnedServerName = OWN.try_into().unwrap();
         let clock = ManualClock::new(NOW);
         let key = Arc::new(SigningKey::from_seed("own", "YJDBA9Xnr2sVqXD9Vj7XVUnmFZcZrlw8Md7kMW+3XA1").unwrap());

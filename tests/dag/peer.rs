@@ -42,6 +42,8 @@ pub struct Memory {
     pub hidden: Mutex<HashSet<OwnedEventId>>,
     signer: Mutex<Option<(OwnedServerName, Arc<SigningKey>, RoomVersion)>>,
     pub invite_states: Mutex<Vec<Value>>,
+    /// The leaves that were made through it.
+    pub leaves: Mutex<Vec<Value>>,
 }
 
 /// Signs as ruma wants it.
@@ -225,6 +227,14 @@ async fn answer(
         ["v1", "state_ids", _] => memory.state_ids(&query["event_id"]),
         ["v1", "state", _] => memory.state(&query["event_id"]),
         ["v2", "invite", _, _] => memory.sign_invite(&body),
+        // Where the leave stands in the graph counts, and nothing else of this.
+        ["v1", "make_leave", room, _] => Some(json!({ "room_version": "11", "event": {
+            "type": "m.room.topic", "room_id": room, "sender": "@evil:x", "content": { "evil": true }, "depth": 7,
+            "prev_events": [format!("${}", "c".repeat(43))], "auth_events": [format!("${}", "d".repeat(43))] } })),
+        ["v2", "send_leave", _, _] => {
+            memory.leaves.lock().unwrap().push(body);
+            Some(json!({}))
+        }
         ["v1", "query", "profile"] => Some(json!({ "displayname": "Alice", "avatar_url": "mxc://x/y" })),
         ["v1", "query", "directory"] => Some(json!({ "room_id": "!room:x", "servers": ["x"] })),
         _ => None,

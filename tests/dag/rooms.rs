@@ -4,6 +4,8 @@ use isthmus::event::RoomVersion;
 use isthmus::refusal::Refusal;
 use serde_json::{Value, json};
 
+use super::databases::both_stores;
+use super::peer::Peer;
 use super::*;
 
 #[tokio::test]
@@ -32,6 +34,37 @@ async fn rooms_of_each_version_are_made_and_survive_a_restart() {
         gateway.send(&room_id, message(&bot(), "still here")).await.unwrap();
     }
     assert!(gateway.dag.room(RoomId::parse("!other:x").unwrap().as_ref()).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_room_lives_on_either_database() {
+    both_stores(|store| async move {
+        let peer = Peer::start("peer.example").await;
+        let gateway = Gateway::over(store, &[&peer], tempfile::tempdir().unwrap());
+        let room = gateway.room(RoomVersion::V12, "public").await;
+        let (alice, strange) = (peer.user("alice"), "odd \u{0}\u{1} key");
+        let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
+        let mut branch = view.clone();
+        let odd = gateway.send(&room, state("org.example.odd", strange, json!({ "odd": "\u{0}" }))).await.unwrap();
+        let (one, first) = view.say(&peer, &alice, "one \u{0}");
+        let (two, second) = branch.say(&peer, &alice, "two");
+        for event in [&first, &second] {
+            assert!(peer.put(&gateway.dag, &[event]).await[0].result.is_ok());
+        }
+        gateway.dag.set_listed(&room, true).await.unwrap();
+        for number in 0..150 {
+            gateway.send(&room, state("org.example.count", "", json!({ "count": number }))).await.unwrap();
+        }
+        gateway.send(&room, state("m.room.member", alice.as_str(), json!({ "membership": "ban" }))).await.unwrap();
+        let state = gateway.state(&room).await;
+        let gateway = gateway.restart(&[&peer]);
+        assert_eq!(gateway.state(&room).await, state);
+        assert_eq!(state[&("org.example.odd".to_owned(), strange.to_owned())], odd);
+        assert_eq!(gateway.inbox(&room).await[1..], [one, two]);
+        assert!(!gateway.dag.joined(&room).await.unwrap().contains(&alice));
+        assert_eq!(gateway.dag.public_rooms(None, None).await.unwrap()["chunk"].as_array().unwrap().len(), 1);
+    })
+    .await;
 }
 
 #[tokio::test]
