@@ -230,6 +230,10 @@ impl Lm {
                     }
                     None => groups.push((keys, vec![place], vec![lpdu])),
                 },
+                // No verdict on the event: its sender is to send it again.
+                Err(refusal @ Refusal::KeysUnavailable { .. }) => {
+                    results.push((place, Err(Refusal::Internal(refusal.to_string()))));
+                }
                 Err(refusal) => results.push((place, Err(refusal))),
             }
         }

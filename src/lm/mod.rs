@@ -1,5 +1,11 @@
 //! The linear side: logs of LM rooms, their authorization rules, the two roles (hub and participant), what is served to
 //! other LM servers and what is asked of them.
+//!
+//! Where to find what: `rules` judges one event; `room` is a room after an event, `rooms` keeps them in memory; `batch`
+//! writes events with all that hangs on them, `actor` gives each hubbed room its one appender. The hub's side is in `hub`
+//! (own events, LPDUs), `handshake`, `invite`, `served` and `join_state`; the participant's in `participant` (joining),
+//! `intake` (what the hub sends), `finished` (its signatures and hashes) and `lpdus` (what goes to the hub). `feed` is what
+//! the outbound queues read, `peers` what is asked of others, `reads` what the gateway itself asks.
 
 mod actor;
 mod batch;
