@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::member;
 use super::power::{Action, POWER_LEVELS, Power};
-use super::side::{Event, MEMBER, State};
+use super::side::{Event, Key, MEMBER, State};
 use super::translate::{self, Image, Lookups, SOURCE, StateRules};
 use super::users::{Known, Who};
 use crate::event::Object;
@@ -103,6 +103,20 @@ pub(super) fn outcome(case: &Case<'_>) -> Outcome {
     };
     let draft = case.draft(ghost, &image.kind, None, image.content);
     Outcome::Cross(Box::new(Crossing { before, image: draft, instead: None, asks_server: false, note: image.note }))
+}
+
+/// The parts of both rooms' states that the crossing of `event` may depend on: of its own room, and of the one across.
+pub(super) fn reads(event: &Event, users: &Known, bot: &UserId) -> (Vec<Key>, Vec<Key>) {
+    let whole = |kind: &str| (kind.to_owned(), String::new());
+    let member = |user: &UserId| (MEMBER.to_owned(), user.to_string());
+    let own = event.state_key.clone().map(|key| (event.kind.clone(), key));
+    let near = [whole("m.room.create"), whole(POWER_LEVELS), member(&event.sender)].into_iter().chain(own);
+    let rules = [whole("m.room.create"), whole(POWER_LEVELS), whole("m.room.join_rules"), member(bot)];
+    let target = event.membership().map(|(target, _)| target);
+    let there = [Some(event.sender.clone()), target].into_iter().flatten();
+    let there = there.filter_map(|user| translate::across(users, &user)).map(|user| member(&user));
+    let far = rules.into_iter().chain(there).chain([whole(&event.kind)]);
+    (near.collect(), far.collect())
 }
 
 impl Case<'_> {

@@ -2,7 +2,7 @@
 //! a crash in the middle is taken up at the next start.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
@@ -77,7 +77,7 @@ pub(super) async fn portal_from_lm(
     }
     room_for_one_more(core)?;
     let outcome = {
-        let mut running = core.creations.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = lock(core);
         match running.get(lm_room_id) {
             Some(outcome) => outcome.clone(),
             None => {
@@ -112,11 +112,18 @@ pub(super) fn resume(core: &Arc<Core>, rows: Vec<PortalRow>) {
                 core.registry.watch(side, room);
             }
         }
-        let making = core.clone();
-        core.spawn(async move {
-            // What comes of it is logged.
-            let _ = finish_or_end(&making, row).await;
-        });
+        match row.lm_room_id.clone().filter(|_| row.kind == "from_lm") {
+            Some(room_id) => {
+                // Who asks for the same room meanwhile gets this one.
+                let outcome = in_task(core, room_id.clone(), row);
+                lock(core).insert(room_id, outcome.clone());
+                core.spawn(outcome.map(drop));
+            }
+            None => {
+                let making = core.clone();
+                core.spawn(async move { drop(finish_or_end(&making, row).await) });
+            }
+        }
     }
 }
 
@@ -135,14 +142,19 @@ pub(super) async fn add_alias(core: &Core, localpart: &str, number: i64) -> Resu
     Ok(())
 }
 
+fn lock(core: &Core) -> MutexGuard<'_, HashMap<OwnedRoomId, Shared<BoxFuture<'static, Outcome>>>> {
+    core.creations.running.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Shared<BoxFuture<'static, Outcome>> {
     let (making, waiting) = (core.clone(), core.clone());
     let task = async move {
-        let outcome = match begin(&making, row).await {
+        let begun = if row.number == 0 { begin(&making, row).await } else { Ok(row) };
+        let outcome = match begun {
             Ok(row) => finish_or_end(&making, row).await,
             Err(error) => Err(error.into()),
         };
-        making.creations.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&room_id);
+        lock(&making).remove(&room_id);
         outcome
     };
     async move { waiting.in_task(task).await }.boxed().shared()

@@ -80,7 +80,10 @@ impl From<&Appended> for Event {
     }
 }
 
-/// The current state of a room of either side.
+/// A type and a state key.
+pub(super) type Key = (String, String);
+
+/// The current state of a room of either side, or the part of it that was asked for.
 #[derive(Debug, Clone)]
 pub(super) enum State {
     Graph(Arc<dag::State>),
@@ -172,6 +175,8 @@ pub(super) struct Made {
 pub(super) trait Rooms: Send + Sync {
     async fn event(&self, event_id: &EventId) -> Result<Option<Event>, Refusal>;
     async fn state(&self, room_id: &RoomId) -> Result<State, Refusal>;
+    /// The state as far as these types and state keys go.
+    async fn pick(&self, room_id: &RoomId, keys: &[Key]) -> Result<State, Refusal>;
     async fn send(&self, room_id: &RoomId, events: Vec<Outgoing>) -> Vec<Result<Made, Refusal>>;
     async fn invite(&self, room_id: &RoomId, invite: Outgoing) -> Result<Made, Refusal>;
     async fn check(&self, room_id: &RoomId, draft: &Draft) -> Result<(), Refusal>;
@@ -185,6 +190,16 @@ impl Rooms for Dag {
 
     async fn state(&self, room_id: &RoomId) -> Result<State, Refusal> {
         Ok(State::Graph(Self::state(self, room_id).await?))
+    }
+
+    async fn pick(&self, room_id: &RoomId, keys: &[Key]) -> Result<State, Refusal> {
+        let mut state = dag::State::new();
+        for key in keys {
+            if let Some(event) = self.state_event(room_id, &key.0, &key.1).await? {
+                state.insert(key.clone(), event);
+            }
+        }
+        Ok(State::Graph(Arc::new(state)))
     }
 
     async fn send(&self, room_id: &RoomId, events: Vec<Outgoing>) -> Vec<Result<Made, Refusal>> {
@@ -209,6 +224,10 @@ impl Rooms for Lm {
 
     async fn state(&self, room_id: &RoomId) -> Result<State, Refusal> {
         Ok(State::Log(Self::state(self, room_id).await?))
+    }
+
+    async fn pick(&self, room_id: &RoomId, keys: &[Key]) -> Result<State, Refusal> {
+        Ok(State::Log(Arc::new(self.state_events(room_id, keys).await?)))
     }
 
     async fn send(&self, room_id: &RoomId, events: Vec<Outgoing>) -> Vec<Result<Made, Refusal>> {

@@ -75,12 +75,11 @@ struct Worker {
     answers: mpsc::UnboundedReceiver<(i64, Done)>,
 }
 
-/// Both rooms as they are while a few events are looked at.
-struct View {
-    portal: Arc<Portal>,
-    near: State,
-    far: State,
-    settled: bool,
+/// What is to be done with an event.
+struct Decision {
+    outcome: Outcome,
+    /// Whether the state must be looked at when it is done.
+    unsure: bool,
 }
 
 /// What became of an item.
@@ -149,24 +148,12 @@ impl Worker {
         Ok(())
     }
 
-    async fn view(&self, portal: &Arc<Portal>) -> Result<View, Refusal> {
-        let sides = self.core.sides()?;
-        let far = self.source.other();
-        Ok(View {
-            near: sides.rooms(self.source).state(portal.room(self.source)).await?,
-            far: sides.rooms(far).state(portal.room(far)).await?,
-            settled: far == Side::Matrix || portal.lm_hub == self.core.context.server_name,
-            portal: portal.clone(),
-        })
-    }
-
     /// Carries the items with these numbers, in order. Ends early when one of them fails, for the others to be looked at
     /// again.
     async fn carry(&mut self, portal: &Arc<Portal>, seqs: &[i64]) -> Result<(), Refusal> {
         let entry = self.entry.clone();
         // Repair makes images too; together the two could make one twice.
         let _lock = entry.direction(self.source).making.lock().await;
-        let mut view = self.view(portal).await?;
         let mut batch: Vec<(i64, Crossing)> = Vec::new();
         for &seq in seqs {
             let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
@@ -175,13 +162,12 @@ impl Worker {
                 if !self.flush(portal, std::mem::take(&mut batch)).await? {
                     return Ok(());
                 }
-                view = self.view(portal).await?;
             }
             let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
-            match self.outcome(&view, &item.event).await? {
+            let Decision { outcome, unsure } = self.decide(portal, &item.event).await?;
+            match outcome {
                 Outcome::Cross(crossing) if crossing.before.is_empty() && !single => batch.push((seq, *crossing)),
                 outcome => {
-                    let unsure = self.source == portal.authority() && may_be_reset(&view.near, &item.event);
                     if !self.flush(portal, std::mem::take(&mut batch)).await? {
                         return Ok(());
                     }
@@ -192,7 +178,6 @@ impl Worker {
                     if !self.finish(portal, seq, done).await? {
                         return Ok(());
                     }
-                    view = self.view(portal).await?;
                 }
             }
         }
@@ -201,8 +186,9 @@ impl Worker {
     }
 
     /// What is to be done with an event, with all that this depends on looked up.
-    async fn outcome(&self, view: &View, event: &Event) -> Result<Outcome, Refusal> {
+    async fn decide(&self, portal: &Portal, event: &Event) -> Result<Decision, Refusal> {
         let core = &self.core;
+        let far = self.source.other();
         let store = &core.context.store;
         let references = translate::references(event);
         let users = core.users.all(store, self.source, &references.users).await?;
@@ -220,20 +206,26 @@ impl Worker {
         };
         // An event of another room is not this room's to redact.
         let redacted = redacted.filter(|redacted| redacted.room_id == event.room_id);
-        Ok(carry::outcome(&Case {
+        let (reads_near, reads_far) = carry::reads(event, &users, core.users.bot());
+        let near_state = core.sides()?.rooms(self.source).pick(portal.room(self.source), &reads_near).await?;
+        let far_state = core.sides()?.rooms(far).pick(portal.room(far), &reads_far).await?;
+        let unsure = self.source == portal.authority() && may_be_reset(&near_state, event);
+        let outcome = carry::outcome(&Case {
             event,
             source: self.source,
-            authority: view.portal.authority(),
-            near: &view.near,
-            far: &view.far,
-            settled: view.settled,
+            authority: portal.authority(),
+            near: &near_state,
+            far: &far_state,
+            // What a foreign hub's log will be, its copy here does not say while LPDUs are on their way.
+            settled: far == Side::Matrix || portal.lm_hub == core.context.server_name,
             users: &users,
             events: &events,
             redacted_sender: redacted.as_ref().map(|redacted| redacted.sender.as_ref()),
-            far_room: view.portal.room(self.source.other()),
+            far_room: portal.room(far),
             bot: core.users.bot(),
             now_ms: core.now_ms(),
-        }))
+        });
+        Ok(Decision { outcome, unsure })
     }
 
     /// Sends a batch of images; false when one of them failed.

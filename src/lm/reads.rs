@@ -64,6 +64,14 @@ impl Lm {
         Ok(snapshot.state_event(kind, state_key).cloned())
     }
 
+    /// Those of the current state's events that have one of these types and state keys: costs the same however large the
+    /// room.
+    pub async fn state_events(&self, room_id: &RoomId, keys: &[(String, String)]) -> Result<State, Refusal> {
+        let (_, snapshot) = self.find(room_id).await?;
+        let found = keys.iter().filter_map(|key| Some((key.clone(), snapshot.state_event(&key.0, &key.1)?.clone())));
+        Ok(found.collect())
+    }
+
     /// One event, with its place.
     pub async fn event(&self, event_id: &EventId) -> Result<Option<Appended>, Refusal> {
         if let Some(event) = self.inner.events.get(event_id).await {
