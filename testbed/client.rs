@@ -179,6 +179,13 @@ impl Client {
         self.send(room, "m.room.message", json!({ "msgtype": "m.text", "body": body })).await
     }
 
+    /// Redacts an event.
+    pub async fn redact(&self, room: &str, event_id: &str, reason: &str) -> Result<()> {
+        let number = self.transaction.fetch_add(1, Ordering::SeqCst);
+        let rest = format!("redact/{}/{number}", segment(event_id));
+        self.in_room(Method::PUT, room, &rest, Some(json!({ "reason": reason }))).await.map(drop)
+    }
+
     /// Sets a state event and returns its ID.
     pub async fn set_state(&self, room: &str, kind: &str, state_key: &str, content: Value) -> Result<String> {
         let rest = format!("state/{}/{}", segment(kind), segment(state_key));

@@ -148,11 +148,15 @@ impl Synapse {
         Client::register(&self.client_url, localpart, password).await
     }
 
-    /// Stops it and starts it again on the same database.
-    pub async fn restart(mut self) -> Result<Self> {
+    /// Stops it.
+    pub fn stop(&mut self) {
         self.process.stop();
+    }
+
+    /// Starts it again, on the same database, after [`Synapse::stop`].
+    pub async fn start(&mut self) -> Result<()> {
         self.process = self.plan.spawn().await?;
-        Ok(self)
+        Ok(())
     }
 
     /// What its log says of `needle`, line by line.

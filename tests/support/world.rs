@@ -10,6 +10,7 @@ use isthmus::identity::{GhostNames, Side};
 use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId, UserId};
 use tokio::runtime::Runtime;
 use tokio::sync::OnceCell;
+use url::Url;
 
 use super::provider::{NewRoom, Options, Provider};
 use super::testbed::certificates::Authority;
@@ -34,6 +35,10 @@ pub struct World {
     pub hub: Provider,
     /// The LM provider `spoke.example`.
     pub spoke: Provider,
+    /// The port of `phoenix.example`, which the gateway knows, and which a scenario may start and stop.
+    pub phoenix: u16,
+    /// Where servers are that cannot be found by their names.
+    resolve: BTreeMap<OwnedServerName, Url>,
 }
 
 /// Runs a scenario. All of them share one runtime, because what is in the world outlives each of them.
@@ -54,7 +59,7 @@ impl World {
         let authority = Authority::new(&directory).unwrap();
         let [a, b] = ["a", "b"].map(|name| synapse::Plan::new(&directory.join(name)).unwrap());
         let mut gateway = gateway::Plan::new(&directory.join("g"), Path::new(BINARY), &authority).unwrap();
-        let names = ["hub.example", "spoke.example"];
+        let names = ["hub.example", "spoke.example", "phoenix.example"];
         let ports = names.map(|_| free_port().unwrap());
         let mut resolve = BTreeMap::from([(server(&gateway.server_name), gateway.url.parse().unwrap())]);
         for (name, port) in names.into_iter().zip(ports) {
@@ -62,20 +67,18 @@ impl World {
             gateway.resolve(name, &url);
             resolve.insert(server(name), url.parse().unwrap());
         }
-        let provider = |index: usize| {
-            Provider::start(Options {
-                server_name: server(names[index]),
-                listen: ([127, 0, 0, 1], ports[index]).into(),
-                ca: Some(authority.file.clone()),
-                resolve: resolve.clone(),
-                journal: None,
-            })
-        };
-        let (hub, spoke) = (provider(0).await.unwrap(), provider(1).await.unwrap());
+        let start = |index: usize| provider(names[index], ports[index], &authority.file, &resolve, None);
+        let (hub, spoke) = tokio::join!(start(0), start(1));
         let registration = gateway.register_with(&a).unwrap();
         let (a, b) = tokio::try_join!(a.start(&authority, Some(&registration)), b.start(&authority, None)).unwrap();
         let gateway = gateway.start().await.unwrap();
-        Self { directory, authority, a, b, gateway, hub, spoke }
+        Self { directory, authority, a, b, gateway, hub, spoke, phoenix: ports[2], resolve }
+    }
+
+    /// Starts `phoenix.example`, with everything that it had when it was stopped.
+    pub async fn start_phoenix(&self) -> Provider {
+        let journal = self.directory.join("phoenix.jsonl");
+        provider("phoenix.example", self.phoenix, &self.authority.file, &self.resolve, Some(journal)).await
     }
 
     /// A room of `bob` at `hub.example`, with the alias `#NAME:hub.example`.
@@ -108,6 +111,24 @@ impl World {
     pub fn image_of(&self, user: &UserId) -> String {
         ghost(&self.gateway.server_name, Side::Lm, user.as_str())
     }
+}
+
+/// Starts an LM provider on a port of its own.
+pub async fn provider(
+    name: &str,
+    port: u16,
+    ca: &Path,
+    resolve: &BTreeMap<OwnedServerName, Url>,
+    journal: Option<PathBuf>,
+) -> Provider {
+    let options = Options {
+        server_name: server(name),
+        listen: ([127, 0, 0, 1], port).into(),
+        ca: Some(ca.to_owned()),
+        resolve: resolve.clone(),
+        journal,
+    };
+    Provider::start(options).await.unwrap()
 }
 
 /// The ghost of `user`, who is at home on `home`.

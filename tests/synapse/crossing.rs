@@ -207,3 +207,38 @@ fn formatted_and_unknown_events_cross_and_provenance_is_the_gateways_own() {
         assert_eq!(poked["content"]["im.isthmus.source"]["room_id"], lm_room.as_str());
     });
 }
+
+#[test]
+fn relations_and_redactions_point_to_the_images() {
+    run(async {
+        let portal = Portal::open("relations").await;
+        let Portal { world, bob, lm_room, alice, room, .. } = &portal;
+        let question = alice.send_text(room, "a question").await.unwrap();
+        let heard = world.hub.wait_for_text(lm_room, "a question").await.unwrap();
+
+        let reply = json!({ "msgtype": "m.text", "body": "an answer",
+            "m.relates_to": { "m.in_reply_to": { "event_id": heard.event_id } } });
+        let answer = world.hub.send(bob, lm_room, "m.room.message", None, reply).unwrap();
+        let seen = alice.wait_for_text(room, "an answer").await.unwrap();
+        assert_eq!(seen["content"]["m.relates_to"]["m.in_reply_to"]["event_id"], question.as_str());
+        let relates = |id: &str| json!({ "m.relates_to": { "rel_type": "m.annotation", "event_id": id, "key": "x" } });
+        let seen_id = seen["event_id"].as_str().unwrap();
+        alice.send(room, "m.reaction", relates(seen_id)).await.unwrap();
+        let reaction = world.hub.wait_for(lm_room, "a reaction", |event| event.kind == "m.reaction").await.unwrap();
+        assert_eq!(reaction.content()["m.relates_to"]["event_id"], answer.as_str());
+
+        let redacts = json!({ "redacts": answer, "reason": "wrong" });
+        world.hub.send(bob, lm_room, "m.room.redaction", None, redacts).unwrap();
+        alice.wait_for(room, "the redaction", |event| event["type"] == "m.room.redaction").await.unwrap();
+        let gone = alice.event(room, seen_id).await.unwrap();
+        assert_eq!(gone["content"], json!({}), "{gone}");
+        alice.send(room, "m.room.message", json!({ "msgtype": "m.text", "body": "to be gone" })).await.unwrap();
+        let heard = world.hub.wait_for_text(lm_room, "to be gone").await.unwrap();
+        let id = alice.wait_for_text(room, "to be gone").await.unwrap()["event_id"].as_str().unwrap().to_owned();
+        alice.redact(room, &id, "wrong too").await.unwrap();
+        let redaction = world.hub.wait_for(lm_room, "the redaction", |event| {
+            event.kind == "m.room.redaction" && event.sender == portal.alices_ghost()
+        });
+        assert_eq!(redaction.await.unwrap().content()["redacts"], heard.event_id.as_str());
+    });
+}

@@ -11,10 +11,10 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use serde_json::Value;
 
-use crate::support::provider::{NewRoom, Options, Provider};
+use crate::support::provider::NewRoom;
 use crate::support::testbed::process::free_port;
 use crate::support::testbed::{gateway, postgres};
-use crate::support::world::{BINARY, ghost, run, server, world};
+use crate::support::world::{BINARY, ghost, provider, run, server, world};
 
 #[test]
 fn inv_5_each_message_arrives_once_and_in_order_although_the_gateway_is_killed_again_and_again() {
@@ -45,15 +45,8 @@ async fn storm(name: &str, messages: usize, kills: usize, database: Option<&str>
     if let Some(url) = database {
         plan.set("database", "url", url);
     }
-    let provider = Provider::start(Options {
-        server_name: server("mortal.example"),
-        listen: ([127, 0, 0, 1], port).into(),
-        ca: Some(world.authority.file.clone()),
-        resolve: BTreeMap::from([(server(&plan.server_name), plan.url.parse().unwrap())]),
-        journal: None,
-    })
-    .await
-    .unwrap();
+    let resolve = BTreeMap::from([(server(&plan.server_name), plan.url.parse().unwrap())]);
+    let provider = provider("mortal.example", port, &world.authority.file, &resolve, None).await;
     let mut gateway = plan.start().await.unwrap();
     let bob = provider.user("bob").unwrap();
     let new = NewRoom { alias: Some("storm".to_owned()), ..NewRoom::default() };

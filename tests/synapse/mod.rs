@@ -4,3 +4,5 @@ mod alias_join;
 mod crossing;
 mod fork;
 mod kill;
+mod outage;
+mod poison;

@@ -211,6 +211,11 @@ impl Provider {
         self.0.send(room, event)
     }
 
+    /// Sends an event whose every field is given, but for what the event format adds.
+    pub fn send_raw(&self, room: &RoomId, event: Value) -> Result<OwnedEventId> {
+        self.0.send(room, object(event))
+    }
+
     /// Sends a text message.
     pub fn send_text(&self, sender: &UserId, room: &RoomId, body: &str) -> Result<OwnedEventId> {
         self.send(sender, room, "m.room.message", None, json!({ "msgtype": "m.text", "body": body }))

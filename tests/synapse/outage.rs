@@ -1,0 +1,66 @@
+//! A homeserver or a hub that is down for a while gets everything when it is back, once and in order; others do not wait.
+
+use serde_json::Value;
+
+use crate::support::provider::NewRoom;
+use crate::support::testbed::synapse;
+use crate::support::world::{run, world};
+
+#[test]
+fn a_synapse_that_was_down_catches_up_and_others_do_not_wait_for_it() {
+    run(async {
+        let world = world().await;
+        let (bob, lm_room) = world.lm_room("night");
+        let plan = synapse::Plan::new(&world.directory.join("c")).unwrap();
+        let mut c = plan.start(&world.authority, None).await.unwrap();
+        let alice = world.user(&world.a, "alice-night", "Alice").await;
+        let dave = world.user(&c, "dave-night", "Dave").await;
+        let room = alice.join(&world.alias("night", &world.a.server_name), &[]).await.unwrap();
+        dave.join(&world.alias("night", &world.gateway.server_name), &[]).await.unwrap();
+        world.hub.send_text(&bob, &lm_room, "all here").unwrap();
+        dave.wait_for_text(&room, "all here").await.unwrap();
+
+        c.stop();
+        for number in 0..60 {
+            world.hub.send_text(&bob, &lm_room, &format!("night {number}")).unwrap();
+        }
+        alice.wait_for_text(&room, "night 59").await.unwrap();
+        c.start().await.unwrap();
+        dave.wait_for_text(&room, "night 59").await.unwrap();
+        let history = dave.history(&room).await.unwrap();
+        let bodies: Vec<&str> = history.iter().filter_map(|event| event["content"]["body"].as_str()).collect();
+        let said: Vec<String> = (0..60).map(|number| format!("night {number}")).collect();
+        assert_eq!(bodies, [vec!["all here".to_owned()], said].concat());
+    });
+}
+
+#[test]
+fn a_hub_that_was_down_catches_up() {
+    run(async {
+        let world = world().await;
+        let phoenix = world.start_phoenix().await;
+        let bob = phoenix.user("bob").unwrap();
+        let new = NewRoom { alias: Some("ashes".to_owned()), ..NewRoom::default() };
+        let lm_room = phoenix.create_room(&bob, new).unwrap();
+        let alice = world.user(&world.a, "alice-ashes", "Alice").await;
+        let room = alice.join(&format!("#lm_ashes_phoenix.example:{}", world.a.server_name), &[]).await.unwrap();
+        alice.send_text(&room, "before").await.unwrap();
+        phoenix.wait_for_text(&lm_room, "before").await.unwrap();
+
+        phoenix.stop().await;
+        for number in 0..60 {
+            alice.send_text(&room, &format!("while it is down {number}")).await.unwrap();
+        }
+        let phoenix = world.start_phoenix().await;
+        phoenix.wait_for_text(&lm_room, "while it is down 59").await.unwrap();
+        let log = phoenix.log(&lm_room);
+        let bodies: Vec<&str> = log.iter().filter_map(|event| event.content().get("body")?.as_str()).collect();
+        let said: Vec<String> = (0..60).map(|number| format!("while it is down {number}")).collect();
+        assert_eq!(bodies, [vec!["before".to_owned()], said].concat());
+        phoenix.send_text(&bob, &lm_room, "risen").unwrap();
+        let risen = alice.wait_for_text(&room, "risen").await.unwrap();
+        assert_eq!(risen["sender"], world.image_of(&bob).as_str());
+        let is_refused = |event: &Value| event["content"]["msgtype"] == "m.notice";
+        assert_eq!(alice.history(&room).await.unwrap().iter().filter(|event| is_refused(event)).count(), 0);
+    });
+}
