@@ -202,8 +202,8 @@ mod tests {
                 crossed.extend(go);
             }
             let place = |index: usize| crossed.iter().position(|&other| other == index).unwrap();
-            for index in 0..count {
-                for &ancestor in &ancestors[index] {
+            for (index, above) in ancestors.iter().enumerate() {
+                for &ancestor in above {
                     prop_assert!(place(ancestor) < place(index), "{ancestor} is an ancestor of {index}: {crossed:?}");
                 }
                 for earlier in (0..index).filter(|&earlier| plan.senders[earlier] == plan.senders[index]) {

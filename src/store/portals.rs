@@ -194,7 +194,7 @@ mod tests {
                 })
                 .await
                 .unwrap();
-            assert_eq!(all(&store).await.unwrap(), [done.clone()]);
+            assert_eq!(all(&store).await.unwrap(), std::slice::from_ref(&done));
             assert_eq!(aliases(&store).await.unwrap(), [("lm_a_hub.example".to_owned(), number)]);
 
             // A second portal of the same room is impossible until the first has ended.
