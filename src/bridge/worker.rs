@@ -158,10 +158,8 @@ impl Worker {
         for &seq in seqs {
             let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
             let single = item.event.state_key.is_some();
-            if single && !batch.is_empty() {
-                if !self.flush(portal, std::mem::take(&mut batch)).await? {
-                    return Ok(());
-                }
+            if single && !batch.is_empty() && !self.flush(portal, std::mem::take(&mut batch)).await? {
+                return Ok(());
             }
             let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
             let Decision { outcome, unsure } = self.decide(portal, &item.event).await?;
