@@ -1,7 +1,9 @@
 //! The metrics of every part, in one registry. Other parts count through the functions here; labels come from fixed sets, so
 //! that no peer can make the number of series grow.
 
-use std::sync::LazyLock;
+use std::collections::BTreeMap;
+use std::hash::Hash;
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State};
@@ -10,7 +12,8 @@ use axum::response::Response;
 use http::Method;
 use prometheus::core::Collector;
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
 use crate::identity::Side;
@@ -101,14 +104,37 @@ pub fn key_fetch(ok: bool) {
     METRICS.key_fetches.with_label_values(&[if ok { "ok" } else { "failed" }]).inc();
 }
 
-/// Something was looked up in a cache.
-pub fn cache_lookup(cache: &'static str, hit: bool) {
-    METRICS.cache_lookups.with_label_values(&[cache, if hit { "hit" } else { "miss" }]).inc();
+/// Counts the look-ups in one cache and shows how much it holds.
+#[derive(Debug, Clone)]
+pub struct CacheMeter {
+    hits: IntCounter,
+    misses: IntCounter,
 }
 
-/// How much a cache holds now.
-pub fn cache_entries(cache: &'static str, entries: u64) {
-    METRICS.cache_entries.with_label_values(&[cache]).set(i64::try_from(entries).unwrap_or(i64::MAX));
+/// What says how much a cache holds.
+type Entries = Box<dyn Fn() -> u64 + Send>;
+
+/// The caches that are watched, by name; the last of a name counts.
+static CACHES: LazyLock<Mutex<BTreeMap<&'static str, Entries>>> = LazyLock::new(Mutex::default);
+
+impl CacheMeter {
+    /// Watches `cache` under `name`.
+    pub fn watch<K, V>(name: &'static str, cache: &moka::future::Cache<K, V>) -> Self
+    where
+        K: Hash + Eq + Send + Sync + 'static,
+        V: Clone + Send + Sync + 'static,
+    {
+        let cache = cache.clone();
+        CACHES.lock().unwrap_or_else(PoisonError::into_inner).insert(name, Box::new(move || cache.entry_count()));
+        let counter = |result| METRICS.cache_lookups.with_label_values(&[name, result]);
+        Self { hits: counter("hit"), misses: counter("miss") }
+    }
+
+    /// So much was asked for and found, and so much was not.
+    pub fn looked_up(&self, hits: usize, misses: usize) {
+        self.hits.inc_by(u64::try_from(hits).unwrap_or_default());
+        self.misses.inc_by(u64::try_from(misses).unwrap_or_default());
+    }
 }
 
 /// A group of `jobs` writes was committed, which took so long.
@@ -141,6 +167,10 @@ pub fn render() -> String {
     let metrics = &*METRICS;
     if let Some(bytes) = resident_bytes() {
         metrics.resident_bytes.set(bytes);
+    }
+    for (name, entries) in &*CACHES.lock().unwrap_or_else(PoisonError::into_inner) {
+        let entries = i64::try_from(entries()).unwrap_or(i64::MAX);
+        metrics.cache_entries.with_label_values(&[*name]).set(entries);
     }
     TextEncoder::new().encode_to_string(&metrics.registry.gather()).unwrap_or_default()
 }
@@ -318,6 +348,23 @@ mod tests {
             "isthmus_store_group_jobs_count ",
             "isthmus_build_info{version=\"",
             "isthmus_inbox_waiting ",
+        ] {
+            assert!(text.contains(line), "{line} in\n{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_cache_shows_what_it_holds() {
+        let cache = moka::future::Cache::new(10);
+        let meter = CacheMeter::watch("test", &cache);
+        cache.insert(1, 1).await;
+        cache.run_pending_tasks().await;
+        meter.looked_up(3, 1);
+        let text = render();
+        for line in [
+            "isthmus_cache_entries{cache=\"test\"} 1",
+            "isthmus_cache_lookups_total{cache=\"test\",result=\"hit\"} 3",
+            "isthmus_cache_lookups_total{cache=\"test\",result=\"miss\"} 1",
         ] {
             assert!(text.contains(line), "{line} in\n{text}");
         }

@@ -1,6 +1,7 @@
 //! What is written together with an image, or instead of one: the mapping, the end of the inbox row, the refusal.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ruma::OwnedEventId;
 
@@ -26,6 +27,8 @@ pub(super) fn crossed(
     note: Option<String>,
 ) -> EventEffect {
     let seq = item.row.seq;
+    let waited = core.now_ms().saturating_sub(item.row.received_ts);
+    let waited = Duration::from_millis(u64::try_from(waited).unwrap_or_default());
     let mut row = image_row(core, portal, source, &item.event);
     row.note = note;
     let profile = profile(&item.event);
@@ -35,6 +38,7 @@ pub(super) fn crossed(
                 return Err(StoreError::Withdrawn("the event has crossed already"));
             }
             images::insert(tx, &ImageRow { image, ..row }).await?;
+            metrics::image(source.other(), waited);
             remember(tx, source, profile).await
         })
     })
@@ -114,6 +118,7 @@ pub(super) async fn refused(
             })
         })
         .await?;
+    metrics::image_refused(source.other(), refusal);
     Ok(())
 }
 
@@ -140,6 +145,7 @@ pub(super) async fn sorted_out(
             Out::Refused(event, refusal) => {
                 metrics::image_refused(source.other(), &refusal);
                 tracing::debug!(portal = portal.portal_id, event = %row.event_id, %refusal, "an event does not cross");
+                metrics::image_refused(source.other(), &refusal);
                 (row, None, Some(refusal_row(core, portal, source, &event, &refusal)))
             }
             Out::Echo(lpdu) => (row, Some(lpdu), None),

@@ -8,6 +8,7 @@ use ruma::{EventId, OwnedEventId};
 
 use super::snapshot::Snapshot;
 use super::stored::Stored;
+use crate::admin::metrics::CacheMeter;
 use crate::store::{Store, StoreError, dag};
 
 /// Some events by their IDs.
@@ -22,12 +23,17 @@ pub struct Events {
     store: Store,
     events: Cache<OwnedEventId, Arc<Stored>>,
     groups: Cache<i64, Snapshot>,
+    events_meter: CacheMeter,
+    groups_meter: CacheMeter,
 }
 
 impl Events {
     /// Caches for `events` events and `groups` states.
     pub fn new(store: Store, events: u64, groups: u64) -> Self {
-        Self { store, events: Cache::new(events), groups: Cache::new(groups) }
+        let (events, groups) = (Cache::new(events), Cache::new(groups));
+        let events_meter = CacheMeter::watch("graph_events", &events);
+        let groups_meter = CacheMeter::watch("graph_states", &groups);
+        Self { store, events, groups, events_meter, groups_meter }
     }
 
     /// One event.
@@ -51,6 +57,7 @@ impl Events {
         }
         missing.sort_unstable();
         missing.dedup();
+        self.events_meter.looked_up(found.len(), missing.len());
         if missing.is_empty() {
             return Ok(found);
         }
@@ -81,8 +88,10 @@ impl Events {
     /// The state of a group.
     pub async fn group(&self, id: i64) -> Result<Snapshot, StoreError> {
         if let Some(group) = self.groups.get(&id).await {
+            self.groups_meter.looked_up(1, 0);
             return Ok(group);
         }
+        self.groups_meter.looked_up(0, 1);
         let chain = dag::group_chain(&self.store, id).await?;
         let group = Snapshot::from_chain(id, chain)?;
         self.groups.insert(id, group.clone()).await;

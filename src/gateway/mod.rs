@@ -9,12 +9,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::middleware::from_fn_with_state;
 use tokio_util::sync::CancellationToken;
 
 pub use self::listen::ListenError;
 pub(crate) use self::listen::Listener;
 pub use self::routes::{Federation, federation_routes};
-use crate::admin::Admin;
+use crate::admin::{Admin, metrics};
 use crate::appservice::{Appservice, AppserviceError};
 use crate::bridge::Bridge;
 use crate::clock::{SharedClock, SystemClock};
@@ -98,6 +99,7 @@ impl Gateway {
             Some(appservice) => federation_routes(federation).merge(appservice.routes()),
             None => federation_routes(federation),
         };
+        let public = public.layer(from_fn_with_state("federation", metrics::track));
         let admin = Admin {
             context: context.clone(),
             lm: lm.clone(),

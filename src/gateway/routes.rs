@@ -1,6 +1,8 @@
 //! What other servers can ask, under its stable and its unstable names. A path that both protocols have is answered by the
 //! side that the room is on.
 
+use std::time::Instant;
+
 use axum::extract::{Path, Query, RawQuery, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
@@ -12,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::signed::{Signed, SignedBody, SignedTransaction};
 use super::transaction::{self, Dialect};
+use crate::admin::metrics;
 use crate::dag::Dag;
 use crate::event::{Family, RoomVersion};
 use crate::federation::{Begun, Context, Lines, Transactions};
@@ -158,13 +161,36 @@ async fn send(
         Dialect::Matrix => "v1/send",
         Dialect::Lm => "v2/send",
     };
+    let protocol = match dialect {
+        Dialect::Matrix => Side::Matrix,
+        Dialect::Lm => Side::Lm,
+    };
+    let start = Instant::now();
+    let taken = take(&federation, endpoint, &txn_id, &transaction, dialect).await;
+    let result = match &taken {
+        Ok((_, true)) => "ok",
+        Ok((_, false)) => "replayed",
+        Err(_) => "refused",
+    };
+    metrics::inbound_transaction(protocol, result, start.elapsed());
+    taken.map(|(answer, _)| Json(answer))
+}
+
+/// The answer to a transaction, and whether it is a new one.
+async fn take(
+    federation: &Federation,
+    endpoint: &str,
+    txn_id: &str,
+    transaction: &SignedTransaction,
+    dialect: Dialect,
+) -> Result<(Value, bool), Refusal> {
     let origin = &transaction.origin;
     let _turn = federation.lines.enter(origin, transaction.raw.len()).await?;
-    match federation.transactions.begin(origin, endpoint, &txn_id).await? {
-        Begun::Answered(answer) => Ok(Json(answer)),
+    match federation.transactions.begin(origin, endpoint, txn_id).await? {
+        Begun::Answered(answer) => Ok((answer, false)),
         Begun::Process(processing) => {
-            let answer = transaction::receive(&federation, &transaction, dialect).await?;
-            Ok(Json(processing.finish(answer).await?))
+            let answer = transaction::receive(federation, transaction, dialect).await?;
+            Ok((processing.finish(answer).await?, true))
         }
     }
 }

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::routes::Federation;
 use super::signed::SignedTransaction;
+use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Raw, Received};
@@ -83,10 +84,20 @@ async fn dispatch(state: &Federation, origin: &ServerName, pdus: Vec<Raw>) -> Ve
         }
     }
     if !linear.is_empty() {
-        outcomes.extend(state.lm.receive(origin, linear).await);
+        outcomes.extend(counted(Side::Lm, state.lm.receive(origin, linear).await));
     }
     if !graph.is_empty() {
-        outcomes.extend(state.dag.receive(origin, graph).await);
+        outcomes.extend(counted(Side::Matrix, state.dag.receive(origin, graph).await));
+    }
+    outcomes
+}
+
+fn counted(side: Side, outcomes: Vec<Received>) -> Vec<Received> {
+    for outcome in &outcomes {
+        match &outcome.result {
+            Ok(()) => metrics::event_accepted(side),
+            Err(refusal) => metrics::event_refused(side, refusal),
+        }
     }
     outcomes
 }

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::SigningKey;
 use super::server_keys::{ServerKeys, Validity};
+use crate::admin::metrics;
 use crate::clock::SharedClock;
 use crate::event::{Object, VerifyKey, VerifyKeys, sign_object};
 use crate::refusal::Refusal;
@@ -125,6 +126,7 @@ impl Keyring {
             linearized: false,
         });
         let lookups = Cache::new(CACHED_SERVERS);
+        metrics::CacheMeter::watch("server_keys", &lookups);
         Self { inner: Arc::new(Inner { server_name, own, own_keys, fetcher, store, clock, denied, lookups }) }
     }
 
@@ -288,8 +290,9 @@ impl Inner {
     }
 
     async fn ask(&self, server: &ServerName, now_ms: i64) -> Result<ServerKeys, KeyringError> {
-        let answer =
-            self.fetcher.fetch_keys(server).await.map_err(|refusal| unreachable(server, &refusal.to_string()))?;
+        let answer = self.fetcher.fetch_keys(server).await;
+        metrics::key_fetch(answer.is_ok());
+        let answer = answer.map_err(|refusal| unreachable(server, &refusal.to_string()))?;
         ServerKeys::check(&answer, server, now_ms, &self.denied)
             .map_err(|problem| KeyringError::Rejected { server: server.to_string(), problem })
     }

@@ -35,6 +35,7 @@ use self::invite::Invites;
 use self::participant::Joining;
 use self::peers::Peers;
 use self::rooms::Rooms;
+use crate::admin::metrics::CacheMeter;
 use crate::event::{Pdu, RoomVersion};
 use crate::federation::{Context, FeedKind};
 use crate::seam::{Draft, SharedBetween};
@@ -117,6 +118,7 @@ struct Inner {
     rooms: Rooms,
     /// Events by ID.
     events: moka::future::Cache<OwnedEventId, Appended>,
+    events_meter: CacheMeter,
     peers: Peers,
     joining: Joining,
     invites: Invites,
@@ -126,9 +128,11 @@ impl Lm {
     /// The linear side over `context`; registers its feeds with the outbound queues.
     pub fn new(context: Context, between: SharedBetween) -> Self {
         let caches = &context.config.caches;
+        let events = moka::future::Cache::new(caches.events);
         let inner = Inner {
             rooms: Rooms::new(context.store.clone(), caches.rooms),
-            events: moka::future::Cache::new(caches.events),
+            events_meter: CacheMeter::watch("log_events", &events),
+            events,
             peers: Peers::new(context.client.clone(), context.keyring.clone()),
             joining: Joining::default(),
             invites: Invites::new(),

@@ -75,8 +75,10 @@ impl Lm {
     /// One event, with its place.
     pub async fn event(&self, event_id: &EventId) -> Result<Option<Appended>, Refusal> {
         if let Some(event) = self.inner.events.get(event_id).await {
+            self.inner.events_meter.looked_up(1, 0);
             return Ok(Some(event));
         }
+        self.inner.events_meter.looked_up(0, 1);
         let row = stored::event(&self.context().store, event_id).await?;
         self.appended(row).await
     }

@@ -3,6 +3,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
@@ -12,6 +13,7 @@ use tokio::task::JoinHandle;
 
 use super::ids::Ids;
 use super::{Backend, StoreError, Tx, TxFuture};
+use crate::admin::metrics;
 
 /// How many jobs share a transaction at most.
 const GROUP: usize = 256;
@@ -113,7 +115,9 @@ async fn run(pool: AnyPool, backend: Backend, ids: Arc<Ids>, mut inbox: mpsc::Re
                 Err(_) => break,
             }
         }
+        let start = Instant::now();
         let committed = commit(&pool, backend, &ids, &mut group).await;
+        metrics::store_group(group.len(), start.elapsed());
         if let Err(error) = &committed {
             tracing::error!(%error, jobs = group.len(), "a group of writes was not committed");
         }
