@@ -1,8 +1,10 @@
 //! Scenarios with stock Synapses: a Matrix user and an LM user in one portal.
 
 mod alias_join;
+mod created;
 mod crossing;
 mod fork;
+mod gate;
 mod kill;
 mod outage;
 mod poison;
