@@ -26,6 +26,7 @@ use self::support::percentile;
 const PARTICIPANTS: usize = 4;
 
 fn main() {
+    let _ = (*isthmus::federation::crypto_provider()).clone().install_default();
     let arguments: Vec<String> = std::env::args().collect();
     let after = |flag: &str| arguments.iter().skip_while(|argument| *argument != flag).nth(1);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
@@ -98,10 +99,12 @@ async fn measure(seconds: u64, floor: &Floor) {
         let directory = tempfile::tempdir().unwrap();
         let hub = Hub::start(directory.path(), rooms).await;
         let participants = join_all(&hub).await;
+        let prepared: Vec<_> = participants.iter().map(|participant| participant.prepare(&hub, batch)).collect();
         let cpu = hub.cpu();
         let start = Instant::now();
         let until = start + Duration::from_secs(seconds);
-        let sending = participants.iter().map(|participant| participant.flood(&hub, batch, until));
+        let sending =
+            participants.iter().zip(prepared).map(|(participant, prepared)| participant.flood(&hub, prepared, until));
         let sent: usize = futures::future::join_all(sending).await.into_iter().sum();
         let elapsed = start.elapsed().as_secs_f64();
         settle(&participants, sent).await;
@@ -125,8 +128,10 @@ async fn measure(seconds: u64, floor: &Floor) {
     let hub = Hub::start(directory.path(), 1).await;
     let participants = join_all(&hub).await;
     let pace = Duration::from_secs_f64(50.0 * PARTICIPANTS as f64 / half);
+    let prepared: Vec<_> = participants.iter().map(|participant| participant.prepare(&hub, 50)).collect();
     let until = Instant::now() + Duration::from_secs(seconds);
-    let sending = participants.iter().map(|participant| participant.pace(&hub, 50, pace, until));
+    let sending =
+        participants.iter().zip(prepared).map(|(participant, prepared)| participant.pace(&hub, prepared, pace, until));
     let sent: usize = futures::future::join_all(sending).await.into_iter().sum();
     settle(&participants, sent).await;
     let mut echoes: Vec<f64> = participants.iter().flat_map(Participant::echoes).collect();

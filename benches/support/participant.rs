@@ -72,23 +72,21 @@ impl Participant {
     }
 
     /// Sends batches, one transaction at a time, until the time is up; how many LPDUs.
-    pub async fn flood(&self, hub: &Hub, batch: usize, until: Instant) -> usize {
-        let mut prepared = self.prepare(hub, batch);
+    pub async fn flood(&self, hub: &Hub, mut prepared: Vec<Vec<Object>>, until: Instant) -> usize {
         let mut sent = 0;
         while Instant::now() < until {
             let Some(transaction) = prepared.pop() else {
                 println!("(a participant had nothing left to send)");
                 break;
             };
+            sent += transaction.len();
             self.send(hub, transaction).await;
-            sent += batch;
         }
         sent
     }
 
     /// The same, one batch every so often, remembering when.
-    pub async fn pace(&self, hub: &Hub, batch: usize, pace: Duration, until: Instant) -> usize {
-        let mut prepared = self.prepare(hub, batch);
+    pub async fn pace(&self, hub: &Hub, mut prepared: Vec<Vec<Object>>, pace: Duration, until: Instant) -> usize {
         let mut ticks = tokio::time::interval(pace);
         let mut sent = 0;
         while Instant::now() < until {
@@ -99,14 +97,14 @@ impl Participant {
                 let number = lpdu["content"]["n"].as_u64().unwrap();
                 self.received.lock().unwrap().sent_at.insert(number, now);
             }
+            sent += transaction.len();
             self.send(hub, transaction).await;
-            sent += batch;
         }
         sent
     }
 
     /// Signed transactions, the first to send last; the numbers of each room grow.
-    fn prepare(&self, hub: &Hub, batch: usize) -> Vec<Vec<Object>> {
+    pub fn prepare(&self, hub: &Hub, batch: usize) -> Vec<Vec<Object>> {
         let most = if batch == 1 { PREPARED / 4 } else { PREPARED };
         let lpdus: Vec<Object> = (0..most)
             .map(|number| {
