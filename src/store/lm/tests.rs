@@ -1,3 +1,5 @@
+//! The logs of LM rooms as they are kept, on both databases.
+
 use ruma::{room_id, server_name};
 
 use super::*;
