@@ -133,23 +133,44 @@ fn as_postgres(program: &Path) -> Command {
     command
 }
 
-/// A directory that the user who runs PostgreSQL can write: under `target/` where that user can get there, else in the
-/// system's place for such things.
+/// A directory that the user who runs PostgreSQL can write: under `target/` where that user can get there, else in one of
+/// the system's places for such things, since a clone and `TMPDIR` may both be closed to other users.
 fn data_directory() -> Result<PathBuf> {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let name = format!("isthmus-postgres-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::SeqCst));
-    for parent in [target_dir()?.join("tmp"), std::env::temp_dir()] {
-        let directory = parent.join(&name);
-        std::fs::create_dir_all(&directory)?;
-        if nix::unistd::geteuid().is_root() {
-            let user = nix::unistd::User::from_name("postgres")?.context("there is no user `postgres`")?;
-            nix::unistd::chown(&directory, Some(user.uid), Some(user.gid))?;
+    let user = if nix::unistd::geteuid().is_root() {
+        Some(nix::unistd::User::from_name("postgres")?.context("there is no user `postgres`")?)
+    } else {
+        None
+    };
+    let mut parents = vec![target_dir()?.join("tmp"), std::env::temp_dir()];
+    parents.extend(["/tmp", "/var/tmp", "/dev/shm"].map(PathBuf::from));
+    parents.extend(user.as_ref().map(|user| user.dir.clone()));
+    let mut tried = Vec::new();
+    for parent in parents {
+        match try_directory(&parent.join(&name), user.as_ref()) {
+            Ok(directory) => return Ok(directory),
+            Err(error) => tried.push(format!("{}: {error:#}", parent.display())),
         }
-        let probe = as_postgres(Path::new("test")).arg("-w").arg(&directory).stdin(Stdio::null()).status()?;
-        if probe.success() {
-            return Ok(directory);
-        }
-        std::fs::remove_dir(&directory)?;
     }
-    bail!("no directory for PostgreSQL's data: neither target/ nor {}", std::env::temp_dir().display())
+    bail!("no directory for PostgreSQL's data: {}", tried.join("; "))
+}
+
+/// Makes `directory` and tells whether `user`, or who runs this, can write there.
+fn try_directory(directory: &Path, user: Option<&nix::unistd::User>) -> Result<PathBuf> {
+    std::fs::create_dir_all(directory)?;
+    let usable = || -> Result<()> {
+        if let Some(user) = user {
+            nix::unistd::chown(directory, Some(user.uid), Some(user.gid))?;
+        }
+        let mut probe = as_postgres(Path::new("test"));
+        let probe = probe.arg("-w").arg(directory).current_dir("/").stdin(Stdio::null()).output()?;
+        ensure!(probe.status.success(), "not open to PostgreSQL's user {}", String::from_utf8_lossy(&probe.stderr));
+        Ok(())
+    };
+    if let Err(error) = usable() {
+        std::fs::remove_dir(directory)?;
+        return Err(error);
+    }
+    Ok(directory.to_owned())
 }

@@ -165,8 +165,11 @@ impl Drop for Process {
 /// Cargo's target directory, in which this program was built.
 pub fn target_dir() -> Result<PathBuf> {
     let program = std::env::current_exe()?;
-    let found = program.ancestors().find(|directory| directory.join("CACHEDIR.TAG").exists());
-    found.map(Path::to_owned).context("this program does not run from a target directory")
+    let tagged = program.ancestors().find(|directory| directory.join("CACHEDIR.TAG").exists());
+    // Where the tag was not restored with a cached directory: the profile's directory is one below.
+    let profile = |directory: &&Path| directory.ends_with("debug") || directory.ends_with("release");
+    let found = tagged.or_else(|| program.ancestors().find(profile).and_then(Path::parent));
+    found.map(Path::to_owned).with_context(|| format!("{} is not in a target directory", program.display()))
 }
 
 /// A loopback port that was free a moment ago.
