@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod bridge;
+mod cli;
 mod dag;
 mod docker;
 mod doctor;

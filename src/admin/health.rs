@@ -110,7 +110,7 @@ impl Admin {
         METRICS.inbox_oldest_seconds.set(health.inbox.oldest_age_ms / 1000);
         METRICS.outbound_waiting.set(health.outbound.waiting);
         METRICS.outbound_failing.set(i64::try_from(health.outbound.failing.len()).unwrap_or(i64::MAX));
-        for state in ["creating", "active", "degraded", "suspended", "ended"] {
+        for state in ["creating", "active", "degraded", "suspended", "ending", "ended"] {
             let count = health.portals.get(state).copied().unwrap_or_default();
             METRICS.portals.with_label_values(&[state]).set(count);
         }

@@ -131,6 +131,10 @@ pub(super) struct Publisher {
 impl Publisher {
     async fn publish(&self, alias: &str, localpart: &str) -> Result<(), AliasError> {
         let target = self.portals.resolve_alias(localpart).await?;
+        let (stored, room) = (alias.to_owned(), target.room_id.clone());
+        // First, so that it is taken away again with the portal, whatever happens.
+        let write = self.store.write(move |tx| Box::pin(async move { rows::add_alias(tx, &stored, &room).await }));
+        write.await.map_err(Refusal::from)?;
         match self.put(alias, &target).await {
             // The homeserver has never heard of the room. An invite for one of its users makes it known.
             Err(error) if error.status() == Some(StatusCode::BAD_REQUEST) => {

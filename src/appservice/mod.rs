@@ -164,6 +164,11 @@ impl Appservice {
         self.inner.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
     }
 
+    /// There is something for the worker: a portal has ended.
+    pub fn wake(&self) {
+        self.inner.news.notify_one();
+    }
+
     /// How the homeserver was found at the last ping.
     pub fn status(&self) -> HomeserverStatus {
         self.inner.status.read()

@@ -320,6 +320,24 @@ async fn an_alias_of_an_unknown_room_is_published_after_an_invite_which_the_firs
 }
 
 #[tokio::test]
+async fn an_alias_goes_with_its_portal() {
+    let house = House::build().await;
+    assert_eq!(house.query(ALIAS).await, (200, json!({})));
+    house.work().await;
+    assert_eq!(house.homeserver.lock().unwrap().aliases.len(), 1);
+    let end =
+        house.store.write(|tx| Box::pin(async move { rows::end_room(tx, &owned_room_id!("!room:g.example")).await }));
+    end.await.unwrap();
+    house.work().await;
+    assert!(house.homeserver.lock().unwrap().aliases.is_empty());
+    assert_eq!(rows::ended_aliases(&house.store).await.unwrap(), []);
+    // Whoever asks again gets it again.
+    assert_eq!(house.query(ALIAS).await, (200, json!({})));
+    house.work().await;
+    assert_eq!(house.homeserver.lock().unwrap().aliases.len(), 1);
+}
+
+#[tokio::test]
 async fn what_is_refused_or_not_ours_is_not_found() {
     let house = House::build().await;
     let (status, body) = house.query("#lm_no_hub.example:hs.example").await;

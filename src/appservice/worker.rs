@@ -98,10 +98,27 @@ impl Worker {
                 break;
             }
         }
+        self.take_aliases_away().await?;
         let (waiting, next) = rows::waiting(&self.store).await?;
         METRICS.appservice_waiting.set(waiting);
         let until = next.map_or(i64::MAX, |next| next.saturating_sub(self.clock.now_ms()).max(0));
         Ok(Duration::from_millis(u64::try_from(until).unwrap_or_default()).min(NAP))
+    }
+
+    /// Of portals that are over. What the homeserver does not take now is tried again in the next round.
+    async fn take_aliases_away(&self) -> Result<(), StoreError> {
+        for (alias, room_id) in rows::ended_aliases(&self.store).await? {
+            match self.homeserver.delete_alias(&alias).await {
+                Err(error) if error.is_transient() => {
+                    tracing::info!(alias, room = %room_id, %error, "an alias could not be taken away yet");
+                    return Ok(());
+                }
+                Err(error) => tracing::info!(alias, room = %room_id, %error, "an alias was not there to be taken away"),
+                Ok(()) => tracing::info!(alias, room = %room_id, "an alias was taken away: its portal has ended"),
+            }
+            self.store.write(move |tx| Box::pin(async move { rows::remove_alias(tx, &alias).await })).await?;
+        }
+        Ok(())
     }
 
     async fn one(&self, row: &WorkRow) -> Result<(), StoreError> {

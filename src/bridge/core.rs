@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::create::Creations;
+use super::ends;
 use super::notice::Notices;
 use super::portal::{Portal, PortalState};
 use super::registry::{Entry, Registry};
@@ -145,17 +146,20 @@ impl Core {
         reason: Option<String>,
     ) -> Result<(), StoreError> {
         let portal = entry.portal();
-        if portal.state == state && portal.reason == reason {
+        // Who ends a portal has the last word.
+        let ending = matches!(portal.state, PortalState::Ending | PortalState::Ended);
+        if ending || (portal.state == state && portal.reason == reason) {
             return Ok(());
         }
         tracing::warn!(portal = portal.portal_id, state = state.as_str(), reason, "portal changes");
         let changed = Portal { state, reason, ..portal.as_ref().clone() };
         let (number, stored) = (entry.number, changed.clone());
+        let leave = (state == PortalState::Suspended).then(|| self.now_ms().saturating_add(ends::GHOSTS_STAY_MS));
         self.context
             .store
             .write(move |tx| {
                 Box::pin(async move {
-                    portals::set_state(tx, number, stored.state.as_str(), stored.reason.as_deref()).await
+                    portals::set_state(tx, number, stored.state.as_str(), stored.reason.as_deref(), leave).await
                 })
             })
             .await?;

@@ -11,7 +11,7 @@ use ruma::{OwnedRoomId, OwnedServerName, RoomId};
 use super::core::Core;
 use super::portal::{Cause, NewPortal, Portal, PortalKind, Request};
 use super::rooms;
-use super::{access, from_lm, repair};
+use super::{access, ends, from_lm, repair};
 use crate::config::EncryptionPolicy;
 use crate::event::{Family, RoomVersion};
 use crate::identity::Side;
@@ -46,6 +46,7 @@ pub(super) async fn create_portal(core: &Arc<Core>, new: NewPortal) -> Outcome {
         reason: None,
         request: serde_json::to_vec(&request).map_err(|error| Refusal::Internal(error.to_string()))?,
         created_ts: core.now_ms(),
+        unused_until_ts: None,
     };
     let row = begin(core, row).await?;
     let making = core.clone();
@@ -61,7 +62,12 @@ pub(super) async fn portal_from_lm(
     alias: Option<&str>,
     cause: &Cause,
 ) -> Outcome {
-    if let Some(entry) = core.registry.of_room(Side::Lm, lm_room_id) {
+    if let Some(entry) = core.registry.of_room(Side::Lm, lm_room_id)
+        && !ends::over(core, &entry).await?
+    {
+        if *cause == Cause::Admin {
+            ends::keep(core, entry.number).await?;
+        }
         if let Some(alias) = alias {
             add_alias(core, alias, entry.number).await?;
         }
@@ -93,6 +99,7 @@ pub(super) async fn portal_from_lm(
                     request: serde_json::to_vec(&Request { via: via.to_vec(), ..Request::default() })
                         .map_err(|error| Refusal::Internal(error.to_string()))?,
                     created_ts: core.now_ms(),
+                    unused_until_ts: unused_until(core, cause),
                 };
                 let outcome = in_task(core, lm_room_id.to_owned(), row);
                 running.insert(lm_room_id.to_owned(), outcome.clone());
@@ -101,6 +108,11 @@ pub(super) async fn portal_from_lm(
         }
     };
     outcome.await
+}
+
+/// Until when a portal may go unused: one that was asked for by its alias alone, for a day.
+fn unused_until(core: &Core, cause: &Cause) -> Option<i64> {
+    (*cause != Cause::Admin).then(|| core.now_ms().saturating_add(ends::UNUSED_MS))
 }
 
 /// Takes up what was being made when the gateway stopped.

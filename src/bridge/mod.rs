@@ -3,7 +3,7 @@
 //!
 //! An accepted event waits in `inbox`, is put in order by `linearize`, `carry` (with `member` and `translate`, all pure)
 //! says what becomes of it, and `worker` does that with the writes of `effect`. `gate` asks the other side before anybody
-//! joins; `plan` and `repair` bring the two states in step again.
+//! joins; `plan` and `repair` bring the two states in step again; `create` makes portals and `ends` ends them.
 
 mod access;
 mod admin;
@@ -12,6 +12,7 @@ mod carry;
 mod core;
 mod create;
 mod effect;
+mod ends;
 mod from_lm;
 mod gate;
 mod inbox;
@@ -88,6 +89,7 @@ impl Bridge {
         }
         repair::at_start(core);
         create::resume(core, making);
+        ends::at_start(core);
         Ok(())
     }
 
@@ -119,6 +121,19 @@ impl Bridge {
     /// is none and `[access]` allows it. Negative answers are kept for ten minutes.
     pub async fn resolve_alias(&self, localpart: &str, cause: Cause) -> Result<AliasTarget, Refusal> {
         resolve::resolve(&self.core, localpart, &cause).await
+    }
+
+    /// Ends a portal: says goodbye in both rooms, has the ghosts and the bot leave both, and forgets the mappings. Returns
+    /// when it is done; of a portal that has ended it does nothing.
+    pub async fn remove_portal(&self, portal_id: &str, reason: &str) -> Result<Arc<Portal>, Refusal> {
+        let entry = admin::entry(&self.core, portal_id)?;
+        ends::end(&self.core, &entry, reason).await
+    }
+
+    /// Does what is due by the clock: ghosts leave portals that have been suspended for an hour, portals that an alias made
+    /// a day ago and nobody has used end. Done every half a minute by itself.
+    pub async fn look_for_ends(&self) -> Result<(), Refusal> {
+        ends::due(&self.core).await
     }
 
     /// The portals after the one with the ID `from`, in the order of their making.

@@ -41,6 +41,8 @@ pub enum PortalState {
     Degraded,
     /// Nothing crosses.
     Suspended,
+    /// Nothing crosses any more, and the gateway's users are leaving.
+    Ending,
     /// It is over.
     Ended,
 }
@@ -52,13 +54,15 @@ impl PortalState {
             Self::Active => "active",
             Self::Degraded => "degraded",
             Self::Suspended => "suspended",
+            Self::Ending => "ending",
             Self::Ended => "ended",
         }
     }
 
     /// The state that is written like this.
     pub fn parse(text: &str) -> Option<Self> {
-        [Self::Active, Self::Degraded, Self::Suspended, Self::Ended].into_iter().find(|state| state.as_str() == text)
+        let mut all = [Self::Active, Self::Degraded, Self::Suspended, Self::Ending, Self::Ended].into_iter();
+        all.find(|state| state.as_str() == text)
     }
 
     /// Whether events cross.
@@ -84,7 +88,7 @@ pub struct Portal {
     pub lm_hub: OwnedServerName,
     /// The alias at the gateway, when it has one.
     pub alias: Option<String>,
-    /// Why it is suspended or degraded.
+    /// Why it is not active.
     pub reason: Option<String>,
 }
 

@@ -199,6 +199,11 @@ impl Registry {
         self.lock(|tables| tables.aliases.insert(localpart.to_owned(), number));
     }
 
+    /// Takes away all aliases of a portal.
+    pub(super) fn remove_aliases(&self, number: i64) {
+        self.lock(|tables| tables.aliases.retain(|_, leads_to| *leads_to != number));
+    }
+
     fn lock<T>(&self, work: impl FnOnce(&mut Tables) -> T) -> T {
         // Nothing in here panics half-way, so a poisoned lock guards whole tables.
         work(&mut self.tables.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
@@ -250,6 +255,10 @@ mod tests {
         assert_eq!(registry.of_room(Side::Lm, lm).unwrap().number, 2);
         assert_eq!(registry.count(), 1);
         assert_eq!(registry.after(1, 10).len(), 1);
+        registry.remove_aliases(2);
+        assert!(registry.of_alias("a").is_some());
+        registry.remove_aliases(1);
+        assert!(registry.of_alias("a").is_none());
     }
 
     #[test]

@@ -101,7 +101,8 @@ pub(super) fn at_start(core: &Arc<Core>) {
     });
 }
 
-async fn queues_are_empty(core: &Core, portal: &Portal) -> Result<bool, Refusal> {
+/// Whether nothing waits to cross, and nothing is on its way to a hub.
+pub(super) async fn queues_are_empty(core: &Core, portal: &Portal) -> Result<bool, Refusal> {
     let store = &core.context.store;
     for side in [Side::Matrix, Side::Lm] {
         if inbox::backlog(store, side, portal.room(side)).await?.0 > 0 {
@@ -113,12 +114,12 @@ async fn queues_are_empty(core: &Core, portal: &Portal) -> Result<bool, Refusal>
 
 /// Compares both states and sends what brings them together. Returns how many repairs were sent.
 pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, Refusal> {
+    let _from_matrix = entry.from_matrix.making.lock().await;
+    let _from_lm = entry.from_lm.making.lock().await;
     let portal = entry.portal();
     if !portal.state.carries() {
         return Ok(0);
     }
-    let _from_matrix = entry.from_matrix.making.lock().await;
-    let _from_lm = entry.from_lm.making.lock().await;
     let fixes = fixes(core, &portal).await?;
     let mut sent = 0;
     let mut stuck = None;

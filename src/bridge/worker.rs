@@ -154,6 +154,9 @@ impl Worker {
         let entry = self.entry.clone();
         // Repair makes images too; together the two could make one twice.
         let _lock = entry.direction(self.source).making.lock().await;
+        if !entry.portal().state.carries() {
+            return Ok(());
+        }
         let mut batch: Vec<(i64, Crossing)> = Vec::new();
         for &seq in seqs {
             let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };

@@ -54,6 +54,11 @@ pub enum Portal {
         /// Its ID, as in the list.
         portal_id: String,
     },
+    /// End a portal: a goodbye in both rooms, and the gateway's users leave them.
+    Remove {
+        /// Its ID, as in the list.
+        portal_id: String,
+    },
     /// Invite a user by the gateway's bot.
     Invite {
         /// The portal's ID.
@@ -88,6 +93,9 @@ impl Portal {
             Self::List => list(&api).await,
             Self::Show { portal_id } => {
                 print(&api.call(Method::GET, &format!("/portals/{}", segment(&portal_id)), None).await?)
+            }
+            Self::Remove { portal_id } => {
+                print(&api.call(Method::DELETE, &format!("/portals/{}", segment(&portal_id)), None).await?)
             }
             Self::Invite { portal_id, user_id } => {
                 let path = format!("/portals/{}/invite", segment(&portal_id));

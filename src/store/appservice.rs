@@ -135,6 +135,51 @@ pub async fn remove_invite(tx: &mut Tx, room_id: &RoomId) -> Result<(), StoreErr
     Ok(())
 }
 
+/// An alias is about to be published at the homeserver.
+pub async fn add_alias(tx: &mut Tx, alias: &str, room_id: &RoomId) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO appservice_aliases (alias, room_id, ended) VALUES ($1, $2, 0) \
+         ON CONFLICT (alias) DO UPDATE SET room_id = excluded.room_id, ended = 0",
+    )
+    .bind(text::encode(alias).as_ref())
+    .bind(room_id.as_str())
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// The portal of a room is over: its aliases are to be taken away, and no invite is open any more.
+pub async fn end_room(tx: &mut Tx, room_id: &RoomId) -> Result<(), StoreError> {
+    sqlx::query("UPDATE appservice_aliases SET ended = 1 WHERE room_id = $1")
+        .bind(room_id.as_str())
+        .execute(&mut *tx)
+        .await?;
+    remove_invite(tx, room_id).await
+}
+
+/// The aliases that are to be taken away.
+pub async fn ended_aliases(store: &Store) -> Result<Vec<(String, OwnedRoomId)>, StoreError> {
+    let rows: Vec<(String, String)> =
+        sqlx::query_as("SELECT alias, room_id FROM appservice_aliases WHERE ended = 1 LIMIT 100")
+            .fetch_all(store.reader())
+            .await?;
+    rows.into_iter()
+        .map(|(alias, room_id)| {
+            let room_id = RoomId::parse(room_id).map_err(|error| StoreError::corrupt("room ID", error))?;
+            Ok((text::decode(alias), room_id))
+        })
+        .collect()
+}
+
+/// An alias was taken away, unless it leads elsewhere by now.
+pub async fn remove_alias(tx: &mut Tx, alias: &str) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM appservice_aliases WHERE alias = $1 AND ended = 1")
+        .bind(text::encode(alias).as_ref())
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
 /// A direct chat with the appservice's user began.
 pub async fn add_chat(tx: &mut Tx, room_id: &RoomId, user_id: &UserId) -> Result<(), StoreError> {
     sqlx::query(
@@ -210,6 +255,37 @@ mod tests {
 
             store.write(|tx| Box::pin(async move { forget_transactions(tx, 6).await })).await.unwrap();
             assert!(take(&store, "1", "b", &[]).await);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn aliases_of_a_room_without_a_portal_are_to_be_taken_away() {
+        both_stores(|store| async move {
+            let (room, other) = (room_id!("!a:b"), room_id!("!c:b"));
+            let write = store.write(move |tx| {
+                Box::pin(async move {
+                    add_alias(tx, "#one:b", room).await?;
+                    add_alias(tx, "#two:b", room).await?;
+                    add_alias(tx, "#three:b", other).await?;
+                    add_invite(tx, room, 1).await?;
+                    end_room(tx, room).await?;
+                    // It leads to another room by now.
+                    add_alias(tx, "#two:b", other).await
+                })
+            });
+            write.await.unwrap();
+            assert!(!is_invited(&store, room).await.unwrap());
+            assert_eq!(ended_aliases(&store).await.unwrap(), [("#one:b".to_owned(), room.to_owned())]);
+            let write = store.write(move |tx| {
+                Box::pin(async move {
+                    remove_alias(tx, "#one:b").await?;
+                    remove_alias(tx, "#two:b").await?;
+                    end_room(tx, other).await
+                })
+            });
+            write.await.unwrap();
+            assert_eq!(ended_aliases(&store).await.unwrap().len(), 2);
         })
         .await;
     }

@@ -138,6 +138,12 @@ pub async fn pending(store: &Store, portal: i64) -> Result<(i64, Option<i64>), S
         .await?)
 }
 
+/// Forgets the images of a portal that is over: its rooms may get another one, for which they would be wrong.
+pub async fn forget(tx: &mut Tx, portal: i64) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM bridge_images WHERE portal = $1").bind(portal).execute(tx).await?;
+    Ok(())
+}
+
 /// Records a refusal; the newest reason counts.
 pub async fn refuse(tx: &mut Tx, row: &RefusalRow) -> Result<(), StoreError> {
     sqlx::query(

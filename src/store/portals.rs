@@ -13,7 +13,7 @@ pub struct PortalRow {
     pub number: i64,
     /// `created` or `from_lm`.
     pub kind: String,
-    /// `creating`, `active`, `degraded`, `suspended` or `ended`.
+    /// `creating`, `active`, `degraded`, `suspended`, `ending` or `ended`.
     pub state: String,
     /// The Matrix room.
     pub matrix_room_id: Option<OwnedRoomId>,
@@ -29,9 +29,12 @@ pub struct PortalRow {
     pub request: Vec<u8>,
     /// When it was asked for, in milliseconds.
     pub created_ts: i64,
+    /// Until when it may go unused, in milliseconds; none when it may for ever.
+    pub unused_until_ts: Option<i64>,
 }
 
-const COLUMNS: &str = "number, kind, state, matrix_room_id, lm_room_id, lm_hub, alias, reason, request, created_ts";
+const COLUMNS: &str = "number, kind, state, matrix_room_id, lm_room_id, lm_hub, alias, reason, request, created_ts, \
+                       unused_until_ts";
 
 /// Adds a portal and returns its number; the row's own number is not looked at.
 pub async fn insert(tx: &mut Tx, row: &PortalRow) -> Result<i64, StoreError> {
@@ -41,8 +44,8 @@ pub async fn insert(tx: &mut Tx, row: &PortalRow) -> Result<i64, StoreError> {
         .await?;
     sqlx::query(
         "INSERT INTO bridge_portals \
-         (number, kind, state, matrix_room_id, lm_room_id, lm_hub, alias, reason, request, created_ts) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+         (number, kind, state, matrix_room_id, lm_room_id, lm_hub, alias, reason, request, created_ts, unused_until_ts) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
     )
     .bind(number)
     .bind(row.kind.as_str())
@@ -54,6 +57,7 @@ pub async fn insert(tx: &mut Tx, row: &PortalRow) -> Result<i64, StoreError> {
     .bind(row.reason.as_deref().map(super::text::encode).as_deref())
     .bind(row.request.as_slice())
     .bind(row.created_ts)
+    .bind(row.unused_until_ts)
     .execute(tx)
     .await?;
     Ok(number)
@@ -76,15 +80,59 @@ pub async fn update(tx: &mut Tx, row: &PortalRow) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Writes how a portal is, and why.
-pub async fn set_state(tx: &mut Tx, number: i64, state: &str, reason: Option<&str>) -> Result<(), StoreError> {
-    sqlx::query("UPDATE bridge_portals SET state = $2, reason = $3 WHERE number = $1")
+/// Writes how a portal is, why, and when its ghosts leave for that.
+pub async fn set_state(
+    tx: &mut Tx,
+    number: i64,
+    state: &str,
+    reason: Option<&str>,
+    ghosts_leave_ts: Option<i64>,
+) -> Result<(), StoreError> {
+    sqlx::query("UPDATE bridge_portals SET state = $2, reason = $3, ghosts_leave_ts = $4 WHERE number = $1")
         .bind(number)
         .bind(state)
         .bind(reason.map(super::text::encode).as_deref())
+        .bind(ghosts_leave_ts)
         .execute(tx)
         .await?;
     Ok(())
+}
+
+/// The portals whose ghosts are to leave by now.
+pub async fn to_be_left(store: &Store, now_ms: i64) -> Result<Vec<i64>, StoreError> {
+    numbers(
+        store,
+        "SELECT number FROM bridge_portals WHERE ghosts_leave_ts IS NOT NULL AND ghosts_leave_ts <= $1",
+        now_ms,
+    )
+    .await
+}
+
+/// The ghosts of a portal have left.
+pub async fn left(tx: &mut Tx, number: i64) -> Result<(), StoreError> {
+    sqlx::query("UPDATE bridge_portals SET ghosts_leave_ts = NULL WHERE number = $1").bind(number).execute(tx).await?;
+    Ok(())
+}
+
+/// The portals that may have gone unused for too long by now.
+pub async fn unused(store: &Store, now_ms: i64) -> Result<Vec<i64>, StoreError> {
+    numbers(
+        store,
+        "SELECT number FROM bridge_portals WHERE unused_until_ts IS NOT NULL AND unused_until_ts <= $1",
+        now_ms,
+    )
+    .await
+}
+
+/// A portal is used, or kept although it is not.
+pub async fn used(tx: &mut Tx, number: i64) -> Result<(), StoreError> {
+    sqlx::query("UPDATE bridge_portals SET unused_until_ts = NULL WHERE number = $1").bind(number).execute(tx).await?;
+    Ok(())
+}
+
+async fn numbers(store: &Store, sql: &'static str, now_ms: i64) -> Result<Vec<i64>, StoreError> {
+    let rows: Vec<(i64,)> = sqlx::query_as(sql).bind(now_ms).fetch_all(store.reader()).await?;
+    Ok(rows.into_iter().map(|(number,)| number).collect())
 }
 
 /// All portals, in the order of their making.
@@ -146,6 +194,7 @@ fn portal_row(row: &AnyRow) -> Result<PortalRow, StoreError> {
         reason: row.try_get::<Option<String>, _>("reason")?.map(super::text::decode),
         request: row.try_get("request")?,
         created_ts: row.try_get("created_ts")?,
+        unused_until_ts: row.try_get("unused_until_ts")?,
     })
 }
 
@@ -174,6 +223,7 @@ mod tests {
                 reason: None,
                 request: b"{}".to_vec(),
                 created_ts: 7,
+                unused_until_ts: Some(9),
             };
             let insert_row = row.clone();
             let number = store.write(move |tx| Box::pin(async move { insert(tx, &insert_row).await })).await.unwrap();
@@ -211,6 +261,44 @@ mod tests {
                 .await
                 .unwrap();
             assert_eq!(second, number + 1);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn portals_are_due_at_their_time_and_once() {
+        both_stores(|store| async move {
+            let row = PortalRow {
+                number: 0,
+                kind: "from_lm".to_owned(),
+                state: "active".to_owned(),
+                matrix_room_id: None,
+                lm_room_id: None,
+                lm_hub: server_name!("hub.example").to_owned(),
+                alias: None,
+                reason: None,
+                request: Vec::new(),
+                created_ts: 0,
+                unused_until_ts: Some(20),
+            };
+            let number = store.write(move |tx| Box::pin(async move { insert(tx, &row).await })).await.unwrap();
+            let suspend = store.write(move |tx| {
+                Box::pin(async move { set_state(tx, number, "suspended", Some("kicked"), Some(10)).await })
+            });
+            suspend.await.unwrap();
+            assert_eq!(to_be_left(&store, 9).await.unwrap(), [0; 0]);
+            assert_eq!(to_be_left(&store, 10).await.unwrap(), [number]);
+            assert_eq!(unused(&store, 19).await.unwrap(), [0; 0]);
+            assert_eq!(unused(&store, 20).await.unwrap(), [number]);
+            let done = store.write(move |tx| {
+                Box::pin(async move {
+                    left(tx, number).await?;
+                    used(tx, number).await
+                })
+            });
+            done.await.unwrap();
+            assert_eq!(to_be_left(&store, i64::MAX).await.unwrap(), [0; 0]);
+            assert_eq!(unused(&store, i64::MAX).await.unwrap(), [0; 0]);
         })
         .await;
     }

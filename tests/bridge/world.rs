@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use isthmus::bridge::{Bridge, Portal};
@@ -29,12 +30,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub const LM: &str = "lm.example";
 pub const MATRIX: &str = "matrix.example";
 
-/// Time that goes on from the moment that the homeserver lives in.
-struct Ticking(Instant);
+/// Time that goes on from the moment that the homeserver lives in, and that can be moved on.
+struct Ticking(Instant, AtomicI64);
 
 impl Clock for Ticking {
     fn now_ms(&self) -> i64 {
-        NOW + i64::try_from(self.0.elapsed().as_millis()).unwrap()
+        NOW + i64::try_from(self.0.elapsed().as_millis()).unwrap() + self.1.load(Ordering::SeqCst)
     }
 }
 
@@ -57,7 +58,7 @@ pub struct Gateway {
 pub struct World {
     directory: tempfile::TempDir,
     resolve: BTreeMap<OwnedServerName, url::Url>,
-    clock: SharedClock,
+    clock: Arc<Ticking>,
     settings: Value,
     pub server: Node,
     pub peer: Peer,
@@ -67,7 +68,7 @@ impl World {
     /// The three, with the gateway's settings besides the usual ones.
     pub async fn new(settings: Value) -> (Self, Gateway) {
         let directory = tempfile::tempdir().unwrap();
-        let clock: SharedClock = Arc::new(Ticking(Instant::now()));
+        let clock = Arc::new(Ticking(Instant::now(), AtomicI64::new(0)));
         let peer = Peer::start(MATRIX).await;
         let listeners = [OWN, LM].map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
         let mut resolve = BTreeMap::from([(peer.name.clone(), peer.url.clone())]);
@@ -107,6 +108,11 @@ impl World {
         context.store.close().await;
         drop((context, lm, dag, bridge));
         self.start(listener).await
+    }
+
+    /// Moves everybody's clock on.
+    pub fn advance(&self, ms: i64) {
+        self.clock.1.fetch_add(ms, Ordering::SeqCst);
     }
 
     pub fn lm_user(&self, localpart: &str) -> OwnedUserId {

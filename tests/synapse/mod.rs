@@ -3,6 +3,7 @@
 mod alias_join;
 mod created;
 mod crossing;
+mod ends;
 mod fork;
 mod gate;
 mod kill;

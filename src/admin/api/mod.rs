@@ -31,7 +31,7 @@ const PREFIX: &str = "/_isthmus/admin/v1";
 fn table() -> Vec<(&'static str, &'static [&'static str], MethodRouter<Admin>)> {
     vec![
         ("/portals", &["get", "post"], get(portals::list).post(portals::make)),
-        ("/portals/{portal_id}", &["get"], get(portals::show)),
+        ("/portals/{portal_id}", &["get", "delete"], get(portals::show).delete(portals::remove)),
         ("/portals/{portal_id}/invite", &["post"], post(portals::invite)),
         ("/portals/{portal_id}/power", &["put"], put(portals::power)),
         ("/portals/{portal_id}/announce", &["post"], post(portals::announce)),
@@ -54,6 +54,7 @@ fn table() -> Vec<(&'static str, &'static [&'static str], MethodRouter<Admin>)> 
         portals::list,
         portals::make,
         portals::show,
+        portals::remove,
         portals::invite,
         portals::power,
         portals::announce,

@@ -59,7 +59,7 @@ pub(super) struct Portal {
     portal_id: String,
     /// `created` or `from_lm`.
     kind: &'static str,
-    /// `active`, `degraded`, `suspended` or `ended`.
+    /// `active`, `degraded`, `suspended`, `ending` or `ended`.
     state: &'static str,
     /// The Matrix room.
     #[schema(value_type = String)]
@@ -196,6 +196,19 @@ pub(super) async fn show(State(admin): State<Admin>, Path(portal_id): Path<Strin
     let health = admin.bridge.health(&portal_id).await?;
     let out_of_step = admin.bridge.out_of_step(&portal_id).await?;
     Ok(Json(Shown { portal: Portal::from(&*portal), health, out_of_step }))
+}
+
+/// Ends a portal: a goodbye in both rooms, the ghosts and the bot leave both, aliases and mappings are forgotten.
+#[utoipa::path(
+    delete, path = "/portals/{portal_id}", params(("portal_id" = String, Path)),
+    responses((status = 200, body = Portal), (status = 404, body = ApiError), (status = "5XX", body = ApiError))
+)]
+pub(super) async fn remove(State(admin): State<Admin>, Path(portal_id): Path<String>) -> Result<Json<Portal>, Refusal> {
+    let portal = admin.bridge.remove_portal(&portal_id, "an admin has ended the connection").await?;
+    if let Some(appservice) = &admin.appservice {
+        appservice.wake();
+    }
+    Ok(Json(Portal::from(&*portal)))
 }
 
 async fn found(admin: &Admin, portal_id: &str) -> Result<std::sync::Arc<bridge::Portal>, Refusal> {

@@ -1,0 +1,246 @@
+//! How portals end: on request, when nobody uses them, and, as far as ghosts go, an hour after they were suspended. The end
+//! is written down first and each step looks at what is still there, so that a crash in the middle is taken up at the next
+//! start.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ruma::{OwnedRoomId, UserId};
+
+use super::core::Core;
+use super::notice::{say, text};
+use super::portal::{Portal, PortalKind, PortalState};
+use super::registry::Entry;
+use super::repair;
+use super::side::State;
+use super::users::Who;
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::seam::Outgoing;
+use crate::store::{appservice, images, inbox, portals};
+
+/// How long the ghosts stay in a suspended portal.
+pub(super) const GHOSTS_STAY_MS: i64 = 3_600_000;
+/// How long a portal that an alias made may go unused.
+pub(super) const UNUSED_MS: i64 = 86_400_000;
+/// How often it is looked what is due.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// How many events are sent in one call.
+const BATCH: usize = 50;
+/// How long what waits may still cross before the end.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long the hub may take to answer that the bot has left.
+const HUB_PATIENCE: Duration = Duration::from_secs(20);
+/// How often it is looked whether something has come.
+const POLL: Duration = Duration::from_millis(100);
+/// How long somebody who asks for a portal's room waits for its end.
+const END_PATIENCE: Duration = Duration::from_secs(40);
+
+/// Ends a portal. Whoever asked may go away; what was begun is finished.
+pub(super) async fn end(core: &Arc<Core>, entry: &Arc<Entry>, reason: &str) -> Result<Arc<Portal>, Refusal> {
+    let portal = entry.portal();
+    if portal.state.carries() {
+        let _ = tokio::time::timeout(LAST_WORDS, drained(core, &portal)).await;
+    }
+    if portal.state != PortalState::Ended {
+        core.set_state(entry, PortalState::Ending, Some(reason.to_owned())).await?;
+    }
+    let (core, ending) = (core.clone(), entry.clone());
+    core.clone().in_task(async move { finish(&core, &ending).await }).await?;
+    Ok(entry.portal())
+}
+
+/// Takes up the ends that were under way, and looks from now on for what is due.
+pub(super) fn at_start(core: &Arc<Core>) {
+    let inner = core.clone();
+    core.spawn(async move {
+        let mut last = 0;
+        while let Some(entry) = inner.registry.after(last, 1).pop() {
+            last = entry.number;
+            if entry.portal().state == PortalState::Ending
+                && let Err(refusal) = finish(&inner, &entry).await
+            {
+                tracing::warn!(portal = entry.portal().portal_id, %refusal, "a portal could not be ended");
+            }
+        }
+        loop {
+            if let Err(refusal) = due(&inner).await {
+                tracing::warn!(%refusal, "it could not be looked which portals are to end");
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    });
+}
+
+/// Does what is due by now.
+pub(super) async fn due(core: &Arc<Core>) -> Result<(), Refusal> {
+    let store = &core.context.store;
+    for number in portals::to_be_left(store, core.now_ms()).await? {
+        if let Some(entry) = core.registry.get(number) {
+            let portal = entry.portal();
+            for side in [Side::Matrix, Side::Lm] {
+                leave(core, &portal, side, false).await?;
+            }
+            tracing::info!(portal = portal.portal_id, "the ghosts have left a suspended portal");
+        }
+        store.write(move |tx| Box::pin(async move { portals::left(tx, number).await })).await?;
+    }
+    for number in portals::unused(store, core.now_ms()).await? {
+        match core.registry.get(number) {
+            Some(entry) if entry.portal().state != PortalState::Ended && !was_used(core, &entry.portal()).await? => {
+                end(core, &entry, "nobody has used it for a day").await?;
+            }
+            _ => keep(core, number).await?,
+        }
+    }
+    Ok(())
+}
+
+/// A portal stays, used or not.
+pub(super) async fn keep(core: &Core, number: i64) -> Result<(), Refusal> {
+    Ok(core.context.store.write(move |tx| Box::pin(async move { portals::used(tx, number).await })).await?)
+}
+
+/// Whether a portal is over; of one that is ending it is waited for.
+pub(super) async fn over(core: &Core, entry: &Entry) -> Result<bool, Refusal> {
+    let ended = async {
+        while entry.portal().state == PortalState::Ending {
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    if tokio::time::timeout(END_PATIENCE, ended).await.is_err() {
+        let server = core.context.server_name.to_string();
+        let problem = format!("the portal {} of this room is still ending", entry.portal().portal_id);
+        return Err(Refusal::Remote { server, problem });
+    }
+    Ok(entry.portal().state == PortalState::Ended)
+}
+
+/// Whether a Matrix user has ever come in. Who was banned without that is in the state too.
+async fn was_used(core: &Core, portal: &Portal) -> Result<bool, Refusal> {
+    let state = core.sides()?.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
+    for entry in state.members() {
+        let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
+        if matches!(entry.membership(), "join" | "leave")
+            && matches!(core.users.who(&core.context.store, Side::Matrix, user).await?, Who::Native { .. })
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+async fn drained(core: &Core, portal: &Portal) {
+    while !repair::queues_are_empty(core, portal).await.unwrap_or(true) {
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Everything of the end that is not done yet.
+async fn finish(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<(), Refusal> {
+    // What is being carried over is carried over before; and two who ask end it once.
+    let _from_matrix = entry.from_matrix.making.lock().await;
+    let _from_lm = entry.from_lm.making.lock().await;
+    let portal = entry.portal();
+    if portal.state == PortalState::Ended {
+        return Ok(());
+    }
+    let reason = portal.reason.as_deref().unwrap_or("it was asked for");
+    for side in [Side::Matrix, Side::Lm] {
+        if is_in(core, &portal, side).await? {
+            let far = portal.room(side.other());
+            let body = format!("Goodbye: this room is no longer connected with {far}, because {reason}.");
+            if let Err(refusal) = say(core, &portal, side, text("m.notice", &body)).await {
+                tracing::info!(portal = portal.portal_id, side = side.as_str(), %refusal, "nobody hears the goodbye");
+            }
+        }
+        leave(core, &portal, side, true).await?;
+    }
+    core.sides()?.dag.set_listed(&portal.matrix_room_id, false).await?;
+    if portal.kind == PortalKind::FromLm {
+        // Who makes a portal of the room again must find the bot outside of it.
+        let left = async {
+            while is_in(core, &portal, Side::Lm).await.unwrap_or(false) {
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        let _ = tokio::time::timeout(HUB_PATIENCE, left).await;
+    }
+    write_down(core, entry, &portal).await?;
+    core.registry.remove_aliases(entry.number);
+    core.registry.put(entry.number, Portal { state: PortalState::Ended, ..portal.as_ref().clone() });
+    tracing::info!(portal = portal.portal_id, reason, "portal ended");
+    Ok(())
+}
+
+async fn write_down(core: &Core, entry: &Entry, portal: &Portal) -> Result<(), Refusal> {
+    let (number, reason) = (entry.number, portal.reason.clone());
+    let (matrix, lm): (OwnedRoomId, OwnedRoomId) = (portal.matrix_room_id.clone(), portal.lm_room_id.clone());
+    let write = core.context.store.write(move |tx| {
+        Box::pin(async move {
+            portals::set_state(tx, number, PortalState::Ended.as_str(), reason.as_deref(), None).await?;
+            portals::used(tx, number).await?;
+            portals::remove_aliases(tx, number).await?;
+            inbox::clear(tx, Side::Matrix, &matrix).await?;
+            inbox::clear(tx, Side::Lm, &lm).await?;
+            images::forget(tx, number).await?;
+            appservice::end_room(tx, &matrix).await
+        })
+    });
+    Ok(write.await?)
+}
+
+async fn is_in(core: &Core, portal: &Portal, side: Side) -> Result<bool, Refusal> {
+    let bot = (super::side::MEMBER.to_owned(), core.users.bot().to_string());
+    let state = core.sides()?.rooms(side).pick(portal.room(side), &[bot]).await?;
+    Ok(state.membership(core.users.bot()) == "join")
+}
+
+/// Has the ghosts of a side leave its room; and with `bot` the bot after them, when it has taken back its invites.
+async fn leave(core: &Arc<Core>, portal: &Portal, side: Side, bot: bool) -> Result<(), Refusal> {
+    let rooms = core.sides()?.rooms(side);
+    let room_id = portal.room(side);
+    let state = rooms.state(room_id).await?;
+    let mut drafts = Vec::new();
+    for user in ghosts(core, side, &state).await? {
+        drafts.push(core.member(&user, &user, "leave"));
+    }
+    let own = core.users.bot();
+    if bot && state.membership(own) == "join" {
+        let invited = state.members().into_iter().filter(|entry| entry.membership() == "invite" && entry.sender == own);
+        for entry in invited {
+            let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
+            if user.server_name() != core.context.server_name {
+                drafts.push(core.member(own, user, "leave"));
+            }
+        }
+    }
+    if bot && matches!(state.membership(own), "join" | "invite") {
+        drafts.push(core.member(own, own, "leave"));
+    }
+    let mut drafts = drafts.into_iter().peekable();
+    while drafts.peek().is_some() {
+        let batch = drafts.by_ref().take(BATCH).map(|draft| Outgoing { draft, effect: None }).collect();
+        for refusal in rooms.send(room_id, batch).await.into_iter().filter_map(Result::err) {
+            if refusal.is_transient() {
+                return Err(refusal);
+            }
+            tracing::info!(portal = portal.portal_id, side = side.as_str(), %refusal, "somebody could not leave");
+        }
+    }
+    Ok(())
+}
+
+/// The ghosts in a room, or on their way into it.
+async fn ghosts(core: &Core, side: Side, state: &State) -> Result<Vec<ruma::OwnedUserId>, Refusal> {
+    let mut ghosts = Vec::new();
+    for entry in state.members() {
+        let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
+        if matches!(entry.membership(), "join" | "invite" | "knock")
+            && matches!(core.users.who(&core.context.store, side, user).await?, Who::Ghost { .. })
+        {
+            ghosts.push(user.to_owned());
+        }
+    }
+    Ok(ghosts)
+}

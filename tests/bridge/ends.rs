@@ -1,0 +1,207 @@
+//! Portals end: on request, when nobody uses them; and ghosts leave a suspended one.
+
+use std::time::Duration;
+
+use isthmus::bridge::{Cause, NewPortal, Portal, PortalState};
+use isthmus::identity::Side;
+use serde_json::json;
+
+use super::from_lm::room;
+use super::world::{Gateway, LM, World, draft, ghost, so, until};
+
+const HOUR: i64 = 3_600_000;
+
+/// Nobody of the gateway is left in either room.
+async fn deserted(gateway: &Gateway, portal: &Portal) -> bool {
+    let own = |user: &str| user.ends_with(":g.example");
+    let matrix = gateway.dag.joined(&portal.matrix_room_id).await.unwrap();
+    let lm = gateway.node.lm.state(&portal.lm_room_id).await.unwrap();
+    let in_log = lm.iter().any(|((kind, key), event)| {
+        kind == "m.room.member"
+            && own(key)
+            && event.content().get("membership").is_some_and(|membership| membership != "leave")
+    });
+    !matrix.iter().any(|user| own(user.as_str())) && !in_log
+}
+
+fn state(gateway: &Gateway, portal: &Portal) -> impl Future<Output = (PortalState, Option<String>)> {
+    let (bridge, id) = (gateway.bridge.clone(), portal.portal_id.clone());
+    async move {
+        let portal = bridge.portal(&id).await.unwrap().unwrap();
+        (portal.state, portal.reason.clone())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_portal_that_is_removed_says_goodbye_and_leaves_nobody_behind() {
+    let (world, gateway) = World::new(json!({})).await;
+    let new = NewPortal { alias: Some("tea".to_owned()), join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    let alice = world.matrix_user("alice");
+    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    world.lm_join(lm, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    world.peer.signs_invites(isthmus::event::RoomVersion::V12);
+    gateway.bridge.invite(&portal.portal_id, &world.matrix_user("carol")).await.unwrap();
+    let hello = world.matrix_say(&gateway, &mut view, &alice, "hello").await;
+
+    let ended = gateway.bridge.remove_portal(&portal.portal_id, "we are done").await.unwrap();
+    assert_eq!(ended.state, PortalState::Ended);
+    assert!(deserted(&gateway, &portal).await);
+    let carol = gateway.matrix_member(matrix, world.matrix_user("carol").as_str()).await.unwrap();
+    assert_eq!(carol["membership"], "leave", "the bot's invite was taken back");
+    // What was said before it was carried over, then both were told.
+    so("the goodbye at bob's", || async {
+        let said = world.server.bodies(lm).await;
+        said.first().is_some_and(|(_, body)| body == "hello")
+            && said.iter().any(|(_, body)| body.contains("we are done"))
+    })
+    .await;
+    assert!(gateway.matrix_bodies(matrix).await.iter().any(|(by, body)| *by == gateway.bot() && body.contains("done")));
+    so("the ghost of alice gone at bob's", || async {
+        world.server.membership(lm, &ghost(Side::Matrix, "alice")).await == "leave"
+    })
+    .await;
+    // Nothing is kept, and nothing crosses any more.
+    assert_eq!(gateway.bridge.explain(&hello).await.unwrap().unwrap().status, "local");
+    assert!(world.matrix_join(&gateway, matrix, &world.matrix_user("dora")).await.is_err());
+    assert!(gateway.bridge.resolve_alias("tea", Cause::Admin).await.is_err());
+    world.lm_say(lm, "bob", "anybody there?").await;
+    so("bob's words in the log", || async {
+        gateway.node.bodies(lm).await.iter().any(|(_, body)| body == "anybody there?")
+    })
+    .await;
+    assert!(!gateway.matrix_bodies(matrix).await.iter().any(|(_, body)| body == "anybody there?"));
+    let health = gateway.bridge.health(&portal.portal_id).await.unwrap();
+    assert!(health.waiting.iter().all(|waiting| waiting.count == 0));
+    // Once more it does nothing, also after a restart.
+    let before = gateway.matrix_events(matrix).await.len();
+    let gateway = world.kill(gateway).await;
+    let again = gateway.bridge.remove_portal(&portal.portal_id, "again").await.unwrap();
+    assert_eq!((again.state, again.reason.as_deref()), (PortalState::Ended, Some("we are done")));
+    assert_eq!(gateway.matrix_events(matrix).await.len(), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_lm_room_whose_portal_was_removed_can_have_another() {
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = room(&world, "public").await;
+    let via = [LM.try_into().unwrap()];
+    let first = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    let alice = world.matrix_user("alice");
+    world.matrix_join(&gateway, &first.matrix_room_id, &alice).await.unwrap();
+    gateway.bridge.remove_portal(&first.portal_id, "a new start").await.unwrap();
+    assert_eq!(world.server.membership(&lm, &ghost(Side::Matrix, "alice")).await, "leave");
+    assert_eq!(world.server.membership(&lm, gateway.bot().as_str()).await, "leave");
+
+    let second = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    assert_ne!(first.portal_id, second.portal_id);
+    assert_ne!(first.matrix_room_id, second.matrix_room_id);
+    let mut view = world.matrix_join(&gateway, &second.matrix_room_id, &alice).await.unwrap();
+    world.matrix_say(&gateway, &mut view, &alice, "hello again").await;
+    so("hello at the hub", || async { world.server.bodies(&lm).await.iter().any(|(_, body)| body == "hello again") })
+        .await;
+    world.lm_say(&lm, "hubert", "welcome back").await;
+    let welcome = (ghost(Side::Lm, "hubert"), "welcome back".to_owned());
+    so("the answer", || async { gateway.matrix_bodies(&second.matrix_room_id).await.contains(&welcome) }).await;
+    so("both states in step", || gateway.in_step(&second)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_that_is_broken_off_is_taken_up() {
+    for pause in [0, 4, 15, 40] {
+        let (world, gateway) = World::new(json!({})).await;
+        let lm = room(&world, "public").await;
+        for number in 0..60 {
+            world.lm_join_own(&lm, &format!("user{number}")).await;
+        }
+        let via = [LM.try_into().unwrap()];
+        let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+        so("all members everywhere", || gateway.in_step(&portal)).await;
+        let (bridge, id) = (gateway.bridge.clone(), portal.portal_id.clone());
+        let removing = tokio::spawn(async move { bridge.remove_portal(&id, "enough").await });
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        let gateway = world.kill(gateway).await;
+        let _ = removing.await;
+        if state(&gateway, &portal).await.0 == PortalState::Active {
+            // It was broken off before it was written down.
+            gateway.bridge.remove_portal(&portal.portal_id, "enough").await.unwrap();
+        }
+        so("the end", || async { state(&gateway, &portal).await.0 == PortalState::Ended }).await;
+        assert!(deserted(&gateway, &portal).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ghosts_leave_a_suspended_portal_after_an_hour() {
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = room(&world, "public").await;
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    let alice = world.matrix_user("alice");
+    world.matrix_join(&gateway, &portal.matrix_room_id, &alice).await.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    let kick = json!({ "membership": "leave", "reason": "no bots" });
+    world.lm_send(&lm, draft(&world.lm_user("hubert"), "m.room.member", Some(gateway.bot().as_str()), kick)).await;
+    let (_, reason) = until("the suspension", || async {
+        Some(state(&gateway, &portal).await).filter(|(state, _)| *state == PortalState::Suspended)
+    })
+    .await;
+    assert!(reason.unwrap().contains("hubert"));
+
+    world.advance(HOUR - 60_000);
+    gateway.bridge.look_for_ends().await.unwrap();
+    let alices = ghost(Side::Matrix, "alice");
+    assert_eq!(gateway.node.membership(&lm, &alices).await, "join");
+    // The hour is in the store.
+    let gateway = world.kill(gateway).await;
+    world.advance(120_000);
+    gateway.bridge.look_for_ends().await.unwrap();
+    so("the ghost of alice gone", || async { world.server.membership(&lm, &alices).await == "leave" }).await;
+    let hubert = gateway.matrix_member(&portal.matrix_room_id, &ghost(Side::Lm, "hubert")).await.unwrap();
+    assert_eq!(hubert["membership"], "leave");
+    assert_eq!(state(&gateway, &portal).await.0, PortalState::Suspended);
+    // What is left of it can be removed.
+    gateway.bridge.remove_portal(&portal.portal_id, "enough").await.unwrap();
+    so("nobody there", || deserted(&gateway, &portal)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_portal_that_an_alias_made_ends_after_a_day_unless_somebody_came() {
+    let (world, gateway) = World::new(json!({})).await;
+    let mut portals = Vec::new();
+    for _ in 0..3 {
+        let lm = room(&world, "public").await;
+        let alias = format!("lm_{}_{LM}", lm.as_str().split(':').next().unwrap());
+        gateway.bridge.resolve_alias(&alias, Cause::Appservice).await.unwrap();
+        portals.push(gateway.bridge.portals(None, 10).await.unwrap().pop().unwrap());
+    }
+    let [unused, used, wanted] = &portals[..] else { panic!() };
+    let alice = world.matrix_user("alice");
+    world.matrix_join(&gateway, &used.matrix_room_id, &alice).await.unwrap();
+    let via = [LM.try_into().unwrap()];
+    gateway.bridge.portal_from_lm(&wanted.lm_room_id, &via, None, Cause::Admin).await.unwrap();
+    // One ban of somebody who never came is no use.
+    let stranger = ghost(Side::Matrix, "stranger");
+    let ban = draft(&world.lm_user("hubert"), "m.room.member", Some(&stranger), json!({ "membership": "ban" }));
+    world.lm_send(&unused.lm_room_id, ban).await;
+    let stranger = world.matrix_user("stranger");
+    so("the ban", || async { gateway.matrix_member(&unused.matrix_room_id, stranger.as_str()).await.is_some() }).await;
+
+    world.advance(23 * HOUR);
+    gateway.bridge.look_for_ends().await.unwrap();
+    assert_eq!(state(&gateway, unused).await.0, PortalState::Active);
+    world.advance(2 * HOUR);
+    gateway.bridge.look_for_ends().await.unwrap();
+    let (ended, reason) = state(&gateway, unused).await;
+    assert_eq!((ended, reason.as_deref()), (PortalState::Ended, Some("nobody has used it for a day")));
+    assert_eq!(world.server.membership(&unused.lm_room_id, gateway.bot().as_str()).await, "leave");
+    for portal in [used, wanted] {
+        assert_eq!(state(&gateway, portal).await.0, PortalState::Active);
+    }
+    // It is looked at once: who came keeps it.
+    world.advance(24 * HOUR);
+    gateway.bridge.look_for_ends().await.unwrap();
+    assert_eq!(state(&gateway, used).await.0, PortalState::Active);
+}

@@ -1,0 +1,78 @@
+//! The commands that talk to a running gateway, over its admin listener.
+
+use std::path::Path;
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::support::testbed::certificates::Authority;
+use crate::support::testbed::gateway;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_isthmus");
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn portals_are_made_listed_explained_and_removed_from_the_command_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = Authority::new(directory.path()).unwrap();
+    let plan = gateway::Plan::new(&directory.path().join("g"), Path::new(BINARY), &authority).unwrap();
+    let gateway = plan.start().await.unwrap();
+    let run = |arguments: &[&str]| {
+        let arguments: Vec<&str> = arguments.iter().copied().chain(["--config", "isthmus.toml"]).collect();
+        gateway.plan().run(&arguments)
+    };
+    let shown = |arguments: &[&str]| -> Value { serde_json::from_str(&run(arguments).unwrap()).unwrap() };
+
+    assert_eq!(run(&["portal", "list"]).unwrap(), "");
+    let made = shown(&["portal", "create", "--name", "Tea", "--alias", "tea", "--join-rule", "public"]);
+    assert_eq!((&made["portal_id"], &made["state"]), (&json!("p1"), &json!("active")));
+    assert_eq!(made["alias"], format!("#tea:{}", gateway.server_name));
+    let line = run(&["portal", "list"]).unwrap();
+    let room = made["matrix_room_id"].as_str().unwrap();
+    assert!(line.starts_with("p1\tactive\t") && line.contains(room) && line.lines().count() == 1, "{line}");
+    let one = shown(&["portal", "show", "p1"]);
+    assert_eq!((&one["lm_room_id"], &one["out_of_step"]), (&made["lm_room_id"], &json!(0)));
+
+    let body = json!({ "body": "hello" });
+    let said = gateway.admin(Method::POST, "/portals/p1/announce", Some(body)).await.unwrap();
+    for (side, id) in [("matrix", &said["matrix_event_id"]), ("lm", &said["lm_event_id"])] {
+        let explained = shown(&["explain", id.as_str().unwrap()]);
+        assert_eq!((&explained["side"], &explained["portal_id"]), (&json!(side), &json!("p1")));
+        assert_eq!(explained["status"], "local");
+    }
+    let metrics = gateway.metrics().await.unwrap();
+    assert!(metrics.lines().any(|line| line.contains("portals{") && line.contains("active") && line.ends_with(" 1")));
+
+    for (arguments, problem) in [
+        (&["portal", "show", "p7"][..], "the portal p7 was not found"),
+        (&["portal", "remove", "p7"], "the portal p7 was not found"),
+        (&["portal", "invite", "p1", "@lm_x_y:z"], "z"),
+        (&["portal", "create", "--alias", "tea"], "leads to p1 already"),
+        (&["explain", "$nothing"], "the event $nothing was not found"),
+    ] {
+        let error = run(arguments).unwrap_err().to_string();
+        assert!(error.contains(problem), "{arguments:?}: {error}");
+    }
+
+    let removed = shown(&["portal", "remove", "p1"]);
+    assert_eq!(removed["state"], "ended");
+    assert!(run(&["portal", "list"]).unwrap().starts_with("p1\tended\t"));
+    let metrics = gateway.metrics().await.unwrap();
+    let count = |state: &str| {
+        let wanted = |line: &&str| line.contains("portals{") && line.contains(&format!("\"{state}\""));
+        metrics.lines().find(wanted).and_then(|line| line.rsplit(' ').next()?.parse::<i64>().ok())
+    };
+    assert_eq!((count("active"), count("ended"), count("ending")), (Some(0), Some(1), Some(0)));
+    // The name is free again.
+    assert_eq!(shown(&["portal", "create", "--alias", "tea"])["portal_id"], "p2");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_says_when_there_is_no_gateway() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = Authority::new(directory.path()).unwrap();
+    let plan = gateway::Plan::new(&directory.path().join("g"), Path::new(BINARY), &authority).unwrap();
+    let mut gateway = plan.start().await.unwrap();
+    gateway.kill().unwrap();
+    let error = gateway.plan().run(&["portal", "list", "--config", "isthmus.toml"]).unwrap_err().to_string();
+    assert!(error.contains("start it with `isthmus serve`"), "{error}");
+}
