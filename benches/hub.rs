@@ -18,12 +18,16 @@ use isthmus::identity::SigningKey;
 use ruma::server_name;
 use serde_json::json;
 
-use self::support::hub::Hub;
+use self::support::ear::Order;
+use self::support::gateway::Gateway;
+use self::support::hub;
 use self::support::participant::Participant;
 use self::support::percentile;
 
 /// How many servers take part.
 const PARTICIPANTS: usize = 4;
+/// How many LPDUs each signs in advance, out of the clock's sight.
+const PREPARED: u64 = 60_000;
 
 fn main() {
     let _ = (*isthmus::federation::crypto_provider()).clone().install_default();
@@ -97,9 +101,10 @@ async fn measure(seconds: u64, floor: &Floor) {
     let mut half = 0.0;
     for (rooms, batch) in [(1, 50), (20, 50), (1, 1), (20, 1)] {
         let directory = tempfile::tempdir().unwrap();
-        let hub = Hub::start(directory.path(), rooms).await;
+        let hub = hub::start(directory.path(), rooms).await;
         let participants = join_all(&hub).await;
-        let prepared: Vec<_> = participants.iter().map(|participant| participant.prepare(&hub, batch)).collect();
+        let most = if batch == 1 { PREPARED / 4 } else { PREPARED };
+        let prepared: Vec<_> = participants.iter().map(|participant| participant.prepare(&hub, batch, most)).collect();
         let cpu = hub.cpu();
         let start = Instant::now();
         let until = start + Duration::from_secs(seconds);
@@ -111,13 +116,12 @@ async fn measure(seconds: u64, floor: &Floor) {
         let cpu = (hub.cpu() - cpu) / sent as f64 * 1e6;
         let rate = sent as f64 / elapsed;
         let per_floor = cpu / if batch == 1 { floor.one } else { floor.batch };
-        let order =
-            participants.iter().map(Participant::check).fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2));
+        let order = participants.iter().map(|participant| participant.ear.order()).fold(Order::default(), Order::and);
         println!(
             "{rooms:>2} rooms, batches of {batch:<2} {rate:>9.0} {cpu:>12.0} us {per_floor:>9.2} {sent:>6} {:>6} {:>8} {:>10}",
-            sent * PARTICIPANTS - order.0,
-            order.1,
-            order.2
+            sent * PARTICIPANTS - order.different,
+            order.doubled,
+            order.misplaced
         );
         if batch == 50 && rooms == 1 {
             half = rate / 2.0;
@@ -125,10 +129,10 @@ async fn measure(seconds: u64, floor: &Floor) {
         println!("    peak memory of the hub: {} MiB", hub.peak_memory() >> 20);
     }
     let directory = tempfile::tempdir().unwrap();
-    let hub = Hub::start(directory.path(), 1).await;
+    let hub = hub::start(directory.path(), 1).await;
     let participants = join_all(&hub).await;
     let pace = Duration::from_secs_f64(50.0 * PARTICIPANTS as f64 / half);
-    let prepared: Vec<_> = participants.iter().map(|participant| participant.prepare(&hub, 50)).collect();
+    let prepared: Vec<_> = participants.iter().map(|participant| participant.prepare(&hub, 50, PREPARED)).collect();
     let until = Instant::now() + Duration::from_secs(seconds);
     let sending =
         participants.iter().zip(prepared).map(|(participant, prepared)| participant.pace(&hub, prepared, pace, until));
@@ -144,7 +148,7 @@ async fn measure(seconds: u64, floor: &Floor) {
     );
 }
 
-async fn join_all(hub: &Hub) -> Vec<Participant> {
+async fn join_all(hub: &Gateway) -> Vec<Participant> {
     let mut participants = Vec::new();
     for number in 0..PARTICIPANTS {
         participants.push(Participant::join(number, hub).await);
@@ -156,7 +160,7 @@ async fn join_all(hub: &Hub) -> Vec<Participant> {
 async fn settle(participants: &[Participant], sent: usize) {
     let (mut before, mut quiet) = (0, 0);
     while quiet < 30 {
-        let received: usize = participants.iter().map(Participant::received).sum();
+        let received: usize = participants.iter().map(|participant| participant.ear.received()).sum();
         if received >= sent * participants.len() {
             break;
         }

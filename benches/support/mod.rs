@@ -1,7 +1,14 @@
 //! What the benchmarks share.
 
+// Each benchmark uses a part of it.
+#![allow(dead_code)]
+
+pub mod ear;
+pub mod gateway;
+pub mod homeserver;
 pub mod hub;
 pub mod participant;
+pub mod portal;
 
 use isthmus::event::Object;
 use serde_json::json;
