@@ -2,12 +2,12 @@
 
 use ruma::ServerName;
 
-use super::portal::{Cause, PortalKind};
+use super::portal::Cause;
 use crate::config::{Access, CreateByAlias};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 
-/// Whether users of `server`, which is at home on `side`, may take part.
+/// Whether users of `server`, which is at home on `side`, may take part; also when another server, a hub, has let them in.
 pub(super) fn takes_part(access: &Access, side: Side, server: &ServerName) -> Result<(), Refusal> {
     let (patterns, key) = match side {
         Side::Matrix => (&access.matrix_servers, "matrix_servers"),
@@ -17,15 +17,6 @@ pub(super) fn takes_part(access: &Access, side: Side, server: &ServerName) -> Re
         return Ok(());
     }
     Err(Refusal::Policy(format!("{server} is not among the {key} {patterns:?}")))
-}
-
-/// Whether a user of `server`, at home on `side`, may take part in a portal of this kind. In a room that a remote hub keeps
-/// the hub decides which other LM servers are in it.
-pub(super) fn user(access: &Access, kind: PortalKind, side: Side, server: &ServerName) -> Result<(), Refusal> {
-    match (kind, side) {
-        (PortalKind::FromLm, Side::Lm) => Ok(()),
-        _ => takes_part(access, side, server),
-    }
 }
 
 /// Whether naming an alias may make a portal.
@@ -103,8 +94,6 @@ mod tests {
         assert!(takes_part(&access, Side::Lm, server_name!("a.hub")).is_ok());
         assert_eq!(takes_part(&access, Side::Lm, server_name!("b.example")).unwrap_err().code(), "policy");
         assert!(takes_part(&access, Side::Matrix, server_name!("b.example")).is_ok());
-        assert!(user(&access, PortalKind::Created, Side::Lm, server_name!("b.example")).is_err());
-        assert!(user(&access, PortalKind::FromLm, Side::Lm, server_name!("b.example")).is_ok());
 
         let server = Cause::Server(server_name!("b.example").to_owned());
         for (setting, appservice, anyone) in [

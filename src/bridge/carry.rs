@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use ruma::{OwnedEventId, OwnedUserId, RoomId, UserId};
 use serde_json::{Value, json};
 
+use super::acl::SERVER_ACL;
 use super::member;
 use super::power::{Action, POWER_LEVELS, Power};
 use super::side::{Event, Key, MEMBER, State};
@@ -110,12 +111,13 @@ pub(super) fn reads(event: &Event, users: &Known, bot: &UserId) -> (Vec<Key>, Ve
     let whole = |kind: &str| (kind.to_owned(), String::new());
     let member = |user: &UserId| (MEMBER.to_owned(), user.to_string());
     let own = event.state_key.clone().map(|key| (event.kind.clone(), key));
-    let near = [whole("m.room.create"), whole(POWER_LEVELS), member(&event.sender)].into_iter().chain(own);
-    let rules = [whole("m.room.create"), whole(POWER_LEVELS), whole("m.room.join_rules"), member(bot)];
+    let both = [whole("m.room.create"), whole(POWER_LEVELS), whole(SERVER_ACL)];
+    let near = both.clone().into_iter().chain([member(&event.sender)]).chain(own);
+    let rules = both.into_iter().chain([whole("m.room.join_rules"), member(bot)]);
     let target = event.membership().map(|(target, _)| target);
     let there = [Some(event.sender.clone()), target].into_iter().flatten();
     let there = there.filter_map(|user| translate::across(users, &user)).map(|user| member(&user));
-    let far = rules.into_iter().chain(there).chain([whole(&event.kind)]);
+    let far = rules.chain(there).chain([whole(&event.kind)]);
     (near.collect(), far.collect())
 }
 

@@ -7,6 +7,7 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, UserId};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::acl::{self, Acls};
 use super::create::Creations;
 use super::ends;
 use super::notice::Notices;
@@ -35,6 +36,7 @@ pub(super) struct Core {
     /// Ghosts whose join a handshake waits for: repair leaves them alone.
     pub(super) joining: Mutex<HashSet<(OwnedRoomId, OwnedUserId)>>,
     pub(super) negative: Negative,
+    pub(super) acls: Acls,
     pub(super) stop: CancellationToken,
     pub(super) tasks: TaskTracker,
     sides: OnceLock<Sides>,
@@ -54,6 +56,7 @@ impl Core {
             tasks: TaskTracker::new(),
             sides: OnceLock::new(),
             negative: resolve::negative(),
+            acls: acl::acls(context.config.caches.rooms),
             context,
         }
     }

@@ -1,7 +1,6 @@
 //! What is written together with an image, or instead of one: the mapping, the end of the inbox row, the refusal.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use ruma::OwnedEventId;
 
@@ -27,8 +26,6 @@ pub(super) fn crossed(
     note: Option<String>,
 ) -> EventEffect {
     let seq = item.row.seq;
-    let waited = core.now_ms().saturating_sub(item.row.received_ts);
-    let waited = Duration::from_millis(u64::try_from(waited).unwrap_or_default());
     let mut row = image_row(core, portal, source, &item.event);
     row.note = note;
     let profile = profile(&item.event);
@@ -38,7 +35,6 @@ pub(super) fn crossed(
                 return Err(StoreError::Withdrawn("the event has crossed already"));
             }
             images::insert(tx, &ImageRow { image, ..row }).await?;
-            metrics::image(source.other(), waited);
             remember(tx, source, profile).await
         })
     })
@@ -118,7 +114,6 @@ pub(super) async fn refused(
             })
         })
         .await?;
-    metrics::image_refused(source.other(), refusal);
     Ok(())
 }
 
@@ -143,7 +138,6 @@ pub(super) async fn sorted_out(
         .into_iter()
         .map(|(row, out)| match out {
             Out::Refused(event, refusal) => {
-                metrics::image_refused(source.other(), &refusal);
                 tracing::debug!(portal = portal.portal_id, event = %row.event_id, %refusal, "an event does not cross");
                 metrics::image_refused(source.other(), &refusal);
                 (row, None, Some(refusal_row(core, portal, source, &event, &refusal)))

@@ -5,20 +5,26 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ruma::{OwnedRoomId, UserId};
+use ruma::{OwnedRoomId, OwnedServerName, RoomId, UserId};
 
+use super::acl::{self, SERVER_ACL};
 use super::core::Core;
 use super::notice::{say, text};
-use super::portal::{Portal, PortalKind, PortalState};
+use super::portal::{Cause, Portal, PortalKind, PortalState};
 use super::registry::Entry;
-use super::repair;
-use super::side::State;
+use super::side::{Event, MEMBER, State};
 use super::users::Who;
+use super::{create, repair};
+use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::Outgoing;
 use crate::store::{appservice, images, inbox, portals};
 
+/// The type of events that say by which room a room is replaced.
+const TOMBSTONE: &str = "m.room.tombstone";
+/// How long it is waited when the room that replaces one could not be connected.
+const REPLACE_AGAIN: Duration = Duration::from_secs(60);
 /// How long the ghosts stay in a suspended portal.
 pub(super) const GHOSTS_STAY_MS: i64 = 3_600_000;
 /// How long a portal that an alias made may go unused.
@@ -94,6 +100,87 @@ pub(super) async fn due(core: &Arc<Core>) -> Result<(), Refusal> {
         }
     }
     Ok(())
+}
+
+/// Whether an event may end its portal, so that [`look_at`] must.
+pub(super) fn may_end(event: &Event, bot: &UserId) -> bool {
+    let bot_is_out = event.membership().is_some_and(|(user, membership)| user == *bot && membership != "join");
+    bot_is_out || (event.state_key.as_deref() == Some("") && matches!(event.kind.as_str(), SERVER_ACL | TOMBSTONE))
+}
+
+/// Ends or suspends a portal whose rooms say so by their state; true when they do.
+pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool, Refusal> {
+    let portal = entry.portal();
+    let bot = core.users.bot();
+    let keys = [SERVER_ACL, TOMBSTONE].map(|kind| (kind.to_owned(), String::new()));
+    let keys = [&keys[..], &[(MEMBER.to_owned(), bot.to_string())]].concat();
+    for side in [Side::Matrix, Side::Lm] {
+        let state = core.sides()?.rooms(side).pick(portal.room(side), &keys).await?;
+        if state.membership(bot) != "join" {
+            let reason = format!("{bot} is not in {} any more", portal.room(side));
+            core.set_state(entry, PortalState::Suspended, Some(reason)).await?;
+            return Ok(true);
+        }
+        if acl::of(core, &state).await.is_some_and(|list| !list.allows(&core.context.server_name)) {
+            let reason = format!("the access control list of {} denies this gateway", portal.room(side));
+            let (core, entry) = (core.clone(), entry.clone());
+            core.clone().spawn(async move { ended(&entry, end(&core, &entry, &reason).await) });
+            return Ok(true);
+        }
+        let tombstone = state.get(TOMBSTONE, "").filter(|_| side == portal.authority() && side == Side::Lm);
+        if let Some(tombstone) = tombstone {
+            let replacement = tombstone.content.get("replacement_room").and_then(|room| room.as_str());
+            let replacement = replacement.and_then(|room| RoomId::parse(room).ok());
+            let via = vec![tombstone.sender.server_name().to_owned(), portal.lm_hub.clone()];
+            let (core, entry) = (core.clone(), entry.clone());
+            core.clone().spawn(async move { ended(&entry, replace(&core, &entry, replacement, via).await) });
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn ended<T>(entry: &Entry, outcome: Result<T, Refusal>) {
+    if let Err(refusal) = outcome {
+        tracing::warn!(portal = entry.portal().portal_id, %refusal, "a portal could not be ended");
+    }
+}
+
+/// The LM room has a tombstone: its Matrix room gets one too, which leads to the Matrix room of the room that replaces it.
+async fn replace(
+    core: &Arc<Core>,
+    entry: &Arc<Entry>,
+    replacement: Option<OwnedRoomId>,
+    mut via: Vec<OwnedServerName>,
+) -> Result<(), Refusal> {
+    let portal = entry.portal();
+    let Some(room_id) = replacement.filter(|room_id| *room_id != portal.lm_room_id) else {
+        return end(core, entry, "the LM room was closed").await.map(drop);
+    };
+    via.extend(room_id.server_name().map(ToOwned::to_owned));
+    let next = match create::portal_from_lm(core, &room_id, &via, None, &Cause::Admin).await {
+        Ok(next) => next,
+        Err(refusal) if refusal.is_transient() => {
+            let (core, entry) = (core.clone(), entry.clone());
+            core.clone().spawn(async move {
+                tokio::time::sleep(REPLACE_AGAIN).await;
+                repair::soon(&core, &entry);
+            });
+            return Err(refusal);
+        }
+        Err(refusal) => {
+            let reason = format!("the LM room was replaced by {room_id}, which cannot be connected: {refusal}");
+            return end(core, entry, &reason).await.map(drop);
+        }
+    };
+    if !entry.portal().state.carries() {
+        return Ok(());
+    }
+    let mut content = Object::new();
+    content.insert("body".to_owned(), "This room has been replaced".into());
+    content.insert("replacement_room".to_owned(), next.matrix_room_id.as_str().into());
+    core.send(&portal, Side::Matrix, core.draft(core.users.bot(), TOMBSTONE, Some(""), content)).await?;
+    end(core, entry, &format!("the LM room was replaced by {room_id}")).await.map(drop)
 }
 
 /// A portal stays, used or not.
@@ -191,7 +278,7 @@ async fn write_down(core: &Core, entry: &Entry, portal: &Portal) -> Result<(), R
 }
 
 async fn is_in(core: &Core, portal: &Portal, side: Side) -> Result<bool, Refusal> {
-    let bot = (super::side::MEMBER.to_owned(), core.users.bot().to_string());
+    let bot = (MEMBER.to_owned(), core.users.bot().to_string());
     let state = core.sides()?.rooms(side).pick(portal.room(side), &[bot]).await?;
     Ok(state.membership(core.users.bot()) == "join")
 }

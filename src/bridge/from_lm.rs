@@ -13,7 +13,7 @@ use super::rooms;
 use super::side::{MEMBER, State};
 use super::translate::member_content;
 use super::users::{Known, Who};
-use super::{access, carry};
+use super::{access, acl, carry};
 use crate::config::EncryptionPolicy;
 use crate::event::Object;
 use crate::identity::Side;
@@ -110,12 +110,19 @@ async fn join_ghosts(core: &Arc<Core>, portal: &Portal, state: &State, known: &K
     let room_id = &portal.matrix_room_id;
     let there = rooms.state(room_id).await?;
     let public = carry::is_public(&there);
+    let list = acl::of(core, state).await;
     let mut outgoing: Vec<Outgoing> = Vec::new();
     let (mut done, total) = (0_usize, known.len());
     for entry in state.members() {
         let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
         let Some(Who::Native { ghost }) = known.get(user) else { continue };
         if entry.membership() != "join" || there.membership(ghost) == "join" {
+            continue;
+        }
+        let server = user.server_name();
+        if access::takes_part(&core.context.config.access, Side::Lm, server).is_err()
+            || list.as_ref().is_some_and(|list| !list.allows(server))
+        {
             continue;
         }
         if !public && there.membership(ghost) != "invite" {

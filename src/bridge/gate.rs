@@ -13,7 +13,7 @@ use super::registry::Entry;
 use super::side::State;
 use super::translate::member_content;
 use super::users::Who;
-use super::{access, repair};
+use super::{access, acl, repair};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -46,7 +46,12 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
         Who::Appservice => return Ok(()),
         Who::Ghost { .. } | Who::Bot | Who::Stranger => return Err(stranger(user)),
     };
-    access::user(&core.context.config.access, portal.kind, handshake.side, user.server_name())?;
+    access::takes_part(&core.context.config.access, handshake.side, user.server_name())?;
+    let key = (acl::SERVER_ACL.to_owned(), String::new());
+    let near = core.sides()?.rooms(handshake.side).pick(&handshake.room_id, std::slice::from_ref(&key)).await?;
+    let across = handshake.side.other();
+    let far = core.sides()?.rooms(across).pick(portal.room(across), &[key]).await?;
+    acl::both(core, &near, &far, user.server_name()).await?;
     let at_hub = portal.kind == PortalKind::FromLm && handshake.side == Side::Matrix;
     match handshake.membership {
         Membership::Join if at_hub && handshake.stage == Stage::Send => {

@@ -1,6 +1,7 @@
 //! The inbox of one direction in memory: the rows that wait, with their events; what need not cross is sorted out when it is
 //! read.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ruma::OwnedEventId;
@@ -11,7 +12,7 @@ use super::portal::Portal;
 use super::registry::Entry;
 use super::side::Event;
 use super::users::Who;
-use super::{access, carry, effect, translate};
+use super::{access, carry, effect, ends, repair, translate};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::store::images;
@@ -47,8 +48,8 @@ impl Inbox {
     /// Reads more rows, as far as there is room. True when there were some, even if nothing of them must cross.
     pub(super) async fn load(
         &mut self,
-        core: &Core,
-        entry: &Entry,
+        core: &Arc<Core>,
+        entry: &Arc<Entry>,
         portal: &Portal,
         source: Side,
     ) -> Result<bool, Refusal> {
@@ -62,6 +63,9 @@ impl Inbox {
         let Some(last) = rows.last().map(|row| row.seq) else { return Ok(false) };
         let mut sorted = sort(core, portal, source, rows).await?;
         effect::sorted_out(core, portal, source, sorted.out).await?;
+        if sorted.may_end {
+            repair::soon(core, entry);
+        }
         if sorted.echoes {
             // What waited for an echo is on the other direction.
             entry.direction(source.other()).wake.notify_one();
@@ -126,6 +130,8 @@ struct Sorted {
     items: Vec<Item>,
     out: Vec<(InboxRow, Out)>,
     echoes: bool,
+    /// Whether an event among them may end the portal.
+    may_end: bool,
 }
 
 async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -> Result<Sorted, Refusal> {
@@ -140,7 +146,7 @@ async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -
     let lpdus: Vec<OwnedEventId> = events.iter().filter_map(|(_, event)| event.as_ref()?.lpdu_id.clone()).collect();
     let crossed = images::of_sources(store, source, &ids).await?;
     let twice = if lpdus.is_empty() { Default::default() } else { images::of_lpdus(store, &lpdus).await? };
-    let mut sorted = Sorted { items: Vec::new(), out: Vec::new(), echoes: false };
+    let mut sorted = Sorted { items: Vec::new(), out: Vec::new(), echoes: false, may_end: false };
     for (row, event) in events {
         let Some(event) = event else {
             tracing::error!(portal = portal.portal_id, event = %row.event_id, "an accepted event is not in the store");
@@ -154,6 +160,7 @@ async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -
             sorted.out.push((row, Out::Done));
             continue;
         }
+        sorted.may_end |= ends::may_end(&event, core.users.bot());
         match core.users.who(store, source, &event.sender).await? {
             // INV-7: what the gateway itself made is never translated back.
             Who::Ghost { .. } | Who::Bot => {
@@ -161,7 +168,7 @@ async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -
                 sorted.echoes |= matches!(echo, Out::Echo(_));
                 sorted.out.push((row, echo));
             }
-            who => match admit(core, portal, source, &event, &who) {
+            who => match admit(core, source, &event, &who) {
                 Err(refusal) => sorted.out.push((row, Out::Refused(Box::new(event), refusal))),
                 Ok(()) => sorted.items.push(item(core, row, event)),
             },
@@ -171,12 +178,12 @@ async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -
 }
 
 /// Whether an event may cross as far as its type and its sender's server go.
-fn admit(core: &Core, portal: &Portal, source: Side, event: &Event, who: &Who) -> Result<(), Refusal> {
+fn admit(core: &Core, source: Side, event: &Event, who: &Who) -> Result<(), Refusal> {
     if *who == Who::Stranger {
         return Err(carry::stranger(&event.sender));
     }
     if *who != Who::Appservice {
-        access::user(&core.context.config.access, portal.kind, source, event.sender.server_name())?;
+        access::takes_part(&core.context.config.access, source, event.sender.server_name())?;
     }
     translate::crosses(event)
 }

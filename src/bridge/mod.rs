@@ -6,6 +6,7 @@
 //! joins; `plan` and `repair` bring the two states in step again; `create` makes portals and `ends` ends them.
 
 mod access;
+mod acl;
 mod admin;
 mod alias;
 mod carry;

@@ -25,6 +25,8 @@ pub(super) struct Plan<'a> {
     pub(super) bot: &'a UserId,
     /// Whether a user of the gateway on a side is left alone, because a handshake is under way.
     pub(super) spared: &'a dyn Fn(Side, &UserId) -> bool,
+    /// Whether a user's server, at home on a side, is kept out by the policy or by a room's access control list.
+    pub(super) denied: &'a dyn Fn(Side, &UserId) -> bool,
     pub(super) now_ms: i64,
 }
 
@@ -49,7 +51,7 @@ pub(super) fn plan(plan: &Plan<'_>) -> Vec<Fix> {
     for entry in plan.leading.members() {
         let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
         match plan.leading_users.get(user) {
-            Some(Who::Native { ghost }) => fixes.extend(plan.native(&entry, ghost)),
+            Some(Who::Native { ghost }) => fixes.extend(plan.native(&entry, user, ghost)),
             Some(Who::Ghost { user: real }) => fixes.extend(plan.ghost(&entry, user, real)),
             _ => {}
         }
@@ -106,11 +108,12 @@ impl Plan<'_> {
     }
 
     /// A user of the authority's side, and its ghost on the following side.
-    fn native(&self, here: &Entry<'_>, ghost: &UserId) -> Option<Fix> {
+    fn native(&self, here: &Entry<'_>, user: &UserId, ghost: &UserId) -> Option<Fix> {
         let side = self.authority.other();
         let there = self.following.membership(ghost);
         match (here.membership(), there) {
             ("join", "join") | ("ban", "ban") => None,
+            ("join", _) if (self.denied)(self.authority, user) => None,
             ("join", _) => {
                 let before = match there {
                     "ban" => vec![self.member(self.bot, ghost, "leave")],
@@ -154,11 +157,11 @@ impl Plan<'_> {
         if there.membership() != "join" || (self.spared)(self.authority, ghost) {
             return None;
         }
-        let mut fix = self.join(self.authority, there, ghost, Vec::new());
-        if self.may_remove(self.following, user, Action::Kick) {
-            fix.instead = Some(self.member(self.bot, user, "leave"));
+        let kick = self.may_remove(self.following, user, Action::Kick).then(|| self.member(self.bot, user, "leave"));
+        if (self.denied)(self.authority.other(), user) {
+            return kick.map(|kick| self.fix(self.authority.other(), kick));
         }
-        Some(fix)
+        Some(Fix { instead: kick, ..self.join(self.authority, there, ghost, Vec::new()) })
     }
 
     fn leave(&self, side: Side, membership: &str, ghost: &UserId) -> Option<Fix> {

@@ -8,12 +8,12 @@ use std::time::Duration;
 use ruma::OwnedUserId;
 
 use super::core::Core;
-use super::effect;
 use super::plan::{self, Fix, Plan};
 use super::portal::{Portal, PortalState};
 use super::registry::Entry;
 use super::side::State;
 use super::users::Known;
+use super::{access, acl, effect, ends};
 use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -120,6 +120,9 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, R
     if !portal.state.carries() {
         return Ok(0);
     }
+    if ends::look_at(core, entry).await? {
+        return Ok(0);
+    }
     let fixes = fixes(core, &portal).await?;
     let mut sent = 0;
     let mut stuck = None;
@@ -162,6 +165,7 @@ pub(super) async fn fixes(core: &Core, portal: &Portal) -> Result<Vec<Fix>, Refu
     let following = sides.rooms(authority.other()).state(portal.room(authority.other())).await?;
     let leading_users = users(core, authority, &leading).await?;
     let following_users = users(core, authority.other(), &following).await?;
+    let lists = [acl::of(core, &leading).await, acl::of(core, &following).await];
     let joining = core.joining.lock().unwrap_or_else(PoisonError::into_inner).clone();
     Ok(plan::plan(&Plan {
         authority,
@@ -171,6 +175,11 @@ pub(super) async fn fixes(core: &Core, portal: &Portal) -> Result<Vec<Fix>, Refu
         following_users: &following_users,
         bot: core.users.bot(),
         spared: &|side, user| joining.contains(&(portal.room(side).to_owned(), user.to_owned())),
+        denied: &|home, user| {
+            let server = user.server_name();
+            access::takes_part(&core.context.config.access, home, server).is_err()
+                || lists.iter().flatten().any(|list| !list.allows(server))
+        },
         now_ms: core.now_ms(),
     }))
 }

@@ -58,10 +58,9 @@ async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
     let policy = &core.context.config.access;
     match who {
         Who::Ghost { user } => match core.registry.of_room(invite.side, &invite.room_id) {
-            Some(entry) => {
-                let kind = entry.portal().kind;
-                access::user(policy, kind, invite.side, invite.sender.server_name())?;
-                access::user(policy, kind, invite.side.other(), user.server_name())
+            Some(_) => {
+                access::takes_part(policy, invite.side, invite.sender.server_name())?;
+                access::takes_part(policy, invite.side.other(), user.server_name())
             }
             None => Err(Refusal::Forbidden(format!(
                 "{} is not connected with a room of {user}, and invites into such rooms are not supported yet",

@@ -16,7 +16,7 @@ use super::linearize;
 use super::portal::{Portal, PortalState};
 use super::registry::Entry;
 use super::side::{Event, Made, State};
-use super::{effect, repair, translate};
+use super::{acl, effect, repair, translate};
 use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -211,6 +211,9 @@ impl Worker {
         let near_state = core.sides()?.rooms(self.source).pick(portal.room(self.source), &reads_near).await?;
         let far_state = core.sides()?.rooms(far).pick(portal.room(far), &reads_far).await?;
         let unsure = self.source == portal.authority() && may_be_reset(&near_state, event);
+        if let Err(refusal) = acl::crosses(core, &near_state, &far_state, event).await {
+            return Ok(Decision { outcome: Outcome::Refuse(refusal), unsure });
+        }
         let outcome = carry::outcome(&Case {
             event,
             source: self.source,

@@ -31,7 +31,7 @@ use imbl::ordmap::DiffItem;
 use moka::future::Cache;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId};
 
-use self::acl::Acl;
+pub use self::acl::Acl;
 use self::batch::Batch;
 use self::events::Events;
 use self::outbox::Outbox;

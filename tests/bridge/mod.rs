@@ -1,6 +1,7 @@
 //! Portals in one process: a gateway, an LM server and a Matrix homeserver that lives in the test, over loopback HTTP.
 
 mod created;
+mod doors;
 mod ends;
 mod faults;
 mod from_lm;

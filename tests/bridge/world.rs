@@ -29,6 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The LM server and the Matrix homeserver.
 pub const LM: &str = "lm.example";
 pub const MATRIX: &str = "matrix.example";
+/// One more server, which runs when a test asks for it: an LM server, or a second gateway.
+pub const OTHER: &str = "other.example";
 
 /// Time that goes on from the moment that the homeserver lives in, and that can be moved on.
 struct Ticking(Instant, AtomicI64);
@@ -62,6 +64,7 @@ pub struct World {
     settings: Value,
     pub server: Node,
     pub peer: Peer,
+    spare: std::net::TcpListener,
 }
 
 impl World {
@@ -70,24 +73,38 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         let clock = Arc::new(Ticking(Instant::now(), AtomicI64::new(0)));
         let peer = Peer::start(MATRIX).await;
-        let listeners = [OWN, LM].map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        let listeners = [OWN, LM, OTHER].map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
         let mut resolve = BTreeMap::from([(peer.name.clone(), peer.url.clone())]);
-        for (name, listener) in [OWN, LM].into_iter().zip(&listeners) {
+        for (name, listener) in [OWN, LM, OTHER].into_iter().zip(&listeners) {
             let url = format!("http://{}", listener.local_addr().unwrap());
             resolve.insert(ServerName::parse(name).unwrap(), url.parse().unwrap());
         }
-        let [own, other] = listeners;
+        let [own, other, spare] = listeners;
         let context = context(directory.path(), LM, &resolve, clock.clone(), &json!({})).await;
         let between: SharedBetween = Arc::new(Alone);
         let lm = Lm::new(context.clone(), between.clone());
         let server = serve(&context, &lm, Dag::new(context.clone(), between.clone()), between, other).await;
-        let world = Self { directory, resolve, clock, settings, server, peer };
-        let gateway = world.start(own).await;
+        let world = Self { directory, resolve, clock, settings, server, peer, spare };
+        let gateway = world.start(OWN, own, &world.settings).await;
         (world, gateway)
     }
 
-    async fn start(&self, listener: std::net::TcpListener) -> Gateway {
-        let context = context(self.directory.path(), OWN, &self.resolve, self.clock.clone(), &self.settings).await;
+    /// One more LM server.
+    pub async fn other_server(&self) -> Node {
+        let context = context(self.directory.path(), OTHER, &self.resolve, self.clock.clone(), &json!({})).await;
+        let between: SharedBetween = Arc::new(Alone);
+        let lm = Lm::new(context.clone(), between.clone());
+        let dag = Dag::new(context.clone(), between.clone());
+        serve(&context, &lm, dag, between, self.spare.try_clone().unwrap()).await
+    }
+
+    /// One more gateway.
+    pub async fn other_gateway(&self) -> Gateway {
+        self.start(OTHER, self.spare.try_clone().unwrap(), &json!({})).await
+    }
+
+    async fn start(&self, name: &str, listener: std::net::TcpListener, settings: &Value) -> Gateway {
+        let context = context(self.directory.path(), name, &self.resolve, self.clock.clone(), settings).await;
         let bridge = Bridge::new(context.clone());
         let between = bridge.between();
         let lm = Lm::new(context.clone(), between.clone());
@@ -107,7 +124,7 @@ impl World {
         context.outbound.stop().await;
         context.store.close().await;
         drop((context, lm, dag, bridge));
-        self.start(listener).await
+        self.start(OWN, listener, &self.settings).await
     }
 
     /// Moves everybody's clock on.

@@ -55,6 +55,7 @@ fn fixes(leading: &[(&str, &str, &str, Value)], following: &[(&str, &str, &str, 
         following_users: &users(Side::Lm),
         bot: user_id!("@isthmus:g"),
         spared: &|_, _| false,
+        denied: &|_, user| user.server_name() == "denied.example",
         now_ms: 5,
     })
 }
