@@ -97,6 +97,17 @@ pub enum Refusal {
     /// The asker may not do or see this.
     #[error("{0}")]
     Forbidden(String),
+    /// The hub of an LM room takes this gateway for a server that shares the room's graph, which it does not do.
+    #[error(
+        "{server} offers {room_id} only as a room whose graph is shared (its join template names prev_events, and its key \
+         document does not say m.linearized): this gateway takes part in rooms of other LM servers only where they take LPDUs"
+    )]
+    GraphTemplate {
+        /// The hub that was asked.
+        server: String,
+        /// The room.
+        room_id: String,
+    },
     /// The room's version is not one the other side supports.
     #[error("the room has version {0}, which is not supported")]
     IncompatibleRoomVersion(String),
@@ -156,6 +167,7 @@ impl Refusal {
             Self::UnknownRoom(_) => "unknown_room",
             Self::NotFound(_) => "not_found",
             Self::Forbidden(_) => "forbidden",
+            Self::GraphTemplate { .. } => "graph_template",
             Self::IncompatibleRoomVersion(_) => "incompatible_room_version",
             Self::Policy(_) => "policy",
             Self::Encryption(_) => "encryption",

@@ -17,6 +17,9 @@ pub(super) trait Portals: Send + Sync + 'static {
     /// Where a localpart leads; makes the portal when that is allowed.
     async fn resolve_alias(&self, localpart: &str) -> Result<AliasTarget, Refusal>;
 
+    /// Why a localpart led nowhere when it was last asked for, not long ago.
+    async fn why_not(&self, localpart: &str) -> Option<Refusal>;
+
     /// Invites a user of the homeserver into the portal of a Matrix room.
     async fn invite(&self, room_id: &RoomId, user_id: &UserId) -> Result<(), Refusal>;
 
@@ -49,6 +52,10 @@ impl OfBridge {
 impl Portals for OfBridge {
     async fn resolve_alias(&self, localpart: &str) -> Result<AliasTarget, Refusal> {
         self.bridge.resolve_alias(localpart, Cause::Appservice).await
+    }
+
+    async fn why_not(&self, localpart: &str) -> Option<Refusal> {
+        self.bridge.why_not(localpart).await
     }
 
     async fn invite(&self, room_id: &RoomId, user_id: &UserId) -> Result<(), Refusal> {

@@ -101,6 +101,10 @@ impl Portals for FakePortals {
         Ok(AliasTarget { room_id, servers: vec!["g.example".try_into().unwrap()] })
     }
 
+    async fn why_not(&self, localpart: &str) -> Option<Refusal> {
+        localpart.starts_with("lm_no_").then(|| Refusal::Policy("hub.example is not in access.hubs".to_owned()))
+    }
+
     async fn invite(&self, room_id: &RoomId, user_id: &UserId) -> Result<(), Refusal> {
         assert_eq!(user_id, "@_isthmus:hs.example");
         self.homeserver.lock().unwrap().known_rooms.insert(room_id.to_string());
@@ -385,6 +389,15 @@ async fn the_bot_chats_with_local_users_alone() {
     assert_eq!(answers[1], format!("/join {ALIAS}"));
     assert_eq!(answers[2], "This is for the gateway's admins alone.");
     assert_eq!(answers[3], "This is for the gateway's admins alone.");
+
+    house.transaction(6, &[said("$8", "!alias #no:hub.example")]).await;
+    house.work().await;
+    let answer = house.homeserver.lock().unwrap().said.last().unwrap().2.clone();
+    assert_eq!(
+        answer,
+        "/join #lm_no_hub.example:hs.example\nThe last try did not work: the policy of this gateway does not allow it: \
+         hub.example is not in access.hubs"
+    );
 
     // The chat ends, and what is said there afterwards is not even kept.
     house.transaction(4, &[member("$6", "!chat:hs.example", "@alice:hs.example", "@alice:hs.example", "leave")]).await;

@@ -234,7 +234,13 @@ impl Worker {
         Ok(match command {
             Command::Help => HELP.to_owned(),
             Command::Alias { name, server } => {
-                format!("/join #{}:{}", of_alias(&name, &server), self.homeserver_name)
+                let localpart = of_alias(&name, &server);
+                let join = format!("/join #{localpart}:{}", self.homeserver_name);
+                // Of a join that fails the homeserver tells no reason.
+                match self.portals.why_not(&localpart).await {
+                    Some(refusal) => format!("{join}\nThe last try did not work: {refusal}"),
+                    None => join,
+                }
             }
             Command::Portals => self.portals_as_text().await?,
             Command::Invite { portal_id, user_id } => match self.portals.invite_into(&portal_id, &user_id).await {

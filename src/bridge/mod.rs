@@ -124,6 +124,11 @@ impl Bridge {
         resolve::resolve(&self.core, localpart, &cause).await
     }
 
+    /// Why the localpart of an alias led nowhere when it was last resolved, while that answer is kept.
+    pub async fn why_not(&self, localpart: &str) -> Option<Refusal> {
+        self.core.negative.get(localpart).await
+    }
+
     /// Ends a portal: says goodbye in both rooms, has the ghosts and the bot leave both, and forgets the mappings. Returns
     /// when it is done; of a portal that has ended it does nothing.
     pub async fn remove_portal(&self, portal_id: &str, reason: &str) -> Result<Arc<Portal>, Refusal> {

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::StatusCode;
 use ruma::{OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
@@ -16,6 +17,7 @@ use super::room::Snapshot;
 use super::rooms::RoomCell;
 use super::{Appended, Lm, Role, Sent};
 use crate::event::{Family, Object, Pdu, Redaction, RoomVersion, VerifiedLpdu, redact, verify_object};
+use crate::federation::RemoteError;
 use crate::identity::{Side, Validity};
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Invite, Outgoing};
@@ -77,7 +79,7 @@ impl Lm {
         let (version, stripped) = (room.facts.version, stripped_state(room));
         match self.peers().invite(hub, &lpdu.lpdu_id, &lpdu.json, version, stripped).await {
             Ok(_) => {}
-            Err(error) if error.is_unrecognized() => {
+            Err(error) if takes_no_invites(&error) => {
                 let sent = self.send_as_participant(&room.facts, vec![invite]).await.pop();
                 return sent.unwrap_or_else(|| Err(Refusal::Internal("nothing was sent".to_owned())));
             }
@@ -280,6 +282,12 @@ impl Lm {
         pdu.countersign(own, &self.context().signing_key);
         Ok(pdu.json)
     }
+}
+
+/// Whether a hub would have a participant's invite sent like any other event. There are hubs that answer every other one
+/// as if they themselves were the invited server, with 400.
+fn takes_no_invites(error: &RemoteError) -> bool {
+    error.is_unrecognized() || matches!(error, RemoteError::Status { status, .. } if *status == StatusCode::BAD_REQUEST)
 }
 
 /// The user whom an event invites.

@@ -12,6 +12,7 @@ use super::actor::template;
 use super::batch::Batch;
 use super::feed::raw;
 use super::intake::Taking;
+use super::peers::prev_events;
 use super::room::Facts;
 use super::rooms::RoomCell;
 use super::{Appended, Lm, Sent};
@@ -144,13 +145,7 @@ impl Lm {
         let (cell, room) = self.find(room_id).await?;
         let Some(user) = self.own_members(&room).next() else { return Ok(()) };
         let Ok((_, template)) = self.peers().make(hub, "join", room_id, &user).await else { return Ok(()) };
-        let ends: Vec<OwnedEventId> = template
-            .get("prev_events")
-            .and_then(Value::as_array)
-            .into_iter()
-            .flatten()
-            .filter_map(|id| OwnedEventId::try_from(id.as_str()?).ok())
-            .collect();
+        let ends = prev_events(&template);
         if ends.is_empty() {
             return Ok(());
         }

@@ -14,6 +14,7 @@ use super::actor::What;
 use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
 use super::intake::Taking;
+use super::peers::prev_events;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
 use super::{Appended, Lm, Role};
@@ -162,15 +163,24 @@ impl Lm {
     async fn join_through(&self, server: &ServerName, room_id: &RoomId, draft: &Draft) -> Result<Appended, Refusal> {
         let failed = |error: RemoteError| into_refusal(error, server);
         let (_, template) = self.peers().make(server, "join", room_id, &draft.sender).await.map_err(failed)?;
-        if template.get("prev_events").and_then(Value::as_array).is_some_and(|events| !events.is_empty()) {
-            let what = format!("{server} takes this gateway for a graph server in {room_id}, which it is not there");
-            return Err(Refusal::Forbidden(what));
+        if !prev_events(&template).is_empty() && !self.does_logs_alone(server).await? {
+            let (server, room_id) = (server.to_string(), room_id.to_string());
+            return Err(Refusal::GraphTemplate { server, room_id });
         }
         // Of the template nothing is needed: what the join says is ours.
         let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned() };
         let lpdu = self.sign(&facts, draft)?;
         let answer = self.peers().send(server, "join", &lpdu.lpdu_id, &lpdu.json).await.map_err(failed)?;
         self.take_join(server, &lpdu, answer).await
+    }
+
+    /// Whether a hub whose template is one for graph servers takes LPDUs all the same. One that does LM alone says so in
+    /// its signed keys; one that serves graphs too does not, and goes by what ours say of us.
+    async fn does_logs_alone(&self, server: &ServerName) -> Result<bool, Refusal> {
+        self.peers()
+            .is_linearized(server)
+            .await
+            .map_err(|error| Refusal::KeysUnavailable { server: server.to_string(), problem: error.to_string() })
     }
 
     /// Checks and stores what the hub answered to a join.

@@ -4,18 +4,20 @@
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use ruma::{EventId, OwnedServerName, RoomId, ServerName, UserId};
+use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
 use crate::event::{Family, Object, RoomVersion};
 use crate::federation::{Call, Client, RemoteError};
-use crate::identity::Keyring;
+use crate::identity::{Keyring, KeyringError};
 use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
 
 const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
 /// What stays as it is in a path segment or a query value.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+/// How many predecessors of a template are looked at.
+const PREV_EVENTS: usize = 20;
 /// How many servers are remembered.
 const SERVERS: u64 = 10_000;
 /// How long it is remembered what a server answers to.
@@ -58,6 +60,12 @@ impl Peers {
             _ => answer.clone(),
         };
         Ok((answer, template))
+    }
+
+    /// Whether a server says in its signed key document that it does LM alone. Such a server takes part in no graph,
+    /// whatever its templates hold: it takes LPDUs.
+    pub async fn is_linearized(&self, server: &ServerName) -> Result<bool, KeyringError> {
+        Ok(self.keyring.server_keys(server).await?.linearized)
     }
 
     /// `POST send_join`, `send_leave` or `send_knock`.
@@ -173,9 +181,15 @@ impl Peers {
 
     async fn call(&self, server: &ServerName, call: Call) -> Result<Object, RemoteError> {
         // How a GET is signed depends on what the server is; where that cannot be known, as Matrix does it.
-        let linearized = self.keyring.server_keys(server).await.is_ok_and(|keys| keys.linearized);
+        let linearized = self.is_linearized(server).await.unwrap_or(false);
         self.client.call(server, call, linearized).await
     }
+}
+
+/// The events that a template names as its predecessors: where a server gives any, the end of its log.
+pub(super) fn prev_events(template: &Object) -> Vec<OwnedEventId> {
+    let named = template.get("prev_events").and_then(Value::as_array).into_iter().flatten();
+    named.filter_map(|id| OwnedEventId::try_from(id.as_str()?).ok()).take(PREV_EVENTS).collect()
 }
 
 fn encode(segment: impl AsRef<str>) -> String {

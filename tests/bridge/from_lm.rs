@@ -1,12 +1,17 @@
 //! A portal of a room that another LM server keeps: the log has authority.
 
+use std::sync::Arc;
+
 use isthmus::bridge::Cause;
 use isthmus::event::RoomVersion;
 use isthmus::identity::Side;
 use isthmus::lm::NewRoom;
+use isthmus::refusal::Refusal;
 use isthmus::seam::Outgoing;
 use ruma::OwnedRoomId;
 use serde_json::{Value, json};
+
+use crate::lm::log_hub::Manners;
 
 use super::world::{LM, World, draft, ghost, message, so, until};
 
@@ -162,4 +167,19 @@ async fn portals_are_made_by_whom_and_with_whom_the_policy_allows() {
         assert!(refusal.to_string().contains(problem), "{refusal}");
     }
     assert!(gateway.bridge.portals(None, 10).await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_room_whose_hub_shares_graphs_is_refused_in_words_that_reach_who_asked() {
+    let (world, gateway) = World::new(json!({})).await;
+    let manners = Manners::new(&world.server.context, &world.server.lm, false);
+    *world.server.meddler.lock().unwrap() =
+        Some(Arc::new(move |request, next| Box::pin(manners.clone().answer(request, next))));
+    let lm = room(&world, "public").await;
+    let refusal = Refusal::GraphTemplate { server: LM.to_owned(), room_id: lm.to_string() };
+    let by_admin = gateway.bridge.portal_from_lm(&lm, &[LM.try_into().unwrap()], None, Cause::Admin).await;
+    assert_eq!(by_admin.map(drop), Err(refusal.clone()));
+    let localpart = format!("lm_{}_{LM}", lm.as_str().split(':').next().unwrap());
+    assert_eq!(gateway.bridge.resolve_alias(&localpart, Cause::Appservice).await, Err(refusal.clone()));
+    assert_eq!(gateway.bridge.why_not(&localpart).await, Some(refusal));
 }

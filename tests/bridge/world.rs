@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::dag::peer::{Peer, View, id_of};
 use crate::dag::{NOW, OWN};
+use crate::lm::world::{Meddling, meddle};
 
 /// How long anything may take before a test gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -45,6 +46,8 @@ impl Clock for Ticking {
 pub struct Node {
     pub context: Context,
     pub lm: Lm,
+    /// A test may put in here what it does with requests to the server.
+    pub meddler: Meddling,
     listener: std::net::TcpListener,
     serving: JoinHandle<()>,
     stop: CancellationToken,
@@ -116,7 +119,7 @@ impl World {
 
     /// Breaks everything off where it is, and starts again over the same store.
     pub async fn kill(&self, gateway: Gateway) -> Gateway {
-        let Gateway { node: Node { context, lm, listener, serving, stop }, dag, bridge } = gateway;
+        let Gateway { node: Node { context, lm, listener, serving, stop, meddler: _ }, dag, bridge } = gateway;
         bridge.stop().await;
         // Its connections must go too, or who keeps one goes on talking with the dead.
         stop.cancel();
@@ -363,6 +366,8 @@ async fn context(
 
 async fn serve(context: &Context, lm: &Lm, dag: Dag, between: SharedBetween, listener: std::net::TcpListener) -> Node {
     let routes = federation_routes(Federation::new(context.clone(), lm.clone(), dag, between));
+    let meddler = Meddling::default();
+    let routes = routes.layer(axum::middleware::from_fn_with_state(meddler.clone(), meddle));
     context.outbound.start().await.unwrap();
     let accepting = listener.try_clone().unwrap();
     accepting.set_nonblocking(true).unwrap();
@@ -370,7 +375,7 @@ async fn serve(context: &Context, lm: &Lm, dag: Dag, between: SharedBetween, lis
     let stop = CancellationToken::new();
     let serving = axum::serve(accepting, routes).with_graceful_shutdown(stop.clone().cancelled_owned());
     let serving = tokio::spawn(async move { serving.await.unwrap() });
-    Node { context: context.clone(), lm: lm.clone(), listener, serving, stop }
+    Node { context: context.clone(), lm: lm.clone(), meddler, listener, serving, stop }
 }
 
 /// The ghost of a user on the side across.

@@ -3,4 +3,5 @@
 mod hostile_hub;
 mod hostile_participant;
 mod hub_and_participant;
-mod world;
+pub mod log_hub;
+pub mod world;

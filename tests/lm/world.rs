@@ -5,6 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
 use futures::future::BoxFuture;
 use isthmus::clock::SystemClock;
 use isthmus::config::Config;
@@ -98,12 +101,28 @@ impl Between for Watcher {
     }
 }
 
+/// Where a test puts its meddler.
+pub type Meddling = Arc<Mutex<Option<Meddler>>>;
+
+/// What a test does with the requests to a server: before, after or instead of what the server does.
+pub type Meddler = Arc<dyn Fn(Request, Next) -> BoxFuture<'static, Response> + Send + Sync>;
+
+/// The middleware that has a test meddle.
+pub async fn meddle(State(meddler): State<Meddling>, request: Request, next: Next) -> Response {
+    let meddler = meddler.lock().unwrap().clone();
+    match meddler {
+        Some(meddler) => meddler(request, next).await,
+        None => next.run(request).await,
+    }
+}
+
 /// One server. It can be torn down and started again over the same store.
 pub struct Node {
     pub name: OwnedServerName,
     pub context: Context,
     pub lm: Lm,
     pub watcher: Arc<Watcher>,
+    meddler: Meddling,
     listener: std::net::TcpListener,
     serving: JoinHandle<()>,
 }
@@ -154,17 +173,19 @@ impl World {
             transactions,
             lines: Lines::default(),
         });
+        let meddler: Meddling = Arc::default();
+        let routes = routes.layer(axum::middleware::from_fn_with_state(meddler.clone(), meddle));
         context.outbound.start().await.unwrap();
         let accepting = listener.try_clone().unwrap();
         accepting.set_nonblocking(true).unwrap();
         let accepting = tokio::net::TcpListener::from_std(accepting).unwrap();
         let serving = tokio::spawn(async move { axum::serve(accepting, routes).await.unwrap() });
-        Node { name: context.server_name.clone(), context, lm, watcher, listener, serving }
+        Node { name: context.server_name.clone(), context, lm, watcher, meddler, listener, serving }
     }
 
     /// Stops a server and starts it again over the same store, with nothing kept in memory.
     pub async fn restart(&self, node: Node) -> Node {
-        let Node { name, context, lm, listener, serving, watcher } = node;
+        let Node { name, context, lm, listener, serving, watcher, meddler: _ } = node;
         serving.abort();
         let _ = serving.await;
         context.outbound.stop().await;
@@ -175,6 +196,14 @@ impl World {
 }
 
 impl Node {
+    /// Has all requests to this server go through a test's hands.
+    pub fn meddle<F>(&self, meddler: impl Fn(Request, Next) -> F + Send + Sync + 'static)
+    where
+        F: Future<Output = Response> + Send + 'static,
+    {
+        *self.meddler.lock().unwrap() = Some(Arc::new(move |request, next| Box::pin(meddler(request, next))));
+    }
+
     pub fn user(&self, localpart: &str) -> OwnedUserId {
         UserId::parse(format!("@{localpart}:{}", self.name)).unwrap()
     }
