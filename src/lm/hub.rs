@@ -54,7 +54,7 @@ impl Lm {
         };
         match self.role(&snapshot) {
             Role::Hub => self.send_as_hub(&cell, events).await,
-            Role::Participant { .. } => self.send_as_participant(&snapshot.facts, events).await,
+            Role::Participant { .. } => self.send_as_participant(&cell, snapshot, events).await,
         }
     }
 

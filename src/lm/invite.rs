@@ -65,7 +65,7 @@ impl Lm {
                 let source = Source::Own(invite.draft);
                 self.invite_through(&cell, server, source, invite.effect.map(Into::into)).await.map(Sent::Appended)
             }
-            Role::Participant { hub } if !in_room => self.invite_through_hub(&room, &hub, invite).await,
+            Role::Participant { hub } if !in_room => self.invite_through_hub(&cell, room, &hub, invite).await,
             _ => {
                 let sent = self.send(room_id, vec![invite]).await.pop();
                 sent.unwrap_or_else(|| Err(Refusal::Internal("nothing was sent".to_owned())))
@@ -74,13 +74,20 @@ impl Lm {
     }
 
     /// The hub asks the target's server; some hubs take invites by `send` alone.
-    async fn invite_through_hub(&self, room: &Snapshot, hub: &ServerName, invite: Outgoing) -> Result<Sent, Refusal> {
+    async fn invite_through_hub(
+        &self,
+        cell: &Arc<RoomCell>,
+        mut room: Arc<Snapshot>,
+        hub: &ServerName,
+        invite: Outgoing,
+    ) -> Result<Sent, Refusal> {
+        self.may_send(cell, &mut room, &invite.draft).await?;
         let lpdu = self.sign(&room.facts, &invite.draft)?;
-        let (version, stripped) = (room.facts.version, stripped_state(room));
+        let (version, stripped) = (room.facts.version, stripped_state(&room));
         match self.peers().invite(hub, &lpdu.lpdu_id, &lpdu.json, version, stripped).await {
             Ok(_) => {}
             Err(error) if takes_no_invites(&error) => {
-                let sent = self.send_as_participant(&room.facts, vec![invite]).await.pop();
+                let sent = self.send_as_participant(cell, room, vec![invite]).await.pop();
                 return sent.unwrap_or_else(|| Err(Refusal::Internal("nothing was sent".to_owned())));
             }
             Err(error) => return Err(into_refusal(error, hub)),

@@ -13,8 +13,8 @@ use super::batch::Batch;
 use super::feed::raw;
 use super::intake::Taking;
 use super::peers::prev_events;
-use super::room::Facts;
-use super::rooms::RoomCell;
+use super::room::{Facts, Snapshot, Subject};
+use super::rooms::{RoomCell, lock};
 use super::{Appended, Lm, Sent};
 use crate::event::{Lpdu, Object, canonical_json};
 use crate::federation::{Delivery, Feed, FeedKind, OutboundQueues};
@@ -25,21 +25,51 @@ use crate::store::{Store, StoreError, Tx};
 
 /// How long the echo of an LPDU is waited for.
 const ECHO: Duration = Duration::from_secs(20);
+/// How long a refusal waits for what the hub has sent to be taken.
+const INTAKE: Duration = Duration::from_secs(5);
 
 impl Lm {
-    /// Signs events of our users as LPDUs and queues them for the hub.
-    pub(super) async fn send_as_participant(&self, facts: &Facts, events: Vec<Outgoing>) -> Vec<Result<Sent, Refusal>> {
-        let mut results: Vec<Result<Sent, Refusal>> = Vec::with_capacity(events.len());
-        let (mut places, mut queue) = (Vec::new(), Vec::new());
+    /// Queues events of our users for the hub, but for those that the rules forbid by all that is known of the room here.
+    pub(super) async fn send_as_participant(
+        &self,
+        cell: &Arc<RoomCell>,
+        mut room: Arc<Snapshot>,
+        events: Vec<Outgoing>,
+    ) -> Vec<Result<Sent, Refusal>> {
+        let mut signed = Vec::with_capacity(events.len());
         for Outgoing { draft, effect } in events {
-            match self.sign(facts, &draft) {
-                Ok(lpdu) => {
-                    places.push(results.len());
-                    results.push(Ok(Sent::Queued { lpdu_id: lpdu.lpdu_id.clone() }));
-                    queue.push((lpdu.lpdu_id, canonical_json(&lpdu.json), effect));
-                }
-                Err(refusal) => results.push(Err(refusal)),
-            }
+            signed.push(match self.may_send(cell, &mut room, &draft).await {
+                // At once: what comes after it may depend on it.
+                Ok(()) => self.sign_ahead(cell, &room.facts, &draft).map(|lpdu| (lpdu, effect)),
+                Err(refusal) => Err(refusal),
+            });
+        }
+        self.queue_lpdus(cell, &room.facts, signed).await
+    }
+
+    fn sign_ahead(&self, cell: &RoomCell, facts: &Facts, draft: &Draft) -> Result<Lpdu, Refusal> {
+        let lpdu = self.sign(facts, draft)?;
+        lock(&cell.ahead).add(&lpdu.lpdu_id, draft);
+        Ok(lpdu)
+    }
+
+    async fn queue_lpdus(
+        &self,
+        cell: &RoomCell,
+        facts: &Facts,
+        lpdus: Vec<Result<(Lpdu, Option<EventEffect>), Refusal>>,
+    ) -> Vec<Result<Sent, Refusal>> {
+        let mut results: Vec<Result<Sent, Refusal>> = Vec::with_capacity(lpdus.len());
+        let (mut places, mut queue) = (Vec::new(), Vec::new());
+        for lpdu in lpdus {
+            results.push(lpdu.map(|(lpdu, effect)| {
+                places.push(results.len());
+                queue.push((lpdu.lpdu_id.clone(), canonical_json(&lpdu.json), effect));
+                Sent::Queued { lpdu_id: lpdu.lpdu_id }
+            }));
+        }
+        if queue.is_empty() {
+            return results;
         }
         let job = Queueing {
             store: self.context().store.clone(),
@@ -55,11 +85,39 @@ impl Lm {
         };
         for (place, failure) in places.into_iter().zip(failures) {
             if let (Some(error), Some(result)) = (failure, results.get_mut(place)) {
+                if let Ok(Sent::Queued { lpdu_id }) = result {
+                    lock(&cell.ahead).settle(lpdu_id);
+                }
                 *result = Err(error.into());
             }
         }
         self.context().outbound.wake(&feed, std::slice::from_ref(&facts.hub));
         results
+    }
+
+    /// Whether an event of ours can be allowed at the hub, by the log as far as it is known here and by what is on its way
+    /// there. `room` is brought up to date before it is the reason of a refusal.
+    pub(super) async fn may_send(
+        &self,
+        cell: &RoomCell,
+        room: &mut Arc<Snapshot>,
+        draft: &Draft,
+    ) -> Result<(), Refusal> {
+        let subject = Subject {
+            sender: &draft.sender,
+            kind: &draft.kind,
+            state_key: draft.state_key.as_deref(),
+            content: &draft.content,
+            signed_by_hub: Some(true),
+        };
+        let refused = lock(&cell.ahead).judge(room, &subject);
+        if refused.is_ok() {
+            return Ok(());
+        }
+        // What the hub has just sent may allow it.
+        let _taken = tokio::time::timeout(INTAKE, cell.intake.lock()).await;
+        *room = cell.snapshot(&self.context().store).await?;
+        lock(&cell.ahead).judge(room, &subject)
     }
 
     /// An LPDU of one of our users.
@@ -78,16 +136,18 @@ impl Lm {
         }
     }
 
-    /// Sends one event and waits until the hub has put it into the log.
+    /// Sends one event and waits until the hub has put it into the log. Who waits for the hub is judged by the hub alone,
+    /// which may know more of the room than is known here.
     pub(super) async fn send_and_wait(
         &self,
         cell: &Arc<RoomCell>,
         facts: &Facts,
         draft: Draft,
     ) -> Result<Appended, Refusal> {
-        let lpdu_id = self.sign(facts, &draft)?.lpdu_id;
+        let lpdu = self.sign_ahead(cell, facts, &draft)?;
+        let lpdu_id = lpdu.lpdu_id.clone();
         let echo = cell.wait_for(&lpdu_id);
-        let sent = self.send_as_participant(facts, vec![Outgoing { draft, effect: None }]).await.pop();
+        let sent = self.queue_lpdus(cell, facts, vec![Ok((lpdu, None))]).await.pop();
         sent.ok_or_else(|| Refusal::Internal("not queued".to_owned()))??;
         // It may be there from an earlier attempt, of which no further echo comes.
         if let Some(appended) = self.event_of_lpdu(&lpdu_id).await? {

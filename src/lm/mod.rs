@@ -4,10 +4,12 @@
 //! Where to find what: `rules` judges one event; `room` is a room after an event, `rooms` keeps them in memory; `batch`
 //! writes events with all that hangs on them, `actor` gives each hubbed room its one appender. The hub's side is in `hub`
 //! (own events, LPDUs), `handshake`, `invite`, `served` and `join_state`; the participant's in `participant` (joining),
-//! `intake` (what the hub sends), `finished` (its signatures and hashes) and `lpdus` (what goes to the hub). `feed` is what
+//! `intake` (what the hub sends), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
+//! not come back from there). `feed` is what
 //! the outbound queues read, `peers` what is asked of others, `reads` what the gateway itself asks.
 
 mod actor;
+mod ahead;
 mod batch;
 mod feed;
 mod finished;

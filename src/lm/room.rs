@@ -158,8 +158,29 @@ impl Snapshot {
 
     /// Whether the rules allow an event, whose signatures are known to be right, after this one.
     pub fn judge(&self, event: &Subject<'_>, auth_events: &[Slot<'_>]) -> Result<(), Refusal> {
-        let create = self.state_event("m.room.create", "");
+        self.judge_after(event, auth_events, self.before(event))
+    }
+
+    /// What of the room the rules ask for an event.
+    pub fn before<'a>(&'a self, event: &Subject<'a>) -> Before<'a> {
         let content = |kind| self.state_event(kind, "").map(|event| event.content());
+        Before {
+            creator: self.state_event("m.room.create", "").map(|create| &*create.sender),
+            follows_create: self.last.as_ref().is_some_and(|last| last.kind == "m.room.create"),
+            power_levels: content("m.room.power_levels"),
+            join_rules: content("m.room.join_rules"),
+            sender_membership: self.membership(event.sender.as_str()),
+            target_membership: event.state_key.and_then(|target| self.membership(target)),
+        }
+    }
+
+    /// The same as [`Self::judge`], where the room may be another than this.
+    pub fn judge_after(
+        &self,
+        event: &Subject<'_>,
+        auth_events: &[Slot<'_>],
+        before: Before<'_>,
+    ) -> Result<(), Refusal> {
         check(&Judged {
             version: self.facts.version,
             room_id: &self.facts.room_id,
@@ -171,14 +192,7 @@ impl Snapshot {
             signed_by_hub: event.signed_by_hub,
             has_prev_events: self.last.is_some(),
             auth_events,
-            before: Before {
-                creator: create.map(|create| &*create.sender),
-                follows_create: self.last.as_ref().is_some_and(|last| last.kind == "m.room.create"),
-                power_levels: content("m.room.power_levels"),
-                join_rules: content("m.room.join_rules"),
-                sender_membership: self.membership(event.sender.as_str()),
-                target_membership: event.state_key.and_then(|target| self.membership(target)),
-            },
+            before,
         })
     }
 

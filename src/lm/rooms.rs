@@ -10,6 +10,7 @@ use tokio::sync::{OnceCell, mpsc, oneshot};
 
 use super::Appended;
 use super::actor::Job;
+use super::ahead::Ahead;
 use super::room::{Facts, Snapshot};
 use crate::event::{Pdu, Redaction};
 use crate::refusal::Refusal;
@@ -32,6 +33,8 @@ pub(super) struct RoomCell {
     recent: Mutex<VecDeque<(i64, Arc<RawValue>)>>,
     waiters: Mutex<HashMap<OwnedEventId, Vec<Echo>>>,
     stays: Mutex<Stays>,
+    /// As participant: what our users sent and what has not come back.
+    pub ahead: Mutex<Ahead>,
 }
 
 /// When servers were in the room, as far as somebody has asked.
@@ -56,6 +59,7 @@ impl RoomCell {
             recent: Mutex::default(),
             waiters: Mutex::default(),
             stays: Mutex::default(),
+            ahead: Mutex::default(),
         }
     }
 
@@ -150,6 +154,7 @@ impl RoomCell {
 
     /// Tells those who wait for an LPDU.
     pub fn settle(&self, lpdu_id: &EventId, fate: &Result<Appended, Refusal>) {
+        lock(&self.ahead).settle(lpdu_id);
         for echo in lock(&self.waiters).remove(lpdu_id).unwrap_or_default() {
             // Who waited may have given up.
             let _ = echo.send(fate.clone());

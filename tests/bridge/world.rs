@@ -9,8 +9,8 @@ use isthmus::bridge::{Bridge, Portal};
 use isthmus::clock::{Clock, SharedClock};
 use isthmus::config::Config;
 use isthmus::dag::Dag;
-use isthmus::event::{Object, RoomVersion};
-use isthmus::federation::Context;
+use isthmus::event::{Lpdu, Object, RoomVersion};
+use isthmus::federation::{Call, Context};
 use isthmus::gateway::{Federation, federation_routes};
 use isthmus::identity::Side;
 use isthmus::lm::{Appended, Lm, Position};
@@ -159,6 +159,24 @@ impl World {
     pub async fn lm_send(&self, room: &RoomId, draft: Draft) {
         let sent = self.server.lm.send(room, vec![Outgoing { draft, effect: None }]).await.pop().unwrap();
         sent.unwrap();
+    }
+
+    /// Sends an event to the gateway's log whatever the LM server thinks of it.
+    pub async fn lm_send_unjudged(&self, room: &RoomId, draft: Draft) {
+        let template = object(json!({
+            "room_id": room,
+            "sender": draft.sender,
+            "type": draft.kind,
+            "state_key": draft.state_key,
+            "content": draft.content,
+            "origin_server_ts": draft.origin_server_ts,
+        }));
+        let context = &self.server.context;
+        let own: ruma::OwnedServerName = OWN.try_into().unwrap();
+        let lpdu = Lpdu::build(template, &own, &context.server_name, &context.signing_key).unwrap();
+        let uri = "/_matrix/federation/v2/send/unjudged";
+        let answer = context.client.call(&own, Call::put(uri, object(json!({ "pdus": [lpdu.json] }))), false).await;
+        assert_eq!(answer.unwrap()["failed_pdus"], json!({}));
     }
 
     pub async fn lm_say(&self, room: &RoomId, localpart: &str, body: &str) {

@@ -4,4 +4,5 @@ mod hostile_hub;
 mod hostile_participant;
 mod hub_and_participant;
 pub mod log_hub;
+mod own_events;
 pub mod world;
