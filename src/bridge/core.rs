@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::acl::{self, Acls};
+use super::budget::Budgets;
 use super::create::Creations;
 use super::ends;
 use super::notice::Notices;
@@ -37,6 +38,7 @@ pub(super) struct Core {
     pub(super) joining: Mutex<HashSet<(OwnedRoomId, OwnedUserId)>>,
     pub(super) negative: Negative,
     pub(super) acls: Acls,
+    pub(super) budgets: Budgets,
     pub(super) stop: CancellationToken,
     pub(super) tasks: TaskTracker,
     sides: OnceLock<Sides>,
@@ -56,6 +58,7 @@ impl Core {
             tasks: TaskTracker::new(),
             sides: OnceLock::new(),
             negative: resolve::negative(),
+            budgets: Budgets::default(),
             acls: acl::acls(context.config.caches.rooms),
             context,
         }

@@ -10,7 +10,7 @@ use super::carry::{is_public, stranger};
 use super::core::Core;
 use super::portal::{Portal, PortalKind};
 use super::registry::Entry;
-use super::side::State;
+use super::side::{MEMBER, State};
 use super::translate::member_content;
 use super::users::Who;
 use super::{access, acl, repair};
@@ -50,13 +50,17 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
     let key = (acl::SERVER_ACL.to_owned(), String::new());
     let near = core.sides()?.rooms(handshake.side).pick(&handshake.room_id, std::slice::from_ref(&key)).await?;
     let across = handshake.side.other();
-    let far = core.sides()?.rooms(across).pick(portal.room(across), &[key]).await?;
+    let keys = [key, (MEMBER.to_owned(), ghost.to_string())];
+    let far = core.sides()?.rooms(across).pick(portal.room(across), &keys).await?;
     acl::both(core, &near, &far, user.server_name()).await?;
-    let at_hub = portal.kind == PortalKind::FromLm && handshake.side == Side::Matrix;
+    let at_hub = portal.kind == PortalKind::FromLm && handshake.side == Side::Matrix && handshake.stage == Stage::Send;
+    if handshake.membership == Membership::Join && far.member(&ghost).is_none() {
+        let (limits, server) = (&core.context.config.budgets, user.server_name());
+        // Elsewhere the join counts when it crosses.
+        core.budgets.ghost(limits, entry.number, server, core.now_ms(), !at_hub)?;
+    }
     match handshake.membership {
-        Membership::Join if at_hub && handshake.stage == Stage::Send => {
-            join_at_hub(core, &entry, &ghost, &handshake.content).await
-        }
+        Membership::Join if at_hub => join_at_hub(core, &entry, &ghost, &handshake.content).await,
         Membership::Join => may_join(core, &portal, handshake.side.other(), &ghost).await,
         Membership::Knock => {
             let rooms = core.sides()?.rooms(handshake.side.other());

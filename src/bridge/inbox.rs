@@ -32,6 +32,8 @@ pub(super) struct Item {
     pub(super) retry_at: i64,
     /// Since when it could not go.
     pub(super) blocked_since: Option<i64>,
+    /// Whether it waits for its server's budget.
+    pub(super) over_budget: bool,
     /// Whether it needs another server's answer.
     pub(super) asks_server: bool,
     failures: u32,
@@ -109,6 +111,9 @@ impl Inbox {
             _ => Duration::from_secs(1_u64.checked_shl(failures).unwrap_or(u64::MAX)),
         };
         let pause = pause.min(MAX_PAUSE);
+        if let Some(item) = self.items.iter_mut().find(|item| item.row.seq == seq) {
+            item.over_budget = matches!(refusal, Refusal::Budget { .. });
+        }
         self.later(seq, now, pause, false);
         pause
     }
@@ -203,5 +208,5 @@ fn item(core: &Core, row: InboxRow, event: Event) -> Item {
         held: false,
         overtaken: false,
     };
-    Item { row, event, waiting, retry_at: 0, blocked_since: None, asks_server, failures: 0 }
+    Item { row, event, waiting, retry_at: 0, blocked_since: None, over_budget: false, asks_server, failures: 0 }
 }

@@ -9,6 +9,7 @@ mod access;
 mod acl;
 mod admin;
 mod alias;
+mod budget;
 mod carry;
 mod core;
 mod create;

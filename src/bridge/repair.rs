@@ -12,7 +12,7 @@ use super::plan::{self, Fix, Plan};
 use super::portal::{Portal, PortalState};
 use super::registry::Entry;
 use super::side::State;
-use super::users::Known;
+use super::users::{Known, Who};
 use super::{access, acl, effect, ends};
 use crate::admin::metrics;
 use crate::identity::Side;
@@ -127,6 +127,10 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, R
     let mut sent = 0;
     let mut stuck = None;
     for fix in fixes {
+        if fix.source.is_some() && ghost_over_budget(core, entry, &fix).await? {
+            // Whoever is over the budget for ghosts gets none by repair either.
+            continue;
+        }
         if !core.repairs.allow(entry.number, &fix.draft, core.now_ms()) {
             stuck =
                 Some(format!("{} {:?} was repaired {A_MINUTE} times in a minute", fix.draft.kind, fix.draft.state_key));
@@ -155,6 +159,14 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, R
         tracing::info!(portal = portal.portal_id, sent, "repaired");
     }
     Ok(sent)
+}
+
+/// Whether the budget for ghosts does not let a ghost join; counts it.
+async fn ghost_over_budget(core: &Core, entry: &Entry, fix: &Fix) -> Result<bool, Refusal> {
+    let who = core.users.who(&core.context.store, fix.side, &fix.draft.sender).await?;
+    let Who::Ghost { user } = who else { return Ok(false) };
+    let limits = &core.context.config.budgets;
+    Ok(core.budgets.ghost(limits, entry.number, user.server_name(), core.now_ms(), false).is_err())
 }
 
 /// What must be sent, by the states as they are now.

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ruma::OwnedEventId;
+use ruma::{OwnedEventId, OwnedServerName};
 use tokio::sync::mpsc;
 
 use super::carry::{self, Before, Case, Crossing, Outcome};
@@ -15,8 +15,8 @@ use super::inbox::{self, Item};
 use super::linearize;
 use super::portal::{Portal, PortalState};
 use super::registry::Entry;
-use super::side::{Event, Made, State};
-use super::{acl, effect, repair, translate};
+use super::side::{Event, MEMBER, Made, State};
+use super::{acl, budget, effect, repair, translate};
 use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -80,6 +80,8 @@ struct Decision {
     outcome: Outcome,
     /// Whether the state must be looked at when it is done.
     unsure: bool,
+    /// The budget that it is over.
+    over: Option<Refusal>,
 }
 
 /// What became of an item.
@@ -109,6 +111,9 @@ impl Worker {
             return Ok(if loaded { Progress::More } else { Progress::Empty });
         }
         let now = self.core.now_ms();
+        for (seq, refusal) in self.over_budget(now) {
+            self.finish(&portal, seq, Done::Refused(refusal)).await?;
+        }
         self.mark(now).await?;
         let go = linearize::ready(self.inbox.items.iter().map(|item| &item.waiting));
         if go.is_empty() {
@@ -143,9 +148,36 @@ impl Worker {
                 false => None,
             };
             let long = item.blocked_since.is_some_and(|since| now.saturating_sub(since) > OVERTAKE_AFTER_MS);
-            item.waiting.overtaken = long || item.asks_server;
+            // A server over its budget would else stop the room for all others.
+            item.waiting.overtaken = long || item.asks_server || (item.waiting.held && item.over_budget);
         }
         Ok(())
+    }
+
+    /// Puts off what is over its server's budget; returns what has waited too long for it.
+    fn over_budget(&mut self, now: i64) -> Vec<(i64, Refusal)> {
+        let (core, number) = (&self.core, self.entry.number);
+        let mut servers: HashMap<OwnedServerName, Option<Refusal>> = HashMap::new();
+        let mut expired = Vec::new();
+        for item in self.inbox.items.iter_mut().filter(|item| item.retry_at <= now) {
+            let server = item.event.sender.server_name();
+            let over = match servers.get(server) {
+                Some(over) => over,
+                None => {
+                    let over = core.budgets.over(&core.context.config.budgets, number, server, now).err();
+                    servers.entry(server.to_owned()).or_insert(over)
+                }
+            };
+            item.over_budget = over.is_some();
+            if let Some(refusal @ Refusal::Budget { retry_after_ms, .. }) = over {
+                let pause = i64::try_from(*retry_after_ms).unwrap_or(i64::MAX);
+                item.retry_at = now.saturating_add(pause);
+                if now.saturating_sub(item.row.received_ts) > budget::PATIENCE_MS {
+                    expired.push((item.row.seq, refusal.clone()));
+                }
+            }
+        }
+        expired
     }
 
     /// Carries the items with these numbers, in order. Ends early when one of them fails, for the others to be looked at
@@ -160,12 +192,24 @@ impl Worker {
         let mut batch: Vec<(i64, Crossing)> = Vec::new();
         for &seq in seqs {
             let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
+            let server = item.event.sender.server_name();
+            let budgets = &self.core.context.config.budgets;
+            if self.core.budgets.over(budgets, entry.number, server, self.core.now_ms()).is_err() {
+                break;
+            }
+            self.core.budgets.spend(entry.number, server, budget::size(&item.event.content));
             let single = item.event.state_key.is_some();
             if single && !batch.is_empty() && !self.flush(portal, std::mem::take(&mut batch)).await? {
                 return Ok(());
             }
             let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
-            let Decision { outcome, unsure } = self.decide(portal, &item.event).await?;
+            let Decision { outcome, unsure, over } = self.decide(portal, &item.event).await?;
+            if let Some(refusal) = over {
+                if self.flush(portal, std::mem::take(&mut batch)).await? {
+                    self.finish(portal, seq, Done::Later(refusal)).await?;
+                }
+                return Ok(());
+            }
             match outcome {
                 Outcome::Cross(crossing) if crossing.before.is_empty() && !single => batch.push((seq, *crossing)),
                 outcome => {
@@ -212,7 +256,7 @@ impl Worker {
         let far_state = core.sides()?.rooms(far).pick(portal.room(far), &reads_far).await?;
         let unsure = self.source == portal.authority() && may_be_reset(&near_state, event);
         if let Err(refusal) = acl::crosses(core, &near_state, &far_state, event).await {
-            return Ok(Decision { outcome: Outcome::Refuse(refusal), unsure });
+            return Ok(Decision { outcome: Outcome::Refuse(refusal), unsure, over: None });
         }
         let outcome = carry::outcome(&Case {
             event,
@@ -229,7 +273,14 @@ impl Worker {
             bot: core.users.bot(),
             now_ms: core.now_ms(),
         });
-        Ok(Decision { outcome, unsure })
+        let over = match makes_ghost(&outcome, &far_state) {
+            true => {
+                let (limits, server) = (&core.context.config.budgets, event.sender.server_name());
+                core.budgets.ghost(limits, self.entry.number, server, core.now_ms(), false).err()
+            }
+            false => None,
+        };
+        Ok(Decision { outcome, unsure, over })
     }
 
     /// Sends a batch of images; false when one of them failed.
@@ -363,6 +414,14 @@ impl Worker {
     /// Records what became of an item; false when the rest must be looked at again.
     async fn finish(&mut self, portal: &Arc<Portal>, seq: i64, done: Done) -> Result<bool, Refusal> {
         let now = self.core.now_ms();
+        let received =
+            self.inbox.items.iter().find(|item| item.row.seq == seq).map_or(now, |item| item.row.received_ts);
+        let done = match done {
+            Done::Later(refusal @ Refusal::Budget { .. }) if now.saturating_sub(received) > budget::PATIENCE_MS => {
+                Done::Refused(refusal)
+            }
+            done => done,
+        };
         match done {
             Done::Gone => self.inbox.drop_item(seq),
             Done::Crossed => {
@@ -401,6 +460,16 @@ impl Worker {
         }
         Ok(true)
     }
+}
+
+/// Whether what is to be done brings a ghost into the room across that was never in it.
+fn makes_ghost(outcome: &Outcome, far: &State) -> bool {
+    let Outcome::Cross(crossing) = outcome else { return false };
+    let drafts = crossing.before.iter().map(|before| &before.draft).chain([&crossing.image]);
+    drafts.into_iter().any(|draft| {
+        let joins = draft.content.get("membership").is_some_and(|membership| membership == "join");
+        draft.kind == MEMBER && joins && far.member(&draft.sender).is_none()
+    })
 }
 
 /// Whether an event that was accepted into a graph may have changed more of its state than itself, or nothing: where forks

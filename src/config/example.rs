@@ -81,6 +81,15 @@ server_name = "{server_name}"
 # What is done with encrypted rooms: "refuse" gives them no portal.
 # encryption = "refuse"
 
+# How much of one server's users may cross in one portal; what is over waits, and is refused after ten minutes. 0 is no limit.
+[budgets]
+# Events a second; a server that was quiet may send those of a minute at once.
+# events_per_second = 1000
+# Bytes of content a day.
+# bytes_per_day = 4294967296
+# Users who come in an hour.
+# ghosts_per_hour = 5000
+
 # The admin API, /health and /metrics. Keep this listener from the internet.
 [admin]
 # address = "127.0.0.1:9090"

@@ -44,6 +44,9 @@ pub struct Config {
     /// How portals are made.
     #[serde(default)]
     pub portals: Portals,
+    /// How much may cross.
+    #[serde(default)]
+    pub budgets: Budgets,
     /// The admin listener.
     #[serde(default)]
     pub admin: Admin,
@@ -142,6 +145,18 @@ pub struct Portals {
     pub encryption: EncryptionPolicy,
 }
 
+/// `[budgets]`: how much of one server's users may cross in one portal; 0 is no limit.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Budgets {
+    /// Events a second; a server that was quiet may send those of a minute at once.
+    pub events_per_second: u32,
+    /// Bytes of content a day.
+    pub bytes_per_day: u64,
+    /// Users who come in an hour.
+    pub ghosts_per_hour: u32,
+}
+
 /// `[admin]`. Debug does not show the token.
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -208,6 +223,12 @@ impl Default for Access {
 impl Default for Portals {
     fn default() -> Self {
         Self { matrix_room_version: "12".to_owned(), encryption: EncryptionPolicy::Refuse }
+    }
+}
+
+impl Default for Budgets {
+    fn default() -> Self {
+        Self { events_per_second: 1_000, bytes_per_day: 4_294_967_296, ghosts_per_hour: 5_000 }
     }
 }
 

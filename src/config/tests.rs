@@ -130,6 +130,9 @@ fn every_key_can_be_set_in_the_environment() {
         ("access.max_portals", "7", ""),
         ("portals.matrix_room_version", "11", ""),
         ("portals.encryption", "refuse", ""),
+        ("budgets.events_per_second", "9", ""),
+        ("budgets.bytes_per_day", "9", ""),
+        ("budgets.ghosts_per_hour", "9", ""),
         ("admin.address", "127.0.0.1:1", ""),
         ("admin.token", "12345", ""),
         ("caches.events", "99", ""),
@@ -146,7 +149,7 @@ fn every_key_can_be_set_in_the_environment() {
         );
     }
     let all: Vec<&str> = KEYS.iter().map(|(key, _)| *key).collect();
-    assert_eq!(all.len(), 23, "a new key belongs into this test");
+    assert_eq!(all.len(), 26, "a new key belongs into this test");
     let config = load_with(G, &[("ISTHMUS_ADMIN__TOKEN", "12345"), ("ISTHMUS_SERVER_NAME", "")]).unwrap();
     assert_eq!(config.admin.token.as_deref(), Some("12345"));
     assert_eq!(config.server_name, "lm.example.org", "empty variables are as good as absent");

@@ -1,5 +1,6 @@
 //! Portals in one process: a gateway, an LM server and a Matrix homeserver that lives in the test, over loopback HTTP.
 
+mod budgets;
 mod created;
 mod doors;
 mod ends;

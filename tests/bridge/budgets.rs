@@ -1,0 +1,80 @@
+//! A server that sends too much waits, and nobody waits for it.
+
+use isthmus::bridge::NewPortal;
+use isthmus::identity::Side;
+use serde_json::json;
+
+use super::world::{World, ghost, so};
+
+/// What a server may send at once when it may send one event a second.
+const BURST: usize = 60;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_over_the_budget_waits_and_nobody_waits_for_them() {
+    let (world, gateway) = World::new(json!({ "budgets": { "events_per_second": 1 } })).await;
+    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    let alice = world.matrix_user("alice");
+    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    world.lm_join(lm, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    let bobs = ghost(Side::Lm, "bob");
+    let heard = || async {
+        let bodies = gateway.matrix_bodies(matrix).await;
+        bodies.into_iter().filter(|(by, _)| *by == bobs).map(|(_, body)| body).collect::<Vec<_>>()
+    };
+    let numbers = |count: usize| (0..count).map(|number| number.to_string()).collect::<Vec<_>>();
+    for number in 0..2 * BURST {
+        world.lm_say(lm, "bob", &number.to_string()).await;
+    }
+    // His join was one, and a second or two may have passed.
+    so("a burst", || async { heard().await.len() >= BURST - 1 }).await;
+    world.matrix_say(&gateway, &mut view, &alice, "am I heard?").await;
+    let said = (ghost(Side::Matrix, "alice"), "am I heard?".to_owned());
+    so("alice is heard", || async { gateway.node.bodies(lm).await.contains(&said) }).await;
+    let waiting = gateway.bridge.health(&portal.portal_id).await.unwrap().waiting[1].count;
+    assert!(waiting > 0, "{:?}", heard().await.len());
+    // In time all come, in order.
+    world.advance(61_000);
+    so("the rest", || async { heard().await.len() == 2 * BURST }).await;
+    assert_eq!(heard().await, numbers(2 * BURST));
+
+    // What waits too long is refused.
+    for number in 2 * BURST..6 * BURST {
+        world.lm_say(lm, "bob", &number.to_string()).await;
+    }
+    so("they wait", || async { gateway.bridge.health(&portal.portal_id).await.unwrap().waiting[1].count > 0 }).await;
+    so("all accepted", || async {
+        gateway.node.bodies(lm).await.iter().filter(|(by, _)| *by == world.lm_user("bob")).count() == 6 * BURST
+    })
+    .await;
+    world.advance(601_000);
+    so("nothing waits", || async { gateway.bridge.health(&portal.portal_id).await.unwrap().waiting[1].count == 0 })
+        .await;
+    let refusals = gateway.bridge.health(&portal.portal_id).await.unwrap().refusals;
+    assert!(refusals.iter().any(|refused| refused.code == "budget"), "{refusals:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_so_many_new_ghosts_an_hour() {
+    let (world, gateway) = World::new(json!({ "budgets": { "ghosts_per_hour": 2 } })).await;
+    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    for name in ["one", "two"] {
+        let user = world.matrix_user(name);
+        world.matrix_join(&gateway, matrix, &user).await.unwrap();
+        so("the ghost", || async { gateway.node.membership(lm, &ghost(Side::Matrix, name)).await == "join" }).await;
+    }
+    let three = world.matrix_user("three");
+    let refused = world.matrix_join(&gateway, matrix, &three).await.unwrap_err();
+    assert_eq!((refused.code(), refused.status().as_u16()), ("budget", 429));
+    // Another server has its own.
+    world.lm_join(lm, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    world.advance(1_800_000);
+    world.matrix_join(&gateway, matrix, &three).await.unwrap();
+    so("the third ghost", || async { gateway.node.membership(lm, &ghost(Side::Matrix, "three")).await == "join" })
+        .await;
+}
