@@ -2,6 +2,7 @@
 
 mod hostile_hub;
 mod hostile_participant;
+mod http;
 mod hub_and_participant;
 pub mod log_hub;
 mod own_events;

@@ -13,7 +13,7 @@ use isthmus::clock::SystemClock;
 use isthmus::config::Config;
 use isthmus::dag::Dag;
 use isthmus::event::{Lpdu, Object, RoomVersion};
-use isthmus::federation::{Call, Context, Lines, RemoteError, Transactions};
+use isthmus::federation::{Call, Context, RemoteError};
 use isthmus::gateway::{Federation, federation_routes};
 use isthmus::identity::Side;
 use isthmus::lm::{Appended, Lm, NewRoom, Position, Sent};
@@ -164,15 +164,8 @@ impl World {
         let watcher = Watcher::new();
         let lm = Lm::new(context.clone(), watcher.clone());
         let dag = Dag::new(context.clone(), watcher.clone());
-        let transactions = Transactions::new(context.store.clone(), clock);
-        let routes = federation_routes(Federation {
-            context: context.clone(),
-            lm: lm.clone(),
-            dag,
-            between: watcher.clone(),
-            transactions,
-            lines: Lines::default(),
-        });
+        let federation = Federation::new(context.clone(), lm.clone(), dag, watcher.clone());
+        let routes = federation_routes(federation);
         let meddler: Meddling = Arc::default();
         let routes = routes.layer(axum::middleware::from_fn_with_state(meddler.clone(), meddle));
         context.outbound.start().await.unwrap();
@@ -202,6 +195,11 @@ impl Node {
         F: Future<Output = Response> + Send + 'static,
     {
         *self.meddler.lock().unwrap() = Some(Arc::new(move |request, next| Box::pin(meddler(request, next))));
+    }
+
+    /// Where it listens.
+    pub fn url(&self, uri: &str) -> String {
+        format!("http://{}{uri}", self.listener.local_addr().unwrap())
     }
 
     pub fn user(&self, localpart: &str) -> OwnedUserId {
