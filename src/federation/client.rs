@@ -61,9 +61,9 @@ impl Call {
         Self { method: Method::POST, ..Self::put(uri, body) }
     }
 
-    /// The same with room for a room's whole state in the answer (5 min, 256 MiB).
+    /// The same with room for a room's whole state in the answer (5 min, 64 MiB: about 100,000 members).
     pub fn with_state(self) -> Self {
-        Self { timeout: Duration::from_secs(300), limit: 256 << 20, ..self }
+        Self { timeout: Duration::from_secs(300), limit: 64 << 20, ..self }
     }
 }
 
@@ -213,7 +213,7 @@ impl Client {
         if let Some(content) = content {
             request = request.header(header::CONTENT_TYPE, "application/json").body(content);
         }
-        let answer = Http::send(request, call.timeout, call.limit, ERROR_LIMIT).await;
+        let answer = http.send(request, call.timeout, call.limit, ERROR_LIMIT).await;
         let path = call.uri.split('?').next().unwrap_or_default();
         match &answer {
             Ok(answer) => {

@@ -17,7 +17,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use url::{Host, Url};
 
-use super::RemoteError;
+use super::{ByteBudget, RemoteError, Reserved};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -134,10 +134,15 @@ impl<T: TargetSource> Resolve for GuardedResolver<T> {
     }
 }
 
+/// How many bytes of answers may be held at once, from when they arrive until they are parsed.
+const ANSWERS: usize = 128 << 20;
+
 /// An HTTP client that follows no redirects, decodes nothing, keeps its connections, and reads within bounds.
 pub(super) struct Http {
     client: reqwest::Client,
     reach: Reach,
+    /// The bytes of answers that are being read.
+    answers: ByteBudget,
 }
 
 /// An answer whose body was read within its limit.
@@ -145,6 +150,7 @@ pub(super) struct Answer {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Bytes,
+    _reserved: Reserved,
 }
 
 impl Http {
@@ -168,7 +174,7 @@ impl Http {
             .user_agent(concat!("isthmus/", env!("CARGO_PKG_VERSION")))
             .dns_resolver(Arc::new(GuardedResolver { targets, reach }))
             .build()?;
-        Ok(Self { client, reach })
+        Ok(Self { client, reach, answers: ByteBudget::new(ANSWERS) })
     }
 
     /// Begins a request. Addresses that stand in the URL itself never reach the resolver, so they are checked here.
@@ -187,6 +193,7 @@ impl Http {
     /// Sends a request and reads its answer: all of it within `timeout`, its body within `limit` bytes, or within
     /// `error_limit` when the status is not 200.
     pub(super) async fn send(
+        &self,
         request: reqwest::RequestBuilder,
         timeout: Duration,
         limit: usize,
@@ -195,13 +202,14 @@ impl Http {
         let exchange = async {
             let response = request.send().await.map_err(|error| unreachable(&error))?;
             let (status, headers) = (response.status(), response.headers().clone());
-            if status == StatusCode::OK {
-                let body = read(response, limit).await?;
-                return Ok(Answer { status, headers, body });
-            }
-            // The status says enough when its explanation is too long or does not come.
-            let body = read(response, error_limit).await.unwrap_or_default();
-            Ok(Answer { status, headers, body })
+            let mut reserved = self.answers.reserve();
+            let body = if status == StatusCode::OK {
+                read(response, limit, &mut reserved).await?
+            } else {
+                // The status says enough when its explanation is too long or does not come.
+                read(response, error_limit, &mut reserved).await.unwrap_or_default()
+            };
+            Ok(Answer { status, headers, body, _reserved: reserved })
         };
         match tokio::time::timeout(timeout, exchange).await {
             Ok(answer) => answer,
@@ -210,7 +218,7 @@ impl Http {
     }
 }
 
-async fn read(response: reqwest::Response, limit: usize) -> Result<Bytes, RemoteError> {
+async fn read(response: reqwest::Response, limit: usize, reserved: &mut Reserved) -> Result<Bytes, RemoteError> {
     let too_large = || RemoteError::BadAnswer(format!("its body is longer than {limit} bytes"));
     if response.content_length().is_some_and(|length| usize::try_from(length).map_or(true, |length| length > limit)) {
         return Err(too_large());
@@ -221,6 +229,9 @@ async fn read(response: reqwest::Response, limit: usize) -> Result<Bytes, Remote
         let chunk = chunk.map_err(|error| unreachable(&error))?;
         if body.len().saturating_add(chunk.len()) > limit {
             return Err(too_large());
+        }
+        if !reserved.grow(chunk.len()) {
+            return Err(RemoteError::Unreachable("too many large answers are being read at once".to_owned()));
         }
         body.extend_from_slice(&chunk);
     }

@@ -1,4 +1,5 @@
-//! How much of other servers' work is taken in at once. A peer that does not wait for the answer to one transaction before
+//! How much of other servers' work is taken in at once: bytes that are being read are reserved from a budget, and requests
+//! stand in line. A peer that does not wait for the answer to one transaction before
 //! it sends the next, and never sends one twice, loses nothing: its transactions stand in line, one is processed at a time,
 //! and the line is bounded.
 
@@ -6,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ruma::{OwnedServerName, ServerName};
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
 
 use crate::refusal::Refusal;
 
@@ -107,6 +108,96 @@ impl Drop for Place {
     }
 }
 
+/// How many requests other than transactions are worked on at once, of one server and of all; clones share the count.
+#[derive(Clone, Default)]
+pub struct Underway {
+    counts: Arc<Mutex<HashMap<OwnedServerName, usize>>>,
+}
+
+/// A request that is worked on until this is dropped.
+#[must_use]
+pub struct Counted {
+    counts: Arc<Mutex<HashMap<OwnedServerName, usize>>>,
+    origin: OwnedServerName,
+}
+
+/// How many requests of one server. A Synapse that catches up asks for some twenty events at once.
+const UNDERWAY: usize = 50;
+/// How many of all servers.
+const ALL_UNDERWAY: usize = 1_000;
+
+impl Underway {
+    /// Counts a request of `origin` in, or refuses it.
+    pub fn enter(&self, origin: &ServerName) -> Result<Counted, Refusal> {
+        let mut counts = lock(&self.counts);
+        let own = counts.get(origin).copied().unwrap_or_default();
+        // Every count is at least one and at most UNDERWAY, so the sum is cheap and cannot overflow.
+        if own >= UNDERWAY || counts.values().sum::<usize>() >= ALL_UNDERWAY {
+            return Err(Refusal::Budget { what: format!("requests of {origin} under way"), retry_after_ms: 1_000 });
+        }
+        counts.insert(origin.to_owned(), own.saturating_add(1));
+        Ok(Counted { counts: self.counts.clone(), origin: origin.to_owned() })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut counts = lock(&self.counts);
+        match counts.get_mut(&self.origin) {
+            Some(count) if *count > 1 => *count = count.saturating_sub(1),
+            _ => drop(counts.remove(&self.origin)),
+        }
+    }
+}
+
+/// How many bytes may be held at once, by all who share it (clones do), for what peers send and nobody has judged yet.
+#[derive(Clone)]
+pub struct ByteBudget {
+    blocks: Arc<Semaphore>,
+}
+
+/// Bytes taken from a budget, given back when this is dropped.
+pub struct Reserved {
+    blocks: Arc<Semaphore>,
+    held: Option<OwnedSemaphorePermit>,
+    bytes: usize,
+}
+
+/// What is reserved at a time.
+const BLOCK: usize = 4 << 10;
+
+impl ByteBudget {
+    /// A budget of so many bytes, rounded to 4 KiB.
+    pub fn new(bytes: usize) -> Self {
+        Self { blocks: Arc::new(Semaphore::new(bytes.div_ceil(BLOCK).min(Semaphore::MAX_PERMITS))) }
+    }
+
+    /// Nothing yet, to be grown.
+    pub fn reserve(&self) -> Reserved {
+        Reserved { blocks: self.blocks.clone(), held: None, bytes: 0 }
+    }
+}
+
+impl Reserved {
+    /// Takes `bytes` more; false, and nothing taken, when the budget does not have them.
+    #[must_use]
+    pub fn grow(&mut self, bytes: usize) -> bool {
+        let total = self.bytes.saturating_add(bytes);
+        let held = self.held.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let missing = total.div_ceil(BLOCK).saturating_sub(held);
+        let Ok(missing) = u32::try_from(missing) else { return false };
+        if missing > 0 {
+            let Ok(more) = self.blocks.clone().try_acquire_many_owned(missing) else { return false };
+            match &mut self.held {
+                Some(held) => held.merge(more),
+                None => self.held = Some(more),
+            }
+        }
+        self.bytes = total;
+        true
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is inside is whole between any two statements, so a panic elsewhere does not spoil it.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -157,5 +248,36 @@ mod tests {
         drop((alone, other));
         assert!(lines.enter(a, 1).now_or_never().unwrap().is_ok());
         assert_eq!(lock(&lines.state).bytes, 0);
+    }
+
+    #[test]
+    fn bytes_are_reserved_as_they_come_and_given_back() {
+        let budget = ByteBudget::new(3 * BLOCK);
+        let (mut first, mut second) = (budget.reserve(), budget.clone().reserve());
+        assert!(first.grow(BLOCK) && first.grow(1), "two blocks");
+        assert!(first.grow(BLOCK - 1), "what is left of the second block");
+        assert!(!second.grow(BLOCK + 1), "two blocks of the one that is left");
+        assert!(second.grow(BLOCK) && !first.grow(1));
+        drop(second);
+        assert!(first.grow(1));
+        drop(first);
+        assert!(budget.reserve().grow(3 * BLOCK) && !budget.reserve().grow(usize::MAX));
+    }
+
+    #[test]
+    fn requests_under_way_are_bounded_for_one_server_and_for_all() {
+        let underway = Underway::default();
+        let origin = server_name!("a.example");
+        let mut held: Vec<Counted> = (0..UNDERWAY).map(|_| underway.enter(origin).unwrap()).collect();
+        assert_eq!(underway.enter(origin).err().unwrap().errcode(), "M_LIMIT_EXCEEDED");
+        held.pop();
+        held.push(underway.enter(origin).unwrap());
+        for number in UNDERWAY..ALL_UNDERWAY {
+            let other = ServerName::parse(format!("s{}.example", number % 500)).unwrap();
+            held.push(underway.enter(&other).unwrap());
+        }
+        assert!(underway.enter(server_name!("b.example")).is_err());
+        drop(held);
+        assert!(lock(&underway.counts).is_empty());
     }
 }

@@ -391,18 +391,18 @@ async fn hc_58_behind_srv_the_certificate_is_for_the_name_and_not_for_the_target
     let url: Url = "https://fed.example/_matrix/x".parse().unwrap();
     let http = Http::new(tls.clone(), Reach::Everything, Srv(server.address)).unwrap();
     let request = http.request(Method::GET, url.clone()).unwrap().header(header::HOST, "fed.example");
-    let answer = Http::send(request, Duration::from_secs(10), 1000, 0).await.unwrap();
+    let answer = http.send(request, Duration::from_secs(10), 1000, 0).await.unwrap();
     assert_eq!(answer.status, StatusCode::OK);
     assert_eq!(server.last().headers[header::HOST], "fed.example");
 
     let guarded = Http::new(tls.clone(), Reach::Public, Srv(server.address)).unwrap();
     let request = guarded.request(Method::GET, url.clone()).unwrap();
-    assert!(Http::send(request, Duration::from_secs(10), 1000, 0).await.is_err());
+    assert!(guarded.send(request, Duration::from_secs(10), 1000, 0).await.is_err());
 
     let of_target = Server::tls(&authority, &["localhost"], hello);
     let http = Http::new(tls, Reach::Everything, Srv(of_target.address)).unwrap();
     let request = http.request(Method::GET, url).unwrap();
-    assert!(Http::send(request, Duration::from_secs(10), 1000, 0).await.is_err());
+    assert!(http.send(request, Duration::from_secs(10), 1000, 0).await.is_err());
 }
 
 #[tokio::test]

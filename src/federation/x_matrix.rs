@@ -33,39 +33,55 @@ pub async fn authenticate(
     headers: &HeaderMap,
     body: Option<&Object>,
 ) -> Result<Authenticated, Refusal> {
-    authenticate_canonical(keyring, server_name, method, uri, headers, body.map(canonical_json).as_deref()).await
+    let claimed = Claimed::read(keyring, server_name, headers).await?;
+    claimed.prove(server_name, method, uri, body.map(canonical_json).as_deref())
 }
 
-/// The same for a body that is in canonical form already, as [`crate::event::canonical_text`] makes it of text that the
-/// strict parser would refuse.
-pub async fn authenticate_canonical(
-    keyring: &Keyring,
-    server_name: &ServerName,
-    method: &Method,
-    uri: &str,
-    headers: &HeaderMap,
-    body: Option<&[u8]>,
-) -> Result<Authenticated, Refusal> {
-    let claims = claims(server_name, headers)?;
-    let origin = claims.origin;
-    let wanted: Vec<&str> = claims.signatures.iter().map(|signature| signature.key_id.as_str()).collect();
-    let keys = keyring
-        .keys_for(&origin, &wanted, Validity::Now)
-        .await
-        .map_err(|error| Refusal::Unauthenticated(error.to_string()))?;
-    let messages = messages(&origin, server_name, method, uri, body);
-    for signature in &claims.signatures {
-        let Some(key) = keys.get(&signature.key_id) else {
-            return Err(Refusal::Unauthenticated(format!("{origin} has no key {} now", signature.key_id)));
+/// A request whose headers claim an origin, with the keys of that server. Nothing is proved yet, but a body need be read
+/// only for whoever gets as far as this.
+#[derive(Debug)]
+pub struct Claimed {
+    origin: OwnedServerName,
+    signatures: Vec<(VerifyKey, ClaimedSignature)>,
+}
+
+impl Claimed {
+    /// Reads every `Authorization` header and gets the keys that they name.
+    pub async fn read(keyring: &Keyring, server_name: &ServerName, headers: &HeaderMap) -> Result<Self, Refusal> {
+        let Claims { origin, signatures } = claims(server_name, headers)?;
+        let wanted: Vec<&str> = signatures.iter().map(|signature| signature.key_id.as_str()).collect();
+        let keys = keyring
+            .keys_for(&origin, &wanted, Validity::Now)
+            .await
+            .map_err(|error| Refusal::Unauthenticated(error.to_string()))?;
+        let with_key = |signature: ClaimedSignature| match keys.get(&signature.key_id) {
+            Some(key) => Ok((key.clone(), signature)),
+            None => Err(Refusal::Unauthenticated(format!("{origin} has no key {} now", signature.key_id))),
         };
-        if !messages.iter().any(|message| is_signed(&origin, key, message, &signature.signature)) {
-            return Err(Refusal::Unauthenticated(format!(
-                "the signature of {origin} with {} over {method} {uri} for {server_name} is wrong",
-                signature.key_id
-            )));
-        }
+        let signatures = signatures.into_iter().map(with_key).collect::<Result<_, _>>()?;
+        Ok(Self { origin, signatures })
     }
-    Ok(Authenticated { origin })
+
+    /// Checks every signature. `uri` is the original path and query; `body` that of PUT and POST in canonical form, as
+    /// [`crate::event::canonical_text`] makes it even of text that the strict parser would refuse.
+    pub fn prove(
+        self,
+        server_name: &ServerName,
+        method: &Method,
+        uri: &str,
+        body: Option<&[u8]>,
+    ) -> Result<Authenticated, Refusal> {
+        let Self { origin, signatures } = self;
+        let messages = messages(&origin, server_name, method, uri, body);
+        for (key, ClaimedSignature { key_id, signature }) in &signatures {
+            if !messages.iter().any(|message| is_signed(&origin, key, message, signature)) {
+                return Err(Refusal::Unauthenticated(format!(
+                    "the signature of {origin} with {key_id} over {method} {uri} for {server_name} is wrong"
+                )));
+            }
+        }
+        Ok(Authenticated { origin })
+    }
 }
 
 /// The value of the `Authorization` header for a request to `destination`.

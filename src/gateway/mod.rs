@@ -154,6 +154,7 @@ impl Gateway {
         if let Some(appservice) = &self.appservice {
             appservice.stop();
         }
+        self.bridge.stop().await;
         self.context.outbound.stop().await;
         self.context.store.close().await;
         tracing::info!("stopped");

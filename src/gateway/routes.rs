@@ -12,12 +12,12 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, UserId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::signed::{Signed, SignedBody, SignedTransaction};
+use super::signed::{self, Signed, SignedBody, SignedTransaction};
 use super::transaction::{self, Dialect};
 use crate::admin::metrics;
 use crate::dag::Dag;
 use crate::event::{Family, RoomVersion};
-use crate::federation::{Begun, Context, Lines, Transactions};
+use crate::federation::{Begun, ByteBudget, Context, Lines, Transactions, Underway};
 use crate::identity::Side;
 use crate::lm::Lm;
 use crate::refusal::Refusal;
@@ -38,13 +38,26 @@ pub struct Federation {
     pub transactions: Transactions,
     /// Transactions that wait for earlier ones of their server.
     pub lines: Lines,
+    /// The bytes of requests whose origin is not proved yet.
+    pub unproved: ByteBudget,
+    /// Other requests that are worked on.
+    pub underway: Underway,
 }
 
 impl Federation {
     /// The routes' state over these parts.
     pub fn new(context: Context, lm: Lm, dag: Dag, between: SharedBetween) -> Self {
         let transactions = Transactions::new(context.store.clone(), context.clock.clone());
-        Self { context, lm, dag, between, transactions, lines: Lines::default() }
+        Self {
+            context,
+            lm,
+            dag,
+            between,
+            transactions,
+            lines: Lines::default(),
+            unproved: ByteBudget::new(signed::UNPROVED_LIMIT),
+            underway: Underway::default(),
+        }
     }
 }
 

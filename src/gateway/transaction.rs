@@ -2,9 +2,11 @@
 //! answered before everything that was accepted is committed (INV-6).
 
 use std::borrow::Cow;
+use std::fmt;
 
 use ruma::{RoomId, ServerName};
-use serde::Deserialize;
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
@@ -20,6 +22,10 @@ const MAX_PDUS: usize = 50;
 /// How many EDUs a transaction may have.
 const MAX_EDUS: usize = 100;
 
+/// How long an event's text may be before it is parsed at all. In canonical form 64 KiB are allowed, which may be longer as
+/// it comes: with spaces, or with characters written as escapes.
+const MAX_EVENT_TEXT: usize = 256 << 10;
+
 /// In which words the outcome is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Dialect {
@@ -30,9 +36,41 @@ pub(super) enum Dialect {
 }
 
 #[derive(Deserialize)]
-struct Transaction {
-    pdus: Option<Vec<Box<RawValue>>>,
-    edus: Option<Vec<Box<RawValue>>>,
+struct Transaction<'a> {
+    #[serde(borrow)]
+    origin: Option<Cow<'a, str>>,
+    pdus: Option<AtMost<MAX_PDUS>>,
+    edus: Option<AtMost<MAX_EDUS>>,
+}
+
+/// A list that is not read beyond `LIMIT` entries, each still text.
+struct AtMost<const LIMIT: usize>(Vec<Raw>);
+
+impl<'de, const LIMIT: usize> Deserialize<'de> for AtMost<LIMIT> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(Entries::<LIMIT>)
+    }
+}
+
+struct Entries<const LIMIT: usize>;
+
+impl<'de, const LIMIT: usize> Visitor<'de> for Entries<LIMIT> {
+    type Value = AtMost<LIMIT>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "a list of at most {LIMIT} entries")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+        let mut read = Vec::new();
+        while let Some(entry) = entries.next_element::<Raw>()? {
+            if read.len() == LIMIT {
+                return Err(A::Error::custom(format_args!("more than {LIMIT} entries")));
+            }
+            read.push(entry);
+        }
+        Ok(AtMost(read))
+    }
 }
 
 /// The one field of an event that says to whom it goes.
@@ -47,7 +85,7 @@ pub(super) async fn receive(
     transaction: &SignedTransaction,
     dialect: Dialect,
 ) -> Result<Value, Refusal> {
-    let (pdus, _edus) = parse(&transaction.raw)?;
+    let (pdus, _edus) = parse(&transaction.raw, &transaction.origin)?;
     let outcomes = dispatch(state, &transaction.origin, pdus).await;
     // What failed here is no verdict on the event: the whole is sent again, and what was taken is known then.
     if let Some(failure) = outcomes.iter().find_map(|outcome| match &outcome.result {
@@ -59,17 +97,15 @@ pub(super) async fn receive(
     Ok(answer(outcomes, dialect))
 }
 
-fn parse(raw: &[u8]) -> Result<(Vec<Raw>, Vec<Raw>), Refusal> {
-    let Transaction { pdus, edus } =
+fn parse(raw: &[u8], signer: &ServerName) -> Result<(Vec<Raw>, Vec<Raw>), Refusal> {
+    let Transaction { origin, pdus, edus } =
         serde_json::from_slice(raw).map_err(|error| Refusal::malformed("transaction", error.to_string()))?;
-    // The draft allows `edus` to be left out, and a server with nothing but EDUs leaves out `pdus`.
-    let (pdus, edus) = (pdus.unwrap_or_default(), edus.unwrap_or_default());
-    for (what, count, limit) in [("pdus", pdus.len(), MAX_PDUS), ("edus", edus.len(), MAX_EDUS)] {
-        if count > limit {
-            return Err(Refusal::malformed(what, format!("{count} entries, at most {limit} are allowed")));
-        }
+    // LM servers may leave it out; one that differs means that somebody is confused about who speaks.
+    if let Some(origin) = origin.filter(|origin| *origin != signer.as_str()) {
+        return Err(Refusal::malformed("origin", format!("{origin:?}, but the request is signed by {signer}")));
     }
-    Ok((pdus, edus))
+    // The draft allows `edus` to be left out, and a server with nothing but EDUs leaves out `pdus`.
+    Ok((pdus.map_or_else(Vec::new, |pdus| pdus.0), edus.map_or_else(Vec::new, |edus| edus.0)))
 }
 
 /// Hands the events over, those of one side together, and keeps their order within a side.
@@ -103,6 +139,10 @@ fn counted(side: Side, outcomes: Vec<Received>) -> Vec<Received> {
 }
 
 async fn side_of(state: &Federation, pdu: &RawValue) -> Result<Option<Side>, Refusal> {
+    let size = pdu.get().len();
+    if size > MAX_EVENT_TEXT {
+        return Err(Refusal::TooLarge { what: "text of an event", size, limit: MAX_EVENT_TEXT });
+    }
     let peek: Peek<'_> =
         serde_json::from_str(pdu.get()).map_err(|error| Refusal::malformed("event", error.to_string()))?;
     let room_id = peek.room_id.ok_or_else(|| Refusal::malformed("room_id", "missing"))?;
@@ -133,5 +173,36 @@ fn answer(outcomes: Vec<Received>, dialect: Dialect) -> Value {
     match dialect {
         Dialect::Matrix => json!({ "pdus": entries }),
         Dialect::Lm => json!({ "failed_pdus": entries }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::server_name;
+
+    use super::*;
+
+    #[test]
+    fn a_transaction_has_bounds() {
+        let signer = server_name!("a.example");
+        let with = |pdus: usize, edus: usize| {
+            let list = |count| format!("[{}]", vec!["{}"; count].join(","));
+            parse(format!(r#"{{"pdus":{},"edus":{}}}"#, list(pdus), list(edus)).as_bytes(), signer)
+                .map(|(pdus, edus)| (pdus.len(), edus.len()))
+        };
+        assert_eq!(with(MAX_PDUS, MAX_EDUS).unwrap(), (50, 100));
+        let refusal = with(MAX_PDUS + 1, 0).unwrap_err();
+        assert!(refusal.errcode() == "M_BAD_JSON" && refusal.to_string().contains("more than 50"), "{refusal}");
+        assert!(with(0, MAX_EDUS + 1).unwrap_err().to_string().contains("more than 100"));
+        assert!(parse(br#"{"pdus":{}}"#, signer).unwrap_err().to_string().contains("a list of at most 50"));
+        assert_eq!(parse(b"{}", signer).unwrap().0.len(), 0);
+    }
+
+    #[test]
+    fn hc_05_the_body_names_no_other_origin_than_the_signature() {
+        let signer = server_name!("a.example");
+        assert!(parse(br#"{"origin":"a.example","pdus":[]}"#, signer).is_ok());
+        let refusal = parse(br#"{"origin":"b.example","pdus":[]}"#, signer).unwrap_err().to_string();
+        assert!(refusal.contains("b.example") && refusal.contains("a.example"), "{refusal}");
     }
 }
