@@ -24,7 +24,7 @@ use crate::federation::Context;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
-use crate::store::{StoreError, portals};
+use crate::store::{StoreError, inbox, portals};
 
 /// What every part of the bridge holds.
 pub(super) struct Core {
@@ -165,6 +165,11 @@ impl Core {
             .store
             .write(move |tx| {
                 Box::pin(async move {
+                    if state == PortalState::Suspended {
+                        // What waits will not cross any more.
+                        inbox::clear(tx, Side::Matrix, &stored.matrix_room_id).await?;
+                        inbox::clear(tx, Side::Lm, &stored.lm_room_id).await?;
+                    }
                     portals::set_state(tx, number, stored.state.as_str(), stored.reason.as_deref(), leave).await
                 })
             })

@@ -13,7 +13,7 @@ use super::notice::{say, text};
 use super::portal::{Cause, Portal, PortalKind, PortalState};
 use super::registry::Entry;
 use super::side::{Event, MEMBER, State};
-use super::users::Who;
+use super::users::{BOT, Who};
 use super::{create, repair};
 use crate::event::Object;
 use crate::identity::Side;
@@ -108,6 +108,32 @@ pub(super) fn may_end(event: &Event, bot: &UserId) -> bool {
     bot_is_out || (event.state_key.as_deref() == Some("") && matches!(event.kind.as_str(), SERVER_ACL | TOMBSTONE))
 }
 
+/// Whether an event brings in the bot of another gateway, so that [`stop_loop`] must look.
+pub(super) fn may_loop(event: &Event, own: &UserId) -> bool {
+    let joined = event.membership().filter(|(_, membership)| *membership == "join");
+    joined.is_some_and(|(user, _)| user.localpart() == BOT && user != *own)
+}
+
+/// Suspends a portal that another gateway makes too: each would carry the other's images back. True when there is one.
+pub(super) async fn stop_loop(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool, Refusal> {
+    let portal = entry.portal();
+    let matrix = core.sides()?.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
+    for entry_of in matrix.members() {
+        let Ok(user) = <&UserId>::try_from(entry_of.state_key) else { continue };
+        if user.localpart() != BOT || user == core.users.bot() || entry_of.membership() != "join" {
+            continue;
+        }
+        let key = (MEMBER.to_owned(), user.to_string());
+        let lm = core.sides()?.rooms(Side::Lm).pick(&portal.lm_room_id, &[key]).await?;
+        if lm.membership(user) == "join" {
+            let reason = format!("a loop: {} connects the same two rooms", user.server_name());
+            core.set_state(entry, PortalState::Suspended, Some(reason)).await?;
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Ends or suspends a portal whose rooms say so by their state; true when they do.
 pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool, Refusal> {
     let portal = entry.portal();
@@ -137,7 +163,7 @@ pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool
             return Ok(true);
         }
     }
-    Ok(false)
+    stop_loop(core, entry).await
 }
 
 fn ended<T>(entry: &Entry, outcome: Result<T, Refusal>) {

@@ -68,6 +68,10 @@ impl Inbox {
         if sorted.may_end {
             repair::soon(core, entry);
         }
+        if sorted.may_loop && ends::stop_loop(core, entry).await? {
+            // At once: in a loop the queues never empty.
+            return Ok(false);
+        }
         if sorted.echoes {
             // What waited for an echo is on the other direction.
             entry.direction(source.other()).wake.notify_one();
@@ -135,8 +139,9 @@ struct Sorted {
     items: Vec<Item>,
     out: Vec<(InboxRow, Out)>,
     echoes: bool,
-    /// Whether an event among them may end the portal.
+    /// Whether an event among them may end the portal, or shows another gateway.
     may_end: bool,
+    may_loop: bool,
 }
 
 async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -> Result<Sorted, Refusal> {
@@ -151,7 +156,7 @@ async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -
     let lpdus: Vec<OwnedEventId> = events.iter().filter_map(|(_, event)| event.as_ref()?.lpdu_id.clone()).collect();
     let crossed = images::of_sources(store, source, &ids).await?;
     let twice = if lpdus.is_empty() { Default::default() } else { images::of_lpdus(store, &lpdus).await? };
-    let mut sorted = Sorted { items: Vec::new(), out: Vec::new(), echoes: false, may_end: false };
+    let mut sorted = Sorted { items: Vec::new(), out: Vec::new(), echoes: false, may_end: false, may_loop: false };
     for (row, event) in events {
         let Some(event) = event else {
             tracing::error!(portal = portal.portal_id, event = %row.event_id, "an accepted event is not in the store");
@@ -165,6 +170,7 @@ async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -
             sorted.out.push((row, Out::Done));
             continue;
         }
+        sorted.may_loop |= ends::may_loop(&event, core.users.bot());
         sorted.may_end |= ends::may_end(&event, core.users.bot());
         match core.users.who(store, source, &event.sender).await? {
             // INV-7: what the gateway itself made is never translated back.

@@ -8,8 +8,8 @@ use crate::identity::{Ghost, GhostNames, Side};
 use crate::refusal::Refusal;
 use crate::store::{Store, ghosts};
 
-/// The localpart of the bot, on both sides.
-const BOT: &str = "isthmus";
+/// The localpart of the bot, on both sides; every gateway's bot is called like this.
+pub(super) const BOT: &str = "isthmus";
 /// The localpart of the appservice's sender at the Synapse.
 const APPSERVICE_SENDER: &str = "_isthmus";
 

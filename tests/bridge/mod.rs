@@ -6,4 +6,5 @@ mod doors;
 mod ends;
 mod faults;
 mod from_lm;
+mod loops;
 mod world;

@@ -185,23 +185,33 @@ impl World {
 
     /// A user of the homeserver joins a room of the gateway.
     pub async fn matrix_join(&self, gateway: &Gateway, room: &RoomId, user: &UserId) -> Result<View, Refusal> {
+        Self::matrix_join_from(&self.peer, gateway, room, user).await
+    }
+
+    /// A user of any homeserver joins a room of the gateway.
+    pub async fn matrix_join_from(
+        peer: &Peer,
+        gateway: &Gateway,
+        room: &RoomId,
+        user: &UserId,
+    ) -> Result<View, Refusal> {
         let versions: Vec<String> = RoomVersion::ALL.iter().map(|version| version.as_str().to_owned()).collect();
-        let made = gateway.dag.make_join(&self.peer.name, room, user, &versions).await?;
+        let made = gateway.dag.make_join(&peer.name, room, user, &versions).await?;
         let version = RoomVersion::parse(made["room_version"].as_str().unwrap()).unwrap();
         let mut event = made["event"].clone();
         event["content"]["displayname"] = json!(user.localpart().to_uppercase());
-        let (id, event) = self.peer.sign(version, event);
-        let answer = gateway.dag.send_join(&self.peer.name, room, &id, event.clone(), false).await?;
+        let (id, event) = peer.sign(version, event);
+        let answer = gateway.dag.send_join(&peer.name, room, &id, event.clone(), false).await?;
         let mut view = View { version, room_id: room.to_owned(), state: BTreeMap::new(), tips: Vec::new(), depth: 0 };
         for event in answer["auth_chain"].as_array().unwrap().iter().chain(answer["state"].as_array().unwrap()) {
             let event = object(event.clone());
-            self.peer.keep(&id_of(version, &event), &event);
+            peer.keep(&id_of(version, &event), &event);
         }
         for event in answer["state"].as_array().unwrap() {
             let event = object(event.clone());
             view.note(id_of(version, &event), &event);
         }
-        self.peer.keep(&id, &event);
+        peer.keep(&id, &event);
         view.note(id, &event);
         Ok(view)
     }
