@@ -1,15 +1,17 @@
 //! The seam between the two sides: what `lm` and `dag` have in common, and what they ask of the bridge, which stands between
 //! them and which neither of them knows.
 
+mod effect;
+
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 
+pub use self::effect::{Effects, EffectsOf, EventEffect, write_effects, write_effects_until_one_fails};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::store::{Tx, TxFuture};
 
 /// An event that a user of this gateway is to send: everything but what the room's side adds.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,10 +27,6 @@ pub struct Draft {
     /// Milliseconds since the epoch; never in the future.
     pub origin_server_ts: i64,
 }
-
-/// Something that is written in the same transaction as an event, with the event's ID (as a participant of an LM room: the
-/// LPDU's ID).
-pub type EventEffect = Box<dyn for<'c> FnOnce(&'c mut Tx, OwnedEventId) -> TxFuture<'c, ()> + Send>;
 
 /// A draft with what is to be written together with it.
 pub struct Outgoing {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use ruma::OwnedEventId;
 
 use super::core::Core;
@@ -11,33 +12,66 @@ use super::side::Event;
 use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::seam::EventEffect;
+use crate::seam::{Effects, EventEffect};
 use crate::store::images::{self, ImageRow, RefusalRow};
 use crate::store::inbox::{self, InboxRow};
 use crate::store::{StoreError, Tx};
 
-/// What is written with the image of `item`: its mapping and the end of its row. It fails only if the event has crossed
-/// already, which the portal's locks rule out: a last resort, since some of what is committed with it fails with it.
+/// What is written with the image of `item`: its mapping and the end of its row.
 pub(super) fn crossed(
     core: &Arc<Core>,
     portal: &Portal,
     source: Side,
     item: &Item,
     note: Option<String>,
-) -> EventEffect {
-    let seq = item.row.seq;
-    let mut row = image_row(core, portal, source, &item.event);
-    row.note = note;
-    let profile = profile(&item.event);
-    Box::new(move |tx, image| {
-        Box::pin(async move {
-            if !inbox::take(tx, seq).await? {
-                return Err(StoreError::Withdrawn("the event has crossed already"));
-            }
-            images::insert(tx, &ImageRow { image, ..row }).await?;
-            remember(tx, source, profile).await
-        })
-    })
+) -> Option<EventEffect> {
+    crossed_all(core, portal, source, vec![(item, note)]).next()
+}
+
+/// The same for several, written together. It fails only if an event has crossed already, which the portal's locks rule
+/// out: a last resort, since some of what is committed with it fails with it.
+pub(super) fn crossed_all<'a>(
+    core: &Arc<Core>,
+    portal: &Portal,
+    source: Side,
+    items: Vec<(&'a Item, Option<String>)>,
+) -> impl Iterator<Item = EventEffect> + use<'a> {
+    let crossing = |(item, note): (&'a Item, Option<String>)| Crossing {
+        seq: item.row.seq,
+        row: ImageRow { note, ..image_row(core, portal, source, &item.event) },
+        profile: profile(&item.event),
+    };
+    let items: Vec<Crossing> = items.into_iter().map(crossing).collect();
+    let count = items.len();
+    EventEffect::together(Arc::new(Crossed { source, items }), count)
+}
+
+struct Crossing {
+    seq: i64,
+    row: ImageRow,
+    profile: Called,
+}
+
+struct Crossed {
+    source: Side,
+    items: Vec<Crossing>,
+}
+
+#[async_trait]
+impl Effects for Crossed {
+    async fn write(&self, tx: &mut Tx, events: &[(usize, OwnedEventId)]) -> Result<(), StoreError> {
+        let items: Vec<_> = events.iter().filter_map(|(index, image)| Some((self.items.get(*index)?, image))).collect();
+        let seqs: Vec<i64> = items.iter().map(|(item, _)| item.seq).collect();
+        if !inbox::take(tx, &seqs).await? {
+            return Err(StoreError::Withdrawn("the event has crossed already"));
+        }
+        let rows = items.iter().map(|(item, image)| ImageRow { image: (*image).clone(), ..item.row.clone() });
+        images::insert(tx, &rows.collect::<Vec<_>>()).await?;
+        for (item, _) in items {
+            remember(tx, self.source, item.profile.clone()).await?;
+        }
+        Ok(())
+    }
 }
 
 /// What is written with a ghost's join that is sent because the ghost speaks: the mapping to the member event that it is
@@ -55,9 +89,9 @@ pub(super) async fn joined(
     let Some(event) = core.sides()?.rooms(source).event(&member).await? else { return Ok(None) };
     let row = image_row(core, portal, source, &event);
     let profile = profile(&event);
-    Ok(Some(Box::new(move |tx, image| {
+    Ok(Some(EventEffect::new(move |tx, image| {
         Box::pin(async move {
-            images::insert(tx, &ImageRow { image, ..row }).await?;
+            images::insert(tx, &[ImageRow { image, ..row }]).await?;
             remember(tx, source, profile).await
         })
     })))
@@ -79,8 +113,8 @@ pub(super) async fn adopt(
         .store
         .write(move |tx| {
             Box::pin(async move {
-                if inbox::take(tx, seq).await? && free {
-                    images::insert(tx, &row).await?;
+                if inbox::take(tx, &[seq]).await? && free {
+                    images::insert(tx, &[row]).await?;
                 }
                 remember(tx, source, profile).await
             })

@@ -288,14 +288,16 @@ impl Worker {
         if batch.is_empty() {
             return Ok(true);
         }
-        let mut outgoing = Vec::with_capacity(batch.len());
-        let mut seqs = Vec::with_capacity(batch.len());
+        let (mut drafts, mut seqs, mut items) = (Vec::new(), Vec::new(), Vec::new());
         for (seq, crossing) in batch {
             let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
-            let effect = effect::crossed(&self.core, portal, self.source, item, crossing.note);
-            outgoing.push(Outgoing { draft: crossing.image, effect: Some(effect) });
+            drafts.push(crossing.image);
             seqs.push(seq);
+            items.push((item, crossing.note));
         }
+        let effects = effect::crossed_all(&self.core, portal, self.source, items);
+        let outgoing =
+            drafts.into_iter().zip(effects).map(|(draft, effect)| Outgoing { draft, effect: Some(effect) }).collect();
         let far = self.source.other();
         let results = self.core.sides()?.rooms(far).send(portal.room(far), outgoing).await;
         let mut all = true;
@@ -362,7 +364,7 @@ impl Worker {
         }
         let send = async |draft: Draft| -> Result<Made, Refusal> {
             let effect = effect::crossed(&self.core, portal, self.source, item, note.clone());
-            let outgoing = Outgoing { draft, effect: Some(effect) };
+            let outgoing = Outgoing { draft, effect };
             let nothing = || Refusal::Internal("nothing came of an event".to_owned());
             rooms.send(room, vec![outgoing]).await.pop().unwrap_or_else(|| Err(nothing()))
         };
@@ -384,7 +386,7 @@ impl Worker {
         let (core, entry, portal, source) = (self.core.clone(), self.entry.clone(), portal.clone(), self.source);
         let (seq, asked) = (item.row.seq, self.asked.clone());
         self.core.spawn(async move {
-            let outgoing = Outgoing { draft: invite, effect: Some(effect) };
+            let outgoing = Outgoing { draft: invite, effect };
             let invited = match core.sides() {
                 Ok(sides) => sides.rooms(source.other()).invite(portal.room(source.other()), outgoing).await,
                 Err(refusal) => Err(refusal),

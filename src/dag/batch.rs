@@ -1,7 +1,7 @@
 //! What one or more jobs change in a room: kept in memory until it is committed in one transaction.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use ruma::room_version_rules::RoomVersionRules;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
@@ -16,7 +16,7 @@ use crate::event::RoomVersion;
 use crate::federation::{Feed, FeedKind, OutboundQueues};
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::seam::EventEffect;
+use crate::seam::{EffectsOf, EventEffect, write_effects};
 use crate::store::dag::Changes;
 use crate::store::{StoreError, dag, inbox};
 
@@ -37,8 +37,8 @@ pub struct Batch {
     pub(super) changes: Changes,
     /// Accepted events of others, in order.
     pub(super) inbox: Vec<OwnedEventId>,
-    /// In a mutex that nobody waits for: effects are `Send` and not `Sync`, a batch is both.
-    effects: Mutex<Vec<(OwnedEventId, EventEffect)>>,
+    /// What is written together with events, in order.
+    effects: EffectsOf,
     /// Servers that get one more event although nobody of theirs is joined: its position.
     pub(super) once: Vec<(OwnedServerName, i64)>,
     /// Events that were redacted: their new JSON.
@@ -65,7 +65,7 @@ impl Batch {
             groups: HashMap::new(),
             changes: Changes::default(),
             inbox: Vec::new(),
-            effects: Mutex::default(),
+            effects: EffectsOf::new(),
             once: Vec::new(),
             redacted: Vec::new(),
         }
@@ -94,7 +94,7 @@ impl Batch {
                 changes.outbox.len(),
                 changes.windows.len(),
                 self.inbox.len(),
-                self.effects.lock().map_or(0, |effects| effects.len()),
+                self.effects.len(),
                 self.once.len(),
                 self.redacted.len(),
             ],
@@ -112,16 +112,16 @@ impl Batch {
         self.changes.outbox.truncate(outbox);
         self.changes.windows.truncate(windows);
         self.inbox.truncate(inbox);
-        self.effects_mut().truncate(effects);
+        self.effects.truncate(effects);
         self.once.truncate(once);
         self.redacted.truncate(redacted);
         let written: BTreeSet<i64> = self.changes.groups.iter().map(|group| group.id).collect();
         self.groups.retain(|id, _| written.contains(id));
     }
 
-    /// What is written together with events, in order.
-    pub(super) fn effects_mut(&mut self) -> &mut Vec<(OwnedEventId, EventEffect)> {
-        self.effects.get_mut().unwrap_or_else(PoisonError::into_inner)
+    /// Writes something together with an event.
+    pub(super) fn add_effect(&mut self, event_id: OwnedEventId, effect: EventEffect) {
+        self.effects.push((effect, event_id));
     }
 
     /// The state of a group, committed or not.
@@ -217,9 +217,7 @@ impl Batch {
                     for event in &redactions {
                         dag::replace_json(tx, &event.pdu.event_id, event.pdu.raw.get().as_bytes()).await?;
                     }
-                    for (event_id, effect) in effects.into_inner().unwrap_or_else(PoisonError::into_inner) {
-                        effect(tx, event_id).await?;
-                    }
+                    write_effects(tx, &effects).await?;
                     if watched {
                         inbox::push(&writing, tx, Side::Matrix, &row.room_id, &inbox, now).await?;
                     }

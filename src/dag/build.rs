@@ -71,7 +71,7 @@ impl Batch {
         match outcome.and_then(|outcome| outcome.accepted().cloned()) {
             Ok(event) => {
                 if let Some(effect) = effect {
-                    self.effects_mut().push((event.pdu.event_id.clone(), effect));
+                    self.add_effect(event.pdu.event_id.clone(), effect);
                 }
                 Ok(event)
             }

@@ -9,13 +9,13 @@ use ruma::{EventId, OwnedEventId};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
-use super::batch::{Batch, Effect, Origin};
+use super::batch::{Batch, Origin};
 use super::room::{Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
 use super::{Appended, Lm};
 use crate::event::{Completion, Object, Pdu, VerifiedLpdu};
 use crate::refusal::Refusal;
-use crate::seam::Draft;
+use crate::seam::{Draft, EventEffect};
 use crate::store::lm as stored;
 
 /// How many events go into one batch; a little more when the last job is large.
@@ -65,7 +65,7 @@ pub(super) enum Outcome {
     /// It is not.
     Refused(Refusal),
     /// The log has moved since it was built.
-    Moved(Option<Effect>),
+    Moved(Option<EventEffect>),
 }
 
 impl Item {

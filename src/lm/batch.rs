@@ -2,11 +2,10 @@
 //! and told about only after the commit (INV-6).
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use ruma::{OwnedEventId, OwnedServerName};
 use serde_json::value::RawValue;
-use sqlx::Executor as _;
 
 use super::room::{Move, Snapshot};
 use super::rooms::RoomCell;
@@ -15,7 +14,7 @@ use crate::event::{Pdu, Redaction};
 use crate::federation::{Feed, FeedKind, OutboundQueues};
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::seam::EventEffect;
+use crate::seam::{EffectsOf, EventEffect, write_effects_until_one_fails};
 use crate::store::lm::{self as stored, NewEvent, RoomRow};
 use crate::store::{Store, StoreError, Tx, inbox};
 
@@ -27,22 +26,7 @@ pub(super) struct Origin {
     /// The answer to a handshake carries it to its sender's server, so the queue need not.
     pub answered: bool,
     /// What is written with it, with the ID by which its maker knows it.
-    pub effect: Option<Effect>,
-}
-
-/// An effect that waits; it can be looked past from several threads, though only run from one.
-pub(super) struct Effect(Mutex<EventEffect>);
-
-impl Effect {
-    fn into_inner(self) -> EventEffect {
-        self.0.into_inner().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl From<EventEffect> for Effect {
-    fn from(effect: EventEffect) -> Self {
-        Self(Mutex::new(effect))
-    }
+    pub effect: Option<EventEffect>,
 }
 
 struct Entry {
@@ -71,7 +55,7 @@ pub(super) struct Committed {
     /// Why the event after those was not appended.
     pub failed: Option<StoreError>,
     /// The effects of the events after the failed one, which were not tried.
-    pub untried: Vec<Option<Effect>>,
+    pub untried: Vec<Option<EventEffect>>,
 }
 
 impl Batch {
@@ -218,7 +202,7 @@ struct Job {
 struct Done {
     kept: usize,
     failed: Option<StoreError>,
-    untried: Vec<Option<Effect>>,
+    untried: Vec<Option<EventEffect>>,
     /// The events as text, where there is somebody to send them to.
     texts: Vec<(i64, Arc<RawValue>)>,
     /// Whether anything went into the bridge's inbox.
@@ -263,20 +247,16 @@ impl Job {
         Ok(Done { kept, failed, untried, texts, pushed })
     }
 
-    /// Runs the effects in order, each in a savepoint, up to the first that fails; says how many events are kept.
+    /// Writes the effects in order, up to the first that fails; says how many events are kept.
     async fn effects(&mut self, tx: &mut Tx) -> Result<(usize, Option<StoreError>), StoreError> {
-        for (index, entry) in self.entries.iter_mut().enumerate() {
-            let Some(effect) = entry.origin.effect.take() else { continue };
-            tx.execute("SAVEPOINT effect").await?;
-            let result = effect.into_inner()(tx, entry.pdu.event_id.clone()).await;
-            if let Err(error) = result {
-                tx.execute("ROLLBACK TO SAVEPOINT effect").await?;
-                tx.execute("RELEASE SAVEPOINT effect").await?;
-                return Ok((index, Some(error)));
-            }
-            tx.execute("RELEASE SAVEPOINT effect").await?;
-        }
-        Ok((self.entries.len(), None))
+        let with_effect = self.entries.iter().enumerate().filter_map(|(index, entry)| {
+            let effect = entry.origin.effect.clone()?;
+            Some((index, (effect, entry.pdu.event_id.clone())))
+        });
+        let (indexes, effects): (Vec<usize>, EffectsOf) = with_effect.unzip();
+        let (written, failed) = write_effects_until_one_fails(tx, &effects).await?;
+        let kept = indexes.get(written).copied().filter(|_| failed.is_some());
+        Ok((kept.unwrap_or(self.entries.len()), failed))
     }
 
     /// Gives the new events to the queues of the servers in the room.

@@ -59,9 +59,7 @@ impl Lm {
     }
 
     async fn send_as_hub(&self, cell: &Arc<RoomCell>, events: Vec<Outgoing>) -> Vec<Result<Sent, Refusal>> {
-        let own = |event: Outgoing| {
-            (What::Own(event.draft), Origin { effect: event.effect.map(Into::into), ..Origin::default() })
-        };
+        let own = |event: Outgoing| (What::Own(event.draft), Origin { effect: event.effect, ..Origin::default() });
         let results = self.append_all(cell, events.into_iter().map(own).collect()).await;
         results.into_iter().map(|result| result.map(Sent::Appended)).collect()
     }

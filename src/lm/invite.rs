@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 use super::actor::{Item, Job, Outcome, What};
-use super::batch::{Effect, Origin};
+use super::batch::Origin;
 use super::handshake::stripped_state;
 use super::participant::into_refusal;
 use super::room::Snapshot;
@@ -20,7 +20,7 @@ use crate::event::{Family, Object, Pdu, Redaction, RoomVersion, VerifiedLpdu, re
 use crate::federation::RemoteError;
 use crate::identity::{Side, Validity};
 use crate::refusal::Refusal;
-use crate::seam::{Draft, Invite, Outgoing};
+use crate::seam::{Draft, EventEffect, Invite, Outgoing, write_effects};
 
 /// How often an invite is built anew because the log has moved, before appends wait for it.
 const TRIES: usize = 3;
@@ -63,7 +63,7 @@ impl Lm {
         match self.role(&room) {
             Role::Hub if !in_room => {
                 let source = Source::Own(invite.draft);
-                self.invite_through(&cell, server, source, invite.effect.map(Into::into)).await.map(Sent::Appended)
+                self.invite_through(&cell, server, source, invite.effect).await.map(Sent::Appended)
             }
             Role::Participant { hub } if !in_room => self.invite_through_hub(&cell, room, &hub, invite).await,
             _ => {
@@ -95,7 +95,8 @@ impl Lm {
         // The same invite again is the same LPDU, which the hub knows: a crash before this line does no harm.
         if let Some(effect) = invite.effect {
             let lpdu_id = lpdu.lpdu_id.clone();
-            self.context().store.write(move |tx| effect(tx, lpdu_id)).await?;
+            let effects = [(effect, lpdu_id)];
+            self.context().store.write(move |tx| Box::pin(async move { write_effects(tx, &effects).await })).await?;
         }
         Ok(Sent::Queued { lpdu_id: lpdu.lpdu_id })
     }
@@ -173,7 +174,7 @@ impl Lm {
         cell: &Arc<RoomCell>,
         server: &ServerName,
         source: Source,
-        mut effect: Option<Effect>,
+        mut effect: Option<EventEffect>,
     ) -> Result<Appended, Refusal> {
         let foreign = matches!(source, Source::Lpdu(_));
         for _ in 0..TRIES {

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use ruma::{OwnedEventId, RoomId, ServerName, UserId};
 use serde_json::Value;
-use sqlx::Executor as _;
 
 use super::actor::template;
 use super::batch::Batch;
@@ -19,7 +18,7 @@ use super::{Appended, Lm, Sent};
 use crate::event::{Lpdu, Object, canonical_json};
 use crate::federation::{Delivery, Feed, FeedKind, OutboundQueues};
 use crate::refusal::Refusal;
-use crate::seam::{Draft, EventEffect, Outgoing};
+use crate::seam::{Draft, EffectsOf, EventEffect, Outgoing, write_effects_until_one_fails};
 use crate::store::lm as stored;
 use crate::store::{Store, StoreError, Tx};
 
@@ -266,33 +265,40 @@ struct Queueing {
 impl Queueing {
     /// Queues each with its effect, or neither; says for each what failed.
     async fn run(self, tx: &mut Tx) -> Result<Vec<Option<StoreError>>, StoreError> {
-        let mut failures = Vec::with_capacity(self.queue.len());
+        let failures = self.effects(tx).await?;
         let mut last = None;
-        for (lpdu_id, json, effect) in self.queue {
+        for ((lpdu_id, json, _), _) in self.queue.iter().zip(&failures).filter(|(_, failure)| failure.is_none()) {
             let position = self.store.next_id();
-            let failure = match effect {
-                None => None,
-                Some(effect) => {
-                    tx.execute("SAVEPOINT effect").await?;
-                    let failure = effect(tx, lpdu_id.clone()).await.err();
-                    if failure.is_some() {
-                        tx.execute("ROLLBACK TO SAVEPOINT effect").await?;
-                    }
-                    tx.execute("RELEASE SAVEPOINT effect").await?;
-                    failure
-                }
-            };
-            if failure.is_none() {
-                if last.is_none() {
-                    OutboundQueues::subscribe(tx, &self.hub, &self.feed, position.saturating_sub(1)).await?;
-                }
-                stored::queue_lpdu(tx, &self.feed.room_id, position, &lpdu_id, &json).await?;
-                last = Some(position);
+            if last.is_none() {
+                OutboundQueues::subscribe(tx, &self.hub, &self.feed, position.saturating_sub(1)).await?;
             }
-            failures.push(failure);
+            stored::queue_lpdu(tx, &self.feed.room_id, position, lpdu_id, json).await?;
+            last = Some(position);
         }
         if let Some(last) = last {
             OutboundQueues::advance(tx, &self.feed, last).await?;
+        }
+        Ok(failures)
+    }
+
+    /// Writes the effects of those that have one; says for each what failed.
+    async fn effects(&self, tx: &mut Tx) -> Result<Vec<Option<StoreError>>, StoreError> {
+        let with_effect = self
+            .queue
+            .iter()
+            .enumerate()
+            .filter_map(|(index, (lpdu_id, _, effect))| Some((index, (effect.clone()?, lpdu_id.clone()))));
+        let (indexes, effects): (Vec<usize>, EffectsOf) = with_effect.unzip();
+        let mut failures = vec![None; self.queue.len()];
+        let mut tried = 0_usize;
+        while let Some(rest) = effects.get(tried..).filter(|rest| !rest.is_empty()) {
+            let (written, failure) = write_effects_until_one_fails(tx, rest).await?;
+            tried = tried.saturating_add(written);
+            let failed = indexes.get(tried).and_then(|index| failures.get_mut(*index));
+            if let (Some(failure), Some(place)) = (failure, failed) {
+                *place = Some(failure);
+                tried = tried.saturating_add(1);
+            }
         }
         Ok(failures)
     }

@@ -1,9 +1,13 @@
 //! The tables of the graph side: rooms, events, state groups, joined members, the outbox and invites.
 
+use std::collections::HashSet;
+use std::sync::LazyLock;
+
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use sqlx::any::AnyRow;
 use sqlx::{AssertSqlSafe, Row as _};
 
+use super::rows::{chunks, placeholders, statement, statements};
 use super::text::{decode, encode};
 use super::{Store, StoreError, Tx};
 
@@ -107,9 +111,7 @@ pub async fn write(tx: &mut Tx, room: &RoomRow, changes: &Changes) -> Result<(),
             .execute(&mut *tx)
             .await?;
     }
-    for event in &changes.events {
-        write_event(tx, event).await?;
-    }
+    write_events(tx, &changes.events).await?;
     for (user, joined) in &changes.joined {
         let sql = if *joined {
             "INSERT INTO dag_joined (room_id, user_id) VALUES ($1, $2) ON CONFLICT (room_id, user_id) DO NOTHING"
@@ -118,15 +120,7 @@ pub async fn write(tx: &mut Tx, room: &RoomRow, changes: &Changes) -> Result<(),
         };
         sqlx::query(sql).bind(room.room_id.as_str()).bind(encode(user.as_str()).as_ref()).execute(&mut *tx).await?;
     }
-    for row in &changes.outbox {
-        sqlx::query("INSERT INTO dag_outbox (room_id, position, event_id, not_to) VALUES ($1, $2, $3, $4)")
-            .bind(room.room_id.as_str())
-            .bind(row.position)
-            .bind(row.event_id.as_str())
-            .bind(row.not_to.as_ref().map(|server| server.as_str()))
-            .execute(&mut *tx)
-            .await?;
-    }
+    write_outbox(tx, &room.room_id, &changes.outbox).await?;
     for (server, position, opened) in &changes.windows {
         let sql = if *opened {
             "INSERT INTO dag_windows (room_id, server, opened, closed) VALUES ($1, $2, $3, NULL) \
@@ -154,24 +148,61 @@ pub async fn open_once(tx: &mut Tx, room_id: &RoomId, server: &ServerName, posit
     Ok(())
 }
 
-async fn write_event(tx: &mut Tx, event: &EventRow) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO dag_events (event_id, room_id, version, seq, status, before_group, after_group, reason, json) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (event_id) DO UPDATE SET seq = excluded.seq, \
-         status = excluded.status, before_group = excluded.before_group, after_group = excluded.after_group, \
-         reason = excluded.reason, json = excluded.json",
-    )
-    .bind(event.event_id.as_str())
-    .bind(event.room_id.as_str())
-    .bind(event.version.as_str())
-    .bind(event.seq)
-    .bind(event.status)
-    .bind(event.before)
-    .bind(event.after)
-    .bind(event.reason.as_deref().map(|reason| encode(reason).into_owned()))
-    .bind(event.json.as_slice())
-    .execute(tx)
-    .await?;
+static WRITE_EVENTS: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+    statements(|rows| {
+        format!(
+            "INSERT INTO dag_events \
+             (event_id, room_id, version, seq, status, before_group, after_group, reason, json) VALUES {} \
+             ON CONFLICT (event_id) DO UPDATE SET seq = excluded.seq, status = excluded.status, \
+             before_group = excluded.before_group, after_group = excluded.after_group, reason = excluded.reason, \
+             json = excluded.json",
+            placeholders(rows, 9, 0)
+        )
+    })
+});
+
+async fn write_events(tx: &mut Tx, events: &[EventRow]) -> Result<(), StoreError> {
+    // PostgreSQL takes a row once in a statement: of an event that changed twice the last row counts.
+    let mut seen = HashSet::new();
+    let mut last: Vec<&EventRow> = events.iter().rev().filter(|event| seen.insert(&event.event_id)).collect();
+    last.reverse();
+    for chunk in chunks(&last) {
+        let mut query = sqlx::query(statement(&WRITE_EVENTS, chunk.len())?);
+        for event in chunk {
+            query = query
+                .bind(event.event_id.as_str())
+                .bind(event.room_id.as_str())
+                .bind(event.version.as_str())
+                .bind(event.seq)
+                .bind(event.status)
+                .bind(event.before)
+                .bind(event.after)
+                .bind(event.reason.as_deref().map(|reason| encode(reason).into_owned()))
+                .bind(event.json.as_slice());
+        }
+        query.execute(&mut *tx).await?;
+    }
+    Ok(())
+}
+
+static WRITE_OUTBOX: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+    statements(|rows| {
+        format!("INSERT INTO dag_outbox (room_id, position, event_id, not_to) VALUES {}", placeholders(rows, 4, 0))
+    })
+});
+
+async fn write_outbox(tx: &mut Tx, room_id: &RoomId, outbox: &[OutboxRow]) -> Result<(), StoreError> {
+    for chunk in chunks(outbox) {
+        let mut query = sqlx::query(statement(&WRITE_OUTBOX, chunk.len())?);
+        for row in chunk {
+            query = query
+                .bind(room_id.as_str())
+                .bind(row.position)
+                .bind(row.event_id.as_str())
+                .bind(row.not_to.as_ref().map(|server| server.as_str()));
+        }
+        query.execute(&mut *tx).await?;
+    }
     Ok(())
 }
 

@@ -1,11 +1,13 @@
 //! Which event is the image of which, which events were refused and why, and what users call themselves.
 
 use std::collections::HashMap;
+use std::sync::LazyLock;
 
 use ruma::{EventId, OwnedEventId, OwnedUserId, UserId};
 use sqlx::Row as _;
 use sqlx::any::AnyRow;
 
+use super::rows::{chunks, placeholders, statement, statements};
 use super::{Store, StoreError, Tx, text};
 use crate::identity::Side;
 
@@ -51,28 +53,30 @@ pub struct RefusalRow {
     pub refused_ts: i64,
 }
 
-/// How many IDs one query asks for.
-const CHUNK: usize = 100;
 const IMAGE_COLUMNS: &str = "side, source_event_id, source_lpdu_id, image_event_id, pending, portal, note, made_ts";
 const REFUSAL_COLUMNS: &str = "side, source_event_id, portal, sender, kind, code, reason, refused_ts";
 
-/// Records an image, in the transaction that makes it. Fails when the source has one already, or the image a source (INV-5).
-pub async fn insert(tx: &mut Tx, row: &ImageRow) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO bridge_images \
-         (side, source_event_id, source_lpdu_id, image_event_id, pending, portal, note, made_ts) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-    )
-    .bind(row.side.as_str())
-    .bind(row.source.as_str())
-    .bind(row.source_lpdu.as_ref().map(|id| id.as_str()))
-    .bind(row.image.as_str())
-    .bind(i64::from(row.pending))
-    .bind(row.portal)
-    .bind(row.note.as_deref())
-    .bind(row.made_ts)
-    .execute(tx)
-    .await?;
+static INSERT: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+    statements(|rows| format!("INSERT INTO bridge_images ({IMAGE_COLUMNS}) VALUES {}", placeholders(rows, 8, 0)))
+});
+
+/// Records images, in the transaction that makes them. Fails when a source has one already, or an image a source (INV-5).
+pub async fn insert(tx: &mut Tx, rows: &[ImageRow]) -> Result<(), StoreError> {
+    for chunk in chunks(rows) {
+        let mut query = sqlx::query(statement(&INSERT, chunk.len())?);
+        for row in chunk {
+            query = query
+                .bind(row.side.as_str())
+                .bind(row.source.as_str())
+                .bind(row.source_lpdu.as_ref().map(|id| id.as_str()))
+                .bind(row.image.as_str())
+                .bind(i64::from(row.pending))
+                .bind(row.portal)
+                .bind(row.note.as_deref())
+                .bind(row.made_ts);
+        }
+        query.execute(&mut *tx).await?;
+    }
     Ok(())
 }
 
@@ -228,9 +232,9 @@ pub async fn profile(
 
 async fn look_up(store: &Store, key: &str, side: Side, ids: &[OwnedEventId]) -> Result<Vec<ImageRow>, StoreError> {
     let mut found = Vec::new();
-    for chunk in ids.chunks(CHUNK) {
-        let places: Vec<String> = (0..chunk.len()).map(|index| format!("${}", index.saturating_add(2))).collect();
-        let sql = format!("SELECT {IMAGE_COLUMNS} FROM bridge_images WHERE {key} IN ({})", places.join(", "));
+    for chunk in chunks(ids) {
+        let list = placeholders(1, chunk.len(), 1);
+        let sql = format!("SELECT {IMAGE_COLUMNS} FROM bridge_images WHERE {key} IN {list}");
         let mut query = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(side.as_str());
         for id in chunk {
             query = query.bind(id.as_str());
@@ -301,7 +305,7 @@ mod tests {
     }
 
     async fn put(store: &Store, row: ImageRow) -> Result<(), StoreError> {
-        store.write(move |tx| Box::pin(async move { insert(tx, &row).await })).await
+        store.write(move |tx| Box::pin(async move { insert(tx, &[row]).await })).await
     }
 
     #[tokio::test]

@@ -1,9 +1,12 @@
 //! The bridge's inbox: accepted events of bridged rooms, written in the transaction that accepts them and taken out in the
 //! one that carries them over.
 
+use std::sync::LazyLock;
+
 use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId};
 use sqlx::Row as _;
 
+use super::rows::{chunks, placeholders, statement, statements};
 use super::{Store, StoreError, Tx};
 use crate::identity::Side;
 
@@ -18,6 +21,13 @@ pub struct InboxRow {
     pub received_ts: i64,
 }
 
+static PUSH: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+    statements(|rows| {
+        let rows = placeholders(rows, 5, 0);
+        format!("INSERT INTO bridge_inbox (seq, side, room_id, event_id, received_ts) VALUES {rows}")
+    })
+});
+
 /// Adds events of one room, in the order of acceptance, inside the write job that accepts them.
 pub async fn push(
     store: &Store,
@@ -27,15 +37,17 @@ pub async fn push(
     events: &[OwnedEventId],
     now_ms: i64,
 ) -> Result<(), StoreError> {
-    for event_id in events {
-        sqlx::query("INSERT INTO bridge_inbox (seq, side, room_id, event_id, received_ts) VALUES ($1, $2, $3, $4, $5)")
-            .bind(store.next_id())
-            .bind(side.as_str())
-            .bind(room_id.as_str())
-            .bind(event_id.as_str())
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?;
+    for chunk in chunks(events) {
+        let mut query = sqlx::query(statement(&PUSH, chunk.len())?);
+        for event_id in chunk {
+            query = query
+                .bind(store.next_id())
+                .bind(side.as_str())
+                .bind(room_id.as_str())
+                .bind(event_id.as_str())
+                .bind(now_ms);
+        }
+        query.execute(&mut *tx).await?;
     }
     Ok(())
 }
@@ -70,10 +82,18 @@ pub async fn waiting(
         .collect()
 }
 
-/// Takes one event out, inside the write job that carries it over; false when it was not there any more.
-pub async fn take(tx: &mut Tx, seq: i64) -> Result<bool, StoreError> {
-    let done = sqlx::query("DELETE FROM bridge_inbox WHERE seq = $1").bind(seq).execute(tx).await?;
-    Ok(done.rows_affected() > 0)
+static TAKE: LazyLock<Vec<(usize, String)>> =
+    LazyLock::new(|| statements(|rows| format!("DELETE FROM bridge_inbox WHERE seq IN {}", placeholders(1, rows, 0))));
+
+/// Takes events out, inside the write job that carries them over; false when one was not there any more.
+pub async fn take(tx: &mut Tx, seqs: &[i64]) -> Result<bool, StoreError> {
+    let mut taken = 0;
+    for chunk in chunks(seqs) {
+        let query = sqlx::query(statement(&TAKE, chunk.len())?);
+        let query = chunk.iter().fold(query, |query, seq| query.bind(*seq));
+        taken += query.execute(&mut *tx).await?.rows_affected();
+    }
+    Ok(usize::try_from(taken) == Ok(seqs.len()))
 }
 
 /// The rooms in which events wait.

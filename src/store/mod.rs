@@ -13,6 +13,7 @@ pub mod lm;
 pub mod outbound;
 pub mod overview;
 pub mod portals;
+mod rows;
 pub mod server_keys;
 #[cfg(test)]
 pub(crate) mod testing;

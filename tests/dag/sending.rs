@@ -36,7 +36,7 @@ async fn ghosts_join_and_speak_each_event_failing_alone() {
         let effects: Arc<Mutex<Vec<String>>> = Arc::default();
         let note = |label: &str| -> isthmus::seam::EventEffect {
             let (effects, label) = (effects.clone(), label.to_owned());
-            Box::new(move |_, _| {
+            isthmus::seam::EventEffect::new(move |_, _| {
                 Box::pin(async move {
                     effects.lock().unwrap().push(label);
                     Ok::<(), StoreError>(())

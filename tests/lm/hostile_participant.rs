@@ -384,7 +384,7 @@ async fn an_event_whose_effect_fails_fails_alone_and_leaves_no_gap() {
     let room = hub.create_room("public").await;
     let head = hub.lm.room(&room).await.unwrap().unwrap().head;
     let effect = |good: bool, name: &'static str| -> EventEffect {
-        Box::new(move |tx, event_id| {
+        EventEffect::new(move |tx, event_id| {
             Box::pin(async move {
                 sqlx::query("INSERT INTO sequence (name, value) VALUES ($1, $2)")
                     .bind(name)

@@ -77,35 +77,5 @@ fn redaction_name(redaction: Redaction) -> &'static str {
     }
 }
 
-/// The sizes in which many rows are written or looked up at once, so that there are few statements to prepare.
-const CHUNKS: [usize; 8] = [64, 48, 32, 16, 8, 4, 2, 1];
-
-/// Cuts `items` into pieces whose lengths are all in [`CHUNKS`].
-fn chunks<T>(mut items: &[T]) -> impl Iterator<Item = &[T]> {
-    std::iter::from_fn(move || {
-        let size = CHUNKS.into_iter().find(|size| *size <= items.len())?;
-        let (chunk, rest) = items.split_at_checked(size)?;
-        items = rest;
-        Some(chunk)
-    })
-}
-
-/// `(b+1, b+2, …), (…)`: placeholders for `rows` rows of `columns` columns after the first `before`.
-fn placeholders(rows: usize, columns: usize, before: usize) -> String {
-    let mut sql = String::with_capacity(rows * columns * 5);
-    for row in 0..rows {
-        sql.push_str(if row == 0 { "(" } else { ", (" });
-        for column in 1..=columns {
-            if column > 1 {
-                sql.push_str(", ");
-            }
-            sql.push('$');
-            sql.push_str(&(before + row * columns + column).to_string());
-        }
-        sql.push(')');
-    }
-    sql
-}
-
 #[cfg(test)]
 mod tests;

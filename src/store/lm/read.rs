@@ -6,7 +6,8 @@ use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId, ServerName};
 use sqlx::any::AnyRow;
 use sqlx::{AssertSqlSafe, Row as _};
 
-use super::{EventRow, LpduRow, RoomRow, chunks, placeholders};
+use super::super::rows::{chunks, placeholders};
+use super::{EventRow, LpduRow, RoomRow};
 use crate::event::{Redaction, RoomVersion};
 use crate::store::{Store, StoreError, text};
 

@@ -6,20 +6,6 @@ use super::*;
 use crate::store::Store;
 use crate::store::testing::both_stores;
 
-#[test]
-fn items_are_cut_into_few_sizes() {
-    let items: Vec<usize> = (0..87).collect();
-    let lengths: Vec<usize> = chunks(&items).map(<[usize]>::len).collect();
-    assert_eq!(lengths, [64, 16, 4, 2, 1]);
-    assert_eq!(chunks(&items).flatten().copied().collect::<Vec<_>>(), items);
-}
-
-#[test]
-fn placeholders_count_on() {
-    assert_eq!(placeholders(2, 2, 0), "($1, $2), ($3, $4)");
-    assert_eq!(placeholders(1, 3, 1), "($2, $3, $4)");
-}
-
 const ROOM: &str = "!room:hub.example";
 
 fn id(name: &str) -> OwnedEventId {

@@ -4,7 +4,8 @@ use std::sync::LazyLock;
 
 use ruma::{EventId, RoomId, ServerName};
 
-use super::{CHUNKS, NewEvent, RoomRow, chunks, placeholders, redaction_name};
+use super::super::rows::{chunks, placeholders, statement, statements};
+use super::{NewEvent, RoomRow, redaction_name};
 use crate::event::Redaction;
 use crate::store::{StoreError, Tx, text};
 
@@ -171,14 +172,4 @@ pub async fn complain(
     .execute(tx)
     .await?;
     Ok(())
-}
-
-/// One statement for each size of [`CHUNKS`].
-fn statements(sql: impl Fn(usize) -> String) -> Vec<(usize, String)> {
-    CHUNKS.into_iter().map(|rows| (rows, sql(rows))).collect()
-}
-
-fn statement(statements: &'static [(usize, String)], rows: usize) -> Result<&'static str, StoreError> {
-    let found = statements.iter().find(|(size, _)| *size == rows);
-    found.map(|(_, sql)| sql.as_str()).ok_or_else(|| StoreError::corrupt("statement", rows))
 }
