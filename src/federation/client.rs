@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use http::{Method, StatusCode, header};
+use http::{HeaderMap, Method, StatusCode, header};
 use ruma::{OwnedServerName, ServerName};
 use tokio::sync::Semaphore;
 use url::Url;
@@ -79,6 +79,8 @@ pub enum RemoteError {
         errcode: String,
         /// `error`, at most 500 characters of it.
         error: String,
+        /// How long it asks to be left alone: `Retry-After`, or else `retry_after_ms`.
+        retry_after: Option<Duration>,
     },
     /// The server could not be found or reached, or did not answer in time.
     #[error("not reachable: {0}")]
@@ -276,7 +278,23 @@ fn read_answer(answer: Answer) -> Result<Object, RemoteError> {
     let text = |name: &str, length: usize| -> String {
         body.get(name).and_then(|value| value.as_str()).unwrap_or_default().chars().take(length).collect()
     };
-    Err(RemoteError::Status { status: answer.status, errcode: text("errcode", 100), error: text("error", 500) })
+    Err(RemoteError::Status {
+        status: answer.status,
+        errcode: text("errcode", 100),
+        error: text("error", 500),
+        retry_after: retry_after(&answer.headers, &body),
+    })
+}
+
+/// How long a server asks to be left alone. A date counts from the server's own, so that clocks need not agree.
+/// <https://www.rfc-editor.org/rfc/rfc9110#field.retry-after>
+fn retry_after(headers: &HeaderMap, body: &Object) -> Option<Duration> {
+    let text = |name: header::HeaderName| headers.get(name)?.to_str().ok().map(str::trim);
+    let date = |name| httpdate::parse_http_date(text(name)?).ok();
+    let seconds = text(header::RETRY_AFTER).and_then(|text| text.parse().ok()).map(Duration::from_secs);
+    let until = || date(header::RETRY_AFTER)?.duration_since(date(header::DATE)?).ok();
+    let in_body = || body.get("retry_after_ms")?.as_u64().map(Duration::from_millis);
+    seconds.or_else(until).or_else(in_body)
 }
 
 #[async_trait]
@@ -286,5 +304,38 @@ impl KeyFetcher for Client {
         let _permit = self.inner.key_fetches.acquire().await.map_err(|error| unavailable(error.to_string()))?;
         let call = Call { timeout: KEYS_TIMEOUT, limit: KEYS_LIMIT, ..Call::get("/_matrix/key/v2/server") };
         self.get_json(server, call).await.map_err(|error| unavailable(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_server_says_how_long_it_wants_to_be_left_alone() {
+        let date = "Wed, 21 Oct 2015 07:28:00 GMT";
+        let later = "Wed, 21 Oct 2015 07:30:00 GMT";
+        for (headers, body, expected) in [
+            (vec![], json!({}), None),
+            (vec![("retry-after", "120")], json!({ "retry_after_ms": 5 }), Some(120_000)),
+            (vec![], json!({ "retry_after_ms": 1500 }), Some(1500)),
+            (vec![("retry-after", later), ("date", date)], json!({}), Some(120_000)),
+            // What cannot be read says nothing.
+            (vec![("retry-after", later)], json!({}), None),
+            (vec![("retry-after", date), ("date", later)], json!({}), None),
+            (vec![("retry-after", "-1")], json!({ "retry_after_ms": "7" }), None),
+            (vec![("retry-after", "soon")], json!({ "retry_after_ms": -7 }), None),
+            (vec![("retry-after", "99999999999999999999")], json!({ "retry_after_ms": 7 }), Some(7)),
+        ] {
+            let answer = Answer {
+                status: StatusCode::TOO_MANY_REQUESTS,
+                headers: headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect(),
+                body: body.to_string().into(),
+            };
+            let Err(RemoteError::Status { retry_after, .. }) = read_answer(answer) else { panic!() };
+            assert_eq!(retry_after, expected.map(Duration::from_millis), "{headers:?} {body}");
+        }
     }
 }

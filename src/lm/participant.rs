@@ -332,7 +332,7 @@ fn facts_of(hub: &ServerName, room_id: &RoomId, state: &[Result<Finished, Bad>])
 
 /// What another server answered, as a verdict where it is one.
 pub(super) fn into_refusal(error: RemoteError, server: &ServerName) -> Refusal {
-    let RemoteError::Status { status, errcode, error: text } = &error else { return error.into_refusal(server) };
+    let RemoteError::Status { status, errcode, error: text, .. } = &error else { return error.into_refusal(server) };
     match (*status, errcode.as_str()) {
         (http::StatusCode::FORBIDDEN, _) => Refusal::Forbidden(format!("{server}: {text}")),
         (http::StatusCode::NOT_FOUND, "M_NOT_FOUND") => Refusal::NotFound(format!("{server}: {text}")),

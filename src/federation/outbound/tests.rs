@@ -66,6 +66,7 @@ fn status(status: u16) -> Reply {
         status: StatusCode::from_u16(status).unwrap(),
         errcode: "M_UNKNOWN".to_owned(),
         error: "no".to_owned(),
+        retry_after: None,
     };
     Box::pin(std::future::ready(Err(error)))
 }
@@ -319,6 +320,33 @@ async fn hc_60_a_dead_destination_slows_no_other() {
 }
 
 #[tokio::test]
+async fn a_destination_that_asks_to_be_left_alone_is_even_when_it_is_heard_of() {
+    both_stores(|store| async move {
+        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
+        fill(&store, &feeds, &log, 1..2, &["a.example"]).await;
+        const ASKED: Duration = Duration::from_millis(1500);
+        let asked = std::sync::atomic::AtomicBool::new(false);
+        let mut world = World::new(&store, &feeds, move |_, _, _| {
+            if asked.swap(true, Ordering::SeqCst) {
+                return ok();
+            }
+            let (status, errcode) = (StatusCode::TOO_MANY_REQUESTS, "M_LIMIT_EXCEEDED".to_owned());
+            let error = RemoteError::Status { status, errcode, error: String::new(), retry_after: Some(ASKED) };
+            Box::pin(std::future::ready(Err(error)))
+        });
+        world.queues.start().await.unwrap();
+        let first = world.next().await;
+        let start = Instant::now();
+        world.queues.retry(&first.destination);
+        assert_eq!(world.next().await.txn_id(), first.txn_id());
+        assert!(start.elapsed() >= ASKED.mul_f64(0.9), "{:?}", start.elapsed());
+        world.settled().await;
+        world.queues.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_destination_that_is_heard_of_is_tried_at_once() {
     both_stores(|store| async move {
         let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
@@ -421,7 +449,8 @@ async fn the_name_of_the_endpoint_that_a_server_knows_is_remembered() {
         if uri.starts_with("/_matrix/federation/v2/send/") {
             return ok();
         }
-        let error = RemoteError::Status { status: StatusCode::NOT_FOUND, errcode: String::new(), error: String::new() };
+        let (status, errcode, error) = (StatusCode::NOT_FOUND, String::new(), String::new());
+        let error = RemoteError::Status { status, errcode, error, retry_after: None };
         Box::pin(std::future::ready(Err(error)))
     });
     world.queues.start().await.unwrap();

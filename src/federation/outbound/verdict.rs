@@ -14,6 +14,8 @@ pub(super) const TRIES: u32 = 24;
 
 const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(6 * 3600);
+/// How long a destination is left alone at most because it asks for it.
+const LONGEST_ASKED: Duration = Duration::from_secs(3600);
 
 /// A transaction that failed.
 pub(super) struct Failure<'a> {
@@ -81,6 +83,18 @@ pub(super) fn backoff(failures: i64, random: f64) -> Duration {
     delay.mul_f64(0.8 + 0.2 * random.clamp(0.0, 1.0))
 }
 
+/// How long a destination that has failed so wants to be left alone, within reason: where it is overloaded or unwell.
+pub(super) fn asked_for(error: &RemoteError) -> Duration {
+    match error {
+        RemoteError::Status { status, retry_after: Some(asked), .. }
+            if *status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error() =>
+        {
+            (*asked).min(LONGEST_ASKED)
+        }
+        _ => Duration::ZERO,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,6 +104,7 @@ mod tests {
             status: StatusCode::from_u16(status).unwrap(),
             errcode: errcode.to_owned(),
             error: String::new(),
+            retry_after: None,
         };
         judge(&Failure { error: &error, events, linearized, tries })
     }
@@ -124,6 +139,24 @@ mod tests {
         }
         let away = RemoteError::Unreachable(String::new());
         assert_eq!(judge(&Failure { error: &away, events: 1, linearized: true, tries: 1000 }), Retry);
+    }
+
+    #[test]
+    fn a_destination_may_ask_to_be_left_alone_for_an_hour_at_most() {
+        let asked = |status: u16, seconds: Option<u64>| {
+            asked_for(&RemoteError::Status {
+                status: StatusCode::from_u16(status).unwrap(),
+                errcode: String::new(),
+                error: String::new(),
+                retry_after: seconds.map(Duration::from_secs),
+            })
+        };
+        assert_eq!(asked(429, Some(90)), Duration::from_secs(90));
+        assert_eq!(asked(503, Some(90)), Duration::from_secs(90));
+        assert_eq!(asked(429, Some(u64::MAX)), LONGEST_ASKED);
+        assert_eq!(asked(429, None), Duration::ZERO);
+        assert_eq!(asked(403, Some(90)), Duration::ZERO, "that answer is about the events");
+        assert_eq!(asked_for(&RemoteError::Unreachable(String::new())), Duration::ZERO);
     }
 
     #[test]

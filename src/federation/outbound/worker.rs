@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::compose::{Composed, Composer, Part, Transaction, part_rows};
 use super::slot::Slot;
-use super::verdict::{Failure, Verdict, backoff, is_own_error, judge};
+use super::verdict::{Failure, Verdict, asked_for, backoff, is_own_error, judge};
 use super::wire::Envelope;
 use super::{Feed, Shared, lock};
 use crate::event::Object;
@@ -176,7 +176,7 @@ impl<'a> Worker<'a> {
         if transaction.uncertain
             && let Err(problem) = self.leave_out_delivered(&mut transaction).await?
         {
-            return self.failed(transaction, problem).await;
+            return self.failed(transaction, problem, Duration::ZERO).await;
         }
         let pdus = self.composer().load(&mut transaction).await?;
         if pdus.is_empty() {
@@ -263,7 +263,7 @@ impl<'a> Worker<'a> {
         }
         let verdict = judge(&Failure { error: &error, events, linearized, tries: self.tries });
         match verdict {
-            Verdict::Retry => self.failed(transaction, error.to_string()).await,
+            Verdict::Retry => self.failed(transaction, error.to_string(), asked_for(&error)).await,
             Verdict::Split => {
                 tracing::info!(server = %self.destination, events, %error, "sending the events one by one");
                 self.split(transaction, events).await?;
@@ -306,14 +306,15 @@ impl<'a> Worker<'a> {
         self.done = Some(part_rows(&transaction.parts));
     }
 
-    /// The destination failed: it is left alone for a while, or until it is heard of.
+    /// The destination failed: it is left alone for as long as it asks for, and then for a while or until it is heard of.
     async fn failed(
         &mut self,
         mut transaction: Transaction,
         problem: String,
+        asked: Duration,
     ) -> Result<Option<Transaction>, StoreError> {
         self.failures = self.failures.saturating_add(1);
-        let delay = backoff(self.failures, rand::rngs::OsRng.r#gen());
+        let delay = backoff(self.failures, rand::rngs::OsRng.r#gen()).max(asked);
         let row = FailureRow {
             destination: self.destination.to_string(),
             failures: self.failures,
@@ -327,7 +328,8 @@ impl<'a> Worker<'a> {
             // Destinations that are away for long hold no events in memory.
             part.events = None;
         }
-        self.pause_until_heard(delay).await;
+        self.pause(asked).await;
+        self.pause_until_heard(delay.saturating_sub(asked)).await;
         Ok(Some(transaction))
     }
 
@@ -351,7 +353,7 @@ impl<'a> Worker<'a> {
 /// An error as the answer to the one event that it is about.
 fn error_object(error: &RemoteError) -> Object {
     let (errcode, text) = match error {
-        RemoteError::Status { errcode, error: text, status } if text.is_empty() => {
+        RemoteError::Status { errcode, error: text, status, .. } if text.is_empty() => {
             (errcode.as_str(), status.to_string())
         }
         RemoteError::Status { errcode, error: text, .. } => (errcode.as_str(), text.clone()),
