@@ -32,6 +32,14 @@ pub enum Refusal {
         /// The limit in bytes.
         limit: usize,
     },
+    /// It would take more events than are looked at for one thing.
+    #[error("the {what} has more than {limit} events, more than this gateway looks at")]
+    TooManyEvents {
+        /// What has too many.
+        what: &'static str,
+        /// The limit.
+        limit: usize,
+    },
     /// A request is not authenticated as it must be.
     #[error("{0}")]
     Unauthenticated(String),
@@ -156,6 +164,7 @@ impl Refusal {
             Self::NotJson(_) => "not_json",
             Self::Malformed { .. } => "malformed",
             Self::TooLarge { .. } => "too_large",
+            Self::TooManyEvents { .. } => "too_many_events",
             Self::Unauthenticated(_) => "unauthenticated",
             Self::BadSignature { .. } => "bad_signature",
             Self::KeysUnavailable { .. } => "keys_unavailable",

@@ -9,12 +9,15 @@ use ruma::{EventId, OwnedEventId};
 use super::snapshot::Snapshot;
 use super::stored::Stored;
 use crate::admin::metrics::CacheMeter;
+use crate::refusal::Refusal;
 use crate::store::{Store, StoreError, dag};
 
 /// Some events by their IDs.
 pub type EventMap = HashMap<OwnedEventId, Arc<Stored>>;
 
-/// How many events an auth chain may have. Rooms have thousands; more is an attack.
+/// How many events an auth chain may have, which are held in memory while a state is resolved (about half a gigabyte). The
+/// largest public rooms have some ten thousand; where somebody has made more, what would need them is refused, and the
+/// rest of the transaction and all other rooms go on.
 const MAX_AUTH_CHAIN: usize = 200_000;
 
 /// The caches over the store; clones share them.
@@ -25,6 +28,7 @@ pub struct Events {
     groups: Cache<i64, Snapshot>,
     events_meter: CacheMeter,
     groups_meter: CacheMeter,
+    pub(super) max_auth_chain: usize,
 }
 
 impl Events {
@@ -33,7 +37,7 @@ impl Events {
         let (events, groups) = (Cache::new(events), Cache::new(groups));
         let events_meter = CacheMeter::watch("graph_events", &events);
         let groups_meter = CacheMeter::watch("graph_states", &groups);
-        Self { store, events, groups, events_meter, groups_meter }
+        Self { store, events, groups, events_meter, groups_meter, max_auth_chain: MAX_AUTH_CHAIN }
     }
 
     /// One event.
@@ -99,8 +103,8 @@ impl Events {
     }
 
     /// Everything that the auth events of `roots` lead to; `roots` themselves are in it only where another's chain holds
-    /// them. `staged` are events that are not committed yet.
-    pub async fn auth_chain(&self, roots: Vec<Arc<Stored>>, staged: &EventMap) -> Result<EventMap, StoreError> {
+    /// them. `staged` are events that are not committed yet. A chain of more events than fit is refused.
+    pub async fn auth_chain(&self, roots: Vec<Arc<Stored>>, staged: &EventMap) -> Result<EventMap, Refusal> {
         let mut chain = EventMap::new();
         let mut level: Vec<OwnedEventId> = roots.into_iter().flat_map(|event| event.pdu.auth_events.clone()).collect();
         while !level.is_empty() {
@@ -108,8 +112,8 @@ impl Events {
             let events = self.with_staged(&level, staged).await?;
             level = events.values().flat_map(|event| event.pdu.auth_events.iter().cloned()).collect();
             chain.extend(events);
-            if chain.len() > MAX_AUTH_CHAIN {
-                return Err(StoreError::corrupt("auth chain", "longer than any honest one"));
+            if chain.len() > self.max_auth_chain {
+                return Err(Refusal::TooManyEvents { what: "auth chain", limit: self.max_auth_chain });
             }
         }
         Ok(chain)

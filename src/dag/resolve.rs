@@ -17,6 +17,7 @@ use super::events::{EventMap, Events};
 use super::pdu::create_of_room;
 use super::snapshot::{Change, Snapshot, StateKey};
 use super::stored::Stored;
+use crate::refusal::Refusal;
 use crate::store::StoreError;
 
 /// What must be done to the first of `states` (two or more, all different) to make it the resolved state.
@@ -26,7 +27,7 @@ pub async fn resolve(
     room_id: &ruma::RoomId,
     rules: &RoomVersionRules,
     states: &[Snapshot],
-) -> Result<Vec<Change>, StoreError> {
+) -> Result<Vec<Change>, Refusal> {
     let Some(first) = states.first() else { return Ok(Vec::new()) };
     let conflicted_keys = conflicted_keys(states);
     if conflicted_keys.is_empty() {
@@ -79,7 +80,7 @@ impl Inputs {
         rules: &RoomVersionRules,
         states: &[Snapshot],
         conflicted_keys: &BTreeSet<StateKey>,
-    ) -> Result<Self, StoreError> {
+    ) -> Result<Self, Refusal> {
         let conflicted_of = |state: &Snapshot| -> Vec<OwnedEventId> {
             conflicted_keys.iter().filter_map(|key| state.map.get(key).cloned()).collect()
         };

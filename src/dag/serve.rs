@@ -13,7 +13,6 @@ use super::stored::{Status, Stored};
 use crate::event::Object;
 use crate::refusal::Refusal;
 use crate::seam::Membership;
-use crate::store::StoreError;
 
 /// How many events one page of history has at most.
 const MAX_PAGE: usize = 100;
@@ -214,7 +213,7 @@ pub(super) async fn auth_chain_of(
     events: &Events,
     roots: Vec<Arc<Stored>>,
     known: &EventMap,
-) -> Result<Vec<Arc<Stored>>, StoreError> {
+) -> Result<Vec<Arc<Stored>>, Refusal> {
     let chain = events.auth_chain(roots, &EventMap::new()).await?;
     Ok(chain.into_iter().filter(|(id, _)| !known.contains_key(id)).map(|(_, event)| event).collect())
 }

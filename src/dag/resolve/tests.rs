@@ -278,3 +278,27 @@ proptest! {
         });
     }
 }
+
+#[tokio::test]
+async fn a_resolution_that_would_take_too_many_events_is_refused_and_names_the_bound() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(&format!("sqlite://{}", directory.path().join("db").display())).await.unwrap();
+    let mut simulation = Simulation::begin(RoomVersion::V11, Events::new(store.clone(), 10, 10));
+    for ts in [100, 101] {
+        assert!(simulation.add(&[4], USERS[0], "m.room.topic", "", json!({}), ts));
+    }
+    let states: Vec<_> = simulation.states[5..].iter().map(|(_, state)| state.clone()).collect();
+    simulation.compare(&states).await;
+    // Create event, the creator's join, power levels.
+    for (bound, fits) in [(3, true), (2, false)] {
+        simulation.reader.max_auth_chain = bound;
+        let result =
+            resolve(&simulation.reader, &simulation.events, &simulation.room_id, simulation.rules, &states).await;
+        assert_eq!(result.is_ok(), fits);
+        if let Err(refusal) = result {
+            assert_eq!((refusal.code(), refusal.is_transient()), ("too_many_events", false));
+            assert!(refusal.to_string().contains("more than 2 events"), "{refusal}");
+        }
+    }
+    store.close().await;
+}
