@@ -78,7 +78,7 @@ impl Batch {
         let create = create_of_room(&self.room_id);
         let ids: Vec<_> =
             pdu.prev_events.iter().chain(&pdu.auth_events).chain([&pdu.event_id]).chain(&create).cloned().collect();
-        let known = self.shared.events.with_staged(&ids, &self.staged).await?;
+        let known = self.events(&ids).await?;
         if let Some(event) = known.get(&pdu.event_id).filter(|event| event.groups.is_some()) {
             return Ok(Outcome::Known(event.clone()));
         }
@@ -161,6 +161,7 @@ impl Batch {
     fn stage(&mut self, event: Stored) -> Arc<Stored> {
         let event = Arc::new(event);
         self.changes.events.push(event.to_row(self.shared.context.store.next_id()));
+        self.absent.remove(&event.pdu.event_id);
         self.staged.insert(event.pdu.event_id.clone(), event.clone());
         event
     }

@@ -1,6 +1,6 @@
 //! What one or more jobs change in a room: kept in memory until it is committed in one transaction.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use ruma::room_version_rules::RoomVersionRules;
@@ -33,6 +33,8 @@ pub struct Batch {
     pub core: Core,
     /// Events that are not committed yet.
     pub staged: EventMap,
+    /// Events that are not in the store, as far as was asked; nobody else puts any of this room's there.
+    pub absent: HashSet<OwnedEventId>,
     pub(super) groups: HashMap<i64, Snapshot>,
     pub(super) changes: Changes,
     /// Accepted events of others, in order.
@@ -62,6 +64,7 @@ impl Batch {
             rules: room.rules,
             core: Core::clone(&room.core()),
             staged: EventMap::new(),
+            absent: HashSet::new(),
             groups: HashMap::new(),
             changes: Changes::default(),
             inbox: Vec::new(),
@@ -124,6 +127,19 @@ impl Batch {
         self.effects.push((effect, event_id));
     }
 
+    /// Asks once for many which of these events are not in the store.
+    pub async fn look_up(&mut self, ids: &[OwnedEventId]) -> Result<(), StoreError> {
+        let found = self.shared.events.get_many(ids).await?;
+        self.absent.extend(ids.iter().filter(|id| !found.contains_key(*id)).cloned());
+        Ok(())
+    }
+
+    /// Those of the events that are here, committed or not.
+    pub async fn events(&self, ids: &[OwnedEventId]) -> Result<EventMap, StoreError> {
+        let ids: Vec<_> = ids.iter().filter(|id| !self.absent.contains(*id)).cloned().collect();
+        self.shared.events.with_staged(&ids, &self.staged).await
+    }
+
     /// The state of a group, committed or not.
     pub async fn snapshot(&self, id: i64) -> Result<Snapshot, StoreError> {
         if let Some(snapshot) = self.groups.get(&id) {
@@ -155,7 +171,7 @@ impl Batch {
     }
 
     /// The resolved state of `states`, in no order.
-    pub async fn merge(&mut self, mut states: Vec<Snapshot>) -> Result<Snapshot, StoreError> {
+    pub async fn merge(&mut self, mut states: Vec<Snapshot>) -> Result<Snapshot, Refusal> {
         states.sort_by_key(|state| state.id);
         states.dedup_by_key(|state| state.id);
         let Some(first) = states.first().cloned() else { return Ok(self.empty_state()) };

@@ -57,6 +57,8 @@ impl Batch {
                 return Err(refusal);
             }
         };
+        // It follows the newest events, so that it is new.
+        self.absent.insert(event.pdu().event_id.clone());
         self.take_own(event, outgoing.effect, before).await
     }
 

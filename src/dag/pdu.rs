@@ -246,9 +246,10 @@ pub fn room_of_create(event_id: &OwnedEventId) -> Result<OwnedRoomId, Refusal> {
     room_id.as_str().try_into().map_err(|_| Refusal::malformed("room ID", room_id))
 }
 
-/// The create event of a version 12 room.
+/// The create event of a version 12 room; no event has the ID that an older room's ID would give.
 pub fn create_of_room(room_id: &ruma::RoomId) -> Option<OwnedEventId> {
-    room_id.as_str().replacen('!', "$", 1).as_str().try_into().ok()
+    let event_id: OwnedEventId = room_id.as_str().replacen('!', "$", 1).as_str().try_into().ok()?;
+    check_event_id(&event_id).is_ok().then_some(event_id)
 }
 
 /// Event IDs of the versions that are supported are `$` and 43 characters of URL-safe base64.

@@ -173,6 +173,7 @@ impl Shared {
 
 async fn accept_each(batch: &mut Batch, events: Vec<Verified>, source: Source) -> Result<Outcomes, Refusal> {
     let mut outcomes = Outcomes::new();
+    batch.look_up(&events.iter().map(|event| event.pdu().event_id.clone()).collect::<Vec<_>>()).await?;
     for event in events {
         let event_id = event.pdu().event_id.clone();
         let before = batch.savepoint();

@@ -1,7 +1,7 @@
 //! Redactions: what an accepted one takes away is taken out of the store too, so that nobody gets it from here.
 //! <https://spec.matrix.org/v1.16/rooms/v11/#handling-redactions>
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ruma::state_res::Event as _;
 
@@ -24,7 +24,8 @@ impl Batch {
         if !self.may_redact(redaction, target).await? {
             return Ok(());
         }
-        let redacted = Arc::new(Stored { pdu: target.pdu.redacted()?, ..Stored::clone(target) });
+        let redacted =
+            Arc::new(Stored { pdu: target.pdu.redacted()?, shown: OnceLock::new(), ..Stored::clone(target) });
         if self.staged.contains_key(&target_id) {
             self.staged.insert(target_id, redacted.clone());
         }

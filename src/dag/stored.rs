@@ -1,6 +1,6 @@
 //! Events that are stored: with what was found of them, and with the state groups before and after.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ruma::events::TimelineEventType;
 use ruma::state_res::Event;
@@ -52,6 +52,8 @@ pub struct Stored {
     pub reason: Option<String>,
     /// The state groups before and after it; none when they are not known, which is so for an auth event that came alone.
     pub groups: Option<Groups>,
+    /// Of a state event: as the bridge sees it, which asks for the same ones again and again.
+    pub shown: OnceLock<Arc<GraphEvent>>,
 }
 
 /// The state groups before and after an event.
@@ -66,7 +68,7 @@ pub struct Groups {
 impl Stored {
     /// An event of which nothing was found yet.
     pub fn new(pdu: Pdu) -> Self {
-        Self { pdu, status: Status::Accepted, reason: None, groups: None }
+        Self { pdu, status: Status::Accepted, reason: None, groups: None, shown: OnceLock::new() }
     }
 
     /// Whether it is part of the room.
@@ -98,6 +100,13 @@ impl Stored {
 
     /// As the bridge sees it.
     pub fn to_graph_event(&self) -> Arc<GraphEvent> {
+        match self.pdu.state_key {
+            Some(_) => self.shown.get_or_init(|| self.read()).clone(),
+            None => self.read(),
+        }
+    }
+
+    fn read(&self) -> Arc<GraphEvent> {
         let pdu = &self.pdu;
         Arc::new(GraphEvent {
             event_id: pdu.event_id.clone(),
@@ -136,7 +145,7 @@ impl Stored {
         let status =
             Status::from_i64(row.status).ok_or_else(|| StoreError::corrupt("status of an event", row.status))?;
         let groups = row.before.zip(row.after).map(|(before, after)| Groups { before, after });
-        Ok(Self { pdu, status, reason: row.reason, groups })
+        Ok(Self { pdu, status, reason: row.reason, groups, shown: OnceLock::new() })
     }
 }
 

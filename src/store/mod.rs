@@ -157,21 +157,21 @@ impl Store {
 }
 
 fn pool_options(backend: Backend, size: u32) -> AnyPoolOptions {
-    AnyPoolOptions::new().max_connections(size).acquire_timeout(Duration::from_secs(30)).after_connect(
-        move |connection, _| {
-            Box::pin(async move {
-                if backend == Backend::Sqlite {
-                    connection
-                        .execute(
-                            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
+    // A file does not go away as a server does: asking it first would double the cost of a small read.
+    let options = AnyPoolOptions::new().test_before_acquire(backend == Backend::Postgres);
+    options.max_connections(size).acquire_timeout(Duration::from_secs(30)).after_connect(move |connection, _| {
+        Box::pin(async move {
+            if backend == Backend::Sqlite {
+                connection
+                    .execute(
+                        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
                              PRAGMA busy_timeout = 10000; PRAGMA cache_size = -32768; PRAGMA temp_store = MEMORY;",
-                        )
-                        .await?;
-                }
-                Ok(())
-            })
-        },
-    )
+                    )
+                    .await?;
+            }
+            Ok(())
+        })
+    })
 }
 
 async fn migrate(pool: &AnyPool) -> Result<(), StoreError> {
