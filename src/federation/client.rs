@@ -274,16 +274,16 @@ fn read_answer(answer: Answer) -> Result<Object, RemoteError> {
     if answer.status == StatusCode::OK {
         return parse_object(&answer.body).map_err(|refusal| RemoteError::BadAnswer(refusal.to_string()));
     }
-    let body: Object = serde_json::from_slice(&answer.body).unwrap_or_default();
+    Err(failure(answer.status, &answer.headers, &answer.body))
+}
+
+fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> RemoteError {
+    let body: Object = serde_json::from_slice(body).unwrap_or_default();
     let text = |name: &str, length: usize| -> String {
         body.get(name).and_then(|value| value.as_str()).unwrap_or_default().chars().take(length).collect()
     };
-    Err(RemoteError::Status {
-        status: answer.status,
-        errcode: text("errcode", 100),
-        error: text("error", 500),
-        retry_after: retry_after(&answer.headers, &body),
-    })
+    let (errcode, error) = (text("errcode", 100), text("error", 500));
+    RemoteError::Status { status, errcode, error, retry_after: retry_after(headers, &body) }
 }
 
 /// How long a server asks to be left alone. A date counts from the server's own, so that clocks need not agree.
@@ -329,12 +329,9 @@ mod tests {
             (vec![("retry-after", "soon")], json!({ "retry_after_ms": -7 }), None),
             (vec![("retry-after", "99999999999999999999")], json!({ "retry_after_ms": 7 }), Some(7)),
         ] {
-            let answer = Answer {
-                status: StatusCode::TOO_MANY_REQUESTS,
-                headers: headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect(),
-                body: body.to_string().into(),
-            };
-            let Err(RemoteError::Status { retry_after, .. }) = read_answer(answer) else { panic!() };
+            let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
+            let failure = failure(StatusCode::TOO_MANY_REQUESTS, &headers, body.to_string().as_bytes());
+            let RemoteError::Status { retry_after, .. } = failure else { panic!() };
             assert_eq!(retry_after, expected.map(Duration::from_millis), "{headers:?} {body}");
         }
     }
