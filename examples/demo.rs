@@ -19,8 +19,8 @@ use clap::Parser;
 use indicatif::ProgressBar;
 use ruma::{OwnedRoomId, OwnedUserId};
 use serde_json::Value;
-use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 
 use self::provider::{NewRoom, News, Options, Provider};
 use self::testbed::certificates::Authority;
@@ -47,8 +47,10 @@ async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let show = Show::new();
     let result = tokio::select! {
-        result = run(&show, arguments.once) => result,
-        result = stopped() => result,
+        // In this order, since the play takes the signal for its regular end when it is over and just stays up.
+        biased;
+        result = play(&show, arguments.once) => result,
+        result = told_to_stop() => result.and_then(|()| bail!("stopped before the end")),
     };
     show.end();
     match result {
@@ -61,17 +63,17 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Waits for Ctrl-C or SIGTERM. What was started is stopped when the rest is dropped.
-async fn stopped() -> Result<()> {
+/// Returns at Ctrl-C or SIGTERM. What was started is stopped when the rest is dropped.
+async fn told_to_stop() -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
         result = tokio::signal::ctrl_c() => result?,
         _ = terminate.recv() => {}
     }
-    bail!("stopped")
+    Ok(())
 }
 
-async fn run(show: &Show, once: bool) -> Result<()> {
+async fn play(show: &Show, once: bool) -> Result<()> {
     show.step("Python environment with Synapse");
     let python = {
         let show = show.clone();
@@ -260,11 +262,19 @@ impl Stage {
         println!("  Any other user may register there and /join #lm_cafe_{HUB}:{}", self.synapse.server_name);
         println!("  Here you are Bob: type a line and press Enter. Ctrl-C ends everything.\n");
         let mut news = self.provider.news();
-        let mut lines = BufReader::new(tokio::io::stdin()).lines();
+        let mut lines = lines();
         let mut typing = true;
+        let stop = told_to_stop();
+        tokio::pin!(stop);
         loop {
             tokio::select! {
-                line = lines.next_line(), if typing => match line? {
+                // First, so that Ctrl-C is the regular end here.
+                biased;
+                stopped = &mut stop => {
+                    println!("\nStopped.");
+                    return stopped;
+                }
+                line = lines.recv(), if typing => match line {
                     Some(line) if line.trim().is_empty() => {}
                     Some(line) => drop(self.provider.send_text(&self.bob, &self.lm_room, line.trim())?),
                     // Without a terminal it stays up all the same.
@@ -280,6 +290,19 @@ impl Stage {
             }
         }
     }
+}
+
+/// What is typed, line by line. It is read by a thread of its own, which nobody waits for at the end.
+fn lines() -> mpsc::Receiver<String> {
+    let (sender, receiver) = mpsc::channel(1);
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lines().map_while(Result::ok) {
+            if sender.blocking_send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
 }
 
 /// A port that people remember, when it is free.
