@@ -71,7 +71,8 @@ pub fn say_hello(hello: &Value) {
     std::io::stdout().flush().unwrap();
 }
 
-/// The configuration of a gateway at this address, with its files in `directory`, that knows the peers' addresses.
+/// The configuration of a gateway at this address, with its files in `directory`, that knows the peers' addresses and
+/// keeps none of them within a budget.
 pub fn config(directory: &Path, name: &str) -> Config {
     // The peers' names are their addresses.
     let resolve: String = (0..super::ear::MOST)
@@ -81,7 +82,7 @@ pub fn config(directory: &Path, name: &str) -> Config {
     let path = directory.join("isthmus.toml");
     let text = format!(
         "server_name = \"{name}\"\n[listen]\naddress = \"{name}\"\n[database]\nurl = \"sqlite://{}\"\n\
-         [admin]\naddress = \"127.0.0.1:0\"\n[federation]\nallow_private_networks = true\n[federation.resolve]\n{resolve}",
+         [admin]\naddress = \"127.0.0.1:0\"\n[budgets]\nevents_per_second = 0\n[federation]\nallow_private_networks = true\n[federation.resolve]\n{resolve}",
         directory.join("isthmus.db").display()
     );
     std::fs::write(&path, text).unwrap();

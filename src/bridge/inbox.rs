@@ -1,6 +1,7 @@
 //! The inbox of one direction in memory: the rows that wait, with their events; what need not cross is sorted out when it is
 //! read.
 
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,8 +43,10 @@ pub(super) struct Item {
 /// What waits, in the order of acceptance.
 #[derive(Default)]
 pub(super) struct Inbox {
-    pub(super) items: Vec<Item>,
+    pub(super) items: VecDeque<Item>,
     cursor: i64,
+    /// Whether the last look found everything.
+    exhausted: bool,
 }
 
 impl Inbox {
@@ -62,7 +65,11 @@ impl Inbox {
         let limit = i64::try_from(room).unwrap_or(1);
         let store = &core.context.store;
         let rows = inbox::waiting(store, source, portal.room(source), self.cursor, limit).await?;
-        let Some(last) = rows.last().map(|row| row.seq) else { return Ok(false) };
+        let exhausted = rows.len() < room;
+        let Some(last) = rows.last().map(|row| row.seq) else {
+            self.exhausted = true;
+            return Ok(false);
+        };
         let mut sorted = sort(core, portal, source, rows).await?;
         effect::sorted_out(core, portal, source, sorted.out).await?;
         if sorted.may_end {
@@ -77,14 +84,24 @@ impl Inbox {
             entry.direction(source.other()).wake.notify_one();
         }
         self.items.append(&mut sorted.items);
-        self.cursor = last;
+        (self.cursor, self.exhausted) = (last, exhausted);
         Ok(true)
+    }
+
+    /// Whether there may be more rows although nobody says so.
+    pub(super) fn may_have_more(&self) -> bool {
+        !self.exhausted
+    }
+
+    /// The next look finds what came since the last one.
+    pub(super) fn look_again(&mut self) {
+        self.exhausted = false;
     }
 
     /// Takes an item out.
     pub(super) fn take(&mut self, seq: i64) -> Option<Item> {
         let index = self.items.iter().position(|item| item.row.seq == seq)?;
-        Some(self.items.remove(index))
+        self.items.remove(index)
     }
 
     /// Forgets an item that is done.
@@ -136,7 +153,7 @@ pub(super) enum Out {
 }
 
 struct Sorted {
-    items: Vec<Item>,
+    items: VecDeque<Item>,
     out: Vec<(InboxRow, Out)>,
     echoes: bool,
     /// Whether an event among them may end the portal, or shows another gateway.
@@ -156,7 +173,8 @@ async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -
     let lpdus: Vec<OwnedEventId> = events.iter().filter_map(|(_, event)| event.as_ref()?.lpdu_id.clone()).collect();
     let crossed = images::of_sources(store, source, &ids).await?;
     let twice = if lpdus.is_empty() { Default::default() } else { images::of_lpdus(store, &lpdus).await? };
-    let mut sorted = Sorted { items: Vec::new(), out: Vec::new(), echoes: false, may_end: false, may_loop: false };
+    let mut seen: HashSet<OwnedEventId> = HashSet::new();
+    let mut sorted = Sorted { items: VecDeque::new(), out: Vec::new(), echoes: false, may_end: false, may_loop: false };
     for (row, event) in events {
         let Some(event) = event else {
             tracing::error!(portal = portal.portal_id, event = %row.event_id, "an accepted event is not in the store");
@@ -165,7 +183,7 @@ async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -
         };
         let again =
             event.lpdu_id.as_ref().and_then(|lpdu| twice.get(lpdu)).is_some_and(|first| *first != event.event_id)
-                || sorted.items.iter().any(|item| item.event.lpdu_id.is_some() && item.event.lpdu_id == event.lpdu_id);
+                || event.lpdu_id.as_ref().is_some_and(|lpdu| seen.contains(lpdu));
         if crossed.contains_key(&event.event_id) || again {
             sorted.out.push((row, Out::Done));
             continue;
@@ -181,7 +199,10 @@ async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -
             }
             who => match admit(core, source, &event, &who) {
                 Err(refusal) => sorted.out.push((row, Out::Refused(Box::new(event), refusal))),
-                Ok(()) => sorted.items.push(item(core, row, event)),
+                Ok(()) => {
+                    seen.extend(event.lpdu_id.clone());
+                    sorted.items.push_back(item(core, row, event));
+                }
             },
         }
     }

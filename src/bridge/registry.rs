@@ -60,6 +60,11 @@ impl Direction {
         start
     }
 
+    /// Whether there was news since this was last asked; for the task that works.
+    pub(super) fn take_news(&self) -> bool {
+        self.state.compare_exchange(AGAIN, RUNNING, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
     /// The task has nothing left. True when it may end; false when there was news meanwhile.
     pub(super) fn rest(&self) -> bool {
         let ended = self.state.compare_exchange(RUNNING, IDLE, Ordering::SeqCst, Ordering::SeqCst).is_ok();
@@ -267,6 +272,8 @@ mod tests {
         assert!(direction.call());
         assert!(!direction.call());
         assert!(!direction.rest(), "there was a call");
+        assert!(!direction.take_news() && !direction.call());
+        assert!(direction.take_news() && !direction.take_news());
         assert!(direction.rest());
         assert!(direction.call());
     }

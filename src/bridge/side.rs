@@ -193,13 +193,7 @@ impl Rooms for Dag {
     }
 
     async fn pick(&self, room_id: &RoomId, keys: &[Key]) -> Result<State, Refusal> {
-        let mut state = dag::State::new();
-        for key in keys {
-            if let Some(event) = self.state_event(room_id, &key.0, &key.1).await? {
-                state.insert(key.clone(), event);
-            }
-        }
-        Ok(State::Graph(Arc::new(state)))
+        Ok(State::Graph(Arc::new(self.state_events(room_id, keys).await?)))
     }
 
     async fn send(&self, room_id: &RoomId, events: Vec<Outgoing>) -> Vec<Result<Made, Refusal>> {

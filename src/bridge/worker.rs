@@ -24,7 +24,7 @@ use crate::seam::{Draft, Outgoing};
 use crate::store::images;
 
 /// How many images are sent in one call.
-const BATCH: usize = 50;
+const BATCH: usize = 200;
 /// How long an event waits for the echo of what it relates to, or of its sender's join.
 const ECHO_PATIENCE_MS: i64 = 120_000;
 /// How long a row that cannot go holds back whatever may descend from it.
@@ -44,7 +44,10 @@ pub(super) async fn run(core: Arc<Core>, entry: Arc<Entry>, source: Side) {
         let wait = match worker.pass().await {
             Ok(Progress::More) => continue,
             Ok(Progress::Empty) if worker.entry.direction(source).rest() => return,
-            Ok(Progress::Empty) => continue,
+            Ok(Progress::Empty) => {
+                worker.inbox.look_again();
+                continue;
+            }
             Ok(Progress::Wait(wait)) => wait,
             Err(error) => {
                 tracing::warn!(portal = worker.entry.portal().portal_id, side = source.as_str(), %error, "carrying paused");
@@ -106,7 +109,8 @@ impl Worker {
         while let Ok((seq, done)) = self.answers.try_recv() {
             self.finish(&portal, seq, done).await?;
         }
-        let loaded = self.inbox.load(&self.core, &self.entry, &portal, self.source).await?;
+        let look = self.entry.direction(self.source).take_news() || self.inbox.may_have_more();
+        let loaded = look && self.inbox.load(&self.core, &self.entry, &portal, self.source).await?;
         if self.inbox.items.is_empty() {
             return Ok(if loaded { Progress::More } else { Progress::Empty });
         }

@@ -1,7 +1,6 @@
 //! The checks on receipt of a PDU, after its form and signatures, and what its acceptance changes.
 //! <https://spec.matrix.org/v1.16/server-server-api/#checks-performed-on-receipt-of-a-pdu>
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
@@ -13,7 +12,7 @@ use super::batch::Batch;
 use super::events::EventMap;
 use super::pdu::{Verified, create_of_room};
 use super::room::Tip;
-use super::snapshot::Snapshot;
+use super::snapshot::{Snapshot, StateKey};
 use super::stored::{Groups, Status, Stored};
 use crate::refusal::Refusal;
 use crate::seam::Membership;
@@ -162,7 +161,7 @@ impl Batch {
         let event = Arc::new(event);
         self.changes.events.push(event.to_row(self.shared.context.store.next_id()));
         self.absent.remove(&event.pdu.event_id);
-        self.staged.insert(event.pdu.event_id.clone(), event.clone());
+        self.put_staged(event.clone());
         event
     }
 
@@ -314,8 +313,8 @@ impl Batch {
 }
 
 fn same(one: &AuthState, other: &AuthState) -> bool {
-    let ids = |state: &AuthState| -> HashMap<_, _> {
-        state.iter().map(|(key, event)| (key.clone(), event.pdu.event_id.clone())).collect()
+    let stands = |(key, event): (&StateKey, &Arc<Stored>)| {
+        other.get(key).is_some_and(|other| other.pdu.event_id == event.pdu.event_id)
     };
-    one.len() == other.len() && ids(one) == ids(other)
+    one.len() == other.len() && one.iter().all(stands)
 }

@@ -33,6 +33,8 @@ pub struct Batch {
     pub core: Core,
     /// Events that are not committed yet.
     pub staged: EventMap,
+    /// What was staged before under the ID of each event that was staged, in order: the way back.
+    replaced: Vec<(OwnedEventId, Option<Arc<Stored>>)>,
     /// Events that are not in the store, as far as was asked; nobody else puts any of this room's there.
     pub absent: HashSet<OwnedEventId>,
     pub(super) groups: HashMap<i64, Snapshot>,
@@ -50,8 +52,7 @@ pub struct Batch {
 /// Where a batch can be rolled back to.
 pub struct Savepoint {
     core: Core,
-    staged: EventMap,
-    lengths: [usize; 9],
+    lengths: [usize; 10],
 }
 
 impl Batch {
@@ -64,6 +65,7 @@ impl Batch {
             rules: room.rules,
             core: Core::clone(&room.core()),
             staged: EventMap::new(),
+            replaced: Vec::new(),
             absent: HashSet::new(),
             groups: HashMap::new(),
             changes: Changes::default(),
@@ -89,8 +91,8 @@ impl Batch {
         let changes = &self.changes;
         Savepoint {
             core: self.core.clone(),
-            staged: self.staged.clone(),
             lengths: [
+                self.replaced.len(),
                 changes.events.len(),
                 changes.groups.len(),
                 changes.joined.len(),
@@ -106,9 +108,14 @@ impl Batch {
 
     /// Takes back what was changed since.
     pub fn roll_back(&mut self, savepoint: Savepoint) {
-        let [events, groups, joined, outbox, windows, inbox, effects, once, redacted] = savepoint.lengths;
+        let [replaced, events, groups, joined, outbox, windows, inbox, effects, once, redacted] = savepoint.lengths;
         self.core = savepoint.core;
-        self.staged = savepoint.staged;
+        for (event_id, before) in self.replaced.drain(replaced..).rev() {
+            match before {
+                Some(before) => self.staged.insert(event_id, before),
+                None => self.staged.remove(&event_id),
+            };
+        }
         self.changes.events.truncate(events);
         self.changes.groups.truncate(groups);
         self.changes.joined.truncate(joined);
@@ -125,6 +132,13 @@ impl Batch {
     /// Writes something together with an event.
     pub(super) fn add_effect(&mut self, event_id: OwnedEventId, effect: EventEffect) {
         self.effects.push((effect, event_id));
+    }
+
+    /// Stages an event, which may take the place of an earlier form of itself.
+    pub fn put_staged(&mut self, event: Arc<Stored>) {
+        let event_id = event.pdu.event_id.clone();
+        let before = self.staged.insert(event_id.clone(), event);
+        self.replaced.push((event_id, before));
     }
 
     /// Asks once for many which of these events are not in the store.

@@ -231,6 +231,16 @@ impl Dag {
         Ok(self.shared.events.get(id).await?.map(|event| event.to_graph_event()))
     }
 
+    /// Those of the current state's events that have one of these types and state keys: costs the same however large the
+    /// room.
+    pub async fn state_events(&self, room_id: &RoomId, keys: &[(String, String)]) -> Result<State, Refusal> {
+        let room = self.shared.room(room_id).await?;
+        let core = room.core();
+        let ids: Vec<_> = keys.iter().filter_map(|key| core.current.map.get(key).cloned()).collect();
+        let events = self.shared.events.get_many(&ids).await?;
+        Ok(events.into_values().filter_map(|event| Some((event.key()?, event.to_graph_event()))).collect())
+    }
+
     /// The users who are joined now.
     pub async fn joined(&self, room_id: &RoomId) -> Result<imbl::OrdSet<OwnedUserId>, Refusal> {
         Ok(self.shared.room(room_id).await?.core().joined.clone())

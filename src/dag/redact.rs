@@ -27,7 +27,7 @@ impl Batch {
         let redacted =
             Arc::new(Stored { pdu: target.pdu.redacted()?, shown: OnceLock::new(), ..Stored::clone(target) });
         if self.staged.contains_key(&target_id) {
-            self.staged.insert(target_id, redacted.clone());
+            self.put_staged(redacted.clone());
         }
         self.redacted.push(redacted);
         Ok(())
