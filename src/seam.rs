@@ -162,8 +162,14 @@ pub trait Between: Send + Sync + 'static {
     /// from it follows later.
     async fn invited(&self, invite: Invite) -> Result<(), Refusal>;
 
-    /// Where an alias of this gateway's name leads; `asked_by` is the server that asks. May make a portal.
-    async fn alias(&self, alias: &str, asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal>;
+    /// Where an alias of this gateway's name leads; `asked_by` is the server that asks, and `side` the one that it asks for
+    /// when that is said. May make a portal.
+    async fn alias(
+        &self,
+        alias: &str,
+        asked_by: Option<&ServerName>,
+        side: Option<Side>,
+    ) -> Result<AliasTarget, Refusal>;
 
     /// The profile of a user of this gateway as the given side sees it: of ghosts of that side and of bots only.
     async fn profile(&self, side: Side, user_id: &UserId) -> Result<Profile, Refusal>;
@@ -195,7 +201,12 @@ impl Between for Alone {
         Ok(())
     }
 
-    async fn alias(&self, alias: &str, _asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
+    async fn alias(
+        &self,
+        alias: &str,
+        _asked_by: Option<&ServerName>,
+        _side: Option<Side>,
+    ) -> Result<AliasTarget, Refusal> {
         Err(Refusal::NotFound(format!("alias {alias}")))
     }
 

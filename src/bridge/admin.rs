@@ -7,14 +7,14 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::core::Core;
+use super::home::home;
 use super::notice::{say, text};
 use super::portal::{Portal, number_of};
 use super::power::{POWER_LEVELS, USER_LIMIT};
 use super::registry::Entry;
-use super::side::State;
 use super::users::Who;
 use crate::event::Object;
-use crate::identity::{GhostNames, Side};
+use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::Outgoing;
 use crate::store::images::{self, ImageRow, RefusalRow};
@@ -151,9 +151,9 @@ async fn natives(core: &Core, portal: &Portal, side: Side) -> Result<Vec<OwnedUs
 }
 
 /// Invites a user on their own side.
-pub(super) async fn invite(core: &Core, portal_id: &str, user: &UserId) -> Result<(), Refusal> {
+pub(super) async fn invite(core: &Core, portal_id: &str, user: &UserId, side: Option<Side>) -> Result<(), Refusal> {
     let portal = entry(core, portal_id)?.portal();
-    let (side, state) = home(core, &portal, user).await?;
+    let (side, state) = home(core, &portal, user, side).await?;
     if matches!(state.membership(user), "invite" | "join") {
         return Ok(());
     }
@@ -165,7 +165,10 @@ pub(super) async fn invite(core: &Core, portal_id: &str, user: &UserId) -> Resul
 /// Takes back an invite for a user who has not joined.
 pub(super) async fn withdraw_invite(core: &Core, portal_id: &str, user: &UserId) -> Result<(), Refusal> {
     let portal = entry(core, portal_id)?.portal();
-    let (side, state) = home(core, &portal, user).await?;
+    // Whoever asks knows no side, and only an open invite is withdrawn.
+    let matrix = core.sides()?.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
+    let side = if matrix.membership(user) == "invite" { Side::Matrix } else { Side::Lm };
+    let state = core.sides()?.rooms(side).state(portal.room(side)).await?;
     if state.membership(user) != "invite" {
         return Ok(());
     }
@@ -185,9 +188,15 @@ pub(super) async fn announce(
 }
 
 /// Sets a member's power on both sides, the authority's first.
-pub(super) async fn set_power(core: &Core, portal_id: &str, user: &UserId, level: i64) -> Result<(), Refusal> {
+pub(super) async fn set_power(
+    core: &Core,
+    portal_id: &str,
+    user: &UserId,
+    level: i64,
+    side: Option<Side>,
+) -> Result<(), Refusal> {
     let portal = entry(core, portal_id)?.portal();
-    let (side, _) = home(core, &portal, user).await?;
+    let (side, _) = home(core, &portal, user, side).await?;
     let who = core.users.who(&core.context.store, side, user).await?;
     let Who::Native { ghost } = who else {
         return Err(Refusal::Forbidden(format!("{user} is of this gateway's own name")));
@@ -256,44 +265,4 @@ impl From<RefusalRow> for Refused {
             refused_ts: row.refused_ts,
         }
     }
-}
-
-/// The side where a user is at home, and its room's state. User IDs do not say it: who is in the room does, then whose
-/// server is, then what the server says of itself.
-async fn home(core: &Core, portal: &Portal, user: &UserId) -> Result<(Side, State), Refusal> {
-    let sides = core.sides()?;
-    if user.server_name() == core.context.server_name {
-        return Err(Refusal::Forbidden(format!("{user} is of this gateway's own name")));
-    }
-    let appservice = core.users.who(&core.context.store, Side::Matrix, user).await? == Who::Appservice;
-    let matrix = sides.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
-    let lm = sides.rooms(Side::Lm).state(&portal.lm_room_id).await?;
-    if appservice || matrix.member(user).is_some() {
-        return Ok((Side::Matrix, matrix));
-    }
-    if lm.member(user).is_some() {
-        return Ok((Side::Lm, lm));
-    }
-    // A ghost of another gateway says by its name on which side it lives.
-    let names = GhostNames::new(user.server_name().to_owned());
-    for (side, state) in [(Side::Lm, &lm), (Side::Matrix, &matrix)] {
-        if !matches!(names.parse(side, user), crate::identity::Ghost::No) {
-            return Ok((side, state.clone()));
-        }
-    }
-    let of_server = |state: &State| {
-        let server = user.server_name();
-        state.members().iter().any(|entry| {
-            entry.membership() == "join"
-                && <&UserId>::try_from(entry.state_key).is_ok_and(|member| member.server_name() == server)
-        })
-    };
-    if portal.lm_hub == *user.server_name() || of_server(&lm) {
-        return Ok((Side::Lm, lm));
-    }
-    if of_server(&matrix) {
-        return Ok((Side::Matrix, matrix));
-    }
-    let keys = core.context.keyring.server_keys(user.server_name()).await;
-    Ok(if keys.is_ok_and(|keys| keys.linearized) { (Side::Lm, lm) } else { (Side::Matrix, matrix) })
 }

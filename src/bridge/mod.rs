@@ -17,6 +17,7 @@ mod effect;
 mod ends;
 mod from_lm;
 mod gate;
+mod home;
 mod inbox;
 mod linearize;
 mod member;
@@ -188,12 +189,28 @@ impl Bridge {
 
     /// Sets a member's power on both sides, by the gateway's bot.
     pub async fn set_power(&self, portal_id: &str, user_id: &UserId, level: i64) -> Result<(), Refusal> {
-        admin::set_power(&self.core, portal_id, user_id, level).await
+        admin::set_power(&self.core, portal_id, user_id, level, None).await
+    }
+
+    /// The same for a user who is at home on this side.
+    pub async fn set_power_of(
+        &self,
+        portal_id: &str,
+        user_id: &UserId,
+        level: i64,
+        side: Option<Side>,
+    ) -> Result<(), Refusal> {
+        admin::set_power(&self.core, portal_id, user_id, level, side).await
     }
 
     /// Invites a Matrix or LM user on their own side, by the gateway's bot.
     pub async fn invite(&self, portal_id: &str, user_id: &UserId) -> Result<(), Refusal> {
-        admin::invite(&self.core, portal_id, user_id).await
+        admin::invite(&self.core, portal_id, user_id, None).await
+    }
+
+    /// The same for a user who is at home on this side.
+    pub async fn invite_on(&self, portal_id: &str, user_id: &UserId, side: Option<Side>) -> Result<(), Refusal> {
+        admin::invite(&self.core, portal_id, user_id, side).await
     }
 
     /// Takes back the bot's invite for a user who has not joined.

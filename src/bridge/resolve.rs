@@ -13,6 +13,7 @@ use super::{access, create};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
+use crate::store::overview;
 
 /// How long a negative answer is kept.
 const NEGATIVE: Duration = Duration::from_secs(600);
@@ -31,7 +32,12 @@ pub(super) async fn resolve(core: &Arc<Core>, localpart: &str, cause: &Cause) ->
 }
 
 /// Where an alias of the gateway's name leads for the server that asks: an LM server is told the LM room.
-pub(super) async fn asked(core: &Arc<Core>, alias: &str, by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
+pub(super) async fn asked(
+    core: &Arc<Core>,
+    alias: &str,
+    by: Option<&ServerName>,
+    side: Option<Side>,
+) -> Result<AliasTarget, Refusal> {
     let unknown = || Refusal::NotFound(format!("the alias {alias}"));
     let localpart = alias::localpart_at(alias, &core.context.server_name).ok_or_else(unknown)?;
     let Some(by) = by else {
@@ -39,13 +45,27 @@ pub(super) async fn asked(core: &Arc<Core>, alias: &str, by: Option<&ServerName>
         return Ok(target(core, &entry.portal().matrix_room_id));
     };
     if let Some(entry) = core.registry.of_alias(localpart) {
-        let linear = core.context.keyring.server_keys(by).await.is_ok_and(|keys| keys.linearized);
-        let side = if linear { Side::Lm } else { Side::Matrix };
+        let side = match side {
+            Some(side) => side,
+            None => side_of(core, by).await?,
+        };
         return Ok(target(core, entry.portal().room(side)));
+    }
+    if side == Some(Side::Lm) {
+        // What an alias makes is a Matrix room.
+        return Err(unknown());
     }
     let homeserver = core.context.config.appservice.as_ref().map(|appservice| appservice.homeserver_name.as_ref());
     let cause = if homeserver == Some(by) { Cause::Appservice } else { Cause::Server(by.to_owned()) };
     resolve(core, localpart, &cause).await
+}
+
+/// On which side a server asks that does not say it: one that does LM alone says so in its key document, or shares LM rooms
+/// with the gateway and no others. Who does both and means the LM room asks under the LM endpoint's own name.
+async fn side_of(core: &Core, server: &ServerName) -> Result<Side, Refusal> {
+    let says_so = core.context.keyring.server_keys(server).await.is_ok_and(|keys| keys.linearized);
+    let linear = says_so || overview::is_lm_only(&core.context.store, server).await?;
+    Ok(if linear { Side::Lm } else { Side::Matrix })
 }
 
 fn target(core: &Core, room_id: &RoomId) -> AliasTarget {

@@ -36,8 +36,13 @@ impl Between for Seat {
         invited(&self.0, &invite).await
     }
 
-    async fn alias(&self, alias: &str, asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
-        resolve::asked(&self.0, alias, asked_by).await
+    async fn alias(
+        &self,
+        alias: &str,
+        asked_by: Option<&ServerName>,
+        side: Option<Side>,
+    ) -> Result<AliasTarget, Refusal> {
+        resolve::asked(&self.0, alias, asked_by, side).await
     }
 
     async fn profile(&self, side: Side, user_id: &UserId) -> Result<Profile, Refusal> {

@@ -65,6 +65,9 @@ pub enum Portal {
         portal_id: String,
         /// A Matrix or LM user.
         user_id: OwnedUserId,
+        /// On which side the user is at home, when it is not clear.
+        #[arg(long, value_parser = ["matrix", "lm"])]
+        side: Option<String>,
     },
 }
 
@@ -97,9 +100,9 @@ impl Portal {
             Self::Remove { portal_id } => {
                 print(&api.call(Method::DELETE, &format!("/portals/{}", segment(&portal_id)), None).await?)
             }
-            Self::Invite { portal_id, user_id } => {
+            Self::Invite { portal_id, user_id, side } => {
                 let path = format!("/portals/{}/invite", segment(&portal_id));
-                print(&api.call(Method::POST, &path, Some(json!({ "user_id": user_id }))).await?)
+                print(&api.call(Method::POST, &path, Some(json!({ "user_id": user_id, "side": side }))).await?)
             }
         }
     }

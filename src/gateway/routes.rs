@@ -108,6 +108,7 @@ pub fn federation_routes(federation: Federation) -> Router {
             .route(&format!("/_matrix/federation/{stable}{name}"), handler.clone())
             .route(&format!("{UNSTABLE}{name}"), handler);
     }
+    router = router.route(&format!("{UNSTABLE}/query/directory"), get(query_directory_lm));
     router.fallback(unrecognized).method_not_allowed_fallback(wrong_method).with_state(federation)
 }
 
@@ -213,13 +214,23 @@ struct DirectoryQuery {
     room_alias: Option<String>,
 }
 
-async fn query_directory(
+async fn query_directory(state: State<Federation>, query: Query<DirectoryQuery>, signed: Signed) -> Answer {
+    directory(state, query, signed, None).await
+}
+
+/// Under the LM prefix, so that it is certain that the LM room is meant.
+async fn query_directory_lm(state: State<Federation>, query: Query<DirectoryQuery>, signed: Signed) -> Answer {
+    directory(state, query, signed, Some(Side::Lm)).await
+}
+
+async fn directory(
     State(federation): State<Federation>,
     Query(query): Query<DirectoryQuery>,
     signed: Signed,
+    side: Option<Side>,
 ) -> Answer {
     let alias = query.room_alias.ok_or_else(|| Refusal::malformed("room_alias", "missing"))?;
-    let target = federation.between.alias(&alias, Some(&signed.origin)).await?;
+    let target = federation.between.alias(&alias, Some(&signed.origin), side).await?;
     Ok(Json(json!({ "room_id": target.room_id, "servers": target.servers })))
 }
 

@@ -130,8 +130,15 @@ impl Peers {
 
     /// `GET query/directory`
     pub async fn directory(&self, server: &ServerName, alias: &str) -> Result<AliasTarget, Refusal> {
-        let uri = format!("/_matrix/federation/v1/query/directory?room_alias={}", encode(alias));
-        let answer = match self.call(server, Call::get(uri)).await {
+        // The draft has no such endpoint; under its prefix a server that does both knows which room is meant.
+        let path = format!("query/directory?room_alias={}", encode(alias));
+        let answer = match self.call(server, Call::get(format!("{UNSTABLE}/{path}"))).await {
+            Err(error) if error.is_unrecognized() => {
+                self.call(server, Call::get(format!("/_matrix/federation/v1/{path}"))).await
+            }
+            answer => answer,
+        };
+        let answer = match answer {
             Ok(answer) => answer,
             Err(RemoteError::Status { status, .. }) if status == http::StatusCode::NOT_FOUND => {
                 return Err(Refusal::NotFound(format!("alias {alias}")));

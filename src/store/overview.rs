@@ -1,5 +1,9 @@
 //! What health and metrics show of the store.
 
+use std::collections::BTreeMap;
+
+use ruma::ServerName;
+
 use super::{Store, StoreError};
 
 /// How much of the bridge waits, and how many portals there are.
@@ -23,15 +27,121 @@ pub async fn overview(store: &Store) -> Result<Overview, StoreError> {
     Ok(Overview { inbox_waiting, inbox_oldest_ts, portals })
 }
 
+/// A server with which the gateway shares rooms.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// In how many Matrix rooms it gets events.
+    pub matrix_rooms: i64,
+    /// In how many LM rooms it gets events.
+    pub lm_rooms: i64,
+    /// Of how many portals it is the hub.
+    pub hub_of: i64,
+}
+
+/// The servers with which the gateway shares rooms, by name.
+pub async fn peers(store: &Store) -> Result<BTreeMap<String, Peer>, StoreError> {
+    let rooms: Vec<(String, String, i64)> = sqlx::query_as(
+        "SELECT destination, kind, COUNT(*) FROM outbound_cursors WHERE ends_at IS NULL GROUP BY destination, kind",
+    )
+    .fetch_all(store.reader())
+    .await?;
+    let hubs: Vec<(String, i64)> = sqlx::query_as(
+        "SELECT lm_hub, COUNT(*) FROM bridge_portals WHERE kind = 'from_lm' AND state <> 'ended' GROUP BY lm_hub",
+    )
+    .fetch_all(store.reader())
+    .await?;
+    let mut peers: BTreeMap<String, Peer> = BTreeMap::new();
+    for (server, kind, count) in rooms {
+        let peer = peers.entry(server).or_default();
+        match kind.as_str() {
+            "graph" => peer.matrix_rooms = count,
+            "log" => peer.lm_rooms = count,
+            // What goes to a hub is told by the portals.
+            _ => {}
+        }
+    }
+    for (server, count) in hubs {
+        peers.entry(server).or_default().hub_of = count;
+    }
+    Ok(peers)
+}
+
+/// What is shared with one server.
+pub async fn peer(store: &Store, server: &ServerName) -> Result<Peer, StoreError> {
+    let rooms: Vec<(String, i64)> = sqlx::query_as(
+        "SELECT kind, COUNT(*) FROM outbound_cursors WHERE destination = $1 AND ends_at IS NULL GROUP BY kind",
+    )
+    .bind(server.as_str())
+    .fetch_all(store.reader())
+    .await?;
+    let count = |wanted: &str| rooms.iter().find(|(kind, _)| kind == wanted).map_or(0, |(_, count)| *count);
+    let (hub_of,): (i64,) = sqlx::query_as(
+        "SELECT COUNT(*) FROM bridge_portals WHERE kind = 'from_lm' AND state <> 'ended' AND lm_hub = $1",
+    )
+    .bind(server.as_str())
+    .fetch_one(store.reader())
+    .await?;
+    Ok(Peer { matrix_rooms: count("graph"), lm_rooms: count("log"), hub_of })
+}
+
+/// Whether a server shares LM rooms with the gateway and no Matrix rooms.
+pub async fn is_lm_only(store: &Store, server: &ServerName) -> Result<bool, StoreError> {
+    let kinds: Vec<(String,)> = sqlx::query_as("SELECT DISTINCT kind FROM outbound_cursors WHERE destination = $1")
+        .bind(server.as_str())
+        .fetch_all(store.reader())
+        .await?;
+    Ok(!kinds.is_empty() && kinds.iter().all(|(kind,)| kind != "graph"))
+}
+
 #[cfg(test)]
 mod tests {
+    use ruma::server_name;
+
     use super::*;
+    use crate::store::outbound::{CursorKey, subscribe};
     use crate::store::testing::both_stores;
 
     #[tokio::test]
     async fn an_empty_store_has_nothing_waiting() {
         both_stores(|store| async move {
             assert_eq!(overview(&store).await.unwrap(), Overview::default());
+            assert!(peers(&store).await.unwrap().is_empty());
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn peers_are_known_by_the_rooms_that_are_shared() {
+        both_stores(|store| async move {
+            let write = store.write(|tx| {
+                Box::pin(async move {
+                    for (destination, kind, room_id) in [
+                        ("hs", "graph", "!a:g"),
+                        ("both", "graph", "!a:g"),
+                        ("both", "log", "!b:g"),
+                        ("lm", "log", "!b:g"),
+                        ("lm", "log", "!c:g"),
+                        ("hub", "lpdus", "!d:hub"),
+                    ] {
+                        let [destination, kind, room_id] = [destination, kind, room_id].map(str::to_owned);
+                        subscribe(tx, &CursorKey { destination, kind, room_id }, 0).await?;
+                    }
+                    Ok(())
+                })
+            });
+            write.await.unwrap();
+            let peers = peers(&store).await.unwrap();
+            let of = |name: &str| peers.get(name).map(|peer| (peer.matrix_rooms, peer.lm_rooms));
+            for (name, listed) in &peers {
+                let name = ruma::ServerName::parse(name.as_str()).unwrap();
+                assert_eq!(peer(&store, &name).await.unwrap(), *listed, "{name}");
+            }
+            assert_eq!([of("hs"), of("both"), of("lm")], [Some((1, 0)), Some((1, 1)), Some((0, 2))]);
+            for (server, expected) in [("hs", false), ("both", false), ("lm", true), ("hub", true), ("other", false)] {
+                let server = ruma::ServerName::parse(server).unwrap();
+                assert_eq!(is_lm_only(&store, &server).await.unwrap(), expected, "{server}");
+            }
+            assert!(!is_lm_only(&store, server_name!("nobody")).await.unwrap());
         })
         .await;
     }

@@ -194,3 +194,52 @@ async fn servers_that_the_policy_does_not_name_stay_outside() {
     assert_eq!(refused.unwrap_err().code(), "policy");
     assert!(world.lm_join(&portal.lm_room_id, "bob").await.is_err());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_lm_server_is_told_the_lm_room_of_an_alias() {
+    let (world, gateway) = World::new(json!({})).await;
+    let portal = public(&gateway).await;
+    let own: ruma::OwnedServerName = crate::dag::OWN.try_into().unwrap();
+    let alias = format!("#tea:{own}");
+    // Under the LM prefix it is certain what is meant, though the server says that it does both.
+    let found = world.server.lm.query_directory(&own, &alias).await.unwrap();
+    assert_eq!((&found.room_id, &found.servers), (&portal.lm_room_id, &vec![own.clone()]));
+    let stable = || async {
+        let uri = format!("/_matrix/federation/v1/query/directory?room_alias=%23tea%3A{own}");
+        let call = isthmus::federation::Call::get(uri);
+        world.server.context.client.call(&own, call, false).await.unwrap()["room_id"].clone()
+    };
+    assert_eq!(stable().await, portal.matrix_room_id.as_str());
+    // A server with which LM rooms alone are shared means the LM room.
+    world.lm_join(&portal.lm_room_id, "bob").await.unwrap();
+    so("the LM server known", || async { stable().await == portal.lm_room_id.as_str() }).await;
+    // Nobody causes a portal by that.
+    assert!(world.server.lm.query_directory(&own, &format!("#lm_tea_lm.example:{own}")).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn users_whose_side_is_not_certain_are_refused_until_it_is_said() {
+    let (world, gateway) = World::new(json!({})).await;
+    let other = world.other_server().await;
+    let portal = public(&gateway).await;
+    let mut peer = crate::dag::peer::Peer::start(super::world::OTHER).await;
+    peer.key = other.context.signing_key.clone();
+    let both = ruma::UserId::parse(format!("@both:{}", super::world::OTHER)).unwrap();
+    World::matrix_join_from(&peer, &gateway, &portal.matrix_room_id, &both).await.unwrap();
+    // One side: it is certain.
+    gateway.bridge.set_power(&portal.portal_id, &both, 10).await.unwrap();
+    let via = [crate::dag::OWN.try_into().unwrap()];
+    other.lm.join(&portal.lm_room_id, &both, &via, Default::default()).await.unwrap();
+    let refused = gateway.bridge.set_power(&portal.portal_id, &both, 20).await.unwrap_err();
+    assert!(refused.to_string().contains("is in both rooms"), "{refused}");
+    gateway.bridge.set_power_of(&portal.portal_id, &both, 30, Some(Side::Lm)).await.unwrap();
+    let levels = gateway.node.state(&portal.lm_room_id, "m.room.power_levels", "").await.unwrap();
+    assert_eq!(levels["users"][both.as_str()], 30);
+    // Another user of a server that does both, and one whose server cannot be asked.
+    for (user, why) in [(format!("@third:{}", super::world::OTHER), "does both"), ("@x:nowhere.invalid".into(), "keys")]
+    {
+        let user = ruma::UserId::parse(user).unwrap();
+        let refused = gateway.bridge.invite(&portal.portal_id, &user).await.unwrap_err();
+        assert!(refused.to_string().contains(why), "{refused}");
+    }
+}

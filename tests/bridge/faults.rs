@@ -92,6 +92,84 @@ async fn inv_5_a_portal_whose_making_is_broken_off_is_made_once_all_the_same() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_6_a_transaction_that_could_not_be_stored_is_not_acknowledged_and_comes_again() {
+    use isthmus::federation::Call;
+    use isthmus::identity::Side;
+    let (world, gateway) = World::new(json!({})).await;
+    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    // A homeserver with a client of its own, to send a transaction over HTTP.
+    let other = world.other_server().await;
+    let mut peer = crate::dag::peer::Peer::start(super::world::OTHER).await;
+    peer.key = other.context.signing_key.clone();
+    let carol = peer.user("carol");
+    let mut view = World::matrix_join_from(&peer, &gateway, matrix, &carol).await.unwrap();
+    world.lm_join(lm, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+
+    // Nothing comes into the bridge's inbox: the whole write fails, of the event too.
+    world.break_inserts("bridge_inbox").await;
+    let message = json!({ "msgtype": "m.text", "body": "from carol" });
+    let (id, event) = view.add(&peer, &carol, "m.room.message", None, message);
+    let own: ruma::OwnedServerName = crate::dag::OWN.try_into().unwrap();
+    let send = || async {
+        let body = json!({ "origin": super::world::OTHER, "origin_server_ts": crate::dag::NOW, "pdus": [event] });
+        let call = Call::put("/_matrix/federation/v1/send/one".to_owned(), super::world::object(body));
+        other.context.client.call(&own, call, false).await
+    };
+    let refused = send().await.unwrap_err().to_string();
+    assert!(refused.contains("500"), "{refused}");
+    assert!(gateway.dag.event(&id).await.unwrap().is_none());
+    world.lm_say(lm, "bob", "from bob").await;
+    so("bob's hub-bound transaction failed", || async {
+        let queues = world.server.context.outbound.status().await.unwrap();
+        queues.iter().any(|queue| queue.destination == own && queue.failures > 0)
+    })
+    .await;
+    assert!(gateway.node.bodies(lm).await.is_empty());
+
+    world.mend_inserts("bridge_inbox").await;
+    assert!(send().await.is_ok(), "the same transaction again");
+    assert!(send().await.is_ok());
+    world.server.context.outbound.retry(&own);
+    let all = |mut bodies: Vec<(String, String)>| {
+        bodies.sort();
+        bodies.into_iter().map(|(_, body)| body).collect::<Vec<_>>()
+    };
+    so("both in both rooms", || async {
+        gateway.matrix_bodies(matrix).await.len() >= 2 && gateway.node.bodies(lm).await.len() >= 2
+    })
+    .await;
+    so("both states in step", || gateway.in_step(&portal)).await;
+    assert_eq!(all(gateway.node.bodies(lm).await), ["from bob", "from carol"]);
+    assert_eq!(gateway.matrix_bodies(matrix).await.len(), 2);
+
+    // The image's own effect fails: the image is not there, its source waits, and it crosses once when that has passed.
+    world.break_inserts("bridge_images").await;
+    let message = json!({ "msgtype": "m.text", "body": "again carol" });
+    let (_, event) = view.add(&peer, &carol, "m.room.message", None, message);
+    peer.put(&gateway.dag, &[&event]).await.pop().unwrap().result.unwrap();
+    world.lm_say(lm, "bob", "again bob").await;
+    so("both wait", || async {
+        let waiting = gateway.bridge.health(&portal.portal_id).await.unwrap().waiting;
+        waiting.iter().all(|waiting| waiting.count == 1)
+    })
+    .await;
+    assert!(!gateway.matrix_bodies(matrix).await.iter().any(|(_, body)| body == "again bob"));
+    assert!(!gateway.node.bodies(lm).await.iter().any(|(_, body)| body == "again carol"));
+    world.mend_inserts("bridge_images").await;
+    world.advance(10_000);
+    so("both crossed", || gateway.in_step(&portal)).await;
+    let ghosts = [super::world::ghost(Side::Lm, "bob"), format!("@mx_carol_{}:{own}", super::world::OTHER)];
+    let crossed = [gateway.matrix_bodies(matrix).await, gateway.node.bodies(lm).await];
+    for ((bodies, ghost), body) in crossed.iter().zip(&ghosts).zip(["again bob", "again carol"]) {
+        let found: Vec<_> = bodies.iter().filter(|(_, said)| said == body).collect();
+        assert!(found.len() == 1 && found[0].0 == *ghost, "{bodies:?}");
+    }
+}
+
 async fn talk_and_break(world: &World, gateway: Gateway, portal: &isthmus::bridge::Portal) {
     use isthmus::identity::Side;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);

@@ -130,6 +130,27 @@ impl World {
         self.start(OWN, listener, &self.settings).await
     }
 
+    /// From now on the gateway's database refuses to insert into a table.
+    pub async fn break_inserts(&self, table: &str) {
+        let trigger = format!(
+            "CREATE TRIGGER broken_{table} BEFORE INSERT ON {table} BEGIN SELECT RAISE(ABORT, 'broken for the test'); END"
+        );
+        self.sql(&trigger).await;
+    }
+
+    /// It takes them again.
+    pub async fn mend_inserts(&self, table: &str) {
+        self.sql(&format!("DROP TRIGGER broken_{table}")).await;
+    }
+
+    async fn sql(&self, statement: &str) {
+        use sqlx::Connection as _;
+        let url = format!("sqlite://{}", self.directory.path().join(format!("{OWN}.db")).display());
+        let mut connection = sqlx::AnyConnection::connect(&url).await.unwrap();
+        sqlx::query(sqlx::AssertSqlSafe(statement.to_owned())).execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+    }
+
     /// Moves everybody's clock on.
     pub fn advance(&self, ms: i64) {
         self.clock.1.fetch_add(ms, Ordering::SeqCst);

@@ -153,7 +153,12 @@ impl Between for Recorder {
         Ok(())
     }
 
-    async fn alias(&self, alias: &str, _asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
+    async fn alias(
+        &self,
+        alias: &str,
+        _asked_by: Option<&ServerName>,
+        _side: Option<Side>,
+    ) -> Result<AliasTarget, Refusal> {
         Err(Refusal::NotFound(alias.to_owned()))
     }
 

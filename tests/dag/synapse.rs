@@ -48,7 +48,12 @@ impl Between for Town {
         Ok(())
     }
 
-    async fn alias(&self, alias: &str, _asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
+    async fn alias(
+        &self,
+        alias: &str,
+        _asked_by: Option<&ServerName>,
+        _side: Option<Side>,
+    ) -> Result<AliasTarget, Refusal> {
         let aliases = self.aliases.lock().unwrap();
         let found = aliases.iter().find(|(known, ..)| alias == known);
         let (_, room_id, server) = found.ok_or_else(|| Refusal::NotFound(alias.to_owned()))?;

@@ -87,7 +87,12 @@ impl Between for Watcher {
         Ok(())
     }
 
-    async fn alias(&self, alias: &str, _asked_by: Option<&ServerName>) -> Result<AliasTarget, Refusal> {
+    async fn alias(
+        &self,
+        alias: &str,
+        _asked_by: Option<&ServerName>,
+        _side: Option<Side>,
+    ) -> Result<AliasTarget, Refusal> {
         Err(Refusal::NotFound(format!("alias {alias}")))
     }
 

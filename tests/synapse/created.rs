@@ -166,6 +166,15 @@ fn operators_see_where_an_event_is_and_speak_in_both_rooms() {
         let explained = world.gateway.admin(Method::GET, &path, None).await.unwrap();
         assert!(explained.to_string().contains(image.event_id.as_str()), "{explained}");
 
+        // Who takes part, and how: by the rooms that are shared.
+        let servers = world.gateway.admin(Method::GET, "/servers", None).await.unwrap();
+        let of =
+            |name: &str| servers["servers"].as_array().unwrap().iter().find(|server| server["server_name"] == name);
+        let synapse = of(&world.a.server_name).unwrap_or_else(|| panic!("{servers}"));
+        assert_eq!((&synapse["speaks"], &synapse["reachable"]), (&json!(["matrix"]), &json!(true)));
+        let spoke = of(eve.server_name().as_str()).unwrap_or_else(|| panic!("{servers}"));
+        assert_eq!((&spoke["speaks"], &spoke["reachable"]), (&json!(["linearized"]), &json!(true)));
+
         // The log as operators see it is the log that the participant has.
         let page = made.admin(Method::GET, "/log?limit=1000&full=true", None).await;
         let events = page["events"].as_array().unwrap();

@@ -12,6 +12,7 @@ use crate::admin::Admin;
 use crate::bridge::{self, Cause, NewPortal};
 use crate::config::EncryptionPolicy;
 use crate::event::{Object, RoomVersion};
+use crate::identity::Side;
 use crate::lm::Position;
 use crate::refusal::Refusal;
 
@@ -222,6 +223,25 @@ pub(super) struct Invite {
     /// A Matrix or LM user.
     #[schema(value_type = String)]
     user_id: OwnedUserId,
+    /// On which side they are at home, when it is not clear.
+    side: Option<Home>,
+}
+
+/// A side.
+#[derive(Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Home {
+    Matrix,
+    Lm,
+}
+
+impl From<Home> for Side {
+    fn from(home: Home) -> Self {
+        match home {
+            Home::Matrix => Self::Matrix,
+            Home::Lm => Self::Lm,
+        }
+    }
 }
 
 /// What was done, when there is no more to say of it.
@@ -238,7 +258,7 @@ pub(super) async fn invite(
     Path(portal_id): Path<String>,
     Body(invite): Body<Invite>,
 ) -> Result<Json<Done>, Refusal> {
-    admin.bridge.invite(&portal_id, &invite.user_id).await?;
+    admin.bridge.invite_on(&portal_id, &invite.user_id, invite.side.map(Side::from)).await?;
     Ok(Json(Done {}))
 }
 
@@ -250,6 +270,8 @@ pub(super) struct Power {
     user_id: OwnedUserId,
     /// The member's power level.
     level: i64,
+    /// On which side they are at home, when it is not clear.
+    side: Option<Home>,
 }
 
 /// Sets a member's power on both sides, by the gateway's bot.
@@ -262,7 +284,7 @@ pub(super) async fn power(
     Path(portal_id): Path<String>,
     Body(power): Body<Power>,
 ) -> Result<Json<Done>, Refusal> {
-    admin.bridge.set_power(&portal_id, &power.user_id, power.level).await?;
+    admin.bridge.set_power_of(&portal_id, &power.user_id, power.level, power.side.map(Side::from)).await?;
     Ok(Json(Done {}))
 }
 

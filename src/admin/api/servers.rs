@@ -1,5 +1,7 @@
 //! `/servers`
 
+use std::collections::BTreeMap;
+
 use axum::Json;
 use axum::extract::{Path, State};
 use ruma::ServerName;
@@ -8,9 +10,11 @@ use utoipa::ToSchema;
 
 use super::ApiError;
 use crate::admin::Admin;
+use crate::federation::QueueStatus;
 use crate::refusal::Refusal;
+use crate::store::overview::{Peer, peers};
 
-/// The servers for which something waits or to which the last transaction failed.
+/// The servers with which rooms are shared, and those to which something could not be sent.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Servers {
     servers: Vec<Server>,
@@ -21,6 +25,14 @@ pub(super) struct Servers {
 pub(super) struct Server {
     /// Its name.
     server_name: String,
+    /// `matrix`, `linearized` or both, by the rooms that are shared.
+    speaks: Vec<&'static str>,
+    /// In how many Matrix rooms it gets events.
+    matrix_rooms: i64,
+    /// In how many LM rooms that this gateway keeps it gets events.
+    lm_rooms: i64,
+    /// Of how many portals it is the hub.
+    hub_of: i64,
     /// Whether the last transaction arrived.
     reachable: bool,
     /// How many events wait for it.
@@ -33,18 +45,34 @@ pub(super) struct Server {
     error: Option<String>,
 }
 
-/// The servers for which something waits or to which the last transaction failed.
+/// The servers with which rooms are shared, and those to which something could not be sent.
 #[utoipa::path(get, path = "/servers", responses((status = 200, body = Servers)))]
 pub(super) async fn list(State(admin): State<Admin>) -> Result<Json<Servers>, Refusal> {
-    let queues = admin.context.outbound.status().await?.into_iter().map(|queue| Server {
-        server_name: queue.destination.to_string(),
-        reachable: queue.failures == 0,
-        waiting: queue.waiting,
-        failures: queue.failures,
-        retry_at: queue.retry_at,
-        error: queue.last_error,
+    let mut peers = peers(&admin.context.store).await?;
+    let queues = admin.context.outbound.status().await?;
+    let mut queues: BTreeMap<String, QueueStatus> =
+        queues.into_iter().map(|queue| (queue.destination.to_string(), queue)).collect();
+    for server in queues.keys() {
+        peers.entry(server.clone()).or_default();
+    }
+    let servers = peers.into_iter().map(|(server_name, peer)| {
+        let queue = queues.remove(&server_name);
+        let Peer { matrix_rooms, lm_rooms, hub_of } = peer;
+        let speaks = [(matrix_rooms > 0).then_some("matrix"), (lm_rooms > 0 || hub_of > 0).then_some("linearized")];
+        Server {
+            server_name,
+            speaks: speaks.into_iter().flatten().collect(),
+            matrix_rooms,
+            lm_rooms,
+            hub_of,
+            reachable: queue.as_ref().is_none_or(|queue| queue.failures == 0),
+            waiting: queue.as_ref().map_or(0, |queue| queue.waiting),
+            failures: queue.as_ref().map_or(0, |queue| queue.failures),
+            retry_at: queue.as_ref().map_or(0, |queue| queue.retry_at),
+            error: queue.and_then(|queue| queue.last_error),
+        }
     });
-    Ok(Json(Servers { servers: queues.collect() }))
+    Ok(Json(Servers { servers: servers.collect() }))
 }
 
 #[derive(Serialize, ToSchema)]
