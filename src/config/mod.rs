@@ -171,7 +171,7 @@ pub struct Admin {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Caches {
-    /// Events kept in memory, on each side.
+    /// Events kept in memory, on each side; a large event of a graph counts as several.
     pub events: u64,
     /// Rooms whose state is kept in memory, on each side.
     pub rooms: u64,

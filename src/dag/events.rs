@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use moka::future::Cache;
+use moka::policy::EvictionPolicy;
 use ruma::{EventId, OwnedEventId};
 
 use super::snapshot::Snapshot;
@@ -31,10 +32,18 @@ pub struct Events {
     pub(super) max_auth_chain: usize,
 }
 
+/// How many events an event counts as: large ones as several, so that the cache is bounded in bytes too.
+fn weight(_: &OwnedEventId, event: &Arc<Stored>) -> u32 {
+    u32::try_from(event.pdu.raw.get().len() / 4096).unwrap_or(u32::MAX).saturating_add(1)
+}
+
 impl Events {
     /// Caches for `events` events and `groups` states.
     pub fn new(store: Store, events: u64, groups: u64) -> Self {
-        let (events, groups) = (Cache::new(events), Cache::new(groups));
+        // What is new is asked for next, by the bridge and by the events after it; it must not have to prove itself against
+        // what was asked for often.
+        let events = Cache::builder().eviction_policy(EvictionPolicy::lru()).max_capacity(events).weigher(weight);
+        let (events, groups) = (events.build(), Cache::new(groups));
         let events_meter = CacheMeter::watch("graph_events", &events);
         let groups_meter = CacheMeter::watch("graph_states", &groups);
         Self { store, events, groups, events_meter, groups_meter, max_auth_chain: MAX_AUTH_CHAIN }
@@ -129,5 +138,48 @@ impl Events {
             }
         }
         Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::dag::pdu::Unverified;
+    use crate::dag::stored::Groups;
+    use crate::event::RoomVersion;
+
+    fn event(number: u64, body: usize) -> Arc<Stored> {
+        let event = json!({ "type": "m.room.message", "sender": "@a:x", "room_id": "!room:x", "depth": number,
+            "content": { "body": "x".repeat(body) }, "origin_server_ts": number, "auth_events": [],
+            "prev_events": [format!("${}", "p".repeat(43))] });
+        let pdu = Unverified::from_object(event.as_object().unwrap().clone(), RoomVersion::V11).unwrap().pdu().clone();
+        Arc::new(Stored { groups: Some(Groups { before: 1, after: 1 }), ..Stored::new(pdu) })
+    }
+
+    #[tokio::test]
+    async fn what_is_new_stays_in_the_cache_and_large_events_leave_less_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(&format!("sqlite://{}", directory.path().join("db").display())).await.unwrap();
+        let events = Events::new(store.clone(), 100, 10);
+        let all: Vec<_> = (0..300).map(|number| event(number, 10)).collect();
+        for event in &all {
+            events.committed([event.clone()], Vec::new()).await;
+            // The old ones are popular.
+            for old in all.iter().take(100) {
+                events.events.get(&old.pdu.event_id).await;
+            }
+        }
+        let new: Vec<_> = (300..310).map(|number| event(number, 10)).collect();
+        events.committed(new.clone(), Vec::new()).await;
+        events.events.run_pending_tasks().await;
+        for event in new {
+            assert!(events.events.contains_key(&event.pdu.event_id));
+        }
+        events.committed((400..500).map(|number| event(number, 40_000)), Vec::new()).await;
+        events.events.run_pending_tasks().await;
+        assert!(events.events.entry_count() <= 10, "{}", events.events.entry_count());
+        store.close().await;
     }
 }

@@ -130,7 +130,11 @@ impl Lm {
     /// The linear side over `context`; registers its feeds with the outbound queues.
     pub fn new(context: Context, between: SharedBetween) -> Self {
         let caches = &context.config.caches;
-        let events = moka::future::Cache::new(caches.events);
+        // What is new is asked for next, by the bridge; it must not have to prove itself against what was asked for often.
+        let events = moka::future::Cache::builder()
+            .eviction_policy(moka::policy::EvictionPolicy::lru())
+            .max_capacity(caches.events)
+            .build();
         let inner = Inner {
             rooms: Rooms::new(context.store.clone(), caches.rooms),
             events_meter: CacheMeter::watch("log_events", &events),
