@@ -155,6 +155,11 @@ pub trait Between: Send + Sync + 'static {
     /// Whether what is accepted in this room goes into the bridge's inbox. Called for every batch: from memory.
     fn watches(&self, side: Side, room_id: &RoomId) -> bool;
 
+    /// Whether a hub has to wait with what it sends. Called for every transaction: from memory.
+    fn paused(&self, _origin: &ServerName) -> bool {
+        false
+    }
+
     /// New rows for this room were committed to the inbox.
     fn accepted(&self, side: Side, room_id: &RoomId);
 

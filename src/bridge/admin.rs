@@ -32,6 +32,8 @@ pub struct Health {
     pub waiting: [Waiting; 2],
     /// Images on their way to a foreign hub whose echo has not come.
     pub pending: i64,
+    /// Whether the hub is told to wait, because too much waits already.
+    pub paused: bool,
     /// Whether something has waited for more than ten minutes.
     pub overdue: bool,
     /// Members at home on each side.
@@ -128,6 +130,7 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
             Waiting { side: Side::Lm.as_str(), count: from_lm, since: since_lm },
         ],
         pending,
+        paused: core.pauses.is_paused(entry.number),
         overdue: [since_matrix, since_lm, since_pending].into_iter().any(late),
         members: Members {
             matrix: natives(core, &portal, Side::Matrix).await?,

@@ -173,7 +173,7 @@ mod tests {
     use super::*;
 
     const LIMITS: config::Budgets =
-        config::Budgets { events_per_second: 2, bytes_per_day: 86_400_000, ghosts_per_hour: 3 };
+        config::Budgets { events_per_second: 2, bytes_per_day: 86_400_000, ghosts_per_hour: 3, backlog: 0 };
 
     fn wait(result: Result<(), Refusal>) -> Option<u64> {
         match result {
@@ -202,7 +202,7 @@ mod tests {
         // One that goes back in time is none the worse for it.
         assert_eq!(over(one, 100), Some(500));
         assert_eq!(over(one, 100 + BURST_MS), None);
-        let unlimited = config::Budgets { events_per_second: 0, bytes_per_day: 0, ghosts_per_hour: 0 };
+        let unlimited = config::Budgets { events_per_second: 0, bytes_per_day: 0, ghosts_per_hour: 0, backlog: 0 };
         assert_eq!(wait(budgets.over(&unlimited, 1, one, 0)), None);
     }
 

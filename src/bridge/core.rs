@@ -12,6 +12,7 @@ use super::budget::Budgets;
 use super::create::Creations;
 use super::ends;
 use super::notice::Notices;
+use super::pause::Pauses;
 use super::portal::{Portal, PortalState};
 use super::registry::{Entry, Registry};
 use super::repair::Repairs;
@@ -39,6 +40,7 @@ pub(super) struct Core {
     pub(super) negative: Negative,
     pub(super) acls: Acls,
     pub(super) budgets: Budgets,
+    pub(super) pauses: Pauses,
     pub(super) stop: CancellationToken,
     pub(super) tasks: TaskTracker,
     sides: OnceLock<Sides>,
@@ -59,6 +61,7 @@ impl Core {
             sides: OnceLock::new(),
             negative: resolve::negative(),
             budgets: Budgets::default(),
+            pauses: Pauses::default(),
             acls: acl::acls(context.config.caches.rooms),
             context,
         }

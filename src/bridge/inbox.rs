@@ -98,6 +98,11 @@ impl Inbox {
         self.exhausted = false;
     }
 
+    /// Whether there may be many more than are in memory.
+    pub(super) fn is_full(&self, limit: usize) -> bool {
+        self.items.len() >= WINDOW.min(limit)
+    }
+
     /// Takes an item out.
     pub(super) fn take(&mut self, seq: i64) -> Option<Item> {
         let index = self.items.iter().position(|item| item.row.seq == seq)?;

@@ -22,6 +22,7 @@ mod inbox;
 mod linearize;
 mod member;
 mod notice;
+mod pause;
 mod plan;
 mod portal;
 mod power;

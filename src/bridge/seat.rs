@@ -28,6 +28,10 @@ impl Between for Seat {
         self.0.registry.watches(side, room_id)
     }
 
+    fn paused(&self, origin: &ServerName) -> bool {
+        self.0.pauses.waits(origin)
+    }
+
     fn accepted(&self, side: Side, room_id: &RoomId) {
         self.0.call(side, room_id);
     }

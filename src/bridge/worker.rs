@@ -21,7 +21,7 @@ use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
-use crate::store::images;
+use crate::store::{images, inbox as stored};
 
 /// How many images are sent in one call.
 const BATCH: usize = 200;
@@ -29,13 +29,22 @@ const BATCH: usize = 200;
 const ECHO_PATIENCE_MS: i64 = 120_000;
 /// How long a row that cannot go holds back whatever may descend from it.
 const OVERTAKE_AFTER_MS: i64 = 30_000;
+/// How often it is counted how much waits.
+const COUNT_EVERY_MS: i64 = 2_000;
 /// How long the task stays when something waits without a time of its own.
 const POLL: Duration = Duration::from_secs(5);
 
 /// Carries what `source` has accepted until nothing is left.
 pub(super) async fn run(core: Arc<Core>, entry: Arc<Entry>, source: Side) {
+    work(core.clone(), entry.clone(), source).await;
+    if source == Side::Lm {
+        core.pauses.waiting(entry.number, &entry.portal().lm_hub, 0, 0);
+    }
+}
+
+async fn work(core: Arc<Core>, entry: Arc<Entry>, source: Side) {
     let (asked, answers) = mpsc::unbounded_channel();
-    let mut worker = Worker { core, entry, source, inbox: inbox::Inbox::default(), asked, answers };
+    let mut worker = Worker { core, entry, source, inbox: inbox::Inbox::default(), counted_at: 0, asked, answers };
     loop {
         if !worker.entry.portal().state.carries() {
             worker.entry.direction(source).end();
@@ -73,6 +82,8 @@ struct Worker {
     entry: Arc<Entry>,
     source: Side,
     inbox: inbox::Inbox,
+    /// When it was last counted how much waits.
+    counted_at: i64,
     /// Where the tasks tell that ask other servers.
     asked: mpsc::UnboundedSender<(i64, Done)>,
     answers: mpsc::UnboundedReceiver<(i64, Done)>,
@@ -115,6 +126,7 @@ impl Worker {
             return Ok(if loaded { Progress::More } else { Progress::Empty });
         }
         let now = self.core.now_ms();
+        self.count(&portal, now).await?;
         for (seq, refusal) in self.over_budget(now) {
             self.finish(&portal, seq, Done::Refused(refusal)).await?;
         }
@@ -154,6 +166,22 @@ impl Worker {
             let long = item.blocked_since.is_some_and(|since| now.saturating_sub(since) > OVERTAKE_AFTER_MS);
             // A server over its budget would else stop the room for all others.
             item.waiting.overtaken = long || item.asks_server || (item.waiting.held && item.over_budget);
+        }
+        Ok(())
+    }
+
+    /// Looks now and then how much waits, so that a foreign hub waits with more.
+    async fn count(&mut self, portal: &Portal, now: i64) -> Result<(), Refusal> {
+        if self.source != Side::Lm || portal.lm_hub == self.core.context.server_name {
+            return Ok(());
+        }
+        let limit = self.core.context.config.budgets.backlog;
+        if !self.inbox.is_full(usize::try_from(limit).unwrap_or(usize::MAX)) {
+            self.core.pauses.waiting(self.entry.number, &portal.lm_hub, 0, limit);
+        } else if now.saturating_sub(self.counted_at) >= COUNT_EVERY_MS {
+            self.counted_at = now;
+            let (count, _) = stored::backlog(&self.core.context.store, Side::Lm, &portal.lm_room_id).await?;
+            self.core.pauses.waiting(self.entry.number, &portal.lm_hub, count, limit);
         }
         Ok(())
     }

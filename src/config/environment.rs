@@ -46,6 +46,7 @@ pub(super) const KEYS: &[(&str, Kind)] = &[
     ("budgets.events_per_second", Kind::Number),
     ("budgets.bytes_per_day", Kind::Number),
     ("budgets.ghosts_per_hour", Kind::Number),
+    ("budgets.backlog", Kind::Number),
     ("admin.address", Kind::Text),
     ("admin.token", Kind::Text),
     ("caches.events", Kind::Number),

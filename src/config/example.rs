@@ -89,6 +89,8 @@ server_name = "{server_name}"
 # bytes_per_day = 4294967296
 # Users who come in an hour.
 # ghosts_per_hour = 5000
+# Events of a foreign hub that may wait in a portal; with more, the hub is told to wait.
+# backlog = 20000
 
 # The admin API, /health and /metrics. Keep this listener from the internet.
 [admin]

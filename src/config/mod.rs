@@ -155,6 +155,8 @@ pub struct Budgets {
     pub bytes_per_day: u64,
     /// Users who come in an hour.
     pub ghosts_per_hour: u32,
+    /// Events of a foreign hub that may wait in a portal; with more, the hub is told to wait.
+    pub backlog: u32,
 }
 
 /// `[admin]`. Debug does not show the token.
@@ -228,7 +230,7 @@ impl Default for Portals {
 
 impl Default for Budgets {
     fn default() -> Self {
-        Self { events_per_second: 1_000, bytes_per_day: 4_294_967_296, ghosts_per_hour: 5_000 }
+        Self { events_per_second: 1_000, bytes_per_day: 4_294_967_296, ghosts_per_hour: 5_000, backlog: 20_000 }
     }
 }
 

@@ -133,6 +133,7 @@ fn every_key_can_be_set_in_the_environment() {
         ("budgets.events_per_second", "9", ""),
         ("budgets.bytes_per_day", "9", ""),
         ("budgets.ghosts_per_hour", "9", ""),
+        ("budgets.backlog", "9", ""),
         ("admin.address", "127.0.0.1:1", ""),
         ("admin.token", "12345", ""),
         ("caches.events", "99", ""),
@@ -149,7 +150,7 @@ fn every_key_can_be_set_in_the_environment() {
         );
     }
     let all: Vec<&str> = KEYS.iter().map(|(key, _)| *key).collect();
-    assert_eq!(all.len(), 26, "a new key belongs into this test");
+    assert_eq!(all.len(), 27, "a new key belongs into this test");
     let config = load_with(G, &[("ISTHMUS_ADMIN__TOKEN", "12345"), ("ISTHMUS_SERVER_NAME", "")]).unwrap();
     assert_eq!(config.admin.token.as_deref(), Some("12345"));
     assert_eq!(config.server_name, "lm.example.org", "empty variables are as good as absent");

@@ -26,6 +26,9 @@ const MAX_EDUS: usize = 100;
 /// it comes: with spaces, or with characters written as escapes.
 const MAX_EVENT_TEXT: usize = 256 << 10;
 
+/// When a hub that has to wait may ask again, in milliseconds.
+const PAUSE_MS: u64 = 10_000;
+
 /// In which words the outcome is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Dialect {
@@ -86,6 +89,10 @@ pub(super) async fn receive(
     dialect: Dialect,
 ) -> Result<Value, Refusal> {
     let (pdus, _edus) = parse(&transaction.raw, &transaction.origin)?;
+    if dialect == Dialect::Lm && state.between.paused(&transaction.origin) {
+        let what = format!("events of {} that wait", transaction.origin);
+        return Err(Refusal::Budget { what, retry_after_ms: PAUSE_MS });
+    }
     let outcomes = dispatch(state, &transaction.origin, pdus).await;
     // What failed here is no verdict on the event: the whole is sent again, and what was taken is known then.
     if let Some(failure) = outcomes.iter().find_map(|outcome| match &outcome.result {

@@ -78,3 +78,39 @@ async fn only_so_many_new_ghosts_an_hour() {
     so("the third ghost", || async { gateway.node.membership(lm, &ghost(Side::Matrix, "three")).await == "join" })
         .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_of_which_too_much_waits_is_told_to_wait_and_nothing_is_lost() {
+    let budgets = json!({ "events_per_second": 1, "backlog": 50 });
+    let (world, gateway) = World::new(json!({ "budgets": budgets })).await;
+    let lm = super::from_lm::room(&world, "public").await;
+    let via = [super::world::LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, isthmus::bridge::Cause::Admin).await.unwrap();
+    let own: ruma::OwnedServerName = crate::dag::OWN.try_into().unwrap();
+    let paused = || async { gateway.bridge.health(&portal.portal_id).await.unwrap().paused };
+    for number in 0..3 * BURST {
+        world.lm_say(&lm, "hubert", &number.to_string()).await;
+    }
+    so("the pause", paused).await;
+    world.lm_say(&lm, "hubert", "one more").await;
+    so("the hub is told", || async {
+        let queues = world.server.context.outbound.status().await.unwrap();
+        queues.iter().any(|queue| queue.destination == own && queue.failures > 0)
+    })
+    .await;
+    // As time goes on, all of it comes, in order.
+    let hubert = ghost(Side::Lm, "hubert");
+    for count in [2 * BURST - 2, 3 * BURST - 2, 3 * BURST + 1] {
+        world.advance(61_000);
+        so("more of it", || async {
+            world.server.context.outbound.retry(&own);
+            gateway.matrix_bodies(&portal.matrix_room_id).await.len() >= count
+        })
+        .await;
+    }
+    let bodies = gateway.matrix_bodies(&portal.matrix_room_id).await;
+    let mut expected: Vec<_> = (0..3 * BURST).map(|number| (hubert.clone(), number.to_string())).collect();
+    expected.push((hubert.clone(), "one more".to_owned()));
+    assert_eq!(bodies, expected);
+    so("it goes on", || async { !paused().await }).await;
+}
