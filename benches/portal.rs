@@ -4,7 +4,8 @@
 //! homeserver sends as Synapse does: one transaction of at most 50 events in flight. The gateway is a process of its own,
 //! so that its CPU time and its memory are its own too. Machines are noisy: trust the ratios.
 //!
-//! `cargo bench --bench portal` (`-- --seconds 2` for a quick look).
+//! `cargo bench --bench portal` (`-- --seconds 2` for a quick look, `-- --only in` for one line: `in`, `out`, `both`, `in-paced`,
+//! `out-paced`).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
