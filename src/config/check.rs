@@ -6,6 +6,7 @@ use std::path::Path;
 use url::{Host, Url};
 
 use super::Config;
+use crate::event::VerifyKey;
 
 type Problem = (&'static str, String);
 
@@ -102,6 +103,15 @@ fn appservice(config: &Config) -> Result<(), Problem> {
 fn federation(config: &Config) -> Result<(), Problem> {
     for file in &config.federation.custom_ca {
         is_file("federation.custom_ca", file)?;
+    }
+    for key in &config.federation.leaked_keys {
+        if let Err(error) = VerifyKey::from_base64(key) {
+            let problem = format!(
+                "holds {key:?}, which is no public key ({error}): write ed25519 keys in unpadded base64, as they stand in \
+                 the server's answer at /_matrix/key/v2/server"
+            );
+            return Err(("federation.leaked_keys", problem));
+        }
     }
     for (server, url) in &config.federation.resolve {
         base_url("federation.resolve", url)?;

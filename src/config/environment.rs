@@ -34,6 +34,7 @@ pub(super) const KEYS: &[(&str, Kind)] = &[
     ("appservice.homeserver_name", Kind::Text),
     ("appservice.registration", Kind::Text),
     ("federation.custom_ca", Kind::List),
+    ("federation.leaked_keys", Kind::List),
     ("federation.allow_private_networks", Kind::Switch),
     ("federation.resolve", Kind::Table),
     ("access.hubs", Kind::List),

@@ -59,6 +59,9 @@ server_name = "{server_name}"
 # custom_ca = []
 # Whether private and loopback addresses may be dialled.
 # allow_private_networks = false
+# Public keys (ed25519 in unpadded base64, as servers publish them) that are known to have leaked, whosever they are:
+# nothing that is signed with them is believed.
+# leaked_keys = []
 
 # Servers that are reached at a given base URL, without discovery; plain http for loopback only.
 [federation.resolve]

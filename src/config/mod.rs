@@ -95,6 +95,8 @@ pub struct Federation {
     pub custom_ca: Vec<PathBuf>,
     /// Whether private and loopback addresses may be dialled.
     pub allow_private_networks: bool,
+    /// Public keys (ed25519, unpadded base64) that are known to have leaked: nothing signed with them is believed.
+    pub leaked_keys: Vec<String>,
     /// Servers whose base URL is given, without discovery.
     pub resolve: BTreeMap<OwnedServerName, Url>,
 }

@@ -5,6 +5,7 @@ mod routes;
 mod signed;
 mod transaction;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use crate::bridge::Bridge;
 use crate::clock::{SharedClock, SystemClock};
 use crate::config::Config;
 use crate::dag::Dag;
+use crate::event::VerifyKey;
 use crate::federation::{Client, ClientOptions, Context, OutboundQueues};
 use crate::identity::{Keyring, SigningKey, SigningKeyError};
 use crate::lm::Lm;
@@ -48,6 +50,12 @@ pub enum GatewayError {
     /// The portals could not be taken up again.
     #[error("the bridge: {0}")]
     Bridge(Refusal),
+    /// The gateway's own key must not be used any more.
+    #[error(
+        "`federation.leaked_keys` holds the gateway's own key, which is in {}: move that file away, and a new key is made",
+        .0.display()
+    )]
+    OwnKeyLeaked(std::path::PathBuf),
     /// A listener.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -65,8 +73,14 @@ pub async fn context(config: Config, clock: SharedClock) -> Result<Context, Gate
     };
     let client = Client::new(server_name.clone(), signing_key.clone(), options)
         .map_err(|error| GatewayError::Client(error.to_string()))?;
-    let keyring =
-        Keyring::new(server_name.clone(), signing_key.clone(), Arc::new(client.clone()), store.clone(), clock.clone());
+    let leaked =
+        config.federation.leaked_keys.iter().filter_map(|key| Some(VerifyKey::from_base64(key).ok()?.to_base64()));
+    let leaked: BTreeSet<String> = leaked.collect();
+    if leaked.contains(&signing_key.public_base64()) {
+        return Err(GatewayError::OwnKeyLeaked(config.signing_key));
+    }
+    let (own, fetcher) = (signing_key.clone(), Arc::new(client.clone()));
+    let keyring = Keyring::with_denied(server_name.clone(), own, fetcher, store.clone(), clock.clone(), leaked);
     keyring.remember_own().await?;
     let outbound =
         OutboundQueues::new(store.clone(), clock.clone(), server_name.clone(), client.clone(), keyring.clone());

@@ -20,10 +20,14 @@ use crate::store::{Store, StoreError, server_keys};
 
 /// How many servers' keys are kept in memory.
 const CACHED_SERVERS: u64 = 20_000;
-/// A server that could not be asked is left alone for this long.
+/// A server that could not be asked is left alone for this long, and each time after that for twice as long …
 const RETRY_MS: i64 = 30_000;
+/// … up to this.
+const LONGEST_RETRY_MS: i64 = 15 * 60_000;
 /// A server is asked again for a key that it did not publish after this time at the earliest.
 const REFETCH_MS: i64 = 60_000;
+/// An answer of this age says what keys a server has now.
+const FRESH_MS: i64 = 3_000;
 /// For how long our own answer is valid.
 const OWN_VALIDITY_MS: i64 = 12 * 3600 * 1000;
 
@@ -81,6 +85,8 @@ struct Lookup {
     error: Option<KeyringError>,
     /// When the server was last asked, or was to be.
     asked_ts: i64,
+    /// How often in a row that failed.
+    failures: u32,
 }
 
 impl Lookup {
@@ -89,7 +95,7 @@ impl Lookup {
         match &self.keys {
             // A clock that was set back makes everything stale, so that nothing lasts until it caught up.
             _ if age < 0 => true,
-            _ if self.error.is_some() => age >= RETRY_MS,
+            _ if self.error.is_some() => age >= retry_after(self.failures),
             Some(keys) => keys.valid_until_ts <= now_ms || (asking_again && age >= REFETCH_MS),
             None => true,
         }
@@ -214,6 +220,25 @@ impl Keyring {
         Ok(collected)
     }
 
+    /// That a server's answer is recent enough to say of an event that its signature is by none of the server's keys: a
+    /// key may be newer than the answer that is known. `found` are those of the event's keys that the server vouches for.
+    pub async fn knows_better_than(
+        &self,
+        server: &ServerName,
+        found: Option<&BTreeMap<String, VerifyKey>>,
+    ) -> Result<(), Refusal> {
+        if found.is_none_or(|found| !found.is_empty()) || server == self.inner.server_name {
+            return Ok(());
+        }
+        let Some(lookup) = self.inner.lookups.get(server).await else { return Ok(()) };
+        let age = self.inner.clock.now_ms().saturating_sub(lookup.asked_ts);
+        if (0..=FRESH_MS).contains(&age) {
+            return Ok(());
+        }
+        let problem = format!("its answer of {} s ago has none of the keys", age / 1000);
+        Err(Refusal::KeysUnavailable { server: server.to_string(), problem })
+    }
+
     /// The signed body of our own `GET /_matrix/key/v2/server`: valid for 12 hours, without `m.linearized`.
     pub fn own_keys(&self) -> Object {
         let Inner { server_name, own, own_keys, clock, .. } = &*self.inner;
@@ -248,11 +273,12 @@ impl Inner {
 
     async fn learn(&self, server: &ServerName, now_ms: i64) -> Lookup {
         let before = self.remembered(server).await;
-        if self.lookups.get(server).await.is_none()
+        let last = self.lookups.get(server).await;
+        if last.is_none()
             && let Some((keys, asked_ts)) = &before
             && keys.valid_until_ts > now_ms
         {
-            return Lookup { keys: Some(keys.clone()), error: None, asked_ts: *asked_ts };
+            return Lookup { keys: Some(keys.clone()), error: None, asked_ts: *asked_ts, failures: 0 };
         }
         let before = before.map(|(keys, _)| keys);
         match self.ask(server, now_ms).await {
@@ -264,11 +290,12 @@ impl Inner {
                 if let Err(error) = server_keys::save(&self.store, server, keys.to_bytes(), now_ms).await {
                     tracing::warn!(%server, %error, "the keys of a server could not be stored");
                 }
-                Lookup { keys: Some(Arc::new(keys)), error: None, asked_ts: now_ms }
+                Lookup { keys: Some(Arc::new(keys)), error: None, asked_ts: now_ms, failures: 0 }
             }
             Err(error) => {
                 tracing::info!(%server, %error, "no new keys of a server");
-                Lookup { keys: before, error: Some(error), asked_ts: now_ms }
+                let failures = last.map_or(0, |last| last.failures).saturating_add(1);
+                Lookup { keys: before, error: Some(error), asked_ts: now_ms, failures }
             }
         }
     }
@@ -296,6 +323,12 @@ impl Inner {
         ServerKeys::check(&answer, server, now_ms, &self.denied)
             .map_err(|problem| KeyringError::Rejected { server: server.to_string(), problem })
     }
+}
+
+/// How long a server is left alone that could not be asked so many times in a row.
+fn retry_after(failures: u32) -> i64 {
+    let doublings = failures.saturating_sub(1).min(16);
+    RETRY_MS.saturating_mul(1 << doublings).min(LONGEST_RETRY_MS)
 }
 
 fn unreachable(server: &ServerName, problem: &str) -> KeyringError {

@@ -15,7 +15,7 @@ use crate::federation::{Feed, FeedKind, OutboundQueues};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{EffectsOf, EventEffect, write_effects_until_one_fails};
-use crate::store::lm::{self as stored, NewEvent, RoomRow};
+use crate::store::lm::{self as stored, Complaint, NewEvent, RoomRow};
 use crate::store::{Store, StoreError, Tx, inbox};
 
 /// Where an event comes from, as far as it matters for what is written with it.
@@ -45,7 +45,7 @@ pub(super) struct Batch {
     entries: Vec<Entry>,
     /// A room that is to be made.
     new_room: bool,
-    complaints: Vec<(OwnedEventId, String)>,
+    complaints: Vec<Complaint>,
 }
 
 /// What was committed of a batch.
@@ -78,9 +78,9 @@ impl Batch {
         self.entries.len().saturating_sub(1)
     }
 
-    /// Records what the hub did wrong, with an event that is not appended.
-    pub fn complain(&mut self, event_id: OwnedEventId, problem: String) {
-        self.complaints.push((event_id, problem));
+    /// Records what the hub did wrong.
+    pub fn complain(&mut self, complaint: Complaint) {
+        self.complaints.push(complaint);
     }
 
     pub fn is_empty(&self) -> bool {
@@ -196,7 +196,7 @@ struct Job {
     redaction_before: Redaction,
     entries: Vec<Entry>,
     new_room: bool,
-    complaints: Vec<(OwnedEventId, String)>,
+    complaints: Vec<Complaint>,
 }
 
 struct Done {
@@ -228,8 +228,8 @@ impl Job {
         } else if self.after.redaction != self.redaction_before {
             stored::set_redaction(tx, &room_id, self.after.redaction).await?;
         }
-        for (event_id, problem) in &self.complaints {
-            stored::complain(tx, &room_id, event_id, problem, self.now_ms).await?;
+        for complaint in &self.complaints {
+            stored::complain(tx, &room_id, complaint, self.now_ms).await?;
         }
         if self.entries.is_empty() {
             return Ok(Done { kept, failed, untried, texts: Vec::new(), pushed: false });

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use futures::{StreamExt as _, stream};
-use ruma::OwnedServerName;
+use ruma::{OwnedEventId, OwnedServerName};
 
 use super::Lm;
 use crate::event::{HashCheck, Object, Pdu, Redaction, VerifyKeys, verify_signatures};
@@ -24,8 +24,10 @@ pub(super) struct Finished {
 
 /// Why an event is not taken.
 pub(super) enum Bad {
-    /// Its form is wrong, or its keys cannot be had: nothing is proved either way.
+    /// Its form is wrong, or something failed here.
     Dropped(Refusal),
+    /// Its keys cannot be had now: nothing is proved either way.
+    Unproved(Box<Pdu>, Refusal),
     /// A signature is missing or wrong.
     Forged(Box<Pdu>, Refusal),
 }
@@ -33,7 +35,14 @@ pub(super) enum Bad {
 impl Bad {
     pub fn refusal(&self) -> &Refusal {
         match self {
-            Self::Dropped(refusal) | Self::Forged(_, refusal) => refusal,
+            Self::Dropped(refusal) | Self::Unproved(_, refusal) | Self::Forged(_, refusal) => refusal,
+        }
+    }
+
+    pub fn event_id(&self) -> Option<&OwnedEventId> {
+        match self {
+            Self::Dropped(_) => None,
+            Self::Unproved(pdu, _) | Self::Forged(pdu, _) => Some(&pdu.event_id),
         }
     }
 }
@@ -53,7 +62,7 @@ impl Lm {
             with_keys.push(match pdu {
                 Ok(pdu) => match self.keys_of(&pdu).await {
                     Ok(keys) => Ok((pdu, keys)),
-                    Err(refusal @ Refusal::KeysUnavailable { .. }) => Err(Bad::Dropped(refusal)),
+                    Err(refusal @ Refusal::KeysUnavailable { .. }) => Err(Bad::Unproved(Box::new(pdu), refusal)),
                     Err(refusal @ Refusal::Internal(_)) => Err(Bad::Dropped(refusal)),
                     Err(refusal) => Err(Bad::Forged(Box::new(pdu), refusal)),
                 },
@@ -88,7 +97,12 @@ impl Lm {
 
     async fn keys_of(&self, pdu: &Pdu) -> Result<VerifyKeys, Refusal> {
         let signers = pdu.required_signers();
-        self.context().keyring.keys_for_event(&pdu.json, &signers, pdu.origin_server_ts).await
+        let keyring = &self.context().keyring;
+        let keys = keyring.keys_for_event(&pdu.json, &signers, pdu.origin_server_ts).await?;
+        for signer in signers {
+            keyring.knows_better_than(&signer, keys.get(&signer)).await?;
+        }
+        Ok(keys)
     }
 }
 

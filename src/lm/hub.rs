@@ -245,7 +245,9 @@ impl Lm {
 
     async fn keys(&self, origin: &ServerName, lpdu: &Lpdu) -> Result<VerifyKeys, Refusal> {
         let keyring = &self.context().keyring;
-        keyring.keys_for_event(&lpdu.json, &[origin.to_owned()], lpdu.origin_server_ts).await
+        let keys = keyring.keys_for_event(&lpdu.json, &[origin.to_owned()], lpdu.origin_server_ts).await?;
+        keyring.knows_better_than(origin, keys.get(origin)).await?;
+        Ok(keys)
     }
 
     /// One LPDU that came with a handshake: everything but the rules and the gate.

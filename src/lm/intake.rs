@@ -1,15 +1,14 @@
-//! What a participant takes from its hub: finished events, in the hub's order, each checked at its place. What is missing
-//! between them is fetched from the hub.
+//! What a participant takes from its hub: finished events, in the hub's order, each checked at its place.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use ruma::{EventId, OwnedEventId, ServerName};
 
 use super::Lm;
 use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
+use super::gaps::Filled;
 use super::hub::received;
 use super::room::{Snapshot, Subject};
 use super::rooms::{RoomCell, stored_pdu};
@@ -17,14 +16,7 @@ use super::rules::Slot;
 use crate::event::{Object, Pdu};
 use crate::refusal::Refusal;
 use crate::seam::Received;
-use crate::store::lm as stored;
-
-/// How many events one request for missing ones asks for.
-const PAGE: usize = 100;
-/// How many requests fill one gap at most.
-const PAGES: usize = 50;
-/// How long filling one gap may take: the hub may be waiting for our answer.
-const PATIENCE: Duration = Duration::from_secs(30);
+use crate::store::lm::{self as stored, Complaint, Known};
 
 impl Lm {
     /// Takes what a server sent into a room that is hubbed elsewhere; answers in order, after the commit.
@@ -65,10 +57,12 @@ impl Lm {
         for event in checked {
             results.push(match event {
                 Ok(event) => received(Some(event.pdu.event_id.clone()), taking.take(event).await?),
-                Err(bad) => received(None, taking.reject(bad)),
+                Err(bad) => received(bad.event_id().cloned(), Err(taking.reject(bad))),
             });
         }
+        let later = std::mem::take(&mut taking.later);
         taking.batch.commit(self, Some(cell)).await?;
+        self.fetch_later(cell, later);
         Ok(results)
     }
 }
@@ -89,18 +83,30 @@ pub(super) struct Taking<'a> {
     /// The events in the batch, and those that were rejected on the way.
     fresh: BTreeSet<OwnedEventId>,
     /// What the store knew of the events that were looked up when this began.
-    looked_up: BTreeMap<OwnedEventId, bool>,
-    /// The hub did not give what was missing: it is not asked again now.
-    in_vain: bool,
+    looked_up: BTreeMap<OwnedEventId, Option<Known>>,
+    /// What became of asking the hub for what was missing: it is not asked twice.
+    pub(super) asked: Option<Filled>,
+    /// Whether a hub that cannot be asked now counts like one that will not give what is missing.
+    pub(super) last_try: bool,
+    /// What is to be asked for again later.
+    pub(super) later: BTreeSet<OwnedEventId>,
 }
 
 impl<'a> Taking<'a> {
     /// Goes on from a batch in which these events are already.
     pub fn new(lm: &'a Lm, batch: Batch) -> Self {
-        Self { lm, batch, fresh: BTreeSet::new(), looked_up: BTreeMap::new(), in_vain: false }
+        Self {
+            lm,
+            batch,
+            fresh: BTreeSet::new(),
+            looked_up: BTreeMap::new(),
+            asked: None,
+            last_try: false,
+            later: BTreeSet::new(),
+        }
     }
 
-    fn room(&self) -> &Snapshot {
+    pub(super) fn room(&self) -> &Snapshot {
         &self.batch.after
     }
 
@@ -110,19 +116,20 @@ impl<'a> Taking<'a> {
             return Ok(Ok(()));
         }
         let missing = self.unknown(&event.pdu.prev_events).await?;
-        if !missing.is_empty() && !self.in_vain {
-            self.fill(&event.pdu.event_id, missing).await?;
+        if missing.is_empty() {
+            return self.place(event).await;
+        }
+        let filled = match self.asked {
+            Some(filled) => filled,
+            None => self.fill(&event.pdu.event_id, missing).await?,
+        };
+        if filled == Filled::NotNow {
+            // No verdict on the event: the hub is to send it again, and those that do not are asked for it.
+            self.later.insert(event.pdu.event_id);
+            let problem = "what is before the event cannot be had from the hub now".to_owned();
+            return Ok(Err(Refusal::Internal(problem)));
         }
         self.place(event).await
-    }
-
-    /// Takes everything up to these events, of which nothing but the IDs is known.
-    pub async fn take_up_to(&mut self, ends: Vec<OwnedEventId>) -> Result<(), Refusal> {
-        let missing = self.unknown(&ends).await?;
-        match missing.first().cloned() {
-            Some(first) => self.fill(&first, missing).await,
-            None => Ok(()),
-        }
     }
 
     /// Takes an event whose predecessors are there, or cannot be had.
@@ -138,7 +145,7 @@ impl<'a> Taking<'a> {
             return Ok(Ok(()));
         }
         if let Err(refusal) = self.judge(&pdu).await? {
-            self.complain(&pdu.event_id, &refusal.to_string());
+            self.settle(&pdu.event_id, &refusal.to_string());
             self.fresh.insert(pdu.event_id);
             return Ok(Err(refusal));
         }
@@ -199,32 +206,58 @@ impl<'a> Taking<'a> {
         Ok(room.judge(&subject, &chosen))
     }
 
-    /// Records what makes an event unacceptable.
-    fn reject(&mut self, bad: Bad) -> Result<(), Refusal> {
+    /// Records what makes an event unacceptable as it is.
+    fn reject(&mut self, bad: Bad) -> Refusal {
         match bad {
-            Bad::Dropped(refusal) => Err(refusal),
+            Bad::Dropped(refusal) => refusal,
             Bad::Forged(pdu, refusal) => {
                 self.complain(&pdu.event_id, &refusal.to_string());
-                Err(refusal)
+                refusal
+            }
+            Bad::Unproved(pdu, refusal) => {
+                // Others may be in the way of its keys for long: what comes after it does not wait.
+                self.complain(&pdu.event_id, &refusal.to_string());
+                self.later.insert(pdu.event_id);
+                refusal
             }
         }
     }
 
+    /// Remarks on an event that is taken all the same, or may come again and be right.
     pub fn complain(&mut self, event_id: &EventId, problem: &str) {
-        let facts = &self.room().facts;
-        tracing::warn!(room = %facts.room_id, hub = %facts.hub, event = %event_id, problem, "the hub misbehaves");
-        self.batch.complain(event_id.to_owned(), problem.chars().take(500).collect());
+        self.record(event_id, problem, false);
+        self.looked_up.entry(event_id.to_owned()).or_default().get_or_insert(Known::Remarked);
     }
 
-    /// Whether an event is in the log, or was rejected before.
-    async fn knows(&mut self, event_id: &EventId) -> Result<bool, Refusal> {
+    /// Records that an event is refused for good.
+    fn settle(&mut self, event_id: &EventId, problem: &str) {
+        self.record(event_id, problem, true);
+    }
+
+    fn record(&mut self, event_id: &EventId, problem: &str, settled: bool) {
+        let facts = &self.room().facts;
+        tracing::warn!(room = %facts.room_id, hub = %facts.hub, event = %event_id, problem, "the hub misbehaves");
+        let (event_id, problem) = (event_id.to_owned(), problem.chars().take(500).collect());
+        self.batch.complain(Complaint { event_id, problem, settled });
+    }
+
+    /// Whether an event is in the log, or was rejected for good.
+    pub(super) async fn knows(&mut self, event_id: &EventId) -> Result<bool, Refusal> {
+        Ok(self.known(event_id).await? == Some(Known::Settled))
+    }
+
+    async fn known(&mut self, event_id: &EventId) -> Result<Option<Known>, Refusal> {
         if self.fresh.contains(event_id) {
-            return Ok(true);
+            return Ok(Some(Known::Settled));
         }
         if !self.looked_up.contains_key(event_id) {
             self.look_up(BTreeSet::from([event_id.to_owned()])).await?;
         }
-        Ok(self.looked_up.get(event_id).copied().unwrap_or(false))
+        Ok(self.looked_up.get(event_id).copied().flatten())
+    }
+
+    pub(super) fn lm(&self) -> &'a Lm {
+        self.lm
     }
 
     /// Asks the store about many events at once.
@@ -233,131 +266,20 @@ impl<'a> Taking<'a> {
         let room_id = self.room().facts.room_id.clone();
         let known = stored::known_of(&self.lm.context().store, &room_id, &ids).await?;
         for event_id in event_ids {
-            let is_known = known.contains(&event_id);
+            let is_known = known.get(&event_id).copied();
             self.looked_up.insert(event_id, is_known);
         }
         Ok(())
     }
 
-    async fn unknown(&mut self, event_ids: &[OwnedEventId]) -> Result<Vec<OwnedEventId>, Refusal> {
+    /// Those of the events that nothing was heard of yet.
+    pub(super) async fn unknown(&mut self, event_ids: &[OwnedEventId]) -> Result<Vec<OwnedEventId>, Refusal> {
         let mut unknown = Vec::new();
         for event_id in event_ids {
-            if !self.knows(event_id).await? {
+            if self.known(event_id).await?.is_none() {
                 unknown.push(event_id.clone());
             }
         }
         Ok(unknown)
     }
-
-    /// Fetches and takes what is missing before (or at) an event.
-    async fn fill(&mut self, event: &EventId, missing: Vec<OwnedEventId>) -> Result<(), Refusal> {
-        let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
-        tracing::info!(room = %room_id, %hub, event = %event, "events are missing, asking the hub");
-        let mut found: BTreeMap<OwnedEventId, Finished> = BTreeMap::new();
-        let fetching = self.fetch(&mut found, missing);
-        let complete = match tokio::time::timeout(PATIENCE, fetching).await {
-            Ok(complete) => complete?,
-            Err(_) => false,
-        };
-        let found = in_order(found);
-        if !complete {
-            self.in_vain = true;
-            let first = found.first().map_or_else(|| event.to_owned(), |first| first.pdu.event_id.clone());
-            self.complain(event, "the hub did not give all that is before it");
-            self.adopt_state_before(&first).await?;
-        }
-        for event in found {
-            // A complaint was recorded where one was due.
-            let _ = self.place(event).await?;
-        }
-        Ok(())
-    }
-
-    /// Whether everything between the log and `missing` was found.
-    async fn fetch(
-        &mut self,
-        found: &mut BTreeMap<OwnedEventId, Finished>,
-        missing: Vec<OwnedEventId>,
-    ) -> Result<bool, Refusal> {
-        let facts = self.room().facts.clone();
-        let mut wanted = missing;
-        for _ in 0..PAGES {
-            let Some(from) = wanted.pop() else { return Ok(true) };
-            let page = match self.lm.peers().backfill(&facts.hub, &facts.room_id, &from, PAGE).await {
-                Ok(page) => page,
-                Err(error) => {
-                    tracing::info!(room = %facts.room_id, hub = %facts.hub, %error, "no backfill");
-                    return Ok(false);
-                }
-            };
-            let page = page.into_iter().take(PAGE).collect();
-            for event in self.lm.check_finished(page, self.room().redaction).await.into_iter().flatten() {
-                if event.pdu.room_id == facts.room_id && !self.knows(&event.pdu.event_id).await? {
-                    found.insert(event.pdu.event_id.clone(), event);
-                }
-            }
-            if !found.contains_key(&from) {
-                return Ok(false);
-            }
-            let before: BTreeSet<OwnedEventId> =
-                found.values().flat_map(|event| event.pdu.prev_events.iter().cloned()).collect();
-            let before: Vec<OwnedEventId> =
-                before.into_iter().chain(wanted).filter(|id| !found.contains_key(id)).collect();
-            wanted = self.unknown(&before).await?;
-        }
-        Ok(wanted.is_empty())
-    }
-
-    /// Takes the state that the hub has before an event, where the events that made it cannot be had.
-    async fn adopt_state_before(&mut self, event_id: &EventId) -> Result<(), Refusal> {
-        let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
-        match self.lm.peers().state(&hub, &room_id, event_id).await {
-            Ok(state) => {
-                let state = self.lm.check_finished(state, self.room().redaction).await;
-                self.adopt(state).await
-            }
-            Err(error) => {
-                tracing::warn!(room = %room_id, %hub, %error, "the hub does not give its state");
-                Ok(())
-            }
-        }
-    }
-
-    /// Puts state events that the hub vouches for into the log as they are: what allowed them is not known here, and they
-    /// are facts at the hub.
-    pub async fn adopt(&mut self, state: Vec<Result<Finished, Bad>>) -> Result<(), Refusal> {
-        for event in state {
-            match event {
-                Ok(Finished { pdu, redaction, .. }) => {
-                    if pdu.room_id != self.room().facts.room_id || pdu.state_key.is_none() {
-                        continue;
-                    }
-                    if !self.knows(&pdu.event_id).await? {
-                        self.batch.after.redaction = redaction;
-                        self.append(pdu);
-                    }
-                }
-                Err(Bad::Forged(pdu, refusal)) => self.complain(&pdu.event_id, &refusal.to_string()),
-                Err(Bad::Dropped(refusal)) => tracing::warn!(%refusal, "a state event was not taken"),
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Each event after those that it names as its predecessors, as far as they are there.
-fn in_order(mut found: BTreeMap<OwnedEventId, Finished>) -> Vec<Finished> {
-    let mut ordered = Vec::with_capacity(found.len());
-    let mut stack: Vec<OwnedEventId> = found.keys().cloned().collect();
-    let mut entered = BTreeSet::new();
-    while let Some(event_id) = stack.pop() {
-        let Some(event) = found.get(&event_id) else { continue };
-        if entered.insert(event_id.clone()) {
-            stack.push(event_id);
-            stack.extend(event.pdu.prev_events.iter().filter(|id| found.contains_key(*id)).cloned());
-        } else {
-            ordered.extend(found.remove(&event_id));
-        }
-    }
-    ordered
 }

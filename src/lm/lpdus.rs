@@ -8,10 +8,7 @@ use ruma::{OwnedEventId, RoomId, ServerName, UserId};
 use serde_json::Value;
 
 use super::actor::template;
-use super::batch::Batch;
 use super::feed::raw;
-use super::intake::Taking;
-use super::peers::prev_events;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
 use super::{Appended, Lm, Sent};
@@ -113,6 +110,10 @@ impl Lm {
         if refused.is_ok() {
             return Ok(());
         }
+        if lock(&cell.missing).is_behind() {
+            // Only the hub knows.
+            return Ok(());
+        }
         // What the hub has just sent may allow it.
         let _taken = tokio::time::timeout(INTAKE, cell.intake.lock()).await;
         *room = cell.snapshot(&self.context().store).await?;
@@ -176,7 +177,9 @@ impl Lm {
             .collect()
     }
 
-    /// Which of the LPDUs at `positions` are in the hub's log already.
+    /// Which of the LPDUs at `positions` are in the hub's log already. It is looked for to the end of the hub's log where
+    /// the hub tells that end, as those do that know no transaction again. Others go by the draft, and take the same
+    /// transaction once: of those what was not seen may be sent again.
     pub(super) async fn lpdus_at_hub(
         &self,
         room_id: &RoomId,
@@ -185,10 +188,9 @@ impl Lm {
     ) -> Result<Vec<i64>, Refusal> {
         let lpdus = stored::queued_lpdus(&self.context().store, room_id, positions).await?;
         let delivered = self.echoed(&lpdus).await?;
-        if delivered.len() == lpdus.len() {
+        if delivered.len() == lpdus.len() || !self.catch_up(room_id, hub).await? {
             return Ok(delivered);
         }
-        self.catch_up(room_id, hub).await?;
         self.echoed(&lpdus).await
     }
 
@@ -196,24 +198,6 @@ impl Lm {
         let ids: Vec<_> = lpdus.iter().map(|lpdu| &*lpdu.lpdu_id).collect();
         let known = stored::positions_of_lpdus(&self.context().store, &ids).await?;
         Ok(lpdus.iter().filter(|lpdu| known.contains_key(&lpdu.lpdu_id)).map(|lpdu| lpdu.position).collect())
-    }
-
-    /// Takes what the hub has after the end of our copy of the log, where it lets that be known: a template names the end
-    /// of its log.
-    async fn catch_up(&self, room_id: &RoomId, hub: &ServerName) -> Result<(), Refusal> {
-        let (cell, room) = self.find(room_id).await?;
-        let Some(user) = self.own_members(&room).next() else { return Ok(()) };
-        let Ok((_, template)) = self.peers().make(hub, "join", room_id, &user).await else { return Ok(()) };
-        let ends = prev_events(&template);
-        if ends.is_empty() {
-            return Ok(());
-        }
-        let _turn = cell.intake.lock().await;
-        let room = cell.snapshot(&self.context().store).await?;
-        let mut taking = Taking::new(self, Batch::new(room));
-        taking.take_up_to(ends).await?;
-        taking.batch.commit(self, Some(&cell)).await?;
-        Ok(())
     }
 
     /// The hub has answered: what it refused is told, and nothing waits any more.

@@ -4,7 +4,8 @@
 //! Where to find what: `rules` judges one event; `room` is a room after an event, `rooms` keeps them in memory; `batch`
 //! writes events with all that hangs on them, `actor` gives each hubbed room its one appender. The hub's side is in `hub`
 //! (own events, LPDUs), `handshake`, `invite`, `served` and `join_state`; the participant's in `participant` (joining),
-//! `intake` (what the hub sends), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
+//! `intake` (what the hub sends), `gaps` (what is missing of
+//! that), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
 //! not come back from there). `feed` is what
 //! the outbound queues read, `peers` what is asked of others, `reads` what the gateway itself asks.
 
@@ -13,6 +14,7 @@ mod ahead;
 mod batch;
 mod feed;
 mod finished;
+mod gaps;
 mod handshake;
 mod hub;
 mod intake;

@@ -310,7 +310,7 @@ fn facts_of(hub: &ServerName, room_id: &RoomId, state: &[Result<Finished, Bad>])
     let bad = |problem: String| Refusal::Remote { server: hub.to_string(), problem };
     for event in state {
         // Without these nothing else can be judged.
-        if let Err(Bad::Forged(pdu, refusal)) = event
+        if let Err(Bad::Forged(pdu, refusal) | Bad::Unproved(pdu, refusal)) = event
             && matches!(pdu.kind.as_str(), "m.room.create" | "m.room.power_levels" | "m.room.join_rules")
         {
             return Err(bad(format!("{} in the answer to a join: {refusal}", pdu.kind)));

@@ -11,6 +11,7 @@ use tokio::sync::{OnceCell, mpsc, oneshot};
 use super::Appended;
 use super::actor::Job;
 use super::ahead::Ahead;
+use super::gaps::Missing;
 use super::room::{Facts, Snapshot};
 use crate::event::{Pdu, Redaction};
 use crate::refusal::Refusal;
@@ -35,6 +36,8 @@ pub(super) struct RoomCell {
     stays: Mutex<Stays>,
     /// As participant: what our users sent and what has not come back.
     pub ahead: Mutex<Ahead>,
+    /// As participant: what of the hub's log could not be had, and is asked for again.
+    pub missing: Mutex<Missing>,
 }
 
 /// When servers were in the room, as far as somebody has asked.
@@ -60,6 +63,7 @@ impl RoomCell {
             waiters: Mutex::default(),
             stays: Mutex::default(),
             ahead: Mutex::default(),
+            missing: Mutex::default(),
         }
     }
 

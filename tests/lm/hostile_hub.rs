@@ -61,13 +61,22 @@ async fn a_forged_event_is_dropped_and_complained_of() {
     assert!(matches!(refused.result, Err(Refusal::BadSignature { .. })), "{refused:?}");
     assert_eq!(bodies(&part.log(&room).await), Vec::<String>::new());
     assert_eq!(complaints(&part, &room).await.len(), 1);
+    // An event's ID does not cover its signatures: with the right ones it is another matter.
+    let draft = message(&hub.user("bot"), "good");
+    let good = finished(&hub, &room, &log, &draft, &["m.room.create", "m.room.power_levels"]);
+    let mut bad = good.json.clone();
+    bad["signatures"]["hub.example"] = forged.json["signatures"]["hub.example"].clone();
+    let refused = give(&part, &hub, &bad).await;
+    assert!(matches!(refused.result, Err(Refusal::BadSignature { .. })), "{refused:?}");
+    assert_eq!(give(&part, &hub, &good.json).await.result, Ok(()));
+    assert_eq!(bodies(&part.log(&room).await), ["good"]);
     // Signed with a key that is not the hub's.
     let other = SigningKey::generate();
     let completion = Completion { auth_events: Vec::new(), prev_event: None };
     let draft = message(&hub.user("bot"), "other key");
     let forged = Pdu::build(template(&room, &draft), completion, &hub.name, &other).unwrap();
     assert!(give(&part, &hub, &forged.json).await.result.is_err());
-    assert_eq!(bodies(&part.log(&room).await), Vec::<String>::new());
+    assert_eq!(bodies(&part.log(&room).await), ["good"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,8 +1,8 @@
 //! Hubs like the LM server that exists: its join templates are those for graph servers, its keys say that it does LM alone,
 //! it takes LPDUs, invites by `send` only, and never knows a transaction or an LPDU again.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use axum::body::{Body, to_bytes};
 use axum::extract::Request;
@@ -12,12 +12,12 @@ use http::{Method, StatusCode};
 use isthmus::event::{Object, sign_object};
 use isthmus::federation::Context;
 use isthmus::identity::SigningKey;
-use isthmus::lm::{Lm, Position};
+use isthmus::lm::{Lm, Position, Sent};
 use isthmus::refusal::Refusal;
 use ruma::{OwnedServerName, RoomId};
 use serde_json::{Value, json};
 
-use super::world::{Node, World, assert_dense, ids, member};
+use super::world::{Node, World, assert_dense, bodies, ids, member, raw};
 
 /// What of a hub's manners a test looks at.
 #[derive(Clone)]
@@ -117,4 +117,115 @@ async fn a_hub_that_shares_graphs_too_is_refused_by_name() {
     let refusal = joined.map(drop).unwrap_err();
     assert_eq!(refusal, Refusal::GraphTemplate { server: hub.name.to_string(), room_id: room.to_string() });
     assert_eq!(hub.lm.room(&room).await.unwrap().unwrap().head, Position(3), "nothing was sent there");
+}
+
+/// A hub whose answers get lost, and what it was sent.
+struct Faulty {
+    /// The transactions that it took.
+    taken: Mutex<Vec<String>>,
+    /// Whether the next transaction is lost before it is taken; or its answer is, after it.
+    loses: Mutex<Option<bool>>,
+    /// How many requests find nobody after that.
+    away: AtomicUsize,
+}
+
+impl Faulty {
+    fn of(hub: &Node) -> Arc<Self> {
+        let faulty = Arc::new(Self { taken: Mutex::default(), loses: Mutex::default(), away: AtomicUsize::new(0) });
+        let (kept, manners) = (faulty.clone(), Manners::new(&hub.context, &hub.lm, true));
+        hub.meddle(move |request, next| {
+            let (faulty, manners) = (kept.clone(), manners.clone());
+            async move { faulty.answer(manners, request, next).await }
+        });
+        faulty
+    }
+
+    async fn answer(&self, manners: Manners, request: Request, next: Next) -> Response {
+        if self.away.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
+            return respond(StatusCode::SERVICE_UNAVAILABLE, json!({}));
+        }
+        if !request.uri().path().contains("/send/") {
+            return manners.answer(request, next).await;
+        }
+        let loses = self.loses.lock().unwrap().take();
+        let (parts, body) = request.into_parts();
+        let body = to_bytes(body, 1 << 20).await.unwrap();
+        if loses == Some(true) {
+            self.away.store(3, Ordering::SeqCst);
+            return respond(StatusCode::GATEWAY_TIMEOUT, json!({}));
+        }
+        self.taken.lock().unwrap().push(String::from_utf8(body.to_vec()).unwrap());
+        let response = manners.answer(Request::from_parts(parts, body.into()), next).await;
+        if loses == Some(false) {
+            self.away.store(3, Ordering::SeqCst);
+            return respond(StatusCode::GATEWAY_TIMEOUT, json!({}));
+        }
+        response
+    }
+
+    fn took(&self, body: &str) -> usize {
+        self.taken.lock().unwrap().iter().filter(|taken| taken.contains(body)).count()
+    }
+}
+
+/// Has a server answer to all that is sent to it, and take nothing of it, as long as it is deaf.
+fn deafen(node: &Node) -> Arc<AtomicBool> {
+    let deaf = Arc::new(AtomicBool::new(true));
+    let kept = deaf.clone();
+    node.meddle(move |request, next| {
+        let deaf = kept.load(Ordering::SeqCst) && request.uri().path().contains("/send/");
+        async move {
+            match deaf {
+                true => respond(StatusCode::OK, json!({})),
+                false => next.run(request).await,
+            }
+        }
+    });
+    deaf
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_5_what_became_of_an_lpdu_is_looked_for_before_it_is_sent_again() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let faulty = Faulty::of(&hub);
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    for (body, before) in [("appended before it was away", false), ("not appended before it was away", true)] {
+        // Nothing comes back by itself: neither the answer nor the echo, nor what others say.
+        let deaf = deafen(&part);
+        *faulty.loses.lock().unwrap() = Some(before);
+        hub.say(&room, "bot", &format!("earlier: {body}")).await;
+        part.say(&room, "alice", body).await;
+        hub.wait_for_body(&room, body).await;
+        hub.say(&room, "bot", &format!("later: {body}")).await;
+        let done = format!("done: {body}");
+        deaf.store(false, Ordering::SeqCst);
+        part.say(&room, "alice", &done).await;
+        part.wait_for_body(&room, &done).await;
+        assert_eq!(faulty.took(&format!("\"{body}\"")), 1);
+    }
+    let (at_hub, at_part) = (hub.log(&room).await, part.log(&room).await);
+    assert_eq!(ids(&at_hub), ids(&at_part));
+    assert_eq!(at_hub.len(), 5 + 2 * 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_missing_and_cannot_be_had_now_is_asked_for_again() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let faulty = Faulty::of(&hub);
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    let deaf = deafen(&part);
+    hub.say(&room, "bot", "missed").await;
+    let Sent::Appended(last) = hub.say(&room, "bot", "last").await else { panic!("a hub appends") };
+    deaf.store(false, Ordering::SeqCst);
+    // The hub is away when it is asked for what is before the event.
+    faulty.away.store(1, Ordering::SeqCst);
+    let received = part.lm.receive(&hub.name, vec![raw(&last.event.json)]).await.pop().unwrap();
+    assert!(matches!(received.result, Err(Refusal::Internal(_))), "{received:?}");
+    assert_eq!(bodies(&part.log(&room).await), Vec::<String>::new());
+    // Nothing comes from the hub again.
+    part.wait_for_body(&room, "last").await;
+    assert_eq!(ids(&part.log(&room).await), ids(&hub.log(&room).await));
+    assert_eq!(part.lm.room(&room).await.unwrap().unwrap().complaints, Vec::<String>::new());
 }

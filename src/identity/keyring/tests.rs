@@ -174,10 +174,50 @@ async fn hc_10_a_stampede_fetches_once_and_a_dead_server_is_left_alone() {
         clock.advance(RETRY_MS);
         assert!(ring.server_keys(dead).await.is_err());
         assert_eq!(servers.fetches(), 4);
+        // It is left alone for twice as long each time, but not for ever.
+        for (minutes, fetches) in [(1, 5), (2, 6), (4, 7), (8, 8), (15, 9), (15, 10)] {
+            clock.advance(minutes * 60_000 - 1);
+            assert!(ring.server_keys(dead).await.is_err());
+            assert_eq!(servers.fetches(), fetches - 1, "{minutes}");
+            clock.advance(1);
+            assert!(ring.server_keys(dead).await.is_err());
+            assert_eq!(servers.fetches(), fetches, "{minutes}");
+        }
         // A clock that was set back must not keep it away until then.
         clock.advance(-DAY);
         assert!(ring.server_keys(dead).await.is_err());
-        assert_eq!(servers.fetches(), 5);
+        assert_eq!(servers.fetches(), 11);
+        // Once it has answered, what failed before does not count.
+        servers.set(dead, answer(dead, &[&key], json!({}), NOW + DAY));
+        clock.advance(15 * 60_000);
+        assert!(ring.server_keys(dead).await.is_ok());
+        assert_eq!(servers.fetches(), 12);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_an_old_answer_does_not_name_may_be_a_new_key() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let (key, new) = (SigningKey::generate(), SigningKey::generate());
+        servers.set(hub(), answer(hub(), &[&key], json!({}), NOW + DAY));
+        let ring = keyring(&servers, &store, &clock);
+        assert!(has(&ring, key.id(), Validity::Now).await);
+        servers.set(hub(), answer(hub(), &[&key, &new], json!({}), NOW + DAY));
+        let verdict = async |id: &str| {
+            let found = ring.keys_for(hub(), &[id], Validity::Now).await.unwrap();
+            (found.len(), ring.knows_better_than(hub(), Some(&found)).await.is_ok())
+        };
+        // Asked a moment ago: the server has no such key. Later it may, and cannot be asked yet; then it is.
+        assert_eq!(verdict(new.id()).await, (0, true));
+        clock.advance(REFETCH_MS / 2);
+        assert_eq!(verdict(new.id()).await, (0, false));
+        assert_eq!(verdict(key.id()).await, (1, true));
+        clock.advance(REFETCH_MS / 2);
+        assert_eq!(verdict(new.id()).await, (1, true));
+        assert_eq!(verdict("ed25519:nobody").await, (0, true));
+        assert_eq!(servers.fetches(), 2);
     })
     .await;
 }

@@ -7,8 +7,8 @@ mod write;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
 pub use self::read::{
-    Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus, queued_lpdus,
-    range, room, room_ids, state_before, state_now, stays,
+    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,
+    queued_lpdus, range, room, room_ids, state_before, state_now, stays,
 };
 pub use self::write::{
     advance_head, append, complain, forget_lpdus, insert_room, queue_lpdu, server_joined, server_left, set_redaction,
@@ -68,6 +68,17 @@ pub struct LpduRow {
     pub lpdu_id: OwnedEventId,
     /// The LPDU as it goes over the wire.
     pub json: Vec<u8>,
+}
+
+/// A complaint about an event that the hub sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Complaint {
+    /// The event.
+    pub event_id: OwnedEventId,
+    /// What is wrong with it.
+    pub problem: String,
+    /// Whether the event is refused for good; otherwise it may come again and be right.
+    pub settled: bool,
 }
 
 fn redaction_name(redaction: Redaction) -> &'static str {

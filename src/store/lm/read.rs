@@ -1,6 +1,6 @@
 //! What is read. Functions with `IN` lists look up in pieces, so that there are few statements to prepare.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId, ServerName};
 use sqlx::any::AnyRow;
@@ -210,26 +210,36 @@ pub async fn complaints(store: &Store, room_id: &RoomId, limit: i64) -> Result<V
         .collect()
 }
 
+/// What is known of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Known {
+    /// It was complained of, and may come again and be right.
+    Remarked,
+    /// It is in a log, or was refused for good.
+    Settled,
+}
+
 /// Which of these events are in a log, or were complained of in this room.
 pub async fn known_of(
     store: &Store,
     room_id: &RoomId,
     event_ids: &[&EventId],
-) -> Result<BTreeSet<OwnedEventId>, StoreError> {
-    let mut known = BTreeSet::new();
+) -> Result<BTreeMap<OwnedEventId, Known>, StoreError> {
+    let mut known = BTreeMap::new();
     for chunk in chunks(event_ids) {
+        let list = placeholders(1, chunk.len(), 1);
+        let sql = format!("SELECT event_id, settled FROM lm_complaints WHERE room_id = $1 AND event_id IN {list}");
+        let query = sqlx::query(AssertSqlSafe(sql)).bind(room_id.as_str());
+        let query = chunk.iter().fold(query, |query, id| query.bind(id.as_str()));
+        for row in query.fetch_all(store.reader()).await? {
+            let settled: i64 = row.try_get("settled")?;
+            known.insert(parsed(&row, "event_id")?, if settled == 0 { Known::Remarked } else { Known::Settled });
+        }
         let list = placeholders(1, chunk.len(), 0);
         let sql = format!("SELECT event_id FROM lm_events WHERE event_id IN {list}");
         let query = chunk.iter().fold(sqlx::query(AssertSqlSafe(sql)), |query, id| query.bind(id.as_str()));
         for row in query.fetch_all(store.reader()).await? {
-            known.insert(parsed(&row, "event_id")?);
-        }
-        let list = placeholders(1, chunk.len(), 1);
-        let sql = format!("SELECT event_id FROM lm_complaints WHERE room_id = $1 AND event_id IN {list}");
-        let query = sqlx::query(AssertSqlSafe(sql)).bind(room_id.as_str());
-        let query = chunk.iter().fold(query, |query, id| query.bind(id.as_str()));
-        for row in query.fetch_all(store.reader()).await? {
-            known.insert(parsed(&row, "event_id")?);
+            known.insert(parsed(&row, "event_id")?, Known::Settled);
         }
     }
     Ok(known)

@@ -86,7 +86,10 @@ async fn a_log_and_its_states_come_back_as_they_were_written() {
         both.sort_unstable();
         assert_eq!(both, [5, 9]);
         let known = known_of(&store, room_id, &[&id("event5"), &id("none"), &id("event9")]).await.unwrap();
-        assert_eq!(known.into_iter().collect::<Vec<_>>(), [id("event5"), id("event9")]);
+        assert_eq!(
+            known.into_iter().collect::<Vec<_>>(),
+            [(id("event5"), Known::Settled), (id("event9"), Known::Settled)]
+        );
     })
     .await;
 }
@@ -124,9 +127,18 @@ async fn stays_lpdus_and_complaints_come_back() {
                         queue_lpdu(tx, room_id, position, &id(&format!("l{position}")), b"{}").await?;
                     }
                     forget_lpdus(tx, room_id, &[20]).await?;
-                    complain(tx, room_id, &id("e"), "first\u{0}", 1).await?;
-                    complain(tx, room_id, &id("e"), "second", 2).await?;
-                    complain(tx, room_id, &id("f"), "third", 3).await
+                    for (number, (event, problem, settled)) in (1..).zip([
+                        ("e", "first\u{0}", true),
+                        ("e", "second", true),
+                        ("f", "third", false),
+                        ("g", "fourth", false),
+                        ("g", "the end", true),
+                        ("g", "after it", false),
+                    ]) {
+                        let complaint = Complaint { event_id: id(event), problem: problem.to_owned(), settled };
+                        complain(tx, room_id, &complaint, number).await?;
+                    }
+                    Ok(())
                 })
             })
             .await
@@ -138,9 +150,10 @@ async fn stays_lpdus_and_complaints_come_back() {
         assert_eq!(queued.iter().map(|lpdu| lpdu.position).collect::<Vec<_>>(), [30]);
         let some = queued_lpdus(&store, room_id, &[10, 20, 30]).await.unwrap();
         assert_eq!(some.len(), 2);
-        assert_eq!(complaints(&store, room_id, 5).await.unwrap(), ["$f: third", "$e: first\u{0}"]);
-        let known = known_of(&store, room_id, &[&id("e"), &id("g"), &id("f")]).await.unwrap();
-        assert_eq!(known.into_iter().collect::<Vec<_>>(), [id("e"), id("f")]);
+        assert_eq!(complaints(&store, room_id, 5).await.unwrap(), ["$g: the end", "$f: third", "$e: first\u{0}"]);
+        let known = known_of(&store, room_id, &[&id("e"), &id("g"), &id("f"), &id("h")]).await.unwrap();
+        let expected = [("e", Known::Settled), ("f", Known::Remarked), ("g", Known::Settled)];
+        assert_eq!(known.into_iter().collect::<Vec<_>>(), expected.map(|(event, known)| (id(event), known)));
     })
     .await;
 }

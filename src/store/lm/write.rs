@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use ruma::{EventId, RoomId, ServerName};
 
 use super::super::rows::{chunks, placeholders, statement, statements};
-use super::{NewEvent, RoomRow, redaction_name};
+use super::{Complaint, NewEvent, RoomRow, redaction_name};
 use crate::event::Redaction;
 use crate::store::{StoreError, Tx, text};
 
@@ -153,22 +153,18 @@ pub async fn forget_lpdus(tx: &mut Tx, room_id: &RoomId, positions: &[i64]) -> R
     Ok(())
 }
 
-/// Records a complaint about an event that the hub sent; the first one about an event counts.
-pub async fn complain(
-    tx: &mut Tx,
-    room_id: &RoomId,
-    event_id: &EventId,
-    problem: &str,
-    now_ms: i64,
-) -> Result<(), StoreError> {
+/// Records a complaint; the first one about an event counts, but for one that settles it.
+pub async fn complain(tx: &mut Tx, room_id: &RoomId, complaint: &Complaint, now_ms: i64) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO lm_complaints (room_id, event_id, problem, noticed_ts) VALUES ($1, $2, $3, $4) \
-         ON CONFLICT (room_id, event_id) DO NOTHING",
+        "INSERT INTO lm_complaints (room_id, event_id, problem, noticed_ts, settled) VALUES ($1, $2, $3, $4, $5) \
+         ON CONFLICT (room_id, event_id) DO UPDATE SET problem = excluded.problem, settled = excluded.settled \
+         WHERE lm_complaints.settled < excluded.settled",
     )
     .bind(room_id.as_str())
-    .bind(event_id.as_str())
-    .bind(text::encode(problem).into_owned())
+    .bind(complaint.event_id.as_str())
+    .bind(text::encode(&complaint.problem).into_owned())
     .bind(now_ms)
+    .bind(i64::from(complaint.settled))
     .execute(tx)
     .await?;
     Ok(())
