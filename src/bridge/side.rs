@@ -87,7 +87,7 @@ pub(super) type Key = (String, String);
 #[derive(Debug, Clone)]
 pub(super) enum State {
     Graph(Arc<dag::State>),
-    Log(Arc<lm::State>),
+    Log(lm::State),
 }
 
 /// One entry of a state.
@@ -121,10 +121,14 @@ impl<'a> From<(&'a str, &'a Arc<Pdu>)> for Entry<'a> {
 impl State {
     /// The entry of a type and state key.
     pub(super) fn get(&self, kind: &str, state_key: &str) -> Option<Entry<'_>> {
-        let key = (kind.to_owned(), state_key.to_owned());
         match self {
-            Self::Graph(state) => state.get_key_value(&key).map(|((_, key), event)| (key.as_str(), event).into()),
-            Self::Log(state) => state.get_key_value(&key).map(|((_, key), event)| (key.as_str(), event).into()),
+            Self::Graph(state) => {
+                let found = state.get_key_value(&(kind.to_owned(), state_key.to_owned()));
+                found.map(|((_, key), event)| (key.as_str(), event).into())
+            }
+            Self::Log(state) => {
+                state.get(kind, state_key).and_then(|event| Some((event.state_key.as_deref()?, event).into()))
+            }
         }
     }
 
@@ -154,11 +158,7 @@ impl State {
                 .take_while(|((kind, _), _)| kind == MEMBER)
                 .map(|((_, key), event)| (key.as_str(), event).into())
                 .collect(),
-            Self::Log(state) => state
-                .range(from..)
-                .take_while(|((kind, _), _)| kind == MEMBER)
-                .map(|((_, key), event)| (key.as_str(), event).into())
-                .collect(),
+            Self::Log(state) => state.of_kind(MEMBER).map(Entry::from).collect(),
         }
     }
 }
@@ -221,7 +221,7 @@ impl Rooms for Lm {
     }
 
     async fn pick(&self, room_id: &RoomId, keys: &[Key]) -> Result<State, Refusal> {
-        Ok(State::Log(Arc::new(self.state_events(room_id, keys).await?)))
+        Ok(State::Log(self.state_events(room_id, keys).await?))
     }
 
     async fn send(&self, room_id: &RoomId, events: Vec<Outgoing>) -> Vec<Result<Made, Refusal>> {

@@ -28,8 +28,8 @@ mod room;
 mod rooms;
 pub mod rules;
 mod served;
+mod state;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
@@ -39,6 +39,7 @@ use self::invite::Invites;
 use self::participant::Joining;
 use self::peers::Peers;
 use self::rooms::Rooms;
+pub use self::state::State;
 use crate::admin::metrics::CacheMeter;
 use crate::event::{Pdu, RoomVersion};
 use crate::federation::{Context, FeedKind};
@@ -95,9 +96,6 @@ pub enum Sent {
         lpdu_id: OwnedEventId,
     },
 }
-
-/// The current state of a room: the last event of each (type, state key).
-pub type State = BTreeMap<(String, String), Arc<Pdu>>;
 
 /// A room that the gateway is to create as its hub.
 #[derive(Debug, Clone)]

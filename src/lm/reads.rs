@@ -48,9 +48,9 @@ impl Lm {
     }
 
     /// The current state of a room.
-    pub async fn state(&self, room_id: &RoomId) -> Result<Arc<State>, Refusal> {
+    pub async fn state(&self, room_id: &RoomId) -> Result<State, Refusal> {
         let (_, snapshot) = self.find(room_id).await?;
-        Ok(snapshot.shown())
+        Ok(snapshot.state().clone())
     }
 
     /// One event of the current state.
@@ -68,8 +68,11 @@ impl Lm {
     /// room.
     pub async fn state_events(&self, room_id: &RoomId, keys: &[(String, String)]) -> Result<State, Refusal> {
         let (_, snapshot) = self.find(room_id).await?;
-        let found = keys.iter().filter_map(|key| Some((key.clone(), snapshot.state_event(&key.0, &key.1)?.clone())));
-        Ok(found.collect())
+        let mut found = State::default();
+        for event in keys.iter().filter_map(|(kind, state_key)| snapshot.state_event(kind, state_key)) {
+            found.insert(event);
+        }
+        Ok(found)
     }
 
     /// One event, with its place.

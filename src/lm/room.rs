@@ -1,8 +1,7 @@
 //! A room as it is after one event of its log: what the next event is judged by and built on. Cloning shares everything,
 //! so that a batch can be tried on a copy.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, ServerName, UserId};
 use serde_json::Value;
@@ -30,11 +29,9 @@ pub(super) struct Snapshot {
     /// The last position; −1 in a room that has no event yet.
     pub head: i64,
     last: Option<Arc<Pdu>>,
-    state: imbl::OrdMap<String, imbl::OrdMap<String, Arc<Pdu>>>,
+    state: State,
     /// How many joined users each server has.
     servers: imbl::OrdMap<OwnedServerName, u32>,
-    /// The state as others see it, made when it is first asked for.
-    shown: Arc<OnceLock<Arc<State>>>,
 }
 
 /// A server's membership of a room, as an event changed it.
@@ -77,9 +74,8 @@ impl Snapshot {
             redaction,
             head: -1,
             last: None,
-            state: imbl::OrdMap::new(),
+            state: State::default(),
             servers: imbl::OrdMap::new(),
-            shown: Arc::default(),
         }
     }
 
@@ -107,22 +103,12 @@ impl Snapshot {
 
     /// The current state event of a type and state key.
     pub fn state_event(&self, kind: &str, state_key: &str) -> Option<&Arc<Pdu>> {
-        self.state.get(kind)?.get(state_key)
+        self.state.get(kind, state_key)
     }
 
     /// The current state.
-    pub fn shown(&self) -> Arc<State> {
-        self.shown
-            .get_or_init(|| {
-                let mut all = BTreeMap::new();
-                for (kind, events) in &self.state {
-                    for (state_key, event) in events {
-                        all.insert((kind.clone(), state_key.clone()), event.clone());
-                    }
-                }
-                Arc::new(all)
-            })
-            .clone()
+    pub fn state(&self) -> &State {
+        &self.state
     }
 
     /// Whether a server has a joined user.
@@ -142,10 +128,10 @@ impl Snapshot {
 
     /// The users with a membership.
     pub fn members<'a>(&'a self, wanted: &'a str) -> impl Iterator<Item = &'a UserId> {
-        let members = self.state.get("m.room.member").into_iter().flat_map(|members| members.iter());
-        members
+        self.state
+            .of_kind("m.room.member")
             .filter(move |(_, event)| membership(event) == Some(wanted))
-            .filter_map(|(user, _)| <&UserId>::try_from(user.as_str()).ok())
+            .filter_map(|(user, _)| <&UserId>::try_from(user).ok())
     }
 
     /// The places in the current state of the events that allow an event, and those events' IDs.
@@ -205,9 +191,7 @@ impl Snapshot {
 
     fn place(&mut self, pdu: &Arc<Pdu>) -> Option<Move> {
         let state_key = pdu.state_key.as_ref()?;
-        self.shown = Arc::default();
-        let of_kind = self.state.entry(pdu.kind.clone()).or_default();
-        let before = of_kind.insert(state_key.clone(), pdu.clone());
+        let before = self.state.insert(pdu);
         if pdu.kind != "m.room.member" {
             return None;
         }

@@ -16,7 +16,7 @@ async fn deserted(gateway: &Gateway, portal: &Portal) -> bool {
     let own = |user: &str| user.ends_with(":g.example");
     let matrix = gateway.dag.joined(&portal.matrix_room_id).await.unwrap();
     let lm = gateway.node.lm.state(&portal.lm_room_id).await.unwrap();
-    let in_log = lm.iter().any(|((kind, key), event)| {
+    let in_log = lm.iter().any(|(kind, key, event)| {
         kind == "m.room.member"
             && own(key)
             && event.content().get("membership").is_some_and(|membership| membership != "leave")

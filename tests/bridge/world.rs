@@ -335,7 +335,7 @@ impl Node {
 
     pub async fn state(&self, room: &RoomId, kind: &str, state_key: &str) -> Option<Object> {
         let state = self.lm.state(room).await.ok()?;
-        Some(state.get(&(kind.to_owned(), state_key.to_owned()))?.content().clone())
+        Some(state.get(kind, state_key)?.content().clone())
     }
 
     pub async fn membership(&self, room: &RoomId, user: &str) -> String {
