@@ -130,6 +130,12 @@ impl CacheMeter {
         Self { hits: counter("hit"), misses: counter("miss") }
     }
 
+    /// Counts one look-up by what it found, and passes that on.
+    pub fn count<V>(&self, found: Option<V>) -> Option<V> {
+        self.looked_up(usize::from(found.is_some()), usize::from(found.is_none()));
+        found
+    }
+
     /// So much was asked for and found, and so much was not.
     pub fn looked_up(&self, hits: usize, misses: usize) {
         self.hits.inc_by(u64::try_from(hits).unwrap_or_default());
@@ -359,7 +365,8 @@ mod tests {
         let meter = CacheMeter::watch("test", &cache);
         cache.insert(1, 1).await;
         cache.run_pending_tasks().await;
-        meter.looked_up(3, 1);
+        meter.looked_up(2, 1);
+        assert_eq!(meter.count(cache.get(&1).await), Some(1));
         let text = render();
         for line in [
             "isthmus_cache_entries{cache=\"test\"} 1",

@@ -72,7 +72,7 @@ impl Shared {
     pub(super) async fn check_acl(&self, room: &Room, server: &ServerName) -> Result<(), Refusal> {
         let core = room.core();
         let Some(id) = core.current.get("m.room.server_acl", "").cloned() else { return Ok(()) };
-        let acl = match self.acls.get(&id).await {
+        let acl = match self.acls_meter.count(self.acls.get(&id).await) {
             Some(acl) => acl,
             None => {
                 let Some(event) = self.events.get(&id).await? else { return Ok(()) };

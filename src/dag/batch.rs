@@ -193,7 +193,7 @@ impl Batch {
             return Ok(first);
         }
         let key: Vec<i64> = states.iter().map(|state| state.id).collect();
-        if let Some(id) = self.shared.resolved.get(&key).await {
+        if let Some(id) = self.shared.resolved_meter.count(self.shared.resolved.get(&key).await) {
             // What was resolved in a batch that failed was never written.
             if let Ok(snapshot) = self.snapshot(id).await {
                 return Ok(snapshot);

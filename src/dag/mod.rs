@@ -37,6 +37,7 @@ use self::events::Events;
 use self::outbox::Outbox;
 use self::room::Rooms;
 use self::snapshot::Snapshot;
+use crate::admin::metrics::CacheMeter;
 use crate::event::{Object, RoomVersion};
 use crate::federation::{Context, FeedKind, FeedSource};
 use crate::refusal::Refusal;
@@ -110,6 +111,9 @@ struct Shared {
     acls: Cache<OwnedEventId, Arc<Acl>>,
     /// The current states that were asked for as a whole.
     states: Cache<OwnedRoomId, (Snapshot, Arc<State>)>,
+    resolved_meter: CacheMeter,
+    acls_meter: CacheMeter,
+    states_meter: CacheMeter,
 }
 
 /// What the gateway itself asks of the graph side.
@@ -119,14 +123,18 @@ impl Dag {
         let caches = &context.config.caches;
         let events = Events::new(context.store.clone(), caches.events, caches.rooms.saturating_mul(8));
         let (rooms, outbound) = (caches.rooms, context.outbound.clone());
+        let (resolved, acls, states) = (Cache::new(rooms.saturating_mul(8)), Cache::new(rooms), Cache::new(rooms));
         let shared = Arc::new(Shared {
             context,
             between,
             events,
             rooms: Rooms::default(),
-            resolved: Cache::new(rooms.saturating_mul(8)),
-            acls: Cache::new(rooms),
-            states: Cache::new(rooms),
+            resolved_meter: CacheMeter::watch("graph_resolutions", &resolved),
+            acls_meter: CacheMeter::watch("graph_acls", &acls),
+            states_meter: CacheMeter::watch("graph_whole_states", &states),
+            resolved,
+            acls,
+            states,
         });
         outbound.register(&[FeedKind::Graph], Arc::new(Outbox(shared.clone())));
         Self { shared }
@@ -194,7 +202,9 @@ impl Dag {
         let room = self.shared.room(room_id).await?;
         let current = room.core().current.clone();
         let (known, state) = self.shared.states.get(room_id).await.unwrap_or_default();
-        if known.id == current.id {
+        let is_current = known.id == current.id;
+        self.shared.states_meter.count(is_current.then_some(()));
+        if is_current {
             return Ok(state);
         }
         let (mut gone, mut new) = (Vec::new(), Vec::new());

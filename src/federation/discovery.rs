@@ -15,6 +15,7 @@ use ruma::{OwnedServerName, ServerName};
 
 use super::dialler::{Http, TargetSource, Targets};
 use super::well_known::{self, Entry};
+use crate::admin::metrics::CacheMeter;
 
 /// How a server is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,6 +93,7 @@ const MAX_TARGETS: usize = 8;
 pub(super) struct Network {
     http: Arc<Http>,
     well_known: Cache<String, Entry>,
+    well_known_meter: CacheMeter,
     srv: SrvTargets,
 }
 
@@ -100,6 +102,7 @@ pub(super) struct Network {
 pub(super) struct SrvTargets {
     resolver: Option<TokioResolver>,
     cache: Cache<String, SrvEntry>,
+    meter: CacheMeter,
 }
 
 #[derive(Clone)]
@@ -111,14 +114,16 @@ struct SrvEntry {
 impl Network {
     /// Look-ups that fetch `.well-known` through `http`.
     pub(super) fn new(http: Arc<Http>, srv: SrvTargets) -> Self {
-        Self { http, well_known: Cache::new(CACHED), srv }
+        let well_known = Cache::new(CACHED);
+        Self { http, well_known_meter: CacheMeter::watch("well_known", &well_known), well_known, srv }
     }
 }
 
 impl Lookups for Network {
     async fn delegate(&self, host: &str) -> Option<OwnedServerName> {
         let host = host.to_ascii_lowercase();
-        if let Some(entry) = self.well_known.get(&host).await.filter(|entry| entry.ask_again > Instant::now()) {
+        let known = self.well_known.get(&host).await.filter(|entry| entry.ask_again > Instant::now());
+        if let Some(entry) = self.well_known_meter.count(known) {
             return entry.delegate;
         }
         let asked = self
@@ -151,12 +156,14 @@ impl SrvTargets {
             builder.build()
         });
         let resolver = resolver.inspect_err(|error| tracing::warn!(%error, "no SRV records will be looked up")).ok();
-        Self { resolver, cache: Cache::new(CACHED) }
+        let cache = Cache::new(CACHED);
+        Self { resolver, meter: CacheMeter::watch("srv", &cache), cache }
     }
 
     async fn look_up(&self, host: &str) -> Arc<Targets> {
         let host = host.to_ascii_lowercase();
-        if let Some(entry) = self.cache.get(&host).await.filter(|entry| entry.ask_again > Instant::now()) {
+        let known = self.cache.get(&host).await.filter(|entry| entry.ask_again > Instant::now());
+        if let Some(entry) = self.meter.count(known) {
             return entry.targets;
         }
         let asked = self

@@ -9,6 +9,7 @@ use ruma::ServerName;
 use serde_json::Value;
 use tokio::sync::OwnedMutexGuard;
 
+use crate::admin::metrics::CacheMeter;
 use crate::clock::SharedClock;
 use crate::refusal::Refusal;
 use crate::store::transactions::{self, TransactionKey};
@@ -33,6 +34,7 @@ struct Inner {
     store: Store,
     clock: SharedClock,
     answers: Cache<TransactionKey, Arc<Value>>,
+    answers_meter: CacheMeter,
     in_process: Mutex<HashMap<TransactionKey, InProcess>>,
     pruned_at: AtomicI64,
 }
@@ -63,10 +65,12 @@ pub struct Processing {
 impl Transactions {
     /// The transactions in this store.
     pub fn new(store: Store, clock: SharedClock) -> Self {
+        let answers = Cache::new(CACHED);
         let inner = Inner {
             store,
             clock,
-            answers: Cache::new(CACHED),
+            answers_meter: CacheMeter::watch("transactions", &answers),
+            answers,
             in_process: Mutex::default(),
             pruned_at: AtomicI64::new(0),
         };
@@ -91,7 +95,7 @@ impl Transactions {
     }
 
     async fn answer(&self, key: &TransactionKey) -> Result<Option<Arc<Value>>, Refusal> {
-        if let Some(answer) = self.inner.answers.get(key).await {
+        if let Some(answer) = self.inner.answers_meter.count(self.inner.answers.get(key).await) {
             return Ok(Some(answer));
         }
         let Some(stored) = transactions::answer(&self.inner.store, key).await? else { return Ok(None) };

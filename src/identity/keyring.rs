@@ -74,6 +74,7 @@ struct Inner {
     clock: SharedClock,
     denied: BTreeSet<String>,
     lookups: Cache<OwnedServerName, Arc<Lookup>>,
+    meter: metrics::CacheMeter,
 }
 
 /// What the last attempt to learn a server's keys gave.
@@ -132,8 +133,8 @@ impl Keyring {
             linearized: false,
         });
         let lookups = Cache::new(CACHED_SERVERS);
-        metrics::CacheMeter::watch("server_keys", &lookups);
-        Self { inner: Arc::new(Inner { server_name, own, own_keys, fetcher, store, clock, denied, lookups }) }
+        let meter = metrics::CacheMeter::watch("server_keys", &lookups);
+        Self { inner: Arc::new(Inner { server_name, own, own_keys, fetcher, store, clock, denied, lookups, meter }) }
     }
 
     /// Takes up, at the start, the keys that this server had before: they are published as old ones from now on, so that
@@ -262,13 +263,15 @@ impl Inner {
     /// wait for one answer.
     async fn lookup(&self, server: &ServerName, asking_again: bool) -> Arc<Lookup> {
         let now_ms = self.clock.now_ms();
-        self.lookups
+        let entry = self
+            .lookups
             .entry_by_ref(server)
             .or_insert_with_if(async { Arc::new(self.learn(server, now_ms).await) }, |known| {
                 known.is_stale(now_ms, asking_again)
             })
-            .await
-            .into_value()
+            .await;
+        self.meter.count((!entry.is_fresh()).then_some(()));
+        entry.into_value()
     }
 
     async fn learn(&self, server: &ServerName, now_ms: i64) -> Lookup {

@@ -13,6 +13,7 @@ use super::actor::Job;
 use super::ahead::Ahead;
 use super::gaps::Missing;
 use super::room::{Facts, Snapshot};
+use crate::admin::metrics::CacheMeter;
 use crate::event::{Pdu, Redaction};
 use crate::refusal::Refusal;
 use crate::store::lm::{self as stored, EventRow, Stay};
@@ -175,12 +176,15 @@ pub(super) struct Rooms {
     live: Mutex<HashMap<OwnedRoomId, Weak<RoomCell>>>,
     /// Keeps the cells of rooms in use from being dropped between uses.
     kept: moka::future::Cache<OwnedRoomId, Arc<RoomCell>>,
+    kept_meter: CacheMeter,
 }
 
 impl Rooms {
     /// The rooms in `store`, `capacity` of them kept in memory.
     pub fn new(store: Store, capacity: u64) -> Self {
-        Self { store, known: OnceCell::new(), live: Mutex::default(), kept: moka::future::Cache::new(capacity) }
+        let kept = moka::future::Cache::new(capacity);
+        let kept_meter = CacheMeter::watch("log_rooms", &kept);
+        Self { store, known: OnceCell::new(), live: Mutex::default(), kept, kept_meter }
     }
 
     async fn known(&self) -> Result<&RwLock<HashSet<OwnedRoomId>>, StoreError> {
@@ -211,7 +215,7 @@ impl Rooms {
     }
 
     async fn cell(&self, room_id: &RoomId) -> Arc<RoomCell> {
-        if let Some(cell) = self.kept.get(room_id).await {
+        if let Some(cell) = self.kept_meter.count(self.kept.get(room_id).await) {
             return cell;
         }
         let cell = {
