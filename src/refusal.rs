@@ -116,6 +116,19 @@ pub enum Refusal {
         /// The room.
         room_id: String,
     },
+    /// The room lets in those who meet conditions, and the gateway cannot tell who does.
+    #[error(
+        "the join rule of {room_id} is {join_rule:?}, and this gateway cannot tell whether {user_id} meets its conditions: \
+         join through another server of the room, or ask for an invite"
+    )]
+    UnableToAuthoriseJoin {
+        /// The room.
+        room_id: String,
+        /// `restricted` or `knock_restricted`.
+        join_rule: String,
+        /// Who wants to join.
+        user_id: String,
+    },
     /// The room's version is not one the other side supports.
     #[error("the room has version {0}, which is not supported")]
     IncompatibleRoomVersion(String),
@@ -177,6 +190,7 @@ impl Refusal {
             Self::NotFound(_) => "not_found",
             Self::Forbidden(_) => "forbidden",
             Self::GraphTemplate { .. } => "graph_template",
+            Self::UnableToAuthoriseJoin { .. } => "unable_to_authorise_join",
             Self::IncompatibleRoomVersion(_) => "incompatible_room_version",
             Self::Policy(_) => "policy",
             Self::Encryption(_) => "encryption",
@@ -197,6 +211,7 @@ impl Refusal {
             Self::WrongHub { .. } => "M_WRONG_SERVER",
             Self::UnknownRoom(_) | Self::NotFound(_) => "M_NOT_FOUND",
             Self::IncompatibleRoomVersion(_) => "M_INCOMPATIBLE_ROOM_VERSION",
+            Self::UnableToAuthoriseJoin { .. } => "M_UNABLE_TO_AUTHORISE_JOIN",
             Self::Budget { .. } => "M_LIMIT_EXCEEDED",
             Self::Remote { .. } | Self::KeysUnavailable { .. } | Self::Internal(_) => "M_UNKNOWN",
             _ => "M_FORBIDDEN",
@@ -206,9 +221,11 @@ impl Refusal {
     /// The HTTP status that goes with it.
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::NotJson(_) | Self::Malformed { .. } | Self::WrongHub { .. } | Self::IncompatibleRoomVersion(_) => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::NotJson(_)
+            | Self::Malformed { .. }
+            | Self::WrongHub { .. }
+            | Self::UnableToAuthoriseJoin { .. }
+            | Self::IncompatibleRoomVersion(_) => StatusCode::BAD_REQUEST,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::UnknownRoom(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,

@@ -34,8 +34,8 @@ pub(super) struct Case<'a> {
     pub(super) users: &'a Known,
     /// How the events it names are called across.
     pub(super) events: &'a HashMap<OwnedEventId, OwnedEventId>,
-    /// Who sent what it redacts.
-    pub(super) redacted_sender: Option<&'a UserId>,
+    /// What it redacts.
+    pub(super) redacted: Option<&'a Event>,
     /// The room across.
     pub(super) far_room: &'a RoomId,
     pub(super) bot: &'a UserId,
@@ -93,6 +93,9 @@ pub(super) fn outcome(case: &Case<'_>) -> Outcome {
         Some(Who::Appservice) => return Outcome::Nothing("the appservice's sender is nobody across"),
         _ => return Outcome::Refuse(stranger(&case.event.sender)),
     };
+    if let Some(reason) = gone(case) {
+        return Outcome::Nothing(reason);
+    }
     let crossing = match &case.event.state_key {
         Some(_) => return state(case, ghost),
         None if case.event.kind == "m.room.redaction" => redaction(case, ghost),
@@ -155,6 +158,23 @@ fn message(case: &Case<'_>) -> Result<Image, Refusal> {
     translate::message(case.event, &Lookups { users: case.users, events: case.events, rooms })
 }
 
+/// Why there is nothing of an event to carry: it was redacted before its turn came, or it redacts such an event. What is
+/// left of such an event would be shown as a message without text.
+fn gone(case: &Case<'_>) -> Option<&'static str> {
+    let event = case.event;
+    if is_gone(event) {
+        return Some("it was redacted before it was carried");
+    }
+    let target = event.redacts.as_ref().filter(|target| !case.events.contains_key(*target));
+    let found = case.redacted.filter(|redacted| target == Some(&redacted.event_id) && is_gone(redacted));
+    found.map(|_| "what it redacts was not carried")
+}
+
+/// Redaction leaves nothing of what is said, but for what a redaction redacts.
+fn is_gone(event: &Event) -> bool {
+    event.state_key.is_none() && event.redacts.is_none() && event.content.is_empty()
+}
+
 /// A redaction crosses only if its sender is its target's sender or has the level on both sides: all ghosts share a domain,
 /// so the rooms' own rule of domains would let any ghost redact any other's events.
 fn redaction(case: &Case<'_>, ghost: &UserId) -> Result<Image, Refusal> {
@@ -163,7 +183,7 @@ fn redaction(case: &Case<'_>, ghost: &UserId) -> Result<Image, Refusal> {
     let Some(image) = case.events.get(target) else {
         return Err(Refusal::NotBridged(format!("the redaction of {target}, which has not crossed,")));
     };
-    let own = case.redacted_sender == Some(&event.sender);
+    let own = case.redacted.is_some_and(|redacted| redacted.sender == event.sender);
     let near = Power::of(case.near);
     let far = Power::of(case.far);
     if !own && !near.may(&event.sender, Action::Redact) {

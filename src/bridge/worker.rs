@@ -300,7 +300,7 @@ impl Worker {
             settled: far == Side::Matrix || portal.lm_hub == core.context.server_name,
             users: &users,
             events: &events,
-            redacted_sender: redacted.as_ref().map(|redacted| redacted.sender.as_ref()),
+            redacted: redacted.as_ref(),
             far_room: portal.room(far),
             bot: core.users.bot(),
             now_ms: core.now_ms(),

@@ -112,10 +112,32 @@ impl Dag {
         let mut batch = Batch::new(self.shared.clone(), &room);
         let template = batch.template(&draft).await?;
         let event = Verified::own(&template, room.version)?;
-        batch.accept(event, &Source::Received, None).await?.accepted()?;
+        if let Err(refusal) = batch.accept(event, &Source::Received, None).await?.accepted() {
+            return Err(match membership {
+                Membership::Join => self.restricted(&room, user_id).await?.unwrap_or(refusal),
+                _ => refusal,
+            });
+        }
         self.gate(&room, user_id, membership, Stage::Make, Object::new()).await?;
         let event = serde_json::to_value(&template).map_err(|error| Refusal::Internal(error.to_string()))?;
         Ok(json!({ "room_version": room.version.as_str(), "event": event }))
+    }
+
+    /// The refusal of a join that another server of the room might authorise, for a user whom nothing but the conditions
+    /// keeps out: <https://spec.matrix.org/v1.16/server-server-api/#restricted-rooms>
+    async fn restricted(&self, room: &Room, user_id: &UserId) -> Result<Option<Refusal>, Refusal> {
+        let rules = self.state_event(&room.room_id, "m.room.join_rules", "").await?;
+        let rule = rules.as_ref().and_then(|event| event.content.get("join_rule")?.as_str()).unwrap_or_default();
+        let member = self.state_event(&room.room_id, "m.room.member", user_id.as_str()).await?;
+        let membership = member.as_ref().and_then(|event| event.content.get("membership")?.as_str());
+        if !matches!(rule, "restricted" | "knock_restricted") || membership == Some("ban") {
+            return Ok(None);
+        }
+        Ok(Some(Refusal::UnableToAuthoriseJoin {
+            room_id: room.room_id.to_string(),
+            join_rule: rule.to_owned(),
+            user_id: user_id.to_string(),
+        }))
     }
 
     /// Checks the signed event of a handshake, asks the other side, and takes it in.

@@ -103,12 +103,19 @@ async fn who_may_not_join_is_told_so_before_the_other_side_is_asked() {
     for (room, code) in [
         (&closed, "matrix_rule"),
         (&open, "matrix_rule"),
-        (&restricted, "matrix_rule"),
+        (&restricted, "unable_to_authorise_join"),
         (&old, "incompatible_room_version"),
     ] {
         let refused = gateway.dag.make_join(&peer.name, room, &alice, &versions).await.unwrap_err();
         assert_eq!(refused.code(), code, "{refused}");
     }
+    // So the joining server knows that it may ask others. Who is banned may not.
+    let refused = gateway.dag.make_join(&peer.name, &restricted, &alice, &versions).await.unwrap_err();
+    assert_eq!((refused.errcode(), refused.status().as_u16()), ("M_UNABLE_TO_AUTHORISE_JOIN", 400));
+    assert!(refused.to_string().contains("restricted") && refused.to_string().contains(alice.as_str()), "{refused}");
+    gateway.send(&restricted, state("m.room.member", alice.as_str(), json!({ "membership": "ban" }))).await.unwrap();
+    let refused = gateway.dag.make_join(&peer.name, &restricted, &alice, &versions).await.unwrap_err();
+    assert_eq!(refused.code(), "matrix_rule", "{refused}");
     let other: OwnedUserId = "@alice:other.example".try_into().unwrap();
     let refused = gateway.dag.make_join(&peer.name, &open, &other, &versions).await.unwrap_err();
     assert_eq!(refused.code(), "forbidden");

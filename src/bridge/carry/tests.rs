@@ -70,11 +70,11 @@ struct Setting {
     authority: Side,
     far: State,
     settled: bool,
-    redacted_sender: Option<OwnedUserId>,
+    redacted: Option<Event>,
 }
 
 fn setting(far: State) -> Setting {
-    Setting { authority: Side::Matrix, far, settled: true, redacted_sender: None }
+    Setting { authority: Side::Matrix, far, settled: true, redacted: None }
 }
 
 impl Setting {
@@ -88,7 +88,7 @@ impl Setting {
             settled: self.settled,
             users: &users(),
             events: &HashMap::from([(event_id!("$known").to_owned(), event_id!("$image").to_owned())]),
-            redacted_sender: self.redacted_sender.as_deref(),
+            redacted: self.redacted.as_ref(),
             far_room: room_id!("!far:g"),
             bot: user_id!("@isthmus:g"),
             now_ms: 500,
@@ -162,11 +162,11 @@ fn hc_49_a_redaction_needs_the_targets_sender_or_the_level_on_both_sides() {
     let redaction = event("m.room.redaction", None, ALICE, json!({"redacts": "$known"}));
     let joined = [(ALICE_GHOST, "join", ALICE_GHOST)];
     let mut own = setting(far(&joined, "public", json!({})));
-    own.redacted_sender = Some(user_id!("@alice:h").to_owned());
+    own.redacted = Some(event("m.room.message", None, ALICE, json!({"body": "x"})));
     assert_eq!(own.crossing(&redaction).image.content["redacts"], json!("$image"));
 
     let mut other = setting(far(&joined, "public", json!({ALICE_GHOST: 49})));
-    other.redacted_sender = Some(user_id!("@lm_bob_l:g").to_owned());
+    other.redacted = Some(event("m.room.message", None, BOB_GHOST, json!({"body": "x"})));
     assert_eq!(other.refusal(&redaction), "forbidden");
     other.far = far(&joined, "public", json!({ALICE_GHOST: 50}));
     assert_eq!(other.crossing(&redaction).image.content["redacts"], json!("$image"));
@@ -175,6 +175,24 @@ fn hc_49_a_redaction_needs_the_targets_sender_or_the_level_on_both_sides() {
     assert_eq!(other.refusal(&by_carol), "forbidden");
     let unknown = event("m.room.redaction", None, ALICE, json!({"redacts": "$unknown"}));
     assert_eq!(own.refusal(&unknown), "not_bridged");
+}
+
+#[test]
+fn what_was_redacted_before_its_turn_does_not_cross_nor_does_its_redaction() {
+    let joined = [(ALICE_GHOST, "join", ALICE_GHOST)];
+    let mut there = setting(far(&joined, "public", json!({})));
+    let gone = event("m.room.message", None, ALICE, json!({}));
+    assert!(matches!(there.of(&gone), Outcome::Nothing(_)));
+    let redaction = event("m.room.redaction", None, ALICE, json!({"redacts": "$source"}));
+    there.redacted = Some(gone);
+    assert!(matches!(there.of(&redaction), Outcome::Nothing(_)));
+    // What has crossed is redacted across, though nothing is left of it here.
+    let redaction = event("m.room.redaction", None, ALICE, json!({"redacts": "$known"}));
+    there.redacted = Some(Event { event_id: event_id!("$known").to_owned(), ..there.redacted.unwrap() });
+    assert_eq!(there.crossing(&redaction).image.content["redacts"], json!("$image"));
+    // State without content says something.
+    let name = event("m.room.name", Some(""), ALICE, json!({}));
+    assert!(!matches!(there.of(&name), Outcome::Nothing(_)));
 }
 
 #[test]
