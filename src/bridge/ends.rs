@@ -143,7 +143,10 @@ pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool
     for side in [Side::Matrix, Side::Lm] {
         let state = core.sides()?.rooms(side).pick(portal.room(side), &keys).await?;
         if state.membership(bot) != "join" {
-            let reason = format!("{bot} is not in {} any more", portal.room(side));
+            let reason = match state.member(bot) {
+                Some(out) if out.sender != bot => bot_is_out(out.sender, out.membership(), bot),
+                _ => format!("{bot} is not in {} any more", portal.room(side)),
+            };
             core.set_state(entry, PortalState::Suspended, Some(reason)).await?;
             return Ok(true);
         }
@@ -164,6 +167,11 @@ pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool
         }
     }
     stop_loop(core, entry).await
+}
+
+/// Why a portal is suspended whose bot somebody took out of a room.
+pub(super) fn bot_is_out(by: &UserId, membership: &str, bot: &UserId) -> String {
+    format!("{by} has {} {bot}", if membership == "ban" { "banned" } else { "kicked" })
 }
 
 fn ended<T>(entry: &Entry, outcome: Result<T, Refusal>) {

@@ -5,6 +5,7 @@ use ruma::UserId;
 use serde_json::Value;
 
 use super::carry::{Before, Case, Crossing, Outcome, invited_first, same, stranger};
+use super::ends::bot_is_out;
 use super::power::{Action, Power};
 use super::side::MEMBER;
 use super::translate;
@@ -37,10 +38,7 @@ pub(super) fn outcome(case: &Case<'_>, target: &UserId, membership: &str) -> Out
             _ => Outcome::Nothing("a ghost's own doing comes from the other side"),
         },
         Some(Who::Bot) => match membership {
-            "leave" | "ban" => {
-                let done = if membership == "ban" { "banned" } else { "kicked" };
-                Outcome::Suspend(format!("{} has {done} {}", case.event.sender, case.bot))
-            }
+            "leave" | "ban" => Outcome::Suspend(bot_is_out(&case.event.sender, membership, case.bot)),
             _ => Outcome::Nothing("the bot is on both sides"),
         },
         Some(Who::Appservice) => Outcome::Nothing("the appservice's sender is nobody across"),
