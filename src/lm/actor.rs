@@ -2,7 +2,7 @@
 //! busy room costs one transaction for many events, and it ends when nothing comes.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ruma::{EventId, OwnedEventId};
@@ -118,15 +118,8 @@ async fn run(lm: Lm, cell: Arc<RoomCell>, mut inbox: mpsc::Receiver<Job>) {
         let mut next = match tokio::time::timeout(IDLE, inbox.recv()).await {
             Ok(Some(job)) => Some(job),
             Ok(None) => return,
-            Err(_) => {
-                let mut jobs = lock(&cell.jobs);
-                if inbox.is_empty() {
-                    // Under the lock: whoever comes next finds nobody and starts another task.
-                    *jobs = None;
-                    return;
-                }
-                continue;
-            }
+            Err(_) if end_if_idle(&cell.jobs, &inbox) => return,
+            Err(_) => continue,
         };
         let mut items = Vec::new();
         let hold = loop {
@@ -147,6 +140,18 @@ async fn run(lm: Lm, cell: Arc<RoomCell>, mut inbox: mpsc::Receiver<Job>) {
             process(&lm, &cell, vec![item]).await;
         }
     }
+}
+
+/// Whether a task may end: nothing waits, and nobody has a sender with which something could still be given to it. Under
+/// the lock, where alone senders are handed out, so that whoever comes next finds nobody and starts another task.
+fn end_if_idle(jobs: &Mutex<Option<mpsc::Sender<Job>>>, inbox: &mpsc::Receiver<Job>) -> bool {
+    let mut jobs = lock(jobs);
+    // One sender is the cell's own.
+    let idle = inbox.is_empty() && inbox.sender_strong_count() <= 1;
+    if idle {
+        *jobs = None;
+    }
+    idle
 }
 
 /// What is known of an item before its batch is committed.
@@ -369,4 +374,24 @@ pub(super) fn template(room_id: &ruma::RoomId, draft: &Draft) -> Object {
         template.insert("state_key".to_owned(), json!(state_key));
     }
     template
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_does_not_end_while_somebody_may_still_give_it_a_job() {
+        let (sender, mut inbox) = mpsc::channel(QUEUE);
+        let jobs = Mutex::new(Some(sender));
+        // Somebody who brings a job has taken the sender and has not sent yet.
+        let bringing = lock(&jobs).clone().unwrap();
+        assert!(!end_if_idle(&jobs, &inbox), "the job would be lost");
+        assert!(bringing.send(Job::Append(Vec::new())).await.is_ok());
+        drop(bringing);
+        assert!(!end_if_idle(&jobs, &inbox), "the job would be lost");
+        assert!(matches!(inbox.recv().await, Some(Job::Append(_))));
+        assert!(end_if_idle(&jobs, &inbox));
+        assert!(lock(&jobs).is_none(), "whoever comes next starts another task");
+    }
 }
