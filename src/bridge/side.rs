@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, UserId};
 
 use crate::dag::{self, Dag, GraphEvent};
-use crate::event::{Object, Pdu};
+use crate::event::{Object, Pdu, event_id};
 use crate::identity::Side;
 use crate::lm::{self, Appended, Lm, Sent};
 use crate::refusal::Refusal;
@@ -74,7 +74,7 @@ impl From<&Appended> for Event {
             state_key: event.state_key.clone(),
             origin_server_ts: event.origin_server_ts,
             content: event.content().clone(),
-            redacts: redacts.and_then(|id| id.as_str()).and_then(|id| EventId::parse(id).ok()),
+            redacts: redacts.and_then(|id| id.as_str()).and_then(event_id),
             order: position.0,
         }
     }

@@ -15,7 +15,7 @@ use super::pdu::{Unverified, Verified};
 use super::receive::Outcomes;
 use super::room::Room;
 use super::snapshot::Change;
-use crate::event::{Object, RoomVersion};
+use crate::event::{Object, RoomVersion, parse_event_id};
 use crate::federation::Call;
 use crate::refusal::Refusal;
 
@@ -360,14 +360,7 @@ fn event_ids(answer: &Object, key: &str) -> Result<Vec<OwnedEventId>, Refusal> {
     if list.len() > MAX_ANSWER {
         return Err(Refusal::malformed(key, format!("{} events", list.len())));
     }
-    let mut ids = Vec::new();
-    for id in list {
-        let id: OwnedEventId =
-            id.as_str().and_then(|id| id.try_into().ok()).ok_or_else(|| Refusal::malformed(key, id.to_string()))?;
-        super::pdu::check_event_id(&id)?;
-        ids.push(id);
-    }
-    Ok(ids)
+    list.iter().map(|id| parse_event_id(key, id.as_str().unwrap_or_default())).collect()
 }
 
 /// A path segment or query value, percent-encoded.

@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::version::rules_of;
-use crate::event::{Object, RoomVersion, VerifyKeys};
+use crate::event::{Object, RoomVersion, VerifyKeys, event_id, parse_event_id};
 use crate::refusal::Refusal;
 
 /// The fields of an event of a graph, and the event itself as it goes over the wire (canonical JSON without `unsigned`).
@@ -253,11 +253,11 @@ pub fn create_of_room(room_id: &ruma::RoomId) -> Option<OwnedEventId> {
 }
 
 /// Event IDs of the versions that are supported are `$` and 43 characters of URL-safe base64.
-pub fn check_event_id(event_id: &ruma::EventId) -> Result<(), Refusal> {
-    let is_hash = event_id.as_str().strip_prefix('$').is_some_and(|hash| {
-        hash.len() == 43 && hash.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
-    });
-    if is_hash { Ok(()) } else { Err(Refusal::malformed("event ID", event_id.as_str())) }
+fn check_event_id(id: &ruma::EventId) -> Result<(), Refusal> {
+    parse_event_id("event ID", id.as_str()).and_then(|id| match id.as_str().len() {
+        44 => Ok(()),
+        _ => Err(Refusal::malformed("event ID", id.as_str())),
+    })
 }
 
 fn redacts(
@@ -278,7 +278,7 @@ fn redacts(
     } else {
         top_level
     };
-    value?.as_str()?.try_into().ok()
+    event_id(value?.as_str()?)
 }
 
 fn public_keys(keys: &VerifyKeys) -> Result<PublicKeyMap, Refusal> {

@@ -10,7 +10,7 @@ use super::Dag;
 use super::events::{EventMap, Events};
 use super::room::Room;
 use super::stored::{Status, Stored};
-use crate::event::Object;
+use crate::event::{Object, parse_event_id};
 use crate::refusal::Refusal;
 use crate::seam::Membership;
 
@@ -229,10 +229,6 @@ fn event_ids(body: &Object, key: &str) -> Result<Vec<OwnedEventId>, Refusal> {
     let Some(list) = body.get(key).and_then(Value::as_array) else {
         return Err(Refusal::malformed(key, "absent or no list"));
     };
-    let ids = list.iter().take(MAX_MISSING).map(|id| {
-        let parsed: Option<OwnedEventId> = id.as_str().and_then(|id| id.try_into().ok());
-        let id = parsed.ok_or_else(|| Refusal::malformed(key, id.to_string()))?;
-        super::pdu::check_event_id(&id).map(|()| id)
-    });
+    let ids = list.iter().take(MAX_MISSING).map(|id| parse_event_id(key, id.as_str().unwrap_or_default()));
     ids.collect()
 }

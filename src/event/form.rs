@@ -5,6 +5,7 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
 use serde_json::Value;
 
 use super::Object;
+use super::id::event_id;
 use super::parse::kind;
 use crate::refusal::Refusal;
 
@@ -90,20 +91,9 @@ pub(super) fn event_ids(json: &Object, field: &str, most: usize) -> Result<Vec<O
     }
     list.iter()
         .map(|id| {
-            id.as_str()
-                .filter(|id| is_event_id(id))
-                .and_then(|id| OwnedEventId::try_from(id).ok())
-                .ok_or_else(|| Refusal::malformed(field, "an entry that is no event ID"))
+            id.as_str().and_then(event_id).ok_or_else(|| Refusal::malformed(field, "an entry that is no event ID"))
         })
         .collect()
-}
-
-/// `$` and URL-safe base64, as every event ID of an LM room is: no other may reach the store.
-fn is_event_id(id: &str) -> bool {
-    id.len() <= MAX_IDENTIFIER
-        && id.strip_prefix('$').is_some_and(|hash| {
-            !hash.is_empty() && hash.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
-        })
 }
 
 fn check_signatures(json: &Object) -> Result<(), Refusal> {

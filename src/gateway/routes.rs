@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use http::StatusCode;
-use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, UserId};
+use ruma::{OwnedRoomId, OwnedUserId, RoomId, UserId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -16,7 +16,7 @@ use super::signed::{self, Signed, SignedBody, SignedTransaction};
 use super::transaction::{self, Dialect};
 use crate::admin::metrics;
 use crate::dag::Dag;
-use crate::event::{Family, RoomVersion};
+use crate::event::{Family, RoomVersion, parse_event_id};
 use crate::federation::{Begun, ByteBudget, Context, Lines, Transactions, Underway};
 use crate::identity::Side;
 use crate::lm::Lm;
@@ -128,7 +128,10 @@ fn parse<T>(what: &str, text: &str) -> Result<T, Refusal>
 where
     for<'a> T: TryFrom<&'a str, Error: std::fmt::Display>,
 {
-    T::try_from(text).map_err(|error| Refusal::malformed(what, format!("{text:?}: {error}")))
+    T::try_from(text).map_err(|error| {
+        let shown: String = text.chars().take(60).collect();
+        Refusal::malformed(what, format!("{shown:?}: {error}"))
+    })
 }
 
 /// The side that a room is on.
@@ -291,7 +294,8 @@ async fn send_join_matrix(
     RawQuery(query): RawQuery,
     signed: SignedBody,
 ) -> Answer {
-    let (room_id, event_id): (OwnedRoomId, OwnedEventId) = (parse("room ID", &room_id)?, parse("event ID", &event_id)?);
+    let room_id: OwnedRoomId = parse("room ID", &room_id)?;
+    let event_id = parse_event_id("event ID", &event_id)?;
     let omit_members = pairs(&query, "omit_members").iter().any(|value| value == "true");
     let answer = match side_of(&federation, &room_id).await? {
         Side::Lm => federation.lm.send_join(&signed.origin, signed.body).await?,
@@ -324,7 +328,8 @@ async fn send_leave_matrix(
     Path((room_id, event_id)): Path<(String, String)>,
     signed: SignedBody,
 ) -> Answer {
-    let (room_id, event_id): (OwnedRoomId, OwnedEventId) = (parse("room ID", &room_id)?, parse("event ID", &event_id)?);
+    let room_id: OwnedRoomId = parse("room ID", &room_id)?;
+    let event_id = parse_event_id("event ID", &event_id)?;
     let answer = match side_of(&federation, &room_id).await? {
         Side::Lm => federation.lm.send_leave(&signed.origin, signed.body).await?,
         Side::Matrix => federation.dag.send_leave(&signed.origin, &room_id, &event_id, signed.body).await?,
@@ -356,7 +361,8 @@ async fn send_knock_matrix(
     Path((room_id, event_id)): Path<(String, String)>,
     signed: SignedBody,
 ) -> Answer {
-    let (room_id, event_id): (OwnedRoomId, OwnedEventId) = (parse("room ID", &room_id)?, parse("event ID", &event_id)?);
+    let room_id: OwnedRoomId = parse("room ID", &room_id)?;
+    let event_id = parse_event_id("event ID", &event_id)?;
     let answer = match side_of(&federation, &room_id).await? {
         Side::Lm => federation.lm.send_knock(&signed.origin, signed.body).await?,
         Side::Matrix => federation.dag.send_knock(&signed.origin, &room_id, &event_id, signed.body).await?,
@@ -373,7 +379,8 @@ async fn invite_matrix(
     Path((room_id, event_id)): Path<(String, String)>,
     signed: SignedBody,
 ) -> Answer {
-    let (room_id, event_id): (OwnedRoomId, OwnedEventId) = (parse("room ID", &room_id)?, parse("event ID", &event_id)?);
+    let room_id: OwnedRoomId = parse("room ID", &room_id)?;
+    let event_id = parse_event_id("event ID", &event_id)?;
     let version = signed.body.get("room_version").and_then(Value::as_str).unwrap_or_default();
     match RoomVersion::parse(version).map(RoomVersion::family) {
         Some(Family::Log) => Ok(Json(federation.lm.invited(&signed.origin, signed.body).await?)),
@@ -389,12 +396,12 @@ async fn invite_lm(State(federation): State<Federation>, Path(_): Path<String>, 
 }
 
 async fn event_matrix(State(federation): State<Federation>, Path(event_id): Path<String>, signed: Signed) -> Answer {
-    let event_id: OwnedEventId = parse("event ID", &event_id)?;
+    let event_id = parse_event_id("event ID", &event_id)?;
     Ok(Json(federation.dag.get_event(&signed.origin, &event_id).await?))
 }
 
 async fn event_lm(State(federation): State<Federation>, Path(event_id): Path<String>, signed: Signed) -> Answer {
-    let event_id: OwnedEventId = parse("event ID", &event_id)?;
+    let event_id = parse_event_id("event ID", &event_id)?;
     Ok(Json(federation.lm.get_event(&signed.origin, &event_id).await?))
 }
 
@@ -403,7 +410,8 @@ async fn event_auth(
     Path((room_id, event_id)): Path<(String, String)>,
     signed: Signed,
 ) -> Answer {
-    let (room_id, event_id): (OwnedRoomId, OwnedEventId) = (parse("room ID", &room_id)?, parse("event ID", &event_id)?);
+    let room_id: OwnedRoomId = parse("room ID", &room_id)?;
+    let event_id = parse_event_id("event ID", &event_id)?;
     Ok(Json(federation.dag.event_auth(&signed.origin, &room_id, &event_id).await?))
 }
 
@@ -438,7 +446,7 @@ async fn state_at(
     ids: bool,
 ) -> Answer {
     let room_id: OwnedRoomId = parse("room ID", &room_id)?;
-    let event_id: Option<OwnedEventId> = query.event_id.map(|id| parse("event_id", &id)).transpose()?;
+    let event_id = query.event_id.map(|id| parse_event_id("event_id", &id)).transpose()?;
     let answer = match side_of(&federation, &room_id).await? {
         Side::Lm => federation.lm.get_state(&signed.origin, &room_id, event_id.as_deref(), ids).await?,
         Side::Matrix => {
@@ -456,7 +464,7 @@ async fn backfill(
     signed: Signed,
 ) -> Answer {
     let room_id: OwnedRoomId = parse("room ID", &room_id)?;
-    let from: Vec<OwnedEventId> = pairs(&query, "v").iter().map(|id| parse("v", id)).collect::<Result<_, _>>()?;
+    let from = pairs(&query, "v").iter().map(|id| parse_event_id("v", id)).collect::<Result<Vec<_>, _>>()?;
     let limit = pairs(&query, "limit").pop().ok_or_else(|| Refusal::malformed("limit", "missing"))?;
     let limit: i64 = limit.parse().map_err(|_| Refusal::malformed("limit", format!("{limit:?} is not an integer")))?;
     let first = from.first().ok_or_else(|| Refusal::malformed("v", "missing"))?;

@@ -13,7 +13,7 @@ use super::batch::{Batch, Origin};
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::RoomCell;
 use super::{Appended, Lm, NewRoom, Role, Sent};
-use crate::event::{Lpdu, Object, Redaction, VerifiedLpdu, VerifyKeys, parse_object, reference_hash};
+use crate::event::{Lpdu, Object, Redaction, VerifiedLpdu, VerifyKeys, event_id, parse_object, reference_hash};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Handshake, Membership, Outgoing, Raw, Received, Stage};
@@ -343,7 +343,7 @@ fn parse(raw: &Raw) -> Result<(OwnedRoomId, Object), Refusal> {
 
 fn id_as_received(raw: &Raw) -> Option<OwnedEventId> {
     let object = parse_object(raw.get().as_bytes()).ok()?;
-    OwnedEventId::try_from(format!("${}", reference_hash(&object, Redaction::Draft))).ok()
+    event_id(&format!("${}", reference_hash(&object, Redaction::Draft)))
 }
 
 fn new_room_id(own: &ServerName) -> Result<OwnedRoomId, Refusal> {

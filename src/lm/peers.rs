@@ -7,7 +7,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
-use crate::event::{Family, Object, RoomVersion};
+use crate::event::{Family, Object, RoomVersion, event_id};
 use crate::federation::{Call, Client, RemoteError};
 use crate::identity::{Keyring, KeyringError};
 use crate::refusal::Refusal;
@@ -196,7 +196,7 @@ impl Peers {
 /// The events that a template names as its predecessors: where a server gives any, the end of its log.
 pub(super) fn prev_events(template: &Object) -> Vec<OwnedEventId> {
     let named = template.get("prev_events").and_then(Value::as_array).into_iter().flatten();
-    named.filter_map(|id| OwnedEventId::try_from(id.as_str()?).ok()).take(PREV_EVENTS).collect()
+    named.filter_map(|id| event_id(id.as_str()?)).take(PREV_EVENTS).collect()
 }
 
 fn encode(segment: impl AsRef<str>) -> String {

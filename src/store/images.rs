@@ -72,7 +72,7 @@ pub async fn insert(tx: &mut Tx, rows: &[ImageRow]) -> Result<(), StoreError> {
                 .bind(row.image.as_str())
                 .bind(i64::from(row.pending))
                 .bind(row.portal)
-                .bind(row.note.as_deref())
+                .bind(row.note.as_deref().map(|note| text::encode(note).into_owned()))
                 .bind(row.made_ts);
         }
         query.execute(&mut *tx).await?;
@@ -254,7 +254,7 @@ fn image_row(row: &AnyRow) -> Result<ImageRow, StoreError> {
         image: event_id(row.try_get("image_event_id")?)?,
         pending: row.try_get::<i64, _>("pending")? != 0,
         portal: row.try_get("portal")?,
-        note: row.try_get("note")?,
+        note: row.try_get::<Option<String>, _>("note")?.map(text::decode),
         made_ts: row.try_get("made_ts")?,
     })
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
 
-use super::{Store, StoreError, Tx};
+use super::{Store, StoreError, Tx, text};
 
 /// Which feed for which destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -270,7 +270,7 @@ fn read_failure(row: sqlx::any::AnyRow) -> Result<FailureRow, StoreError> {
         destination: row.try_get("destination")?,
         failures: row.try_get("failures")?,
         retry_at: row.try_get("retry_at")?,
-        last_error: row.try_get("last_error")?,
+        last_error: text::decode(row.try_get("last_error")?),
     })
 }
 
@@ -284,7 +284,7 @@ pub async fn record_failure(tx: &mut Tx, row: &FailureRow) -> Result<(), StoreEr
     .bind(row.destination.as_str())
     .bind(row.failures)
     .bind(row.retry_at)
-    .bind(row.last_error.as_str())
+    .bind(text::encode(&row.last_error).as_ref())
     .execute(tx)
     .await?;
     Ok(())

@@ -53,7 +53,7 @@ pub async fn insert(tx: &mut Tx, row: &PortalRow) -> Result<i64, StoreError> {
     .bind(row.matrix_room_id.as_ref().map(|id| id.as_str()))
     .bind(row.lm_room_id.as_ref().map(|id| id.as_str()))
     .bind(row.lm_hub.as_str())
-    .bind(row.alias.as_deref())
+    .bind(row.alias.as_deref().map(super::text::encode).as_deref())
     .bind(row.reason.as_deref().map(super::text::encode).as_deref())
     .bind(row.request.as_slice())
     .bind(row.created_ts)
@@ -190,7 +190,7 @@ fn portal_row(row: &AnyRow) -> Result<PortalRow, StoreError> {
             .try_get::<String, _>("lm_hub")?
             .try_into()
             .map_err(|error| StoreError::corrupt("server name", error))?,
-        alias: row.try_get("alias")?,
+        alias: row.try_get::<Option<String>, _>("alias")?.map(super::text::decode),
         reason: row.try_get::<Option<String>, _>("reason")?.map(super::text::decode),
         request: row.try_get("request")?,
         created_ts: row.try_get("created_ts")?,

@@ -7,4 +7,5 @@ mod ends;
 mod faults;
 mod from_lm;
 mod loops;
+mod poison;
 mod world;

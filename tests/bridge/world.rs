@@ -184,14 +184,16 @@ impl World {
 
     /// Sends an event to the gateway's log whatever the LM server thinks of it.
     pub async fn lm_send_unjudged(&self, room: &RoomId, draft: Draft) {
-        let template = object(json!({
+        let mut template = object(json!({
             "room_id": room,
             "sender": draft.sender,
             "type": draft.kind,
-            "state_key": draft.state_key,
             "content": draft.content,
             "origin_server_ts": draft.origin_server_ts,
         }));
+        if let Some(state_key) = draft.state_key {
+            template.insert("state_key".to_owned(), json!(state_key));
+        }
         let context = &self.server.context;
         let own: ruma::OwnedServerName = OWN.try_into().unwrap();
         let lpdu = Lpdu::build(template, &own, &context.server_name, &context.signing_key).unwrap();

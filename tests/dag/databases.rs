@@ -5,6 +5,6 @@ mod stores;
 
 use isthmus::store::Store;
 
-pub use self::stores::both_stores;
+pub use self::stores::{both_databases, both_stores};
 // What runs the tests finds this beside it.
 use crate::support::testbed::postgres;

@@ -2,7 +2,7 @@
 //! answers over loopback HTTP.
 
 mod arrival;
-mod databases;
+pub mod databases;
 mod forks;
 mod gaps;
 mod handshakes;

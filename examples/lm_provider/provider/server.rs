@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use http::{Method, StatusCode};
 use isthmus::clock::{Clock as _, SystemClock};
 use isthmus::event::{Object, parse_object, sign_object};
-use ruma::{EventId, OwnedServerName, RoomId, ServerName, UserId};
+use ruma::{OwnedEventId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
 use super::room::Room;
@@ -231,7 +231,7 @@ impl Inner {
     }
 
     fn event(&self, origin: &ServerName, id: &str) -> Result<Value, Fault> {
-        let id = EventId::parse(id).map_err(Fault::malformed)?;
+        let id = OwnedEventId::try_from(id).map_err(Fault::malformed)?;
         let rooms = lock(&self.rooms);
         let rooms = rooms.values().filter(|room| self.may_read(room, origin));
         let found = rooms.filter_map(|room| room.find(&id)).find(|event| event.event_id == id);
@@ -253,7 +253,7 @@ impl Inner {
     fn backfill(&self, request: &Signed, room: &str) -> Result<Value, Fault> {
         let id = <&RoomId>::try_from(room).map_err(Fault::malformed)?;
         let limit: usize = request.query("limit")?.parse().map_err(Fault::malformed)?;
-        let from = EventId::parse(request.query("v")?).map_err(Fault::malformed)?;
+        let from = OwnedEventId::try_from(request.query("v")?).map_err(Fault::malformed)?;
         let rooms = lock(&self.rooms);
         let room = rooms.get(id).filter(|room| self.may_read(room, &request.origin));
         let room = room.ok_or_else(|| Fault::not_found(id))?;

@@ -2,11 +2,11 @@
 
 use axum::Json;
 use axum::extract::{Path, State};
-use ruma::EventId;
 
 use super::ApiError;
 use crate::admin::Admin;
 use crate::bridge::Explanation;
+use crate::event::parse_event_id;
 use crate::refusal::Refusal;
 
 /// Where an event is on both sides, or why it is not.
@@ -18,8 +18,7 @@ pub(super) async fn explain(
     State(admin): State<Admin>,
     Path(event_id): Path<String>,
 ) -> Result<Json<Explanation>, Refusal> {
-    let event_id =
-        EventId::parse(&event_id).map_err(|error| Refusal::malformed("event ID", format!("{event_id:?}: {error}")))?;
+    let event_id = parse_event_id("event ID", &event_id)?;
     let explanation = admin.bridge.explain(&event_id).await?;
     explanation.map(Json).ok_or_else(|| Refusal::NotFound(format!("the event {event_id}")))
 }

@@ -4,12 +4,12 @@
 use std::collections::HashMap;
 
 use percent_encoding::percent_decode_str;
-use ruma::{EventId, OwnedEventId, UserId};
+use ruma::{OwnedEventId, UserId};
 use serde_json::{Number, Value};
 
 use super::{Lookups, References, across};
 use crate::bridge::side::Event;
-use crate::event::Object;
+use crate::event::{Object, event_id};
 use crate::refusal::Refusal;
 
 /// What keys and types of the gateway's own begin with.
@@ -111,10 +111,6 @@ fn reply(relation: &Value) -> Option<OwnedEventId> {
     event_id(relation.get(IN_REPLY_TO)?.get("event_id")?.as_str()?)
 }
 
-fn event_id(text: &str) -> Option<OwnedEventId> {
-    EventId::parse(text).ok()
-}
-
 fn map_object(object: &Object, lookups: &Lookups<'_>) -> Object {
     let mut mapped = Object::new();
     for (key, value) in object {
@@ -176,8 +172,7 @@ fn map_user(user: &str, lookups: &Lookups<'_>) -> Option<String> {
 }
 
 fn map_event(event: &str, events: &HashMap<OwnedEventId, OwnedEventId>) -> Option<String> {
-    let event = <&EventId>::try_from(event).ok()?;
-    events.get(event).map(ToString::to_string)
+    events.get(&event_id(event)?).map(ToString::to_string)
 }
 
 /// One ID in a link.

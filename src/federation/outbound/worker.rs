@@ -319,7 +319,7 @@ impl<'a> Worker<'a> {
             destination: self.destination.to_string(),
             failures: self.failures,
             retry_at: self.shared.clock.now_ms().saturating_add(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)),
-            last_error: problem.chars().filter(|c| *c != '\0').take(500).collect(),
+            last_error: problem.chars().take(500).collect(),
         };
         tracing::info!(server = %self.destination, failures = self.failures, ?delay, problem, "a destination fails");
         self.shared.store.write(move |tx| Box::pin(async move { rows::record_failure(tx, &row).await })).await?;

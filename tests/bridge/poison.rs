@@ -1,0 +1,144 @@
+//! IDs and texts that no database, or not every one, can hold: nothing that a peer says stops what is said after it. On SQLite
+//! and on PostgreSQL, whose TEXT refuses U+0000.
+
+use isthmus::bridge::NewPortal;
+use isthmus::federation::{Call, RemoteError};
+use isthmus::identity::Side;
+use serde_json::{Value, json};
+
+use super::world::{MATRIX, World, draft, ghost, object, so};
+use crate::dag::OWN;
+use crate::dag::databases::both_databases;
+
+/// No event ID: U+0000, as it is and as a link hides it, and a length that no index takes.
+fn no_ids() -> Vec<String> {
+    vec!["$\u{0}".to_owned(), "$a\u{0}b".to_owned(), "$\u{1}".to_owned(), "$a b".to_owned(), noise(4000)]
+}
+
+/// `$` and text that does not compress, so that it is as long in an index.
+fn noise(length: usize) -> String {
+    let mut state = 7_u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        char::from(b'a' + u8::try_from((state >> 16) % 26).unwrap())
+    };
+    std::iter::once('$').chain((0..length).map(|_| next())).collect()
+}
+
+/// Message-like contents that name such IDs wherever the bridge looks for some.
+fn contents() -> Vec<(&'static str, Value)> {
+    let mut contents = Vec::new();
+    let text = |body: &str| json!({ "msgtype": "m.text", "body": body });
+    for id in no_ids() {
+        let link = id.replace('\u{0}', "%00").replace('\u{1}', "%01").replace(' ', "%20");
+        contents.push(("m.room.message", text(&format!("see https://matrix.to/#/!r:s/{link}"))));
+        contents.push((
+            "m.room.message",
+            json!({ "body": "b", "m.relates_to": { "rel_type": "m.thread", "event_id": id } }),
+        ));
+        contents
+            .push(("m.room.message", json!({ "body": "b", "m.relates_to": { "m.in_reply_to": { "event_id": id } } })));
+        contents.push((
+            "m.reaction",
+            json!({ "m.relates_to": { "rel_type": "m.annotation", "event_id": id, "key": "x" } }),
+        ));
+        contents.push((
+            "org.example.deep",
+            json!({ "a": [{ "b": { "event_id": id, "user_id": format!("@\u{0}:{MATRIX}") } }] }),
+        ));
+        contents.push(("m.room.redaction", json!({ "redacts": id })));
+    }
+    // The note of what was left out, and the reason of a refusal.
+    let unknown = json!({ "rel_type": "m.\u{0}thread", "event_id": "$unknown" });
+    contents.push(("m.room.message", json!({ "body": "b", "m.relates_to": unknown })));
+    contents.push(("m.sticker", json!({ "m.relates_to": unknown })));
+    contents.push(("org.example.\u{0}nul", json!({ "\u{0}": "\u{0}" })));
+    contents
+        .push(("m.room.message", text("\u{0} \u{1} https://matrix.to/#/@\u{0}:a/%00 https://matrix.to/#/%40%00%3Aa")));
+    contents
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_19_no_id_and_no_text_stops_what_is_said_after_it() {
+    both_databases(|url| async move {
+        let (world, gateway) = World::new(json!({ "database": { "url": url } })).await;
+        let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+        let portal = gateway.bridge.create_portal(new).await.unwrap();
+        let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+        let (alice, bob) = (world.matrix_user("alice"), world.lm_user("bob"));
+        let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+        world.lm_join(lm, "bob").await.unwrap();
+        so("all members everywhere", || gateway.in_step(&portal)).await;
+        world.refresh(&gateway, &mut view).await;
+
+        for (kind, content) in contents() {
+            world.matrix_send(&gateway, &mut view, &alice, kind, None, content.clone()).await;
+            world.lm_send_unjudged(lm, draft(&bob, kind, None, content)).await;
+        }
+        let name = json!({ "name": "\u{0}" });
+        let member =
+            json!({ "membership": "join", "displayname": "\u{0}bob", "avatar_url": "\u{0}", "reason": "\u{0}" });
+        world.lm_send_unjudged(lm, draft(&bob, "m.room.member", Some(bob.as_str()), member.clone())).await;
+        world.lm_send_unjudged(lm, draft(&bob, "m.room.name", Some(""), name)).await;
+        world.matrix_send(&gateway, &mut view, &alice, "m.room.member", Some(alice.as_str()), member).await;
+        world.matrix_say(&gateway, &mut view, &alice, "last of alice").await;
+        world.lm_say(lm, "bob", "last of bob").await;
+
+        let (alices, bobs) = (ghost(Side::Matrix, "alice"), ghost(Side::Lm, "bob"));
+        so("alice's last word in the log", || async {
+            world.server.bodies(lm).await.contains(&(alices.clone(), "last of alice".to_owned()))
+        })
+        .await;
+        so("bob's last word in the graph", || async {
+            gateway.matrix_bodies(matrix).await.contains(&(bobs.clone(), "last of bob".to_owned()))
+        })
+        .await;
+        so("both states in step", || gateway.in_step(&portal)).await;
+        let refusals = gateway.bridge.health(&portal.portal_id).await.unwrap().refusals;
+        assert!(refusals.iter().all(|refused| refused.code != "internal"), "{refusals:?}");
+        gateway.node.context.store.close().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_19_requests_for_what_is_no_event_id_are_the_askers_fault() {
+    both_databases(|url| async move {
+        let (world, gateway) = World::new(json!({ "database": { "url": url } })).await;
+        let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+        let portal = gateway.bridge.create_portal(new).await.unwrap();
+        world.lm_join(&portal.lm_room_id, "bob").await.unwrap();
+        let context = &world.server.context;
+        let own: ruma::OwnedServerName = OWN.try_into().unwrap();
+        let mut calls = Vec::new();
+        let long = noise(4000);
+        for id in ["%24%00", "%24a%01", "%24a%20b", "%24a%3Ab.example", long.as_str()] {
+            calls.extend(["v1/event", "v2/event"].map(|path| Call::get(format!("/_matrix/federation/{path}/{id}"))));
+            for room in [&portal.matrix_room_id, &portal.lm_room_id] {
+                for path in [
+                    format!("v1/event_auth/{room}/{id}"),
+                    format!("v1/state/{room}?event_id={id}"),
+                    format!("v1/state_ids/{room}?event_id={id}"),
+                    format!("v1/backfill/{room}?limit=5&v={id}"),
+                    format!("v2/backfill/{room}?limit=5&v={id}"),
+                ] {
+                    calls.push(Call::get(format!("/_matrix/federation/{path}")));
+                }
+                for path in ["v2/send_join", "v2/send_leave", "v1/send_knock", "v2/invite"] {
+                    calls.push(Call::put(format!("/_matrix/federation/{path}/{room}/{id}"), object(json!({}))));
+                }
+            }
+        }
+        let missing = json!({ "earliest_events": ["$\u{0}"], "latest_events": [long], "limit": 5 });
+        let path = format!("/_matrix/federation/v1/get_missing_events/{}", portal.matrix_room_id);
+        calls.push(Call::post(path, object(missing)));
+        for call in calls {
+            let uri = call.uri.clone();
+            let answer = context.client.call(&own, call, false).await;
+            let Err(RemoteError::Status { status, .. }) = answer else { panic!("{uri}: {answer:?}") };
+            assert!(status.is_client_error(), "{uri}: {status}");
+        }
+        gateway.node.context.store.close().await;
+    })
+    .await;
+}
