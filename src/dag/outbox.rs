@@ -26,11 +26,12 @@ impl FeedSource for Outbox {
         limit: usize,
     ) -> Result<Vec<Delivery>, StoreError> {
         let store = &self.0.context.store;
-        let until = until.unwrap_or(i64::MAX);
-        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let max = i64::try_from(limit).unwrap_or(i64::MAX);
         let windows = dag::windows(store, &feed.room_id, destination).await?;
-        let rows = dag::outbox(store, &feed.room_id, after, until, limit).await?;
-        rows.into_iter()
+        let rows = dag::outbox(store, &feed.room_id, after, until.unwrap_or(i64::MAX), max).await?;
+        let is_all = rows.len() < limit;
+        let mut found = rows
+            .into_iter()
             .map(|(row, json)| {
                 let wanted = row.not_to.as_deref() != Some(destination)
                     && windows.iter().any(|window| {
@@ -39,7 +40,11 @@ impl FeedSource for Outbox {
                 let event = wanted.then(|| raw(json)).transpose()?;
                 Ok(Delivery { position: row.position, event })
             })
-            .collect()
+            .collect::<Result<Vec<_>, StoreError>>()?;
+        if is_all {
+            Delivery::pass_on(&mut found, until);
+        }
+        Ok(found)
     }
 
     async fn already_delivered(

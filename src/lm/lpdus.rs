@@ -169,12 +169,19 @@ impl Lm {
         until: Option<i64>,
         limit: usize,
     ) -> Result<Vec<Delivery>, StoreError> {
-        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-        let rows = stored::lpdus_after(&self.context().store, room_id, after, limit).await?;
-        rows.into_iter()
+        let max = i64::try_from(limit).unwrap_or(i64::MAX);
+        let rows = stored::lpdus_after(&self.context().store, room_id, after, max).await?;
+        let is_all = rows.len() < limit;
+        let mut found = rows
+            .into_iter()
             .filter(|row| until.is_none_or(|until| row.position <= until))
             .map(|row| Ok(Delivery { position: row.position, event: Some(raw(row.json)?) }))
-            .collect()
+            .collect::<Result<Vec<_>, StoreError>>()?;
+        if is_all || found.is_empty() {
+            // What was answered meanwhile is gone from the store.
+            Delivery::pass_on(&mut found, until);
+        }
+        Ok(found)
     }
 
     /// Which of the LPDUs at `positions` are in the hub's log already. It is looked for to the end of the hub's log where

@@ -107,8 +107,10 @@ impl Composer<'_> {
         let found = source.read(&feed, self.destination, sent, Some(cursor.target), limit).await?;
         let mut part =
             Part { feed, after: sent, through: sent, positions: Vec::new(), is_last: false, events: Some(Vec::new()) };
-        // A source may give less than there is, but for nothing at all.
-        let exhausted = found.is_empty();
+        if found.is_empty() {
+            // The room's task has committed what it has not shown yet: it wakes this queue when it has.
+            return Ok(None);
+        }
         for delivery in found {
             if delivery.position <= part.through || delivery.position > cursor.target {
                 let (position, through, target) = (delivery.position, part.through, cursor.target);
@@ -125,9 +127,6 @@ impl Composer<'_> {
                 }
             }
             part.through = delivery.position;
-        }
-        if exhausted {
-            part.through = cursor.target;
         }
         if part.through < cursor.target {
             self.slot.add(part.feed.clone());

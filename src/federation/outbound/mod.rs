@@ -101,11 +101,24 @@ pub struct Delivery {
     pub event: Option<Box<RawValue>>,
 }
 
+impl Delivery {
+    /// Says that nothing up to `until` is left after these, when it is known that there is nothing.
+    pub fn pass_on(deliveries: &mut Vec<Self>, until: Option<i64>) {
+        if let Some(until) = until
+            && deliveries.last().is_none_or(|last| last.position < until)
+        {
+            deliveries.push(Self { position: until, event: None });
+        }
+    }
+}
+
 /// Where the queues read the events of feeds. Implemented by `lm` and `dag`, each for its own kinds.
 #[async_trait]
 pub trait FeedSource: Send + Sync + 'static {
     /// The events of `feed` for `destination` after position `after`, in order, at most `limit`, none past `until`. Fewer
-    /// than there are may be given, but none only when there is none left: the destination then counts as up to date.
+    /// than there are may be given. Only a [`Delivery`], with an event or without one, brings the destination further:
+    /// what a source does not show yet, because it was committed this moment, is not passed over. When it shows none, it
+    /// is asked again after the next [`OutboundQueues::wake`].
     async fn read(
         &self,
         feed: &Feed,
