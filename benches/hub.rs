@@ -123,6 +123,9 @@ async fn measure(seconds: u64, floor: &Floor) {
             order.doubled,
             order.misplaced
         );
+        if order.different < sent * PARTICIPANTS {
+            println!("    of {sent} messages, the hub's log has {}", messages_in_log(directory.path()).await);
+        }
         if batch == 50 && rooms == 1 {
             half = rate / 2.0;
         }
@@ -154,6 +157,13 @@ async fn join_all(hub: &Gateway) -> Vec<Participant> {
         participants.push(Participant::join(number, hub).await);
     }
     participants
+}
+
+/// How many messages the hub has in its logs: what is there and did not arrive was lost on the way out.
+async fn messages_in_log(directory: &std::path::Path) -> i64 {
+    let database = sqlx::SqlitePool::connect(&format!("sqlite://{}", directory.join("isthmus.db").display())).await;
+    let count = sqlx::query_scalar("SELECT COUNT(*) FROM lm_events WHERE state_key IS NULL");
+    count.fetch_one(&database.unwrap()).await.unwrap()
 }
 
 /// Waits until everybody has got everything, or nothing more comes.
