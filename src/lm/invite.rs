@@ -7,7 +7,7 @@ use std::time::Duration;
 use http::StatusCode;
 use ruma::{OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::actor::{Item, Job, Outcome, What};
 use super::batch::Origin;
@@ -28,6 +28,9 @@ const TRIES: usize = 3;
 const DISTRUST: Duration = Duration::from_secs(3600);
 /// How often appends in one room may be made to wait.
 const BETWEEN_HOLDS: Duration = Duration::from_secs(60);
+/// How many servers are told of invites at once. Participants choose whom they invite and how often: beyond this nobody is
+/// told, and the invite stands all the same.
+const TELLING: usize = 32;
 /// How many events of stripped state are read.
 const STRIPPED: usize = 100;
 
@@ -35,13 +38,15 @@ const STRIPPED: usize = 100;
 pub(super) struct Invites {
     distrusted: moka::future::Cache<OwnedServerName, ()>,
     held: moka::future::Cache<ruma::OwnedRoomId, ()>,
+    /// Who is being told of an invite.
+    telling: Arc<Semaphore>,
 }
 
 impl Invites {
     pub fn new() -> Self {
         let distrusted = moka::future::Cache::builder().max_capacity(10_000).time_to_live(DISTRUST);
         let held = moka::future::Cache::builder().max_capacity(10_000).time_to_live(BETWEEN_HOLDS);
-        Self { distrusted: distrusted.build(), held: held.build() }
+        Self { distrusted: distrusted.build(), held: held.build(), telling: Arc::new(Semaphore::new(TELLING)) }
     }
 }
 
@@ -117,6 +122,11 @@ impl Lm {
             Some((cell, room)) if self.role(&room) == Role::Hub => {
                 self.invite_for(origin, &cell, &room, event.clone()).await?.event.json.clone()
             }
+            // The log of a room that is known has one hub, and no other server has invites to it signed.
+            Some((_, room)) if room.facts.hub != *origin => {
+                let (origin, expected) = (origin.to_string(), room.facts.hub.to_string());
+                return Err(Refusal::WrongOrigin { origin, expected });
+            }
             _ => self.countersign(origin, &body, event.clone()).await?,
         };
         // The draft's name and the one that peers read.
@@ -159,9 +169,14 @@ impl Lm {
         if room.has_server(&server) || server == self.context().server_name {
             return;
         }
+        let Ok(permit) = self.inner.invites.telling.clone().try_acquire_owned() else {
+            tracing::warn!(room = %event.room_id, %server, "too many invites: the invited server was not told");
+            return;
+        };
         let (lm, event) = (self.clone(), event.clone());
         let (version, stripped) = (room.facts.version, stripped_state(room));
         tokio::spawn(async move {
+            let _permit = permit;
             if let Err(error) = lm.peers().invite(&server, &event.event_id, &event.json, version, stripped).await {
                 tracing::info!(room = %event.room_id, %server, %error, "the invited server was not told");
             }

@@ -4,7 +4,7 @@
 //! join, in the hub's order, then the join, then every event in the order in which the hub gives them. After a time outside
 //! the room the state events that are new come first again, then the new join.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use ruma::{EventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
@@ -33,6 +33,8 @@ pub(super) struct Joining(Mutex<HashMap<OwnedRoomId, Arc<Join>>>);
 #[derive(Default)]
 struct Join {
     turn: tokio::sync::Mutex<()>,
+    /// The servers that are asked; one of them is the hub.
+    asked: Mutex<BTreeSet<OwnedServerName>>,
     early: Mutex<Vec<(OwnedServerName, Object)>>,
 }
 
@@ -46,9 +48,12 @@ impl Joining {
         lock(&self.0).contains_key(room_id)
     }
 
-    /// Keeps events until the room is known, if a join is under way.
+    /// Keeps events until the room is known, if they come from a server through which it is being joined.
     pub fn keep(&self, origin: &ServerName, room_id: &RoomId, objects: &[Object]) {
         let Some(join) = lock(&self.0).get(room_id).cloned() else { return };
+        if !lock(&join.asked).contains(origin) {
+            return;
+        }
         let mut early = lock(&join.early);
         let space = EARLY.saturating_sub(early.len());
         early.extend(objects.iter().take(space).map(|object| (origin.to_owned(), object.clone())));
@@ -90,7 +95,7 @@ impl Lm {
             let _turn = join.turn.lock().await;
             match self.join_from_inside(room_id, &draft).await {
                 Ok(Some(inside)) => Ok(inside),
-                Ok(None) => self.join_from_outside(room_id, &draft, via).await.map(Inside::Joined),
+                Ok(None) => self.join_from_outside(room_id, &join, &draft, via).await.map(Inside::Joined),
                 Err(refusal) => Err(refusal),
             }
         };
@@ -131,11 +136,13 @@ impl Lm {
     async fn join_from_outside(
         &self,
         room_id: &RoomId,
+        join: &Join,
         draft: &Draft,
         via: &[OwnedServerName],
     ) -> Result<Appended, Refusal> {
         let mut last = Refusal::NotFound(format!("a server through which {room_id} can be joined"));
         for server in self.candidates(room_id, via).await {
+            lock(&join.asked).insert(server.clone());
             match self.join_through(&server, room_id, draft).await {
                 Ok(joined) => return Ok(joined),
                 Err(refusal) => {
@@ -257,18 +264,39 @@ impl Lm {
     ) -> Result<(), Refusal> {
         let mut last = Refusal::NotFound(format!("a server through which {room_id} can be left"));
         for server in self.candidates(room_id, via).await {
-            let left = async {
-                self.peers().make(&server, "leave", room_id, &draft.sender).await?;
-                let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.clone() };
-                let lpdu = self.sign(&facts, draft).map_err(|error| RemoteError::BadAnswer(error.to_string()))?;
-                self.peers().send(&server, "leave", &lpdu.lpdu_id, &lpdu.json).await
-            };
-            match left.await {
-                Ok(_) => return Ok(()),
-                Err(error) => last = into_refusal(error, &server),
+            match self.leave_through(&server, room_id, draft).await {
+                Ok(()) => return Ok(()),
+                Err(refusal) => last = refusal,
             }
         }
         Err(last)
+    }
+
+    /// By make_leave and send_leave; some hubs know neither and take a leave like any other event.
+    async fn leave_through(&self, server: &ServerName, room_id: &RoomId, draft: &Draft) -> Result<(), Refusal> {
+        let failed = |error: RemoteError| into_refusal(error, server);
+        let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned() };
+        let lpdu = self.sign(&facts, draft)?;
+        let left = match self.peers().make(server, "leave", room_id, &draft.sender).await {
+            Ok(_) => self.peers().send(server, "leave", &lpdu.lpdu_id, &lpdu.json).await,
+            Err(error) => Err(error),
+        };
+        match left {
+            Ok(_) => Ok(()),
+            Err(error) if error.is_unrecognized() => {
+                let answer = self.peers().transact(server, &lpdu.lpdu_id, &lpdu.json).await.map_err(failed)?;
+                let refused = answer.get("failed_pdus").and_then(|failed| failed.get(lpdu.lpdu_id.as_str()));
+                match refused {
+                    Some(why) => {
+                        let why = why.get("error").and_then(Value::as_str).unwrap_or("no reason given");
+                        let why: String = why.chars().take(500).collect();
+                        Err(Refusal::Forbidden(format!("{server}: {why}")))
+                    }
+                    None => Ok(()),
+                }
+            }
+            Err(error) => Err(failed(error)),
+        }
     }
 
     /// Asks `server` where an LM alias leads.
@@ -338,5 +366,27 @@ pub(super) fn into_refusal(error: RemoteError, server: &ServerName) -> Refusal {
         (http::StatusCode::NOT_FOUND, "M_NOT_FOUND") => Refusal::NotFound(format!("{server}: {text}")),
         (_, "M_INCOMPATIBLE_ROOM_VERSION") => Refusal::IncompatibleRoomVersion(format!("unknown ({server}: {text})")),
         _ => error.into_refusal(server),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::{room_id, server_name};
+
+    use super::*;
+
+    #[test]
+    fn what_comes_before_a_join_is_kept_only_from_servers_that_were_asked() {
+        let (joining, room) = (Joining::default(), room_id!("!room:hub.example"));
+        let (hub, evil) = (server_name!("hub.example"), server_name!("evil.example"));
+        let join = joining.enter(room);
+        lock(&join.asked).insert(hub.to_owned());
+        joining.keep(evil, room, &vec![Object::new(); EARLY]);
+        joining.keep(hub, room, &vec![Object::new(); EARLY + 1]);
+        let early = joining.leave(room, join);
+        assert_eq!(early.len(), EARLY);
+        assert!(early.iter().all(|(origin, _)| origin == hub));
+        joining.keep(hub, room, &[Object::new()]);
+        assert!(!joining.contains(room));
     }
 }

@@ -80,6 +80,13 @@ impl Peers {
         self.named(server, "v3", &format!("send_{change}/{}", encode(lpdu_id)), call).await
     }
 
+    /// `PUT send` of one LPDU that no queue has, outside any room that is known here.
+    pub async fn transact(&self, server: &ServerName, lpdu_id: &EventId, lpdu: &Object) -> Result<Object, RemoteError> {
+        let body = json!({ "pdus": [lpdu] }).as_object().cloned().unwrap_or_default();
+        let call = |uri| Call::put(uri, body.clone());
+        self.named(server, "v2", &format!("send/{}", encode(lpdu_id)), call).await
+    }
+
     /// `POST invite`: the event as the server signed it.
     pub async fn invite(
         &self,

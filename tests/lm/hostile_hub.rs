@@ -285,4 +285,11 @@ async fn hc_39_an_invite_is_signed_only_for_whom_it_may_be() {
     let signed = part.lm.invited(&hub.name, body(&good, VERSION)).await.unwrap();
     assert_eq!(signed["pdu"], signed["event"]);
     assert!(signed["pdu"]["signatures"].get("part.example").is_some());
+    // Of a room that is known here, only the hub may ask: nobody else keeps that log.
+    let room = room_of(&hub, &part).await;
+    let made = member(&evil.user("e"), &part.user("bob"), "invite");
+    let completion = Completion { auth_events: Vec::new(), prev_event: None };
+    let forged = Pdu::build(template(&room, &made), completion, &evil.name, &evil.context.signing_key).unwrap();
+    let refused = part.lm.invited(&evil.name, body(&forged.json, VERSION)).await.map(drop).unwrap_err();
+    assert!(matches!(&refused, Refusal::WrongOrigin { expected, .. } if expected == "hub.example"), "{refused}");
 }

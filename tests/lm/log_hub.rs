@@ -109,6 +109,29 @@ async fn a_hub_that_does_lm_alone_gets_lpdus_whatever_its_templates_are() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_invite_of_a_hub_that_has_no_make_leave_is_declined_by_send() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    hub.meddle(|request, next| async move {
+        match request.uri().path().contains("_leave/") {
+            true => {
+                Response::builder().status(StatusCode::NOT_FOUND).body(Body::from("<html>Cannot GET</html>")).unwrap()
+            }
+            false => next.run(request).await,
+        }
+    });
+    let room = hub.create_room("invite").await;
+    let carol = part.user("carol");
+    let invite = isthmus::seam::Outgoing { draft: member(&hub.user("bot"), &carol, "invite"), effect: None };
+    hub.lm.invite(&room, invite).await.unwrap();
+    // Who was not invited is told why not.
+    let refused = part.lm.leave(&room, &part.user("dave"), std::slice::from_ref(&hub.name)).await;
+    assert!(matches!(refused, Err(Refusal::Forbidden(_))), "{refused:?}");
+    part.lm.leave(&room, &carol, std::slice::from_ref(&hub.name)).await.unwrap();
+    let last = hub.log(&room).await.pop().unwrap().event;
+    assert_eq!((&*last.sender, last.content()["membership"].as_str()), (&*carol, Some("leave")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hub_that_shares_graphs_too_is_refused_by_name() {
     let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
     Manners::of(&hub, false);
