@@ -3,7 +3,7 @@
 //!
 //! Where to find what: `rules` judges one event; `room` is a room after an event, `rooms` keeps them in memory; `batch`
 //! writes events with all that hangs on them, `actor` gives each hubbed room its one appender. The hub's side is in `hub`
-//! (own events, LPDUs), `handshake`, `invite`, `served` and `join_state`; the participant's in `participant` (joining),
+//! (own events, LPDUs), `handshake`, `invite`, `served`, `visibility` and `join_state`; the participant's in `participant` (joining),
 //! `intake` (what the hub sends), `gaps` (what is missing of
 //! that), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
 //! not come back from there). `feed` is what
@@ -29,6 +29,7 @@ mod rooms;
 pub mod rules;
 mod served;
 mod state;
+mod visibility;
 
 use std::sync::Arc;
 

@@ -1,5 +1,6 @@
 //! What other servers read of the rooms that are hubbed here. A server sees a room while it has a joined user there, and
-//! up to the event that ended that when it had one; to all others the room and its events do not exist.
+//! up to the event that ended that when it had one; to all others the room and its events do not exist. What it sees without
+//! its contents says [`super::visibility`]; state is always seen whole.
 
 use std::collections::BTreeSet;
 
@@ -23,7 +24,9 @@ impl Lm {
         let row = stored::event(&self.context().store, event_id).await?.ok_or_else(unknown)?;
         let (_, room) = self.find(&row.room_id).await?;
         match self.role(&room) {
-            Role::Hub if row.position <= self.sees_until(origin, &room).await? => to_value(&row),
+            Role::Hub if row.position <= self.sees_until(origin, &room).await? => {
+                self.as_seen_by(origin, &room, &[row]).await?.pop().ok_or_else(unknown)
+            }
             _ => Err(unknown()),
         }
     }
@@ -67,7 +70,7 @@ impl Lm {
         let limit = limit.clamp(0, BACKFILL);
         let first = last.saturating_sub(limit).saturating_add(1).max(0);
         let rows = stored::range(&self.context().store, room_id, first, last, limit).await?;
-        Ok(json!({ "pdus": to_values(&rows)? }))
+        Ok(json!({ "pdus": self.as_seen_by(origin, &room, &rows).await? }))
     }
 
     /// A room that is hubbed here, and the last position of it that `origin` sees.

@@ -354,3 +354,50 @@ fn replay(room: &RoomId, state: &[Value]) {
         current.insert((kind, state_key), event);
     }
 }
+
+/// What a server that comes later reads of a log: all of it, or what was said without it redacted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_not_visible_to_a_server_is_served_redacted() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let alice = part.user("alice");
+    for (visibility, expected) in [
+        (None, [true, true, true]),
+        (Some("shared"), [true, true, true]),
+        (Some("world_readable"), [true, true, true]),
+        (Some("invited"), [false, true, true]),
+        (Some("joined"), [false, false, true]),
+    ] {
+        let room = hub.create_room("public").await;
+        if let Some(visibility) = visibility {
+            let content = json!({ "history_visibility": visibility });
+            hub.send(&room, draft(&hub.user("bot"), "m.room.history_visibility", Some(""), content)).await.unwrap();
+        }
+        hub.say(&room, "bot", "before").await;
+        let invite = Outgoing { draft: member(&hub.user("bot"), &alice, "invite"), effect: None };
+        hub.lm.invite(&room, invite).await.unwrap();
+        hub.say(&room, "bot", "invited").await;
+        part.join(&room, "alice", &hub).await;
+        hub.say(&room, "bot", "joined").await;
+        let log = part.wait_for_body(&room, "joined").await;
+        let last = &log.last().unwrap().event.event_id;
+        let uri = format!(
+            "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02/backfill/{room}?v={last}&limit=100"
+        );
+        let answer = part.get(&hub, &uri).await.unwrap();
+        let pdus = answer["pdus"].as_array().unwrap();
+        assert_eq!(pdus.len(), hub.log(&room).await.len(), "nothing is left out");
+        let messages: Vec<&Value> = pdus.iter().filter(|pdu| pdu["type"] == "m.room.message").collect();
+        let seen: Vec<bool> = messages.iter().map(|pdu| pdu["content"].get("body").is_some()).collect();
+        assert_eq!(seen, expected, "{visibility:?}");
+        assert!(pdus.iter().filter(|pdu| pdu.get("state_key").is_some()).all(|pdu| pdu["content"] != json!({})));
+        // One event alone is served in the same way, and its redacted form is signed as the whole is.
+        let first = hub.log(&room).await.into_iter().find(|event| event.event.kind == "m.room.message").unwrap();
+        let uri = format!(
+            "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02/event/{}",
+            first.event.event_id
+        );
+        let served = part.get(&hub, &uri).await.unwrap();
+        assert_eq!(served["content"].get("body").is_some(), expected[0], "{visibility:?}");
+        assert_eq!(served["signatures"], first.event.json["signatures"]);
+    }
+}

@@ -91,6 +91,28 @@ pub async fn state_before(store: &Store, room_id: &RoomId, position: i64) -> Res
     rows.iter().map(event_row).collect()
 }
 
+/// All state events of a type that were ever in a log, in its order; where `of_users_of` is given, those whose state key is
+/// a user of that server.
+pub async fn state_of_kind(
+    store: &Store,
+    room_id: &RoomId,
+    kind: &str,
+    of_users_of: Option<&ServerName>,
+) -> Result<Vec<EventRow>, StoreError> {
+    // A server name holds neither of the two characters that have a meaning in a pattern.
+    let pattern = of_users_of.map_or_else(|| "%".to_owned(), |server| format!("%:{server}"));
+    let rows = sqlx::query(
+        "SELECT room_id, position, event_id, json FROM lm_events \
+         WHERE room_id = $1 AND kind = $2 AND state_key LIKE $3 ORDER BY position",
+    )
+    .bind(room_id.as_str())
+    .bind(text::encode(kind).into_owned())
+    .bind(pattern)
+    .fetch_all(store.reader())
+    .await?;
+    rows.iter().map(event_row).collect()
+}
+
 /// One event.
 pub async fn event(store: &Store, event_id: &EventId) -> Result<Option<EventRow>, StoreError> {
     let row = sqlx::query("SELECT room_id, position, event_id, json FROM lm_events WHERE event_id = $1")
