@@ -230,7 +230,7 @@ impl<'a> Taking<'a> {
     }
 
     /// Records that an event is refused for good.
-    fn settle(&mut self, event_id: &EventId, problem: &str) {
+    pub(super) fn settle(&mut self, event_id: &EventId, problem: &str) {
         self.record(event_id, problem, true);
     }
 

@@ -3,7 +3,8 @@
 //!
 //! Where to find what: `rules` judges one event; `room` is a room after an event, `rooms` keeps them in memory; `batch`
 //! writes events with all that hangs on them, `actor` gives each hubbed room its one appender. The hub's side is in `hub`
-//! (own events, LPDUs), `handshake`, `invite`, `served`, `visibility` and `join_state`; the participant's in `participant` (joining),
+//! (own events, LPDUs), `handshake`, `invite`, `served`, `visibility` and `join_state`; the participant's in `participant` (joining), `join_check`
+//! (the state that comes with a join),
 //! `intake` (what the hub sends), `gaps` (what is missing of
 //! that), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
 //! not come back from there). `feed` is what
@@ -19,6 +20,7 @@ mod handshake;
 mod hub;
 mod intake;
 mod invite;
+mod join_check;
 mod join_state;
 mod lpdus;
 mod participant;

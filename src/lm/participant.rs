@@ -14,6 +14,7 @@ use super::actor::What;
 use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
 use super::intake::Taking;
+use super::join_check::{forbidden, is_critical};
 use super::peers::prev_events;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
@@ -202,6 +203,15 @@ impl Lm {
             _ => None,
         });
         let state = self.check_finished(state.collect(), Redaction::Draft).await;
+        let chain = match answer.remove("auth_chain") {
+            Some(Value::Array(chain)) => chain,
+            _ => Vec::new(),
+        };
+        let chain = chain.into_iter().filter_map(|event| match event {
+            Value::Object(event) => Some(event),
+            _ => None,
+        });
+        let chain = self.check_finished(chain.collect(), Redaction::Draft).await;
         let joined = self.check_finished(vec![event], Redaction::Draft).await.pop();
         let joined = match joined {
             Some(Ok(joined)) if joined.redacted.is_none() => joined,
@@ -213,7 +223,16 @@ impl Lm {
             return Err(bad(format!("{} was answered with another event, {}", lpdu.lpdu_id, joined.pdu.event_id)));
         }
         let state = without(state, &joined.pdu.event_id);
-        let facts = facts_of(hub, &lpdu.room_id, &state)?;
+        let facts = facts_of(hub, &lpdu.room_id, &lpdu.sender, &state)?;
+        let forbidden = forbidden(facts.clone(), &state, &chain);
+        for event in state.iter().flatten().map(|event| &event.pdu) {
+            if let Some(refusal) = forbidden.get(&event.event_id).filter(|_| is_critical(event, &lpdu.sender)) {
+                return Err(bad(format!("{} in the answer to a join: {refusal}", event.kind)));
+            }
+        }
+        let (allowed, refused): (Vec<_>, Vec<_>) = state
+            .into_iter()
+            .partition(|event| !event.as_ref().is_ok_and(|event| forbidden.contains_key(&event.pdu.event_id)));
         let known = self.rooms().find(&lpdu.room_id).await?;
         let turn = match &known {
             Some(cell) => Some(cell.intake.lock().await),
@@ -224,7 +243,11 @@ impl Lm {
             None => Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft)),
         };
         let mut taking = Taking::new(self, batch);
-        taking.adopt(state).await?;
+        taking.adopt(allowed).await?;
+        for event in refused.into_iter().flatten() {
+            let id = &event.pdu.event_id;
+            taking.settle(id, &forbidden.get(id).map(ToString::to_string).unwrap_or_default());
+        }
         let room = &taking.batch.after;
         let subject = Subject::of(&joined.pdu);
         room.judge(&subject, &room.auth_events(&subject).0)?;
@@ -334,12 +357,17 @@ fn without(mut state: Vec<Result<Finished, Bad>>, join: &EventId) -> Vec<Result<
 }
 
 /// What the room is, as its create event says; and that it can be: the server that was asked keeps its log.
-fn facts_of(hub: &ServerName, room_id: &RoomId, state: &[Result<Finished, Bad>]) -> Result<Facts, Refusal> {
+fn facts_of(
+    hub: &ServerName,
+    room_id: &RoomId,
+    joiner: &UserId,
+    state: &[Result<Finished, Bad>],
+) -> Result<Facts, Refusal> {
     let bad = |problem: String| Refusal::Remote { server: hub.to_string(), problem };
     for event in state {
         // Without these nothing else can be judged.
         if let Err(Bad::Forged(pdu, refusal) | Bad::Unproved(pdu, refusal)) = event
-            && matches!(pdu.kind.as_str(), "m.room.create" | "m.room.power_levels" | "m.room.join_rules")
+            && is_critical(pdu, joiner)
         {
             return Err(bad(format!("{} in the answer to a join: {refusal}", pdu.kind)));
         }

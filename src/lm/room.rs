@@ -12,7 +12,7 @@ use crate::event::{Object, Pdu, Redaction, RoomVersion};
 use crate::refusal::Refusal;
 
 /// What of a room never changes.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Facts {
     pub room_id: OwnedRoomId,
     pub version: RoomVersion,

@@ -8,7 +8,7 @@ use isthmus::seam::{Draft, Received};
 use ruma::{OwnedEventId, OwnedRoomId, RoomId};
 use serde_json::{Value, json};
 
-use super::world::{Node, World, bodies, ids, member, message, raw};
+use super::world::{Node, World, bodies, draft, ids, member, message, raw};
 
 async fn room_of(hub: &Node, part: &Node) -> OwnedRoomId {
     let room = hub.create_room("public").await;
@@ -292,4 +292,97 @@ async fn hc_39_an_invite_is_signed_only_for_whom_it_may_be() {
     let forged = Pdu::build(template(&room, &made), completion, &evil.name, &evil.context.signing_key).unwrap();
     let refused = part.lm.invited(&evil.name, body(&forged.json, VERSION)).await.map(drop).unwrap_err();
     assert!(matches!(&refused, Refusal::WrongOrigin { expected, .. } if expected == "hub.example"), "{refused}");
+}
+
+/// Has a hub answer joins with what a test makes of its answer.
+fn change_join(hub: &Node, change: impl Fn(&mut Value) + Send + Sync + 'static) {
+    let change = std::sync::Arc::new(change);
+    hub.meddle(move |request, next| {
+        let change = change.clone();
+        async move {
+            let is_join = request.uri().path().contains("/send_join/");
+            let response = next.run(request).await;
+            if !is_join {
+                return response;
+            }
+            let body = axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap();
+            let mut answer = serde_json::from_slice(&body).unwrap();
+            change(&mut answer);
+            super::log_hub::respond(http::StatusCode::OK, answer)
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_state_that_comes_with_a_join_obeys_the_rules() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let user = hub.user("nobody");
+    let create = json!({ "room_version": "org.matrix.i-d.ralston-mimi-linearized-matrix.02" });
+    let levels = json!({ "users": { user.clone(): 100 } });
+    let topic = json!({ "topic": "mine" });
+    for (kind, content, fails) in
+        [("m.room.create", create, true), ("m.room.power_levels", levels, true), ("m.room.topic", topic, false)]
+    {
+        let room = hub.create_room("public").await;
+        hub.send(&room, member(&user, &user, "join")).await.unwrap();
+        let log = hub.log(&room).await;
+        let draft = draft(&user, kind, Some(""), content);
+        // By somebody who is in the room and may not send such events.
+        let auth: &[&str] = match kind {
+            "m.room.create" => &[],
+            _ => &["m.room.create", "m.room.power_levels", "m.room.member"],
+        };
+        let forbidden = finished(&hub, &room, &log, &draft, auth);
+        let json = forbidden.json.clone();
+        change_join(&hub, move |answer| answer["state"].as_array_mut().unwrap().push(json!(json)));
+        let joined = part.lm.join(&room, &part.user("alice"), std::slice::from_ref(&hub.name), Object::new()).await;
+        if fails {
+            let refusal = joined.map(drop).unwrap_err();
+            assert!(refusal.to_string().contains(kind), "{refusal}");
+            assert!(part.lm.room(&room).await.unwrap().is_none(), "nothing of it is believed");
+        } else {
+            joined.unwrap();
+            assert!(part.lm.state(&room).await.unwrap().get(kind, "").is_none());
+            let complaints = complaints(&part, &room).await;
+            assert!(
+                complaints.iter().any(|complaint| complaint.contains(forbidden.event_id.as_str())),
+                "{complaints:?}"
+            );
+        }
+    }
+}
+
+/// Without the power levels everything after the join would be judged by others than at the hub.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_join_waits_for_the_keys_of_who_made_the_power_levels_but_not_of_who_made_the_topic() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let carol = third.user("carol");
+    let mut rooms = Vec::new();
+    for kind in ["m.room.power_levels", "m.room.topic"] {
+        let levels = json!({ "users": { hub.user("bot"): 100, carol.clone(): 100 } });
+        let room = hub.create_room_with("public", levels.clone()).await;
+        third.join(&room, "carol", &hub).await;
+        let content = if kind == "m.room.topic" { json!({ "topic": "x" }) } else { levels };
+        third.send(&room, draft(&carol, kind, Some(""), content)).await.unwrap();
+        hub.wait(&room, kind, |log| {
+            log.last().unwrap().event.sender == carol && log.last().unwrap().event.kind == kind
+        })
+        .await;
+        rooms.push((room, kind));
+    }
+    // Now it is away for everybody who does not know its keys yet.
+    third.meddle(|_, _| async { super::log_hub::respond(http::StatusCode::SERVICE_UNAVAILABLE, json!({})) });
+    for (room, kind) in rooms {
+        let joined = part.lm.join(&room, &part.user("alice"), std::slice::from_ref(&hub.name), Object::new()).await;
+        if kind == "m.room.power_levels" {
+            let refusal = joined.map(drop).unwrap_err();
+            assert!(refusal.is_transient(), "{refusal}");
+            let text = refusal.to_string();
+            assert!(text.contains(kind) && text.contains("third.example"), "{text}");
+            assert!(part.lm.room(&room).await.unwrap().is_none());
+        } else {
+            joined.unwrap();
+            assert!(part.lm.state(&room).await.unwrap().get(kind, "").is_none());
+        }
+    }
 }
