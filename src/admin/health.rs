@@ -16,6 +16,8 @@ use crate::store::overview::{Overview, overview};
 
 /// How long an event may wait in the inbox before something is wrong, in milliseconds.
 const LONGEST_WAIT: i64 = 10 * 60 * 1000;
+/// How long a hub that can be reached may take to send an event back, in milliseconds.
+const LONGEST_ECHO: i64 = 60 * 60 * 1000;
 /// How long the store may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How many failing servers are listed.
@@ -37,16 +39,18 @@ pub struct Health {
     #[schema(value_type = Option<Object>)]
     pub homeserver: Option<HomeserverStatus>,
     /// Events that wait to be carried over.
-    pub inbox: Inbox,
+    pub inbox: Waiting,
+    /// Events that were given to foreign hubs and did not come back yet.
+    pub echoes: Waiting,
     /// Events that wait to be sent.
     pub outbound: Outbound,
     /// How many portals are in each state.
     pub portals: BTreeMap<String, i64>,
 }
 
-/// Events that wait to be carried over.
+/// Events that wait for something.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-pub struct Inbox {
+pub struct Waiting {
     /// How many.
     pub waiting: i64,
     /// How long the oldest has waited.
@@ -108,6 +112,7 @@ impl Admin {
         let health = judge(findings);
         METRICS.inbox_waiting.set(health.inbox.waiting);
         METRICS.inbox_oldest_seconds.set(health.inbox.oldest_age_ms / 1000);
+        METRICS.echoes_waiting.set(health.echoes.waiting);
         METRICS.outbound_waiting.set(health.outbound.waiting);
         METRICS.outbound_failing.set(i64::try_from(health.outbound.failing.len()).unwrap_or(i64::MAX));
         for state in ["creating", "active", "degraded", "suspended", "ending", "ended"] {
@@ -128,10 +133,22 @@ fn judge(findings: Findings) -> Health {
         problems.push(format!("the outbound queues cannot be read: {error}"));
         Vec::new()
     });
-    let oldest_age_ms = store.inbox_oldest_ts.map_or(0, |oldest| findings.now_ms.saturating_sub(oldest).max(0));
-    if oldest_age_ms > LONGEST_WAIT {
-        let minutes = oldest_age_ms / 60_000;
+    let waiting = |waiting: i64, oldest: Option<i64>| Waiting {
+        waiting,
+        oldest_age_ms: oldest.map_or(0, |oldest| findings.now_ms.saturating_sub(oldest).max(0)),
+    };
+    let inbox = waiting(store.inbox_waiting, store.inbox_oldest_ts);
+    if inbox.oldest_age_ms > LONGEST_WAIT {
+        let minutes = inbox.oldest_age_ms / 60_000;
         problems.push(format!("an accepted event has waited {minutes} minutes to be carried over"));
+    }
+    let echoes = waiting(store.echoes_waiting, store.echo_oldest_ts);
+    // Where a server cannot be reached that is the reason, and it is listed.
+    if echoes.oldest_age_ms > LONGEST_ECHO && queues.iter().all(|queue| queue.failures == 0) {
+        let minutes = echoes.oldest_age_ms / 60_000;
+        problems.push(format!(
+            "an event that a hub took {minutes} minutes ago did not come back in its log: `isthmus portal show` says where"
+        ));
     }
     if let Some(homeserver) = findings.homeserver.as_ref().filter(|homeserver| !homeserver.reachable) {
         let error = homeserver.error.as_deref().unwrap_or("it was not tried yet");
@@ -150,7 +167,8 @@ fn judge(findings: Findings) -> Health {
         server_name: findings.server_name,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         homeserver: findings.homeserver,
-        inbox: Inbox { waiting: store.inbox_waiting, oldest_age_ms },
+        inbox,
+        echoes,
         outbound: Outbound {
             waiting: queues.iter().fold(0, |sum, queue| sum.saturating_add(queue.waiting)),
             failing: failing.collect(),
@@ -180,11 +198,14 @@ mod tests {
         assert!(judge(Findings { homeserver: None, ..good() }).ok);
 
         let old = Overview { inbox_oldest_ts: Some(10_000_000 - 11 * 60_000), ..Overview::default() };
+        let lost =
+            Overview { echoes_waiting: 1, echo_oldest_ts: Some(10_000_000 - 90 * 60_000), ..Overview::default() };
         let down = HomeserverStatus { error: Some("502".to_owned()), ..HomeserverStatus::default() };
         for (findings, problem) in [
             (Findings { store: Err("gone".to_owned()), ..good() }, "the store does not answer: gone"),
             (Findings { queues: Err(StoreError::Closed), ..good() }, "the outbound queues cannot be read"),
             (Findings { store: Ok(old), ..good() }, "has waited 11 minutes"),
+            (Findings { store: Ok(lost), ..good() }, "took 90 minutes ago did not come back"),
             (Findings { homeserver: Some(down), ..good() }, "did not come back (502)"),
         ] {
             let health = judge(findings);
@@ -202,7 +223,8 @@ mod tests {
             retry_at: 5,
             last_error: Some("refused".to_owned()),
         };
-        let health = judge(Findings { queues: Ok(vec![queue]), ..good() });
+        let waits_for_it = Overview { echo_oldest_ts: Some(1), ..Overview::default() };
+        let health = judge(Findings { queues: Ok(vec![queue]), store: Ok(waits_for_it), ..good() });
         assert!(health.ok && health.outbound.waiting == 7 && health.outbound.failing[0].failures == 3);
     }
 }

@@ -12,7 +12,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use http::{StatusCode, header};
 
-pub use self::health::{Failing, Health, Inbox, Outbound};
+pub use self::health::{Failing, Health, Outbound, Waiting};
 use crate::appservice::Appservice;
 use crate::bridge::Bridge;
 use crate::dag::Dag;

@@ -24,6 +24,7 @@ pub(super) fn render(health: &Health) -> String {
         row(&format!("portals, {state}"), &count.to_string());
     }
     row("events to carry over", &health.inbox.waiting.to_string());
+    row("events to come back from hubs", &health.echoes.waiting.to_string());
     row("events to send", &health.outbound.waiting.to_string());
     for failing in &health.outbound.failing {
         let error = failing.error.as_deref().unwrap_or_default();
@@ -43,7 +44,7 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Failing, Inbox, Outbound};
+    use super::super::{Failing, Outbound, Waiting};
     use super::*;
 
     #[test]
@@ -61,7 +62,8 @@ mod tests {
             server_name: "g.example".try_into().unwrap(),
             version: "1".to_owned(),
             homeserver: None,
-            inbox: Inbox::default(),
+            inbox: Waiting::default(),
+            echoes: Waiting::default(),
             outbound: Outbound { waiting: 1, failing: vec![failing] },
             portals: [("active".to_owned(), 3)].into(),
         });

@@ -13,6 +13,10 @@ pub struct Overview {
     pub inbox_waiting: i64,
     /// When the oldest of them was accepted, in milliseconds.
     pub inbox_oldest_ts: Option<i64>,
+    /// Images that were given to a foreign hub and did not come back yet.
+    pub echoes_waiting: i64,
+    /// When the oldest of them was made, in milliseconds.
+    pub echo_oldest_ts: Option<i64>,
     /// How many portals are in each state.
     pub portals: Vec<(String, i64)>,
 }
@@ -21,10 +25,14 @@ pub struct Overview {
 pub async fn overview(store: &Store) -> Result<Overview, StoreError> {
     let (inbox_waiting, inbox_oldest_ts): (i64, Option<i64>) =
         sqlx::query_as("SELECT COUNT(*), MIN(received_ts) FROM bridge_inbox").fetch_one(store.reader()).await?;
+    let (echoes_waiting, echo_oldest_ts): (i64, Option<i64>) =
+        sqlx::query_as("SELECT COUNT(*), MIN(made_ts) FROM bridge_images WHERE pending = 1")
+            .fetch_one(store.reader())
+            .await?;
     let portals = sqlx::query_as("SELECT state, COUNT(*) FROM bridge_portals GROUP BY state ORDER BY COUNT(*) DESC")
         .fetch_all(store.reader())
         .await?;
-    Ok(Overview { inbox_waiting, inbox_oldest_ts, portals })
+    Ok(Overview { inbox_waiting, inbox_oldest_ts, echoes_waiting, echo_oldest_ts, portals })
 }
 
 /// A server with which the gateway shares rooms.
