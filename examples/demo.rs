@@ -141,6 +141,7 @@ impl Stage {
             ca: Some(authority.file.clone()),
             resolve: BTreeMap::from([(gateway.server_name.as_str().try_into()?, gateway.url.parse()?)]),
             journal: None,
+            eigen: false,
         })
         .await?;
         gateway.resolve(HUB, provider.url());

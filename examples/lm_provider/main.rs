@@ -45,6 +45,9 @@ struct Arguments {
     /// Makes a room with the alias #NAME:SERVER_NAME, unless there is one.
     #[arg(long, value_name = "NAME")]
     room: Option<String>,
+    /// Has the manners of the LM server that others know: nothing is sent twice and nothing is known again.
+    #[arg(long)]
+    eigen: bool,
     /// Prints every event as a line of JSON.
     #[arg(long)]
     json: bool,
@@ -64,6 +67,7 @@ async fn main() -> Result<()> {
         ca: arguments.ca,
         resolve: BTreeMap::from_iter(arguments.resolve),
         journal: arguments.journal,
+        eigen: arguments.eigen,
     })
     .await?;
     let user = provider.user(&arguments.user)?;

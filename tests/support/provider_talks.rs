@@ -27,6 +27,7 @@ impl Pair {
             ca: None,
             resolve: BTreeMap::from_iter(names.into_iter().zip(urls)),
             journal: Some(self.directory.path().join(format!("{which}.jsonl"))),
+            eigen: false,
         };
         Provider::start(options).await.unwrap()
     }

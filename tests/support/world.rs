@@ -127,6 +127,7 @@ pub async fn provider(
         ca: Some(ca.to_owned()),
         resolve: resolve.clone(),
         journal,
+        eigen: false,
     };
     Provider::start(options).await.unwrap()
 }

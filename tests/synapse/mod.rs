@@ -3,6 +3,7 @@
 mod alias_join;
 mod created;
 mod crossing;
+mod eigen;
 mod ends;
 mod fork;
 mod gate;

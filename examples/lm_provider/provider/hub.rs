@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use isthmus::clock::{Clock as _, SystemClock};
-use isthmus::event::{Lpdu, Object, Pdu, Redaction, VerifiedLpdu};
+use isthmus::event::{Completion, Lpdu, Object, Pdu, Redaction, VerifiedLpdu};
 use ruma::{OwnedEventId, OwnedRoomId, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
@@ -65,6 +65,9 @@ impl Inner {
         let event = self.append(room, event, None);
         let servers: Vec<_> = room.cursors.keys().cloned().collect();
         drop(rooms);
+        if self.eigen {
+            self.hand_round_later(&event);
+        }
         servers.iter().for_each(|server| self.wake(server));
         Ok(event.event_id.clone())
     }
@@ -107,7 +110,7 @@ impl Inner {
         let mut rooms = lock(&self.rooms);
         let room = rooms.get_mut(&lpdu.room_id).ok_or_else(|| anyhow!("{} is not known", lpdu.room_id))?;
         ensure!(room.hub == self.network.server_name, "{} is the hub of this room", room.hub);
-        if let Some(known) = room.find(&lpdu.lpdu_id) {
+        if let Some(known) = room.find(&lpdu.lpdu_id).filter(|_| !self.eigen) {
             return Ok(known);
         }
         let event = room.complete(lpdu, &self.network.key).map_err(|problem| anyhow!(problem))?;
@@ -120,12 +123,17 @@ impl Inner {
 
     /// The template for a change of membership, when the rules would allow it.
     pub(super) fn template(&self, room_id: &RoomId, user: &UserId, membership: &str) -> Result<(Object, String)> {
-        let event = object(json!({ "type": "m.room.member", "state_key": user, "sender": user, "room_id": room_id,
+        let mut event = object(json!({ "type": "m.room.member", "state_key": user, "sender": user, "room_id": room_id,
             "content": { "membership": membership }, "hub_server": self.network.server_name,
             "origin_server_ts": SystemClock.now_ms() }));
         let rooms = lock(&self.rooms);
         let room = rooms.get(room_id).ok_or_else(|| anyhow!("{room_id} is not known"))?;
         room.check(&event).map_err(|problem| anyhow!(problem))?;
+        if self.eigen {
+            let Completion { auth_events, prev_event } = room.completion(&event);
+            event.insert("auth_events".to_owned(), json!(auth_events));
+            event.insert("prev_events".to_owned(), json!(Vec::from_iter(prev_event)));
+        }
         Ok((event, room.version.clone()))
     }
 

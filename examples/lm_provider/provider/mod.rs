@@ -3,6 +3,7 @@
 //! format, signatures and server names with the gateway; the two roles are written anew here, in memory.
 #![allow(dead_code, missing_docs)]
 
+mod eigen;
 mod hub;
 mod journal;
 mod network;
@@ -51,6 +52,8 @@ pub struct Options {
     pub resolve: BTreeMap<OwnedServerName, Url>,
     /// A file in which rooms and what is to be sent survive a restart; its signing key stands beside it.
     pub journal: Option<PathBuf>,
+    /// Whether it has the manners of the LM server that others know (see `eigen`), as hub.
+    pub eigen: bool,
 }
 
 /// What happened, for whoever watches.
@@ -94,6 +97,7 @@ struct Inner {
     /// Where it listens.
     url: String,
     network: Network,
+    eigen: bool,
     journal: Journal,
     rooms: Mutex<BTreeMap<OwnedRoomId, Room>>,
     aliases: Mutex<BTreeMap<String, OwnedRoomId>>,
@@ -137,6 +141,7 @@ impl Provider {
             me: me.clone(),
             url,
             network,
+            eigen: options.eigen,
             journal,
             rooms: Mutex::new(kept.rooms),
             aliases: Mutex::new(kept.aliases),

@@ -14,7 +14,7 @@ use ruma::{OwnedEventId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
 use super::room::Room;
-use super::{Inner, lock, object, rules};
+use super::{Inner, eigen, lock, object, rules};
 
 /// How large a request may be.
 const LIMIT: usize = 10 << 20;
@@ -84,8 +84,10 @@ pub async fn serve(listener: tokio::net::TcpListener, inner: Arc<Inner>) {
 }
 
 async fn handle(State(inner): State<Arc<Inner>>, request: Request<Body>) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     match inner.answer(request).await {
         Ok(answer) => Json(answer).into_response(),
+        Err(fault) if inner.eigen && fault.errcode == "M_UNRECOGNIZED" => eigen::page(&method, &path),
         Err(fault) => fault.into_response(),
     }
 }
@@ -105,6 +107,10 @@ impl Inner {
             ["_matrix", "federation", "v1" | "v2" | "v3", endpoint @ ..] => endpoint,
             _ => return Err(unrecognized()),
         };
+        let named = (path.get(2), endpoint.first());
+        if self.eigen && !matches!(named, (Some(prefix), Some(endpoint)) if eigen::serves(prefix, endpoint)) {
+            return Err(unrecognized());
+        }
         let bytes = axum::body::to_bytes(body, LIMIT).await.map_err(Fault::malformed)?;
         let body = if bytes.is_empty() { None } else { Some(parse_object(&bytes).map_err(Fault::malformed)?) };
         let origin = self.network.origin(&parts.method, &uri, &parts.headers, body.as_ref()).await;
@@ -163,6 +169,9 @@ impl Inner {
         if pdus.len() > 50 {
             return Err(Fault::malformed("more than 50 PDUs"));
         }
+        if self.eigen {
+            return self.receive_as_eigen(&origin, pdus).await;
+        }
         let mut failed = Object::new();
         for pdu in pdus.iter().filter_map(Value::as_object).cloned() {
             let id = isthmus::event::reference_hash(&pdu, isthmus::event::Redaction::Draft);
@@ -208,13 +217,22 @@ impl Inner {
             let room = self.hubbed(lpdu.room_id.as_str())?;
             lock(&self.rooms).get(room).map(Room::snapshot).unwrap_or_default()
         };
-        let event = self.finish(lpdu, Some(&origin)).map_err(Fault::forbidden)?;
+        // The other kind of hub gives the join to the server that joins twice, and first before it answers.
+        let not_to = (!self.eigen).then_some(&*origin);
+        let event = self.finish(lpdu, not_to).map_err(Fault::forbidden)?;
+        if self.eigen {
+            self.hand_round(&event).await;
+        }
         Ok(json!({ "state": state, "auth_chain": chain, "event": event.json }))
     }
 
     async fn invited(&self, request: Signed) -> Result<Value, Fault> {
         let (origin, body) = request.body()?;
         let event = body.get("event").and_then(Value::as_object).ok_or_else(|| Fault::malformed("no event"))?.clone();
+        let room = event.get("room_id").and_then(Value::as_str).and_then(|room| <&RoomId>::try_from(room).ok());
+        if self.eigen && room.is_some_and(|room| lock(&self.rooms).contains_key(room)) {
+            return Err(Fault::new(StatusCode::BAD_REQUEST, "M_UNKNOWN", "Already know of this room"));
+        }
         let event = if event.contains_key("prev_events") {
             self.sign_invite(&origin, event).await.map_err(Fault::forbidden)?.json
         } else {
@@ -246,6 +264,10 @@ impl Inner {
             let ids: Vec<_> = room.state.values().map(|event| &event.event_id).collect();
             return Ok(json!({ "pdu_ids": ids, "auth_chain_ids": [] }));
         }
+        if self.eigen {
+            let state: Vec<Value> = room.state.values().map(|event| eigen::with_id(event)).collect();
+            return Ok(json!({ "pdus": state, "auth_chain": [] }));
+        }
         let (state, chain) = room.snapshot();
         Ok(json!({ "pdus": state, "auth_chain": chain }))
     }
@@ -258,6 +280,10 @@ impl Inner {
         let room = rooms.get(id).filter(|room| self.may_read(room, &request.origin));
         let room = room.ok_or_else(|| Fault::not_found(id))?;
         let end = room.place(&from).ok_or_else(|| Fault::not_found(&from))? + 1;
+        if self.eigen {
+            let newest_first = room.log.iter().take(end).rev().take(limit.min(eigen::BACKFILL));
+            return Ok(json!({ "pdus": newest_first.map(|entry| eigen::with_id(&entry.event)).collect::<Vec<_>>() }));
+        }
         let start = end.saturating_sub(limit.min(100));
         let pdus: Vec<&Object> = room.log.iter().skip(start).take(end - start).map(|entry| &entry.event.json).collect();
         Ok(json!({ "pdus": pdus }))
