@@ -26,6 +26,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// When a hub that could not be asked for what is missing is asked again. After the last time it counts like one that
 /// will not give it.
 const AGAIN: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(20), Duration::from_secs(120)];
+/// When state that came with a join and could not be checked is asked for again: its senders' servers were away.
+const STATE_AGAIN: [Duration; 5] = [
+    Duration::from_secs(60),
+    Duration::from_secs(5 * 60),
+    Duration::from_secs(30 * 60),
+    Duration::from_secs(2 * 3600),
+    Duration::from_secs(12 * 3600),
+];
 /// How many missing events of a room are remembered.
 const REMEMBERED: usize = 100;
 /// As how many of our users a hub is asked where its log ends.
@@ -124,6 +132,49 @@ impl Lm {
         let ids: Vec<&EventId> = ends.iter().map(|id| &**id).collect();
         let known = crate::store::lm::known_of(&self.context().store, &cell.room_id, &ids).await.unwrap_or_default();
         ends.into_iter().filter(|id| known.get(id) != Some(&crate::store::lm::Known::Settled)).collect()
+    }
+
+    /// Asks again for state events before a join whose keys could not be had when it was answered.
+    pub(super) fn adopt_later(&self, cell: &Arc<RoomCell>, mut wanted: BTreeSet<OwnedEventId>, join: OwnedEventId) {
+        if wanted.is_empty() {
+            return;
+        }
+        let (lm, cell) = (self.clone(), cell.clone());
+        tokio::spawn(async move {
+            for delay in STATE_AGAIN {
+                tokio::time::sleep(delay).await;
+                match lm.adopt_again(&cell, &mut wanted, &join).await {
+                    Ok(()) if wanted.is_empty() => return,
+                    Ok(()) => {}
+                    Err(refusal) => tracing::info!(room = %cell.room_id, %refusal, "state is still missing"),
+                }
+            }
+            tracing::warn!(room = %cell.room_id, missing = wanted.len(), "state of a room could not be checked");
+        });
+    }
+
+    async fn adopt_again(
+        &self,
+        cell: &Arc<RoomCell>,
+        wanted: &mut BTreeSet<OwnedEventId>,
+        join: &EventId,
+    ) -> Result<(), Refusal> {
+        let room = cell.snapshot(&self.context().store).await?;
+        let hub = &room.facts.hub;
+        let state = self.peers().state(hub, &cell.room_id, join).await.map_err(|error| error.into_refusal(hub))?;
+        let mut state = self.check_finished(state, room.redaction).await;
+        let _turn = cell.intake.lock().await;
+        let room = cell.snapshot(&self.context().store).await?;
+        state.retain(|event| {
+            let Ok(Finished { pdu, .. }) = event else { return false };
+            // What came after the join for the same place is newer.
+            let state_key = pdu.state_key.as_deref().unwrap_or_default();
+            wanted.remove(&pdu.event_id) && room.state_event(&pdu.kind, state_key).is_none()
+        });
+        let mut taking = Taking::new(self, Batch::new(room));
+        taking.adopt(state).await?;
+        taking.batch.commit(self, Some(cell)).await?;
+        Ok(())
     }
 
     async fn take_up_to(
