@@ -37,7 +37,8 @@ pub(super) struct Item {
     pub(super) over_budget: bool,
     /// Whether it needs another server's answer.
     pub(super) asks_server: bool,
-    failures: u32,
+    /// How often it has failed in a row.
+    pub(super) failures: u32,
 }
 
 /// What waits, in the order of acceptance.
@@ -129,9 +130,14 @@ impl Inbox {
         }
     }
 
+    /// How often an item has failed.
+    pub(super) fn failures(&self, seq: i64) -> u32 {
+        self.items.iter().find(|item| item.row.seq == seq).map_or(0, |item| item.failures)
+    }
+
     /// Puts an item off that failed: a second, then twice as long each time.
     pub(super) fn failed(&mut self, seq: i64, now: i64, refusal: &Refusal) -> Duration {
-        let failures = self.items.iter().find(|item| item.row.seq == seq).map_or(0, |item| item.failures);
+        let failures = self.failures(seq);
         let pause = match refusal {
             Refusal::Budget { retry_after_ms, .. } => Duration::from_millis(*retry_after_ms),
             _ => Duration::from_secs(1_u64.checked_shl(failures).unwrap_or(u64::MAX)),

@@ -3,9 +3,11 @@
 //! neither loses nor doubles it (INV-5, INV-6).
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use ruma::{OwnedEventId, OwnedServerName};
 use tokio::sync::mpsc;
 
@@ -31,12 +33,24 @@ const ECHO_PATIENCE_MS: i64 = 120_000;
 const OVERTAKE_AFTER_MS: i64 = 30_000;
 /// How often it is counted how much waits.
 const COUNT_EVERY_MS: i64 = 2_000;
+/// How often a row is tried that fails here before it is refused, with pauses of a second to five minutes: a quarter of an
+/// hour in all.
+const TRIES: u32 = 10;
+/// How long a task that panicked rests before it starts again, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// How long the task stays when something waits without a time of its own.
 const POLL: Duration = Duration::from_secs(5);
 
 /// Carries what `source` has accepted until nothing is left.
 pub(super) async fn run(core: Arc<Core>, entry: Arc<Entry>, source: Side) {
-    work(core.clone(), entry.clone(), source).await;
+    let mut pause = FIRST_PAUSE;
+    // A task that ended in a panic would leave its direction marked as running, and nobody would start another one.
+    while AssertUnwindSafe(work(core.clone(), entry.clone(), source)).catch_unwind().await.is_err() {
+        tracing::error!(portal = entry.portal().portal_id, side = source.as_str(), ?pause, "carrying panicked");
+        tokio::time::sleep(pause).await;
+        pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
+    }
     if source == Side::Lm {
         core.pauses.waiting(entry.number, &entry.portal().lm_hub, 0, 0);
     }
@@ -161,6 +175,8 @@ impl Worker {
             item.waiting.held = pending || item.retry_at > now;
             item.blocked_since = match item.waiting.held {
                 true => Some(item.blocked_since.unwrap_or(now)),
+                // That it is about to be tried again does not mean that it will go.
+                false if item.failures > 0 => item.blocked_since,
                 false => None,
             };
             let long = item.blocked_since.is_some_and(|since| now.saturating_sub(since) > OVERTAKE_AFTER_MS);
@@ -235,7 +251,19 @@ impl Worker {
                 return Ok(());
             }
             let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
-            let Decision { outcome, unsure, over } = self.decide(portal, &item.event).await?;
+            let decided = AssertUnwindSafe(self.decide(portal, &item.event)).catch_unwind().await;
+            let Decision { outcome, unsure, over } =
+                match decided.unwrap_or_else(|_| Err(Refusal::Internal("deciding on it panicked".to_owned()))) {
+                    Ok(decision) => decision,
+                    // It fails alone: nobody else waits for what may never be better.
+                    Err(refusal) => {
+                        if self.flush(portal, std::mem::take(&mut batch)).await? {
+                            let done = self.stuck(seq, refusal);
+                            self.finish(portal, seq, done).await?;
+                        }
+                        return Ok(());
+                    }
+                };
             if let Some(refusal) = over {
                 if self.flush(portal, std::mem::take(&mut batch)).await? {
                     self.finish(portal, seq, Done::Later(refusal)).await?;
@@ -248,7 +276,10 @@ impl Worker {
                     if !self.flush(portal, std::mem::take(&mut batch)).await? {
                         return Ok(());
                     }
-                    let done = self.single(portal, seq, outcome).await?;
+                    let done = match self.single(portal, seq, outcome).await {
+                        Ok(done) => done,
+                        Err(refusal) => self.stuck(seq, refusal),
+                    };
                     if unsure {
                         repair::soon(&self.core, &self.entry);
                     }
@@ -260,6 +291,17 @@ impl Worker {
         }
         self.flush(portal, batch).await?;
         Ok(())
+    }
+
+    /// A row that failed here is tried again, but not for ever. That its row is looked for before it is put off keeps an
+    /// outage of the database from counting.
+    fn stuck(&self, seq: i64, refusal: Refusal) -> Done {
+        match self.inbox.failures(seq) {
+            failures if failures >= TRIES => {
+                Done::Refused(Refusal::Internal(format!("given up after {failures} tries: {refusal}")))
+            }
+            _ => Done::Later(refusal),
+        }
     }
 
     /// What is to be done with an event, with all that this depends on looked up.

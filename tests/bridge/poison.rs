@@ -142,3 +142,59 @@ async fn hc_19_requests_for_what_is_no_event_id_are_the_askers_fault() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_71_an_event_that_always_fails_is_refused_and_holds_nobody_up_for_ever() {
+    let (world, gateway) = World::new(json!({})).await;
+    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    let [alice, carol] = ["alice", "carol"].map(|name| world.matrix_user(name));
+    world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    let mut view = world.matrix_join(&gateway, matrix, &carol).await.unwrap();
+    world.lm_join(lm, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    world.refresh(&gateway, &mut view).await;
+
+    let broken = "INSERT INTO bridge_images (side, source_event_id, image_event_id, pending, portal, made_ts) \
+                  VALUES ('matrix', '$broken', 'no event ID', 0, 0, 0)";
+    let store = &gateway.node.context.store;
+    store
+        .write(move |tx| {
+            Box::pin(async move {
+                sqlx::query(broken).execute(tx).await?;
+                Ok(())
+            })
+        })
+        .await
+        .unwrap();
+    let reply = json!({ "msgtype": "m.text", "body": "b", "see": { "event_id": "$broken" } });
+    let poison = world.matrix_send(&gateway, &mut view, &alice, "m.room.message", None, reply).await;
+    world.matrix_say(&gateway, &mut view, &carol, "after it").await;
+    let said = (ghost(Side::Matrix, "carol"), "after it".to_owned());
+    so("what was said after it", || async {
+        world.advance(1_000);
+        world.server.bodies(lm).await.contains(&said)
+    })
+    .await;
+    let mut refused = None;
+    for round in 0..200 {
+        // Each message is a reason to look again, so that only the clock of the test is waited for.
+        world.advance(301_000);
+        world.matrix_say(&gateway, &mut view, &carol, &format!("round {round}")).await;
+        let said = (ghost(Side::Matrix, "carol"), format!("round {round}"));
+        so("the round's message", || async { world.server.bodies(lm).await.contains(&said) }).await;
+        let refusals = gateway.bridge.health(&portal.portal_id).await.unwrap().refusals;
+        refused = refusals.into_iter().find(|refused| refused.event_id == poison);
+        if refused.is_some() {
+            break;
+        }
+    }
+    let refused = refused.expect("it is refused in the end");
+    assert_eq!(refused.code, "internal");
+    // Her own later messages wait for it, to stay in their order, but not for ever.
+    world.matrix_say(&gateway, &mut view, &alice, "and alice again").await;
+    let said = (ghost(Side::Matrix, "alice"), "and alice again".to_owned());
+    so("what its sender says later", || async { world.server.bodies(lm).await.contains(&said) }).await;
+    assert!(refused.reason.contains("given up after 10 tries"), "{}", refused.reason);
+}
