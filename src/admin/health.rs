@@ -42,6 +42,8 @@ pub struct Health {
     pub inbox: Waiting,
     /// Events that were given to foreign hubs and did not come back yet.
     pub echoes: Waiting,
+    /// Events of foreign hubs' logs that could not be had, or not be checked, so far.
+    pub missing: Waiting,
     /// Events that wait to be sent.
     pub outbound: Outbound,
     /// How many portals are in each state.
@@ -113,6 +115,8 @@ impl Admin {
         METRICS.inbox_waiting.set(health.inbox.waiting);
         METRICS.inbox_oldest_seconds.set(health.inbox.oldest_age_ms / 1000);
         METRICS.echoes_waiting.set(health.echoes.waiting);
+        METRICS.lm_missing.set(health.missing.waiting);
+        METRICS.lm_missing_oldest_seconds.set(health.missing.oldest_age_ms / 1000);
         METRICS.outbound_waiting.set(health.outbound.waiting);
         METRICS.outbound_failing.set(i64::try_from(health.outbound.failing.len()).unwrap_or(i64::MAX));
         for state in ["creating", "active", "degraded", "suspended", "ending", "ended"] {
@@ -150,6 +154,15 @@ fn judge(findings: Findings) -> Health {
             "an event that a hub took {minutes} minutes ago did not come back in its log: `isthmus portal show` says where"
         ));
     }
+    let missing = waiting(store.missing.count, store.missing.since);
+    if missing.oldest_age_ms > LONGEST_WAIT {
+        let (count, minutes) = (missing.waiting, missing.oldest_age_ms / 60_000);
+        let why = store.missing.last_error.as_deref().unwrap_or_default();
+        problems.push(format!(
+            "{count} events of foreign hubs' logs are missing here, the first for {minutes} minutes ({why}): \
+             `isthmus portal show` says where"
+        ));
+    }
     if let Some(homeserver) = findings.homeserver.as_ref().filter(|homeserver| !homeserver.reachable) {
         let error = homeserver.error.as_deref().unwrap_or("it was not tried yet");
         problems.push(format!("the ping through the homeserver did not come back ({error}): run `isthmus doctor`"));
@@ -169,6 +182,7 @@ fn judge(findings: Findings) -> Health {
         homeserver: findings.homeserver,
         inbox,
         echoes,
+        missing,
         outbound: Outbound {
             waiting: queues.iter().fold(0, |sum, queue| sum.saturating_add(queue.waiting)),
             failing: failing.collect(),
@@ -180,6 +194,7 @@ fn judge(findings: Findings) -> Health {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::lm::Missing;
 
     fn good() -> Findings {
         Findings {
@@ -200,12 +215,19 @@ mod tests {
         let old = Overview { inbox_oldest_ts: Some(10_000_000 - 11 * 60_000), ..Overview::default() };
         let lost =
             Overview { echoes_waiting: 1, echo_oldest_ts: Some(10_000_000 - 90 * 60_000), ..Overview::default() };
+        let holes = Missing {
+            count: 3,
+            since: Some(10_000_000 - 12 * 60_000),
+            last_error: Some("hub.example does not give it".to_owned()),
+        };
+        let holes = Overview { missing: holes, ..Overview::default() };
         let down = HomeserverStatus { error: Some("502".to_owned()), ..HomeserverStatus::default() };
         for (findings, problem) in [
             (Findings { store: Err("gone".to_owned()), ..good() }, "the store does not answer: gone"),
             (Findings { queues: Err(StoreError::Closed), ..good() }, "the outbound queues cannot be read"),
             (Findings { store: Ok(old), ..good() }, "has waited 11 minutes"),
             (Findings { store: Ok(lost), ..good() }, "took 90 minutes ago did not come back"),
+            (Findings { store: Ok(holes), ..good() }, "first for 12 minutes (hub.example does not give it)"),
             (Findings { homeserver: Some(down), ..good() }, "did not come back (502)"),
         ] {
             let health = judge(findings);

@@ -25,6 +25,7 @@ pub(super) fn render(health: &Health) -> String {
     }
     row("events to carry over", &health.inbox.waiting.to_string());
     row("events to come back from hubs", &health.echoes.waiting.to_string());
+    row("events of hubs that are missing here", &health.missing.waiting.to_string());
     row("events to send", &health.outbound.waiting.to_string());
     for failing in &health.outbound.failing {
         let error = failing.error.as_deref().unwrap_or_default();
@@ -64,6 +65,7 @@ mod tests {
             homeserver: None,
             inbox: Waiting::default(),
             echoes: Waiting::default(),
+            missing: Waiting::default(),
             outbound: Outbound { waiting: 1, failing: vec![failing] },
             portals: [("active".to_owned(), 3)].into(),
         });

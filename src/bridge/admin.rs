@@ -18,7 +18,7 @@ use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::Outgoing;
 use crate::store::images::{self, ImageRow, RefusalRow};
-use crate::store::inbox;
+use crate::store::{inbox, lm};
 
 /// How many refusals are shown.
 const REFUSALS: i64 = 50;
@@ -32,6 +32,8 @@ pub struct Health {
     pub waiting: [Waiting; 2],
     /// Images on their way to a foreign hub whose echo has not come.
     pub pending: i64,
+    /// What of the hub's log could not be had, or not be checked, so far.
+    pub missing: Missing,
     /// Whether the hub is told to wait, because too much waits already.
     pub paused: bool,
     /// Whether something has waited for more than ten minutes.
@@ -51,6 +53,17 @@ pub struct Waiting {
     pub count: i64,
     /// When the oldest was accepted, in milliseconds.
     pub since: Option<i64>,
+}
+
+/// What is missing of a foreign hub's log.
+#[derive(Debug, Clone, Serialize)]
+pub struct Missing {
+    /// How many events.
+    pub count: i64,
+    /// Since when the first of them is known to be missing, in milliseconds.
+    pub since: Option<i64>,
+    /// What was in the way of that one last.
+    pub last_error: Option<String>,
 }
 
 /// How many members there are.
@@ -123,6 +136,7 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
     let (from_matrix, since_matrix) = inbox::backlog(store, Side::Matrix, &portal.matrix_room_id).await?;
     let (from_lm, since_lm) = inbox::backlog(store, Side::Lm, &portal.lm_room_id).await?;
     let (pending, since_pending) = images::pending(store, entry.number).await?;
+    let lm::Missing { count, since, last_error } = lm::missing(store, Some(&portal.lm_room_id)).await?;
     let late = |since: Option<i64>| since.is_some_and(|since| now.saturating_sub(since) > OVERDUE_MS);
     Ok(Health {
         waiting: [
@@ -130,8 +144,9 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
             Waiting { side: Side::Lm.as_str(), count: from_lm, since: since_lm },
         ],
         pending,
+        missing: Missing { count, since, last_error },
         paused: core.pauses.is_paused(entry.number),
-        overdue: [since_matrix, since_lm, since_pending].into_iter().any(late),
+        overdue: [since_matrix, since_lm, since_pending, since].into_iter().any(late),
         members: Members {
             matrix: natives(core, &portal, Side::Matrix).await?,
             lm: natives(core, &portal, Side::Lm).await?,

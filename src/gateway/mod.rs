@@ -121,6 +121,8 @@ impl Gateway {
             bridge: bridge.clone(),
             appservice: appservice.clone(),
         };
+        // Before anything new comes: what waits was there first.
+        lm.resume().await.map_err(GatewayError::Bridge)?;
         let listeners = vec![
             Listener::open("federation", &config.listen, public).await?,
             Listener::open_plain("admin", config.admin.address, admin.routes()).await?,

@@ -9,9 +9,10 @@ use super::Lm;
 use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
 use super::gaps::Filled;
+use super::holes::{Waits, slot_of};
 use super::hub::received;
 use super::room::{Snapshot, Subject};
-use super::rooms::{RoomCell, stored_pdu};
+use super::rooms::{RoomCell, lock, stored_pdu};
 use super::rules::Slot;
 use crate::event::{Object, Pdu};
 use crate::refusal::Refusal;
@@ -48,21 +49,20 @@ impl Lm {
         if *origin != room.facts.hub {
             return Ok(objects.iter().map(|object| received(None, not_from_hub(origin, &room, object))).collect());
         }
-        let checked = self.check_finished(objects, room.redaction).await;
-        let mut taking = Taking::new(self, Batch::new(room));
+        let mut taking = Taking::begin(self, cell, room).await?;
+        let checked = self.check_finished(objects, taking.room().redaction).await;
         let coming = checked.iter().flatten().map(|event| &event.pdu);
         let asked_for = coming.flat_map(|pdu| pdu.prev_events.iter().chain([&pdu.event_id])).cloned();
         taking.look_up(asked_for.collect()).await?;
         let mut results = Vec::with_capacity(checked.len());
         for event in checked {
-            results.push(match event {
-                Ok(event) => received(Some(event.pdu.event_id.clone()), taking.take(event).await?),
-                Err(bad) => received(bad.event_id().cloned(), Err(taking.reject(bad))),
-            });
+            let event_id = match &event {
+                Ok(event) => Some(event.pdu.event_id.clone()),
+                Err(bad) => bad.event_id().cloned(),
+            };
+            results.push(received(event_id, taking.arrive(event).await?));
         }
-        let later = std::mem::take(&mut taking.later);
-        taking.batch.commit(self, Some(cell)).await?;
-        self.fetch_later(cell, later);
+        taking.finish(Some(cell)).await?;
         Ok(results)
     }
 }
@@ -81,15 +81,17 @@ pub(super) struct Taking<'a> {
     lm: &'a Lm,
     pub batch: Batch,
     /// The events in the batch, and those that were rejected on the way.
-    fresh: BTreeSet<OwnedEventId>,
+    pub(super) fresh: BTreeSet<OwnedEventId>,
+    /// What the events that were placed name as their predecessors.
+    followed: BTreeSet<OwnedEventId>,
     /// What the store knew of the events that were looked up when this began.
     looked_up: BTreeMap<OwnedEventId, Option<Known>>,
     /// What became of asking the hub for what was missing: it is not asked twice.
     pub(super) asked: Option<Filled>,
     /// Whether a hub that cannot be asked now counts like one that will not give what is missing.
     pub(super) last_try: bool,
-    /// What is to be asked for again later.
-    pub(super) later: BTreeSet<OwnedEventId>,
+    /// What of the log is missing.
+    pub(super) waits: Waits,
 }
 
 impl<'a> Taking<'a> {
@@ -99,19 +101,42 @@ impl<'a> Taking<'a> {
             lm,
             batch,
             fresh: BTreeSet::new(),
+            followed: BTreeSet::new(),
             looked_up: BTreeMap::new(),
             asked: None,
             last_try: false,
-            later: BTreeSet::new(),
+            waits: Waits::default(),
         }
+    }
+
+    /// Goes on from a room as it is, first with what waits there.
+    pub async fn begin(lm: &'a Lm, cell: &RoomCell, room: Arc<Snapshot>) -> Result<Self, Refusal> {
+        let mut taking = Self::new(lm, Batch::new(room));
+        if lock(&cell.missing).is_any() {
+            taking.take_waiting().await?;
+        }
+        Ok(taking)
     }
 
     pub(super) fn room(&self) -> &Snapshot {
         &self.batch.after
     }
 
+    /// Takes an event that the hub sent, or keeps it until it can be judged.
+    async fn arrive(&mut self, event: Result<Finished, Bad>) -> Result<Result<(), Refusal>, Refusal> {
+        if let Err(Bad::Unproved(pdu, _)) = &event
+            && self.knows(&pdu.event_id).await?
+        {
+            return Ok(Ok(()));
+        }
+        match self.admit(event) {
+            Ok(event) => self.take(event).await,
+            Err(outcome) => Ok(outcome),
+        }
+    }
+
     /// Takes an event, and what is missing before it.
-    async fn take(&mut self, event: Finished) -> Result<Result<(), Refusal>, Refusal> {
+    pub(super) async fn take(&mut self, event: Finished) -> Result<Result<(), Refusal>, Refusal> {
         if self.knows(&event.pdu.event_id).await? {
             return Ok(Ok(()));
         }
@@ -120,13 +145,19 @@ impl<'a> Taking<'a> {
             return self.place(event).await;
         }
         let filled = match self.asked {
-            Some(filled) => filled,
+            Some(filled) => {
+                if filled == Filled::Bridged {
+                    let place = Some(self.batch.after.head);
+                    missing.iter().for_each(|id| self.note(id, place, None, "it was not asked for"));
+                }
+                filled
+            }
             None => self.fill(&event.pdu.event_id, missing).await?,
         };
         if filled == Filled::NotNow {
             // No verdict on the event: the hub is to send it again, and those that do not are asked for it.
-            self.later.insert(event.pdu.event_id);
             let problem = "what is before the event cannot be had from the hub now".to_owned();
+            self.note(&event.pdu.event_id, None, None, &problem);
             return Ok(Err(Refusal::Internal(problem)));
         }
         self.place(event).await
@@ -144,7 +175,15 @@ impl<'a> Taking<'a> {
         if self.knows(&pdu.event_id).await? {
             return Ok(Ok(()));
         }
+        if self.is_replaced(&pdu).await? {
+            self.settle(&pdu.event_id, "came when something newer stood in its place already");
+            self.fresh.insert(pdu.event_id);
+            return Ok(Ok(()));
+        }
         if let Err(refusal) = self.judge(&pdu).await? {
+            if self.may_be_allowed(&pdu) {
+                return Ok(self.keep(&pdu, &refusal, false));
+            }
             self.settle(&pdu.event_id, &refusal.to_string());
             self.fresh.insert(pdu.event_id);
             return Ok(Err(refusal));
@@ -152,13 +191,37 @@ impl<'a> Taking<'a> {
         if let Some(why) = redacted {
             self.complain(&pdu.event_id, &format!("taken redacted: {why}"));
         }
-        if self.room().last_id().is_some_and(|last| !pdu.prev_events.contains(last)) {
+        if self.forks(&pdu).await? {
             // The log forks at the hub. Both branches are facts there; they stand here in the order in which they came.
             self.complain(&pdu.event_id, &format!("follows {:?}, not the end of the log", pdu.prev_events));
         }
         self.batch.after.redaction = redaction;
+        let slot = slot_of(&pdu);
+        self.followed.extend(pdu.prev_events.iter().cloned());
         self.append(pdu);
+        self.placed(slot);
         Ok(Ok(()))
+    }
+
+    /// Whether another event follows the same one already. What stands between may also have come late.
+    async fn forks(&self, pdu: &Pdu) -> Result<bool, Refusal> {
+        if self.waits.late.is_some() || self.room().last_id().is_none_or(|last| pdu.prev_events.contains(last)) {
+            return Ok(false);
+        }
+        if pdu.prev_events.iter().any(|id| self.followed.contains(id)) {
+            return Ok(true);
+        }
+        let (store, room) = (&self.lm.context().store, self.room());
+        let ids: Vec<&EventId> = pdu.prev_events.iter().map(|id| &**id).collect();
+        for before in stored::events_by_id(store, &ids).await? {
+            let next = before.position.saturating_add(1);
+            for row in stored::range(store, &room.facts.room_id, next, next, 1).await? {
+                if stored_pdu(row, room.redaction)?.prev_events.contains(&before.event_id) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     }
 
     /// Puts an event at the end of the batch.
@@ -197,6 +260,8 @@ impl<'a> Taking<'a> {
         for id in &pdu.auth_events {
             match named.get(id) {
                 Some((kind, state_key)) => chosen.push(Slot { kind, state_key }),
+                // It waits here for its keys, perhaps for ever: the room goes on by what it was before.
+                None if self.is_passed(id) => return Ok(room.judge(&subject, &slots)),
                 None => {
                     let problem = format!("auth_events name {id}, which is not known");
                     return Ok(Err(Refusal::LmRule { rule: "4.2", problem }));
@@ -204,23 +269,6 @@ impl<'a> Taking<'a> {
             }
         }
         Ok(room.judge(&subject, &chosen))
-    }
-
-    /// Records what makes an event unacceptable as it is.
-    fn reject(&mut self, bad: Bad) -> Refusal {
-        match bad {
-            Bad::Dropped(refusal) => refusal,
-            Bad::Forged(pdu, refusal) => {
-                self.complain(&pdu.event_id, &refusal.to_string());
-                refusal
-            }
-            Bad::Unproved(pdu, refusal) => {
-                // Others may be in the way of its keys for long: what comes after it does not wait.
-                self.complain(&pdu.event_id, &refusal.to_string());
-                self.later.insert(pdu.event_id);
-                refusal
-            }
-        }
     }
 
     /// Remarks on an event that is taken all the same, or may come again and be right.
@@ -253,7 +301,8 @@ impl<'a> Taking<'a> {
         if !self.looked_up.contains_key(event_id) {
             self.look_up(BTreeSet::from([event_id.to_owned()])).await?;
         }
-        Ok(self.looked_up.get(event_id).copied().flatten())
+        let known = self.looked_up.get(event_id).copied().flatten();
+        Ok(known.or(self.is_passed(event_id).then_some(Known::Remarked)))
     }
 
     pub(super) fn lm(&self) -> &'a Lm {

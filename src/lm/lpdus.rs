@@ -110,7 +110,7 @@ impl Lm {
         if refused.is_ok() {
             return Ok(());
         }
-        if lock(&cell.missing).is_behind() {
+        if self.is_behind(cell).await {
             // Only the hub knows.
             return Ok(());
         }

@@ -6,7 +6,7 @@
 //! (own events, LPDUs), `handshake`, `invite`, `served`, `visibility` and `join_state`; the participant's in `participant` (joining), `join_check`
 //! (the state that comes with a join),
 //! `intake` (what the hub sends), `gaps` (what is missing of
-//! that), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
+//! that), `holes` (what stays missing), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
 //! not come back from there). `feed` is what
 //! the outbound queues read, `peers` what is asked of others, `reads` what the gateway itself asks.
 
@@ -17,6 +17,7 @@ mod feed;
 mod finished;
 mod gaps;
 mod handshake;
+mod holes;
 mod hub;
 mod intake;
 mod invite;

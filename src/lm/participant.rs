@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
-use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
+use ruma::{EventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
 use super::actor::What;
@@ -243,11 +243,6 @@ impl Lm {
             None => Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft)),
         };
         let mut taking = Taking::new(self, batch);
-        let unproved = allowed.iter().filter_map(|event| match event {
-            Err(Bad::Unproved(pdu, _)) => Some(pdu.event_id.clone()),
-            _ => None,
-        });
-        let unproved: BTreeSet<OwnedEventId> = unproved.collect();
         taking.adopt(allowed).await?;
         for event in refused.into_iter().flatten() {
             let id = &event.pdu.event_id;
@@ -260,13 +255,10 @@ impl Lm {
             taking.batch.after.redaction = joined.redaction;
         }
         taking.append(joined.pdu);
-        let committed = taking.batch.commit(self, known.as_ref()).await?;
+        let committed = taking.finish(known.as_ref()).await?;
         drop(turn);
         let joined = committed.appended.into_iter().last();
         let joined = joined.ok_or_else(|| Refusal::Internal("the join was not stored".to_owned()))?;
-        if let Some(cell) = self.rooms().find(&lpdu.room_id).await? {
-            self.adopt_later(&cell, unproved, joined.event.event_id.clone());
-        }
         tracing::info!(room = %lpdu.room_id, %hub, user = %lpdu.sender, "joined a room");
         Ok(joined)
     }

@@ -11,7 +11,7 @@ use tokio::sync::{OnceCell, mpsc, oneshot};
 use super::Appended;
 use super::actor::Job;
 use super::ahead::Ahead;
-use super::gaps::Missing;
+use super::holes::Missing;
 use super::room::{Facts, Snapshot};
 use crate::admin::metrics::CacheMeter;
 use crate::event::{Pdu, Redaction};
@@ -37,7 +37,7 @@ pub(super) struct RoomCell {
     stays: Mutex<Stays>,
     /// As participant: what our users sent and what has not come back.
     pub ahead: Mutex<Ahead>,
-    /// As participant: what of the hub's log could not be had, and is asked for again.
+    /// As participant: whether something of the hub's log is missing.
     pub missing: Mutex<Missing>,
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use ruma::ServerName;
 
+use super::lm::Missing;
 use super::{Store, StoreError};
 
 /// How much of the bridge waits, and how many portals there are.
@@ -17,6 +18,8 @@ pub struct Overview {
     pub echoes_waiting: i64,
     /// When the oldest of them was made, in milliseconds.
     pub echo_oldest_ts: Option<i64>,
+    /// What of foreign hubs' logs is missing here.
+    pub missing: Missing,
     /// How many portals are in each state.
     pub portals: Vec<(String, i64)>,
 }
@@ -32,7 +35,8 @@ pub async fn overview(store: &Store) -> Result<Overview, StoreError> {
     let portals = sqlx::query_as("SELECT state, COUNT(*) FROM bridge_portals GROUP BY state ORDER BY COUNT(*) DESC")
         .fetch_all(store.reader())
         .await?;
-    Ok(Overview { inbox_waiting, inbox_oldest_ts, echoes_waiting, echo_oldest_ts, portals })
+    let missing = super::lm::missing(store, None).await?;
+    Ok(Overview { inbox_waiting, inbox_oldest_ts, echoes_waiting, echo_oldest_ts, missing, portals })
 }
 
 /// A server with which the gateway shares rooms.

@@ -355,7 +355,7 @@ async fn the_state_that_comes_with_a_join_obeys_the_rules() {
 /// Without the power levels everything after the join would be judged by others than at the hub.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_join_waits_for_the_keys_of_who_made_the_power_levels_but_not_of_who_made_the_topic() {
-    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let (world, [hub, mut part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
     let carol = third.user("carol");
     let mut rooms = Vec::new();
     for kind in ["m.room.power_levels", "m.room.topic"] {
@@ -372,7 +372,8 @@ async fn a_join_waits_for_the_keys_of_who_made_the_power_levels_but_not_of_who_m
     }
     // Now it is away for everybody who does not know its keys yet.
     third.meddle(|_, _| async { super::log_hub::respond(http::StatusCode::SERVICE_UNAVAILABLE, json!({})) });
-    for (room, kind) in rooms {
+    for (room, kind) in &rooms {
+        let (room, kind) = (room.clone(), *kind);
         let joined = part.lm.join(&room, &part.user("alice"), std::slice::from_ref(&hub.name), Object::new()).await;
         if kind == "m.room.power_levels" {
             let refusal = joined.map(drop).unwrap_err();
@@ -384,5 +385,15 @@ async fn a_join_waits_for_the_keys_of_who_made_the_power_levels_but_not_of_who_m
             joined.unwrap();
             assert!(part.lm.state(&room).await.unwrap().get(kind, "").is_none());
         }
+    }
+    // The topic, and that carol is a member, are taken when her server is back, whatever happened here meanwhile.
+    let (room, kind) = rooms.pop().unwrap();
+    part = world.restart(part).await;
+    third.meddle(|request, next| next.run(request));
+    part.wait(&room, "the topic", |log| log.iter().any(|event| event.event.kind == kind)).await;
+    let (here, there) = (part.lm.state(&room).await.unwrap(), hub.lm.state(&room).await.unwrap());
+    for (kind, state_key) in [(kind, ""), ("m.room.member", carol.as_str())] {
+        let id = |state: &isthmus::lm::State| state.get(kind, state_key).map(|event| event.event_id.clone());
+        assert!(id(&here).is_some() && id(&here) == id(&there), "{kind}");
     }
 }

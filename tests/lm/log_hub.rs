@@ -143,17 +143,17 @@ async fn a_hub_that_shares_graphs_too_is_refused_by_name() {
 }
 
 /// A hub whose answers get lost, and what it was sent.
-struct Faulty {
+pub struct Faulty {
     /// The transactions that it took.
     taken: Mutex<Vec<String>>,
     /// Whether the next transaction is lost before it is taken; or its answer is, after it.
     loses: Mutex<Option<bool>>,
     /// How many requests find nobody after that.
-    away: AtomicUsize,
+    pub away: AtomicUsize,
 }
 
 impl Faulty {
-    fn of(hub: &Node) -> Arc<Self> {
+    pub fn of(hub: &Node) -> Arc<Self> {
         let faulty = Arc::new(Self { taken: Mutex::default(), loses: Mutex::default(), away: AtomicUsize::new(0) });
         let (kept, manners) = (faulty.clone(), Manners::new(&hub.context, &hub.lm, true));
         hub.meddle(move |request, next| {
@@ -192,7 +192,7 @@ impl Faulty {
 }
 
 /// Has a server answer to all that is sent to it, and take nothing of it, as long as it is deaf.
-fn deafen(node: &Node) -> Arc<AtomicBool> {
+pub fn deafen(node: &Node) -> Arc<AtomicBool> {
     let deaf = Arc::new(AtomicBool::new(true));
     let kept = deaf.clone();
     node.meddle(move |request, next| {

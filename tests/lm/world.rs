@@ -9,7 +9,7 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use futures::future::BoxFuture;
-use isthmus::clock::SystemClock;
+use isthmus::clock::{SharedClock, SystemClock};
 use isthmus::config::Config;
 use isthmus::dag::Dag;
 use isthmus::event::{Lpdu, Object, RoomVersion};
@@ -135,19 +135,25 @@ pub struct Node {
 /// Some servers that can reach each other.
 pub struct World {
     directory: tempfile::TempDir,
+    clock: SharedClock,
     resolve: BTreeMap<OwnedServerName, url::Url>,
 }
 
 impl World {
     /// Servers of these names.
     pub async fn new<const N: usize>(names: [&str; N]) -> (Self, [Node; N]) {
+        Self::with_clock(names, Arc::new(SystemClock)).await
+    }
+
+    /// The same, with a clock of the test's.
+    pub async fn with_clock<const N: usize>(names: [&str; N], clock: SharedClock) -> (Self, [Node; N]) {
         let directory = tempfile::tempdir().unwrap();
         let listeners = names.map(|name| (name, std::net::TcpListener::bind("127.0.0.1:0").unwrap()));
         let resolve = listeners.iter().map(|(name, listener)| {
             let url = format!("http://{}", listener.local_addr().unwrap());
             (ServerName::parse(*name).unwrap(), url.parse().unwrap())
         });
-        let world = Self { resolve: resolve.collect(), directory };
+        let world = Self { resolve: resolve.collect(), directory, clock };
         let mut nodes = Vec::new();
         for (name, listener) in listeners {
             nodes.push(world.node(name, listener).await);
@@ -164,11 +170,11 @@ impl World {
             "federation": { "allow_private_networks": true, "resolve": self.resolve },
         });
         let config: Config = serde_json::from_value(config).unwrap();
-        let clock = Arc::new(SystemClock);
-        let context = isthmus::gateway::context(config, clock.clone()).await.unwrap();
+        let context = isthmus::gateway::context(config, self.clock.clone()).await.unwrap();
         let watcher = Watcher::new();
         let lm = Lm::new(context.clone(), watcher.clone());
         let dag = Dag::new(context.clone(), watcher.clone());
+        lm.resume().await.unwrap();
         let federation = Federation::new(context.clone(), lm.clone(), dag, watcher.clone());
         let routes = federation_routes(federation);
         let meddler: Meddling = Arc::default();

@@ -1,11 +1,16 @@
 //! Rooms of the linear side: the log, the current state, which servers were in a room when, LPDUs on their way to a hub,
-//! and complaints about hubs.
+//! what is missing of foreign hubs' logs, and complaints about them.
 
+mod holes;
 mod read;
 mod write;
 
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
+pub use self::holes::{
+    Counts, Hole, Missing, close_holes, count_holes, forget_holes, holes, missing, next_try, note_holes, put_off_holes,
+    rooms_with_holes,
+};
 pub use self::read::{
     Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,
     queued_lpdus, range, room, room_ids, state_before, state_now, state_of_kind, stays,

@@ -281,7 +281,7 @@ fn lpdu_row(row: &AnyRow) -> Result<LpduRow, StoreError> {
 }
 
 /// An identifier.
-fn parsed<T>(row: &AnyRow, column: &'static str) -> Result<T, StoreError>
+pub(super) fn parsed<T>(row: &AnyRow, column: &'static str) -> Result<T, StoreError>
 where
     T: TryFrom<String, Error: std::fmt::Display>,
 {

@@ -157,3 +157,64 @@ async fn stays_lpdus_and_complaints_come_back() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn holes_are_kept_in_order_and_within_bounds_until_they_are_closed() {
+    both_stores(|store| async move {
+        let (room_id, other) = (room_id!("!room:hub.example"), room_id!("!other:hub.example"));
+        assert_eq!(missing(&store, None).await.unwrap(), Missing::default());
+        let hole = |name: &str, noticed_ts| Hole {
+            event_id: id(name),
+            json: None,
+            place: None,
+            given: false,
+            tries: 0,
+            retry_at: noticed_ts,
+            noticed_ts,
+            last_error: format!("{name}\u{0}"),
+        };
+        let here = |name: &str| Hole { json: Some(b"{}".to_vec()), place: Some(7), ..hole(name, 20) };
+        let note = |room_id: &'static ruma::RoomId, holes: Vec<Hole>| {
+            let bounds = Counts { absent: 2, waiting: 1, given: 1 };
+            let kept = store.clone();
+            store.write(move |tx| Box::pin(async move { note_holes(&kept, tx, room_id, &holes, bounds).await }))
+        };
+        let given = Hole { given: true, ..here("g") };
+        assert_eq!(note(room_id, vec![hole("b", 10), here("w"), hole("a", 20), given]).await.unwrap(), 0);
+        assert_eq!(note(room_id, vec![hole("c", 20), here("v"), here("u")]).await.unwrap(), 3);
+        assert_eq!(note(other, vec![hole("d", 5), Hole { place: Some(3), ..hole("d", 6) }]).await.unwrap(), 0);
+        let names = |holes: Vec<Hole>| holes.into_iter().map(|hole| hole.event_id).collect::<Vec<_>>();
+        assert_eq!(names(holes(&store, room_id, false).await.unwrap()), [id("b"), id("w"), id("a")]);
+        assert_eq!(names(holes(&store, room_id, true).await.unwrap()), [id("g")]);
+        let counts = count_holes(&store, room_id).await.unwrap();
+        assert_eq!(counts, Counts { absent: 2, waiting: 1, given: 1 });
+        // What is noticed again is the same hole.
+        let again = holes(&store, other, false).await.unwrap();
+        assert_eq!(again, [Hole { place: Some(3), ..hole("d", 5) }]);
+        let shown = missing(&store, None).await.unwrap();
+        assert_eq!(shown, Missing { count: 5, since: Some(5), last_error: Some("d\u{0}".to_owned()) });
+        assert_eq!(missing(&store, Some(room_id)).await.unwrap().count, 4);
+        assert_eq!(rooms_with_holes(&store).await.unwrap().len(), 2);
+
+        let put_off = store.write(move |tx| {
+            Box::pin(async move {
+                let problem = |of: &ruma::EventId| (*of == *id("b")).then(|| "still".to_owned());
+                put_off_holes(tx, room_id, 15, |tries| tries * 100, problem).await
+            })
+        });
+        put_off.await.unwrap();
+        let first = holes(&store, room_id, false).await.unwrap().remove(0);
+        assert_eq!((first.tries, first.retry_at, first.last_error.as_str()), (1, 115, "still"));
+        assert_eq!(next_try(&store, room_id).await.unwrap(), Some(20));
+
+        store
+            .write(move |tx| Box::pin(async move { close_holes(tx, room_id, &[id("a"), id("w")]).await }))
+            .await
+            .unwrap();
+        assert_eq!(names(holes(&store, room_id, false).await.unwrap()), [id("b")]);
+        store.write(move |tx| Box::pin(async move { forget_holes(tx, room_id).await })).await.unwrap();
+        assert_eq!(rooms_with_holes(&store).await.unwrap(), [other.to_owned()]);
+        assert_eq!(next_try(&store, room_id).await.unwrap(), None);
+    })
+    .await;
+}

@@ -1,0 +1,214 @@
+//! What of a hub's log is missing: asked for again across restarts, and in nobody's way meanwhile.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use http::StatusCode;
+use isthmus::clock::{Clock as _, ManualClock};
+use isthmus::lm::{Appended, Sent};
+use isthmus::refusal::Refusal;
+use isthmus::store::lm::missing;
+use ruma::{OwnedRoomId, RoomId};
+use serde_json::{Value, json};
+
+use super::log_hub::{Faulty, deafen, respond};
+use super::world::{Node, World, bodies, draft, ids, raw};
+
+async fn count_missing(node: &Node) -> i64 {
+    missing(&node.context.store, None).await.unwrap().count
+}
+
+async fn wait_for_missing(node: &Node, count: i64) {
+    let waiting = async {
+        while count_missing(node).await != count {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    let waited = tokio::time::timeout(std::time::Duration::from_secs(30), waiting).await;
+    assert!(waited.is_ok(), "{} are missing, not {count}", count_missing(node).await);
+}
+
+fn topic(log: &[Appended]) -> Option<Value> {
+    let topic = log.iter().rev().find(|event| event.event.kind == "m.room.topic");
+    topic.and_then(|event| event.event.content().get("topic").cloned())
+}
+
+async fn set_topic(node: &Node, room: &RoomId, user: &str, topic: &str) {
+    node.send(room, draft(&node.user(user), "m.room.topic", Some(""), json!({ "topic": topic }))).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_missing_is_asked_for_again_after_a_restart() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let faulty = Faulty::of(&hub);
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    deafen(&part);
+    hub.say(&room, "bot", "missed").await;
+    let Sent::Appended(last) = hub.say(&room, "bot", "last").await else { panic!("a hub appends") };
+    faulty.away.store(1, Ordering::SeqCst);
+    let received = part.lm.receive(&hub.name, vec![raw(&last.event.json)]).await.pop().unwrap();
+    assert!(matches!(received.result, Err(Refusal::Internal(_))), "{received:?}");
+    // The hub says nothing more, and nothing of it is in memory.
+    hub.context.outbound.stop().await;
+    let part = world.restart(part).await;
+    assert_eq!(bodies(&part.log(&room).await), Vec::<String>::new());
+    part.wait_for_body(&room, "last").await;
+    assert_eq!(ids(&part.log(&room).await), ids(&hub.log(&room).await));
+    wait_for_missing(&part, 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_hub_does_not_give_is_passed_over_and_asked_for_again_and_brings_nothing_old_back() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    let deaf = deafen(&part);
+    let refuses = Arc::new(AtomicBool::new(true));
+    let kept = refuses.clone();
+    hub.meddle(move |request, next| {
+        let refused = kept.load(Ordering::SeqCst) && request.uri().path().contains("/backfill/");
+        async move {
+            match refused {
+                true => respond(StatusCode::FORBIDDEN, json!({ "errcode": "M_FORBIDDEN", "error": "not now" })),
+                false => next.run(request).await,
+            }
+        }
+    });
+    set_topic(&hub, &room, "bot", "old").await;
+    hub.say(&room, "bot", "missed").await;
+    set_topic(&hub, &room, "bot", "new").await;
+    hub.wait(&room, "the topic", |log| topic(log) == Some(json!("new"))).await;
+    hub.context.outbound.stop().await;
+    deaf.store(false, Ordering::SeqCst);
+    let Sent::Appended(last) = hub.say(&room, "bot", "last").await else { panic!("a hub appends") };
+    let received = part.lm.receive(&hub.name, vec![raw(&last.event.json)]).await.pop().unwrap();
+    assert_eq!(received.result, Ok(()));
+    let log = part.log(&room).await;
+    assert_eq!((bodies(&log), topic(&log)), (vec!["last".to_owned()], Some(json!("new"))), "the hub's state is taken");
+    assert_eq!(count_missing(&part).await, 1);
+    let shown = missing(&part.context.store, Some(&room)).await.unwrap();
+    assert!(shown.last_error.as_deref().is_some_and(|error| error.contains("not now")), "{shown:?}");
+    refuses.store(false, Ordering::SeqCst);
+    let part = world.restart(part).await;
+    let log = part.wait_for_body(&room, "missed").await;
+    assert_eq!((bodies(&log), topic(&log)), (vec!["last".to_owned(), "missed".to_owned()], Some(json!("new"))));
+    wait_for_missing(&part, 0).await;
+}
+
+/// Three servers, of which `third.example`, in whose user's name `carol` speaks with power, gives its keys to nobody who does
+/// not have them when `is_away` is set.
+struct Away {
+    clock: Arc<ManualClock>,
+    world: World,
+    hub: Node,
+    part: Node,
+    third: Node,
+    room: OwnedRoomId,
+    is_away: Arc<AtomicBool>,
+}
+
+async fn away() -> Away {
+    let clock = ManualClock::new(isthmus::clock::SystemClock.now_ms());
+    let names = ["hub.example", "part.example", "third.example"];
+    let (world, [hub, part, third]) = World::with_clock(names, clock.clone()).await;
+    let levels = json!({ "users": { hub.user("bot"): 100, third.user("carol"): 100 } });
+    let room = hub.create_room_with("public", levels).await;
+    third.join(&room, "carol", &hub).await;
+    let is_away = Arc::new(AtomicBool::new(true));
+    let kept = is_away.clone();
+    third.meddle(move |request, next| {
+        let away = kept.load(Ordering::SeqCst) && request.uri().path().contains("/key/");
+        async move {
+            match away {
+                true => respond(StatusCode::SERVICE_UNAVAILABLE, json!({})),
+                false => next.run(request).await,
+            }
+        }
+    });
+    part.join(&room, "alice", &hub).await;
+    assert_eq!(count_missing(&part).await, 1, "that carol is a member");
+    Away { clock, world, hub, part, third, room, is_away }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_whose_keys_cannot_be_had_waits_for_them_and_holds_nobody_up_for_long() {
+    let Away { clock, world: _world, hub, part, third, room, is_away } = away().await;
+    third.say(&room, "carol", "first").await;
+    wait_for_missing(&part, 2).await;
+    // For a moment the keys may come.
+    hub.say(&room, "bot", "second").await;
+    wait_for_missing(&part, 3).await;
+    assert_eq!(part.bodies(&room).await, Vec::<String>::new());
+    clock.advance(11_000);
+    hub.say(&room, "bot", "third").await;
+    part.wait_for_body(&room, "third").await;
+    // Again and again there is no waiting.
+    third.say(&room, "carol", "fourth").await;
+    hub.wait_for_body(&room, "fourth").await;
+    hub.say(&room, "bot", "fifth").await;
+    part.wait_for_body(&room, "fifth").await;
+    assert_eq!(part.bodies(&room).await, ["second", "third", "fifth"]);
+    let queue = hub.context.outbound.status().await.unwrap();
+    assert!(queue.iter().all(|queue| queue.failures == 0), "the hub has nothing to repeat: {queue:?}");
+    is_away.store(false, Ordering::SeqCst);
+    clock.advance(3_600_000);
+    hub.say(&room, "bot", "sixth").await;
+    let log = part.wait_for_body(&room, "fourth").await;
+    let bodies = bodies(&log);
+    let place = |body: &str| bodies.iter().position(|found| found == body).unwrap();
+    assert!(bodies.len() == 6 && place("first") < place("fourth"), "{bodies:?}");
+    wait_for_missing(&part, 0).await;
+    assert_eq!(part.lm.room(&room).await.unwrap().unwrap().complaints, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_only_an_event_that_waits_allows_waits_with_it_across_a_restart() {
+    let Away { clock, world, hub, part, third, room, is_away } = away().await;
+    let bot = hub.user("bot");
+    let levels = json!({ "users": { bot: 100, third.user("carol"): 100, hub.user("dave"): 50 } });
+    hub.lm.join(&room, &hub.user("dave"), &[], isthmus::event::Object::new()).await.unwrap();
+    third.send(&room, draft(&third.user("carol"), "m.room.power_levels", Some(""), levels)).await.unwrap();
+    hub.wait(&room, "the levels", |log| log.last().unwrap().event.kind == "m.room.power_levels").await;
+    set_topic(&hub, &room, "dave", "by dave").await;
+    wait_for_missing(&part, 3).await;
+    clock.advance(11_000);
+    hub.say(&room, "bot", "goes on").await;
+    part.wait_for_body(&room, "goes on").await;
+    assert_eq!((count_missing(&part).await, topic(&part.log(&room).await)), (3, None));
+    is_away.store(false, Ordering::SeqCst);
+    let part = world.restart(part).await;
+    part.wait(&room, "the topic", |log| topic(log) == Some(json!("by dave"))).await;
+    wait_for_missing(&part, 0).await;
+    let room = part.lm.room(&room).await.unwrap().unwrap();
+    assert_eq!(room.complaints, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn state_that_waited_does_not_replace_newer_state() {
+    let Away { clock, world, hub, part, third, room, is_away } = away().await;
+    set_topic(&third, &room, "carol", "old").await;
+    wait_for_missing(&part, 2).await;
+    clock.advance(11_000);
+    set_topic(&hub, &room, "bot", "new").await;
+    part.wait(&room, "the new topic", |log| topic(log) == Some(json!("new"))).await;
+    is_away.store(false, Ordering::SeqCst);
+    let part = world.restart(part).await;
+    wait_for_missing(&part, 0).await;
+    assert_eq!(topic(&part.log(&room).await), Some(json!("new")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_without_keys_fills_only_its_own_share() {
+    let Away { clock, world: _world, hub, part, third, room, is_away: _is_away } = away().await;
+    for index in 0..60 {
+        third.say(&room, "carol", &format!("junk {index}")).await;
+    }
+    hub.wait_for_body(&room, "junk 59").await;
+    clock.advance(11_000);
+    hub.say(&room, "bot", "goes on").await;
+    part.wait_for_body(&room, "goes on").await;
+    assert_eq!(count_missing(&part).await, 1 + 50);
+    assert_eq!(part.lm.room(&room).await.unwrap().unwrap().complaints.len(), 10);
+    assert_eq!(part.bodies(&room).await, ["goes on"]);
+}
