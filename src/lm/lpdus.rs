@@ -21,6 +21,8 @@ use crate::store::{Store, StoreError, Tx};
 
 /// How long the echo of an LPDU is waited for.
 const ECHO: Duration = Duration::from_secs(20);
+/// How long after a look at a hub's log it is looked whether more of a transaction has come.
+const SETTLING: Duration = Duration::from_secs(2);
 /// How long a refusal waits for what the hub has sent to be taken.
 const INTAKE: Duration = Duration::from_secs(5);
 
@@ -195,8 +197,18 @@ impl Lm {
     ) -> Result<Vec<i64>, Refusal> {
         let lpdus = stored::queued_lpdus(&self.context().store, room_id, positions).await?;
         let delivered = self.echoed(&lpdus).await?;
-        if delivered.len() == lpdus.len() || !self.catch_up(room_id, hub).await? {
+        if delivered.len() == lpdus.len() {
             return Ok(delivered);
+        }
+        let mut seen = None;
+        while self.catch_up(room_id, hub).await? {
+            let found = self.echoed(&lpdus).await?;
+            // There are hubs that hand each event round before they take the next: one may still be at it.
+            if lpdus.len() < 2 || found.len() == lpdus.len() || seen == Some(found.len()) {
+                return Ok(found);
+            }
+            seen = Some(found.len());
+            tokio::time::sleep(SETTLING).await;
         }
         self.echoed(&lpdus).await
     }

@@ -43,6 +43,9 @@ pub struct PartRow {
     /// Whether the feed ends here for the destination.
     #[serde(default)]
     pub is_last: bool,
+    /// Whether this is not on its way: it was, in a transaction that was split, and some of it may have arrived.
+    #[serde(default)]
+    pub doubtful: bool,
 }
 
 /// The transaction that may be on its way to a destination.

@@ -233,6 +233,63 @@ async fn inv_5_what_became_of_an_lpdu_is_looked_for_before_it_is_sent_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_5_what_became_of_lpdus_is_looked_for_after_a_restart_before_they_are_sent_again() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    // It answers nothing, and goes on with the second message only when everybody believes it dead.
+    let (taken, silent) = (Arc::new(Mutex::new(Vec::<String>::new())), Arc::new(AtomicBool::new(false)));
+    let late = Arc::new(tokio::sync::Notify::new());
+    let (manners, lm) = (Manners::new(&hub.context, &hub.lm, true), hub.lm.clone());
+    let (kept, quiet, begin, origin) = (taken.clone(), silent.clone(), late.clone(), part.name.clone());
+    hub.meddle(move |request, next| {
+        let (taken, silent, late) = (kept.clone(), quiet.clone(), begin.clone());
+        let (manners, lm, origin) = (manners.clone(), lm.clone(), origin.clone());
+        async move {
+            if !request.uri().path().contains("/send/") {
+                return manners.answer(request, next).await;
+            }
+            let (parts, body) = request.into_parts();
+            let body = to_bytes(body, 1 << 20).await.unwrap();
+            taken.lock().unwrap().push(String::from_utf8(body.to_vec()).unwrap());
+            if !silent.load(Ordering::SeqCst) {
+                return manners.answer(Request::from_parts(parts, body.into()), next).await;
+            }
+            let pdus: Object = serde_json::from_slice(&body).unwrap();
+            let pdus: Vec<_> =
+                pdus["pdus"].as_array().unwrap().iter().map(|pdu| raw(pdu.as_object().unwrap())).collect();
+            let (first, rest) = pdus.split_first().unwrap();
+            lm.receive(&origin, vec![first.clone()]).await;
+            let rest = rest.to_vec();
+            tokio::spawn(async move {
+                late.notified().await;
+                lm.receive(&origin, rest).await;
+            });
+            std::future::pending().await
+        }
+    });
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    deafen(&part);
+    silent.store(true, Ordering::SeqCst);
+    let message =
+        |body: &str| isthmus::seam::Outgoing { draft: super::world::message(&part.user("alice"), body), effect: None };
+    part.lm.send(&room, vec![message("one"), message("two")]).await;
+    hub.wait_for_body(&room, "one").await;
+    let part = world.restart(part).await;
+    silent.store(false, Ordering::SeqCst);
+    part.wait_for_body(&room, "one").await;
+    late.notify_one();
+    hub.wait_for_body(&room, "two").await;
+    part.say(&room, "alice", "three").await;
+    hub.wait_for_body(&room, "three").await;
+    let at_part = part.wait_for_body(&room, "three").await;
+    assert_eq!(bodies(&at_part), ["one", "two", "three"]);
+    let taken = taken.lock().unwrap();
+    for body in ["one", "two", "three"] {
+        assert_eq!(taken.iter().filter(|taken| taken.contains(&format!("\"{body}\""))).count(), 1, "{body}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_missing_and_cannot_be_had_now_is_asked_for_again() {
     let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
     let faulty = Faulty::of(&hub);

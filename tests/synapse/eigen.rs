@@ -15,6 +15,8 @@ use crate::support::world::{BINARY, ghost, run, server, world};
 
 /// How many messages each says before, while, and after the gateway is away.
 const MESSAGES: usize = 25;
+/// How often it is killed when the hub has taken an event.
+const KILLS: usize = 4;
 
 #[test]
 fn inv_5_a_hub_that_repeats_nothing_and_takes_everything_twice_loses_and_doubles_nothing() {
@@ -55,6 +57,14 @@ fn inv_5_a_hub_that_repeats_nothing_and_takes_everything_twice_loses_and_doubles
         both_talk().await;
         gateway.start().await.unwrap();
         both_talk().await;
+        // Just when the hub has taken an event, and before it answers.
+        for kill in 0..KILLS {
+            let body = format!("carol at kill {kill}");
+            carol.send_text(&room, &body).await.unwrap();
+            provider.wait_for_text(&lm_room, &body).await.unwrap();
+            gateway.kill().unwrap();
+            gateway.start().await.unwrap();
+        }
 
         let theirs = ghost(&gateway.server_name, Side::Matrix, &carol.user_id);
         let from_carol = |event: &Pdu| event.kind == "m.room.message" && event.sender == theirs;
@@ -73,7 +83,8 @@ fn inv_5_a_hub_that_repeats_nothing_and_takes_everything_twice_loses_and_doubles
         let bodies = log.iter().filter(|event| from_carol(event)).filter_map(|event| event.content().get("body"));
         let expected = |who: &str| {
             let said = (0..3 * MESSAGES).map(|number| format!("{who} {number}"));
-            said.chain([format!("{who} ends")]).collect::<Vec<_>>()
+            let kills = (0..if who == "carol" { KILLS } else { 0 }).map(|kill| format!("carol at kill {kill}"));
+            said.chain(kills).chain([format!("{who} ends")]).collect::<Vec<_>>()
         };
         assert!(in_log.len() >= 3 * MESSAGES);
         assert_eq!(bodies.filter_map(Value::as_str).collect::<Vec<_>>(), expected("carol"));

@@ -218,6 +218,7 @@ pub(super) fn part_rows(parts: &[Part]) -> Vec<PartRow> {
         through: part.through,
         positions: part.positions.clone(),
         is_last: part.is_last,
+        doubtful: false,
     };
     parts.iter().map(row).collect()
 }

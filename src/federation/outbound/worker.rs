@@ -17,7 +17,7 @@ use crate::event::Object;
 use crate::federation::RemoteError;
 use crate::identity::Side;
 use crate::store::StoreError;
-use crate::store::outbound::{self as rows, FailureRow, PartRow};
+use crate::store::outbound::{self as rows, FailureRow, InflightRow, PartRow};
 
 /// How long a worker stays when there is nothing to do.
 const LINGER: Duration = Duration::from_secs(20);
@@ -36,6 +36,8 @@ pub(super) struct Worker<'a> {
     tries: u32,
     /// How many events are still to be sent one by one, because the batch that they were in was refused.
     singles: usize,
+    /// What was in a transaction that was split, of which some may have arrived.
+    doubtful: Vec<PartRow>,
     /// What has arrived and is still to be kept.
     done: Option<Vec<PartRow>>,
     /// Whether the record of failures is still to be taken away.
@@ -49,7 +51,19 @@ impl<'a> Worker<'a> {
         slot: &'a Slot,
         stop: &'a CancellationToken,
     ) -> Self {
-        Self { shared, destination, slot, stop, failures: 0, tries: 0, singles: 0, done: None, recovered: false }
+        let doubtful = Vec::new();
+        Self {
+            shared,
+            destination,
+            slot,
+            stop,
+            failures: 0,
+            tries: 0,
+            singles: 0,
+            doubtful,
+            done: None,
+            recovered: false,
+        }
     }
 
     /// Works until there is nothing to do, or until all is stopped.
@@ -69,7 +83,8 @@ impl<'a> Worker<'a> {
                             return Ok(self.is_idle().await);
                         }
                         Composed::Passed(parts) => self.keep(part_rows(&parts), None).await?,
-                        Composed::Transaction(transaction) => {
+                        Composed::Transaction(mut transaction) => {
+                            transaction.uncertain |= self.is_doubtful(&transaction);
                             self.keep(Vec::new(), Some(&transaction)).await?;
                             current = Some(transaction);
                         }
@@ -109,7 +124,12 @@ impl<'a> Worker<'a> {
             self.pause_until_heard(Duration::from_millis(u64::try_from(left).unwrap_or(0))).await;
         }
         let Some(row) = rows::inflight(&self.shared.store, name).await? else { return Ok(None) };
-        let parts = row.parts.into_iter().map(|part| {
+        let (doubtful, parts): (Vec<PartRow>, Vec<PartRow>) = row.parts.into_iter().partition(|part| part.doubtful);
+        self.doubtful = doubtful;
+        if parts.is_empty() {
+            return Ok(None);
+        }
+        let parts = parts.into_iter().map(|part| {
             Ok(Part {
                 feed: Feed::parse(&part.kind, part.room_id)?,
                 after: part.after,
@@ -149,7 +169,11 @@ impl<'a> Worker<'a> {
         if done.is_none() && passed.is_empty() && next.is_none() {
             return Ok(());
         }
-        let (name, next, ended) = (self.destination.to_string(), next.map(Transaction::row), done.is_some());
+        let (name, ended) = (self.destination.to_string(), done.is_some());
+        let next = match next {
+            None if self.doubtful.is_empty() || !ended => None,
+            next => Some(self.row(next)),
+        };
         let mut arrived = done.unwrap_or_default();
         arrived.extend(passed);
         self.shared
@@ -168,6 +192,21 @@ impl<'a> Worker<'a> {
             .await?;
         self.recovered = false;
         Ok(())
+    }
+
+    /// What is kept of what is on its way, and of what may have arrived.
+    fn row(&self, transaction: Option<&Transaction>) -> InflightRow {
+        let nothing = || InflightRow { txn_id: String::new(), parts: Vec::new(), composed_ts: 0 };
+        let mut row = transaction.map_or_else(nothing, Transaction::row);
+        row.parts.extend(self.doubtful.iter().cloned());
+        row
+    }
+
+    fn is_doubtful(&self, transaction: &Transaction) -> bool {
+        let parts = part_rows(&transaction.parts);
+        self.doubtful
+            .iter()
+            .any(|doubtful| parts.iter().any(|part| same_feed(part, doubtful) && overlap(part, doubtful)))
     }
 
     /// Tries to send a transaction; gives it back when it is to be tried again.
@@ -288,8 +327,13 @@ impl<'a> Worker<'a> {
 
     /// Composes anew what was in a transaction, one event at a time.
     async fn split(&mut self, transaction: Transaction, events: usize) -> Result<(), StoreError> {
-        let name = self.destination.to_string();
-        self.shared.store.write(move |tx| Box::pin(async move { rows::forget_inflight(tx, &name).await })).await?;
+        self.doubtful = part_rows(&transaction.parts);
+        self.doubtful.retain_mut(|part| {
+            part.doubtful = true;
+            !part.positions.is_empty()
+        });
+        let (name, row) = (self.destination.to_string(), self.row(None));
+        self.shared.store.write(move |tx| Box::pin(async move { rows::keep_inflight(tx, &name, &row).await })).await?;
         self.slot.put_back(transaction.parts.into_iter().map(|part| part.feed));
         self.singles = events;
         self.tries = 0;
@@ -303,7 +347,13 @@ impl<'a> Worker<'a> {
             self.recovered = true;
         }
         (self.failures, self.tries) = (0, 0);
-        self.done = Some(part_rows(&transaction.parts));
+        let done = part_rows(&transaction.parts);
+        for doubtful in &mut self.doubtful {
+            let through = done.iter().filter(|part| same_feed(part, doubtful)).map(|part| part.through).max();
+            doubtful.positions.retain(|position| through.is_none_or(|through| *position > through));
+        }
+        self.doubtful.retain(|part| !part.positions.is_empty());
+        self.done = Some(done);
     }
 
     /// The destination failed: it is left alone for as long as it asks for, and then for a while or until it is heard of.
@@ -364,4 +414,12 @@ fn error_object(error: &RemoteError) -> Object {
     object.insert("errcode".to_owned(), errcode.into());
     object.insert("error".to_owned(), text.into());
     object
+}
+
+fn same_feed(one: &PartRow, other: &PartRow) -> bool {
+    (&one.kind, &one.room_id) == (&other.kind, &other.room_id)
+}
+
+fn overlap(one: &PartRow, other: &PartRow) -> bool {
+    one.positions.iter().any(|position| other.positions.contains(position))
 }

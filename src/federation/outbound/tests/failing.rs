@@ -1,0 +1,150 @@
+//! Destinations that are away, busy, or do not like what they get.
+
+use super::*;
+
+#[tokio::test]
+async fn hc_60_a_dead_destination_slows_no_other() {
+    both_stores(|store| async move {
+        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
+        fill(&store, &feeds, &log, 1..11, &["dead.example", "gone.example", "live.example"]).await;
+        let mut world = World::new(&store, &feeds, |destination, _, _| match destination.as_str() {
+            "dead.example" => never(),
+            "gone.example" => unreachable(),
+            _ => ok(),
+        });
+        world.queues.start().await.unwrap();
+        let start = Instant::now();
+        for n in 11..40 {
+            fill(&store, &feeds, &log, n..n + 1, &[]).await;
+            world.queues.wake(&log, &[name("dead.example"), name("gone.example"), name("live.example")]);
+        }
+        let mut arrived = Vec::new();
+        while arrived.len() < 39 {
+            let seen = world.next().await;
+            if seen.destination == "live.example" {
+                arrived.extend(seen.numbers());
+            }
+        }
+        assert_eq!(arrived, (1..40).collect::<Vec<_>>());
+        assert!(start.elapsed() < Duration::from_secs(10));
+        let failing = async {
+            loop {
+                let status = world.queues.status().await.unwrap();
+                if let Some(gone) = status.iter().find(|queue| queue.failures > 0) {
+                    return gone.clone();
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let gone = tokio::time::timeout(WAIT, failing).await.unwrap();
+        assert_eq!((gone.destination.as_str(), gone.waiting), ("gone.example", 39));
+        assert!(gone.retry_at > 0 && gone.last_error.unwrap().contains("gone"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_destination_that_asks_to_be_left_alone_is_even_when_it_is_heard_of() {
+    both_stores(|store| async move {
+        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
+        fill(&store, &feeds, &log, 1..2, &["a.example"]).await;
+        const ASKED: Duration = Duration::from_millis(1500);
+        let asked = std::sync::atomic::AtomicBool::new(false);
+        let mut world = World::new(&store, &feeds, move |_, _, _| {
+            if asked.swap(true, Ordering::SeqCst) {
+                return ok();
+            }
+            let (status, errcode) = (StatusCode::TOO_MANY_REQUESTS, "M_LIMIT_EXCEEDED".to_owned());
+            let error = RemoteError::Status { status, errcode, error: String::new(), retry_after: Some(ASKED) };
+            Box::pin(std::future::ready(Err(error)))
+        });
+        world.queues.start().await.unwrap();
+        let first = world.next().await;
+        let start = Instant::now();
+        world.queues.retry(&first.destination);
+        assert_eq!(world.next().await.txn_id(), first.txn_id());
+        assert!(start.elapsed() >= ASKED.mul_f64(0.9), "{:?}", start.elapsed());
+        world.settled().await;
+        world.queues.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_destination_that_is_heard_of_is_tried_at_once() {
+    both_stores(|store| async move {
+        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
+        fill(&store, &feeds, &log, 1..2, &["a.example"]).await;
+        let hours = SystemClock.now_ms() + 5 * 3_600_000;
+        let row = rows::FailureRow {
+            destination: "a.example".to_owned(),
+            failures: 15,
+            retry_at: hours,
+            last_error: "away".to_owned(),
+        };
+        store.write(move |tx| Box::pin(async move { rows::record_failure(tx, &row).await })).await.unwrap();
+        let mut world = World::new(&store, &feeds, |_, _, _| ok());
+        world.queues.start().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(world.seen.try_recv().is_err(), "tried before its time");
+        assert_eq!(world.queues.status().await.unwrap()[0].failures, 15);
+        world.queues.retry(server_name!("other.example"));
+        world.queues.retry(server_name!("a.example"));
+        assert_eq!(world.next().await.numbers(), [1]);
+        world.settled().await;
+        world.queues.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn hc_20_one_bad_event_holds_up_no_other() {
+    both_stores(|store| async move {
+        let (feeds, lpdus) = (Arc::new(Feeds::default()), feed(FeedKind::Lpdus, "!a:eigen.example"));
+        fill(&store, &feeds, &lpdus, 1..7, &["eigen.example"]).await;
+        let taken = Arc::new(Mutex::new(Vec::new()));
+        let world = World::new(&store, &feeds, stops_at(3, 400, taken.clone()));
+        // The hub's log tells what was appended before the bad event.
+        *lock(&feeds.delivered) = vec![1, 2];
+        world.queues.start().await.unwrap();
+        world.settled().await;
+        assert_eq!(*lock(&taken), [1, 2, 4, 5, 6]);
+        let told = lock(&feeds.told).clone();
+        let (refused, taken): (Vec<_>, Vec<_>) = told.into_iter().partition(|(_, answer)| !answer.is_empty());
+        let [(positions, answer)] = refused.as_slice() else { panic!("{refused:?}") };
+        assert_eq!(
+            (positions.as_slice(), &answer["errcode"], &answer["error"]),
+            ([3].as_slice(), &json!("M_UNKNOWN"), &json!("no"))
+        );
+        let taken: Vec<i64> = taken.into_iter().flat_map(|(positions, _)| positions).collect();
+        assert_eq!(taken, [1, 2, 4, 5, 6]);
+        world.queues.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_linearized_server_that_breaks_at_a_batch_gets_its_events_one_by_one() {
+    both_stores(|store| async move {
+        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
+        fill(&store, &feeds, &log, 1..5, &["eigen.example"]).await;
+        let mut world =
+            World::new(
+                &store,
+                &feeds,
+                |_, _, body| {
+                    if body["pdus"].as_array().unwrap().len() > 1 { status(500) } else { ok() }
+                },
+            );
+        world.queues.start().await.unwrap();
+        world.settled().await;
+        let seen: Vec<_> = std::iter::from_fn(|| world.seen.try_recv().ok()).map(|seen| seen.numbers()).collect();
+        assert_eq!(seen, [vec![1, 2, 3, 4], vec![1], vec![2], vec![3], vec![4]]);
+        // Afterwards they are sent together again.
+        fill(&store, &feeds, &log, 5..6, &[]).await;
+        world.queues.wake(&log, &[name("eigen.example")]);
+        assert_eq!(world.next().await.numbers(), [5]);
+        world.queues.stop().await;
+    })
+    .await;
+}
