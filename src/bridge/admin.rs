@@ -219,6 +219,7 @@ pub(super) async fn set_power(
     let Who::Native { ghost } = who else {
         return Err(Refusal::Forbidden(format!("{user} is of this gateway's own name")));
     };
+    core.users.keep(&core.context.store, side, [&user.to_owned()]).await?;
     for at in [portal.authority(), portal.authority().other()] {
         let rooms = core.sides()?.rooms(at);
         let name = if at == side { user } else { ghost.as_ref() };

@@ -9,10 +9,12 @@ use super::core::Core;
 use super::inbox::{Item, Out};
 use super::portal::Portal;
 use super::side::Event;
+use super::translate;
 use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Effects, EventEffect};
+use crate::store::ghosts::{self, Hashed};
 use crate::store::images::{self, ImageRow, RefusalRow};
 use crate::store::inbox::{self, InboxRow};
 use crate::store::{StoreError, Tx};
@@ -40,6 +42,7 @@ pub(super) fn crossed_all<'a>(
         seq: item.row.seq,
         row: ImageRow { note, ..image_row(core, portal, source, &item.event) },
         profile: profile(&item.event),
+        ghosts: ghosts_of(core, source, &item.event),
     };
     let items: Vec<Crossing> = items.into_iter().map(crossing).collect();
     let count = items.len();
@@ -50,6 +53,7 @@ struct Crossing {
     seq: i64,
     row: ImageRow,
     profile: Called,
+    ghosts: Vec<Hashed>,
 }
 
 struct Crossed {
@@ -69,9 +73,22 @@ impl Effects for Crossed {
         images::insert(tx, &rows.collect::<Vec<_>>()).await?;
         for (item, _) in items {
             remember(tx, self.source, item.profile.clone()).await?;
+            ghosts::remember(tx, &item.ghosts).await?;
         }
         Ok(())
     }
+}
+
+/// What must be stored with what `event` makes across: the ghosts that do it or to whom it is done, and those it gives power.
+fn ghosts_of(core: &Core, source: Side, event: &Event) -> Vec<Hashed> {
+    core.users.hashed(source, &translate::concerned(event))
+}
+
+/// What is written with an event that comes before the image of `event`, and is the image of none.
+pub(super) fn prepared(core: &Core, source: Side, event: &Event) -> Option<EventEffect> {
+    let ghosts = ghosts_of(core, source, event);
+    (!ghosts.is_empty())
+        .then(|| EventEffect::new(move |tx, _| Box::pin(async move { ghosts::remember(tx, &ghosts).await })))
 }
 
 /// What is written with a ghost's join that is sent because the ghost speaks: the mapping to the member event that it is
@@ -89,9 +106,11 @@ pub(super) async fn joined(
     let Some(event) = core.sides()?.rooms(source).event(&member).await? else { return Ok(None) };
     let row = image_row(core, portal, source, &event);
     let profile = profile(&event);
+    let ghosts = ghosts_of(core, source, &event);
     Ok(Some(EventEffect::new(move |tx, image| {
         Box::pin(async move {
             images::insert(tx, &[ImageRow { image, ..row }]).await?;
+            ghosts::remember(tx, &ghosts).await?;
             remember(tx, source, profile).await
         })
     })))

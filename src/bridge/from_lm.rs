@@ -51,6 +51,7 @@ async fn make_of(core: &Arc<Core>, row: &mut PortalRow, room_id: &OwnedRoomId) -
     refuse_encrypted(core, &state)?;
     let members: Vec<OwnedUserId> = users(&state);
     let known = core.users.all(&core.context.store, Side::Lm, &members).await?;
+    core.users.keep(&core.context.store, Side::Lm, &members).await?;
     if row.matrix_room_id.is_none() || row.lm_hub != hub {
         let made = match row.matrix_room_id.clone() {
             Some(room_id) => room_id,

@@ -60,7 +60,10 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
         core.budgets.ghost(limits, entry.number, server, core.now_ms(), !at_hub)?;
     }
     match handshake.membership {
-        Membership::Join if at_hub => join_at_hub(core, &entry, &ghost, &handshake.content).await,
+        Membership::Join if at_hub => {
+            core.users.keep(&core.context.store, handshake.side, [user]).await?;
+            join_at_hub(core, &entry, &ghost, &handshake.content).await
+        }
         Membership::Join => may_join(core, &portal, handshake.side.other(), &ghost).await,
         Membership::Knock => {
             let rooms = core.sides()?.rooms(handshake.side.other());

@@ -18,6 +18,7 @@ use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
+use crate::store::ghosts::{self, Hashed};
 use crate::store::{images, inbox};
 
 /// How many repairs of one (type, state key) a minute may have.
@@ -123,7 +124,11 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, R
     if ends::look_at(core, entry).await? {
         return Ok(0);
     }
-    let fixes = fixes(core, &portal).await?;
+    let Comparison { fixes, ghosts } = compare(core, &portal).await?;
+    if !fixes.is_empty() && !ghosts.is_empty() {
+        let store = &core.context.store;
+        store.write(move |tx| Box::pin(async move { ghosts::remember(tx, &ghosts).await })).await?;
+    }
     let mut sent = 0;
     let mut stuck = None;
     for fix in fixes {
@@ -171,6 +176,16 @@ async fn ghost_over_budget(core: &Core, entry: &Entry, fix: &Fix) -> Result<bool
 
 /// What must be sent, by the states as they are now.
 pub(super) async fn fixes(core: &Core, portal: &Portal) -> Result<Vec<Fix>, Refusal> {
+    compare(core, portal).await.map(|comparison| comparison.fixes)
+}
+
+struct Comparison {
+    fixes: Vec<Fix>,
+    /// Those who are in the states, as far as their ghosts' names had to be hashed.
+    ghosts: Vec<Hashed>,
+}
+
+async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
     let sides = core.sides()?;
     let authority = portal.authority();
     let leading = sides.rooms(authority).state(portal.room(authority)).await?;
@@ -179,7 +194,9 @@ pub(super) async fn fixes(core: &Core, portal: &Portal) -> Result<Vec<Fix>, Refu
     let following_users = users(core, authority.other(), &following).await?;
     let lists = [acl::of(core, &leading).await, acl::of(core, &following).await];
     let joining = core.joining.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    Ok(plan::plan(&Plan {
+    let mut ghosts = core.users.hashed(authority, leading_users.keys());
+    ghosts.extend(core.users.hashed(authority.other(), following_users.keys()));
+    let fixes = plan::plan(&Plan {
         authority,
         leading: &leading,
         following: &following,
@@ -193,7 +210,8 @@ pub(super) async fn fixes(core: &Core, portal: &Portal) -> Result<Vec<Fix>, Refu
                 || lists.iter().flatten().any(|list| !list.allows(server))
         },
         now_ms: core.now_ms(),
-    }))
+    });
+    Ok(Comparison { fixes, ghosts })
 }
 
 async fn users(core: &Core, side: Side, state: &State) -> Result<Known, Refusal> {

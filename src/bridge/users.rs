@@ -6,7 +6,8 @@ use ruma::{OwnedUserId, ServerName, UserId, user_id};
 
 use crate::identity::{Ghost, GhostNames, Side};
 use crate::refusal::Refusal;
-use crate::store::{Store, ghosts};
+use crate::store::Store;
+use crate::store::ghosts::{self, Hashed};
 
 /// The localpart of the bot, on both sides; every gateway's bot is called like this.
 pub(super) const BOT: &str = "isthmus";
@@ -55,7 +56,8 @@ impl Users {
         &self.bot
     }
 
-    /// Who `user` is on `side`. A name that had to be hashed is stored on the way.
+    /// Who `user` is on `side`. That they are named somewhere writes nothing: a ghost whose name had to be hashed is kept
+    /// with what it does first.
     pub(super) async fn who(&self, store: &Store, side: Side, user: &UserId) -> Result<Who, Refusal> {
         if *user == self.bot {
             return Ok(Who::Bot);
@@ -63,10 +65,7 @@ impl Users {
         if side == Side::Matrix && self.appservice.as_deref() == Some(user) {
             return Ok(Who::Appservice);
         }
-        if let Some((ghost, hashed)) = self.names.of_user(side, user) {
-            if hashed {
-                ghosts::remember(store, &ghost, side, user).await?;
-            }
+        if let Some((ghost, _)) = self.names.of_user(side, user) {
             return Ok(Who::Native { ghost });
         }
         Ok(match self.names.parse(side, user) {
@@ -93,6 +92,29 @@ impl Users {
             }
         }
         Ok(known)
+    }
+
+    /// Those of `users`, at home on `side`, whose ghosts' names had to be hashed: what must be stored before they are used.
+    pub(super) fn hashed<'a>(&self, side: Side, users: impl IntoIterator<Item = &'a OwnedUserId>) -> Vec<Hashed> {
+        let hashed = |user: &OwnedUserId| {
+            let (ghost, hashed) = self.names.of_user(side, user)?;
+            hashed.then(|| Hashed { ghost, home: side, user: user.clone() })
+        };
+        users.into_iter().filter_map(hashed).collect()
+    }
+
+    /// Stores what must be before the ghosts of `users` are used.
+    pub(super) async fn keep<'a>(
+        &self,
+        store: &Store,
+        side: Side,
+        users: impl IntoIterator<Item = &'a OwnedUserId>,
+    ) -> Result<(), Refusal> {
+        let hashed = self.hashed(side, users);
+        if !hashed.is_empty() {
+            store.write(move |tx| Box::pin(async move { ghosts::remember(tx, &hashed).await })).await?;
+        }
+        Ok(())
     }
 }
 
@@ -134,9 +156,12 @@ mod tests {
     async fn a_name_that_had_to_be_hashed_leads_back() {
         both_stores(|store| async move {
             let users = Users::new(server_name!("g.example"), None);
-            let user = UserId::parse(format!("@{}:h.example", "x".repeat(230))).unwrap();
+            let user = UserId::parse(format!("@{}:h.example", "x".repeat(240))).unwrap();
             let Who::Native { ghost } = users.who(&store, Side::Matrix, &user).await.unwrap() else { panic!() };
-            assert!(ghost.as_str().len() <= 255);
+            assert!(ghost.localpart().starts_with("mx_=_") && ghost.as_str().len() <= 255, "{ghost}");
+            // That it is asked for is no reason to store it.
+            assert_eq!(users.who(&store, Side::Lm, &ghost).await.unwrap(), Who::Stranger);
+            users.keep(&store, Side::Matrix, [&user]).await.unwrap();
             let found = users.who(&store, Side::Lm, &ghost).await.unwrap();
             assert_eq!(found, Who::Ghost { user });
             assert_eq!(users.who(&store, Side::Matrix, &ghost).await.unwrap(), Who::Stranger);

@@ -425,7 +425,7 @@ impl Worker {
         for Before { draft, source } in before {
             let effect = match source {
                 Some(source) => effect::joined(&self.core, portal, self.source, source).await?,
-                None => None,
+                None => effect::prepared(&self.core, self.source, &item.event),
             };
             let result = rooms.send(room, vec![Outgoing { draft, effect }]).await.pop();
             if let Some(Err(refusal)) = result {

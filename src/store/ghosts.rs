@@ -2,28 +2,33 @@
 
 use ruma::{OwnedUserId, UserId};
 
-use super::{Store, StoreError};
+use super::{Store, StoreError, Tx};
 use crate::identity::Side;
 
-/// Remembers for whom `ghost` stands: `user`, at home on `home`.
-pub async fn remember(store: &Store, ghost: &UserId, home: Side, user: &UserId) -> Result<(), StoreError> {
-    let (ghost, user) = (ghost.to_owned(), user.to_owned());
-    store
-        .write(move |tx| {
-            Box::pin(async move {
-                sqlx::query(
-                    "INSERT INTO bridge_ghosts (ghost, home, user_id) VALUES ($1, $2, $3) \
-                     ON CONFLICT (ghost) DO NOTHING",
-                )
-                .bind(ghost.as_str())
-                .bind(home.as_str())
-                .bind(user.as_str())
-                .execute(tx)
-                .await?;
-                Ok(())
-            })
-        })
-        .await
+/// A ghost whose name had to be hashed, and for whom it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hashed {
+    /// The ghost.
+    pub ghost: OwnedUserId,
+    /// The side on which the user is at home.
+    pub home: Side,
+    /// The user.
+    pub user: OwnedUserId,
+}
+
+/// Remembers for whom ghosts stand; what is known of a ghost stays.
+pub async fn remember(tx: &mut Tx, ghosts: &[Hashed]) -> Result<(), StoreError> {
+    for Hashed { ghost, home, user } in ghosts {
+        sqlx::query(
+            "INSERT INTO bridge_ghosts (ghost, home, user_id) VALUES ($1, $2, $3) ON CONFLICT (ghost) DO NOTHING",
+        )
+        .bind(ghost.as_str())
+        .bind(home.as_str())
+        .bind(user.as_str())
+        .execute(&mut *tx)
+        .await?;
+    }
+    Ok(())
 }
 
 /// For whom `ghost` stands; none when it is not known, or stands for a user of the other side.
@@ -48,8 +53,9 @@ mod tests {
         both_stores(|store| async move {
             let (ghost, user) = (user_id!("@lm_=_abc:g.example"), user_id!("@LONG:hub.example"));
             assert_eq!(behind(&store, ghost, Side::Lm).await.unwrap(), None);
-            remember(&store, ghost, Side::Lm, user).await.unwrap();
-            remember(&store, ghost, Side::Lm, user_id!("@other:hub.example")).await.unwrap();
+            let stands = |user: &UserId| Hashed { ghost: ghost.to_owned(), home: Side::Lm, user: user.to_owned() };
+            let ghosts = [stands(user), stands(user_id!("@other:hub.example"))];
+            store.write(move |tx| Box::pin(async move { remember(tx, &ghosts).await })).await.unwrap();
             assert_eq!(behind(&store, ghost, Side::Lm).await.unwrap().as_deref(), Some(user));
             assert_eq!(behind(&store, ghost, Side::Matrix).await.unwrap(), None);
         })

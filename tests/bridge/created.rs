@@ -243,3 +243,44 @@ async fn users_whose_side_is_not_certain_are_refused_until_it_is_said() {
         assert!(refused.to_string().contains(why), "{refused}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ghost_whose_name_is_hashed_is_kept_when_it_does_something_and_not_when_it_is_named() {
+    let (world, gateway) = World::new(json!({})).await;
+    let portal = public(&gateway).await;
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    let long = |letter: &str| letter.repeat(235);
+    let kept = || async {
+        let rows: Vec<(String,)> = sqlx::query_as("SELECT user_id FROM bridge_ghosts")
+            .fetch_all(gateway.node.context.store.reader())
+            .await
+            .unwrap();
+        rows.into_iter().map(|(user,)| user).collect::<Vec<_>>()
+    };
+    let alice = world.matrix_user("alice");
+    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    world.lm_join(lm, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    world.refresh(&gateway, &mut view).await;
+
+    let named: Vec<_> = ["x", "y"].iter().map(|letter| world.matrix_user(&long(letter))).collect();
+    let body = format!("https://matrix.to/#/@{}:h.example", long("z"));
+    let content = json!({ "msgtype": "m.text", "body": body, "m.mentions": { "user_ids": named } });
+    world.matrix_send(&gateway, &mut view, &alice, "m.room.message", None, content).await;
+    world.matrix_say(&gateway, &mut view, &alice, "after").await;
+    so("the message", || async { gateway.node.bodies(lm).await.iter().any(|(_, body)| body == "after") }).await;
+    let mentioned = gateway.node.log(lm).await.into_iter().rev().nth(1).unwrap().event.json.clone();
+    let mentioned = mentioned["content"]["m.mentions"]["user_ids"].as_array().unwrap().clone();
+    assert_eq!(mentioned.len(), 2, "they are mentioned all the same");
+    assert_eq!(kept().await, Vec::<String>::new());
+
+    let carol = world.matrix_user(&long("c"));
+    let mut view = world.matrix_join(&gateway, matrix, &carol).await.unwrap();
+    so("she is in both rooms", || gateway.in_step(&portal)).await;
+    assert_eq!(kept().await, [carol.to_string()]);
+    world.matrix_say(&gateway, &mut view, &carol, "I am long").await;
+    let said = || async { gateway.node.bodies(lm).await.into_iter().find(|(_, body)| body == "I am long") };
+    so("what she says", || async { said().await.is_some() }).await;
+    let ghost = ruma::UserId::parse(said().await.unwrap().0).unwrap();
+    assert_eq!(gateway.bridge.user_behind(&ghost).await.unwrap(), Some(carol));
+}

@@ -1,10 +1,10 @@
 //! The content of message-like events: it crosses as it is, with the IDs in it mapped, keys of the gateway's own stripped,
 //! and numbers that Matrix cannot hold written as strings.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use percent_encoding::percent_decode_str;
-use ruma::{OwnedEventId, UserId};
+use ruma::{OwnedEventId, OwnedUserId, UserId};
 use serde_json::{Number, Value};
 
 use super::{Lookups, References, across};
@@ -18,6 +18,9 @@ const RELATES_TO: &str = "m.relates_to";
 const IN_REPLY_TO: &str = "m.in_reply_to";
 /// What a reply says first when what it replies to is not there.
 const REPLY_FALLBACK: &str = "(in reply to a message that is not in this room)";
+/// How many users and events that a content names are looked up; what is named beyond that stays as it is, and is not
+/// mentioned across.
+pub(super) const MOST_NAMED: usize = 100;
 const LINK: &str = "https://matrix.to/#/";
 /// The largest integer that both sides can hold.
 const LARGEST: i64 = (1 << 53) - 1;
@@ -28,23 +31,52 @@ pub(super) fn collect(content: &Object, references: &mut References) {
     for id in [relation.and_then(target), relation.and_then(reply)].into_iter().flatten() {
         references.needs.push(id.clone());
     }
-    collect_object(content, references);
+    let mut named = Named { users: BTreeSet::new(), events: BTreeSet::new() };
+    collect_object(content, &mut named);
+    references.users.extend(named.users);
+    references.events.extend(named.events);
 }
 
-fn collect_object(object: &Object, references: &mut References) {
+/// What a content names, as far as it is looked at.
+struct Named {
+    users: BTreeSet<OwnedUserId>,
+    events: BTreeSet<OwnedEventId>,
+}
+
+impl Named {
+    fn is_full(&self) -> bool {
+        self.users.len().saturating_add(self.events.len()) >= MOST_NAMED
+    }
+
+    fn user(&mut self, user: &str) {
+        if !self.is_full() {
+            self.users.extend(UserId::parse(user).ok());
+        }
+    }
+
+    fn event(&mut self, event: &str) {
+        if !self.is_full() {
+            self.events.extend(event_id(event));
+        }
+    }
+}
+
+fn collect_object(object: &Object, references: &mut Named) {
     for (key, value) in object {
+        if references.is_full() {
+            return;
+        }
         match (key.as_str(), value) {
-            ("user_id", Value::String(user)) => references.users.extend(UserId::parse(user.as_str()).ok()),
+            ("user_id", Value::String(user)) => references.user(user),
             ("user_ids", Value::Array(users)) => {
-                let users = users.iter().filter_map(Value::as_str);
-                references.users.extend(users.filter_map(|user| UserId::parse(user).ok()));
+                users.iter().filter_map(Value::as_str).for_each(|user| references.user(user));
             }
-            ("event_id", Value::String(event)) => references.events.extend(event_id(event)),
+            ("event_id", Value::String(event)) => references.event(event),
             ("body" | "formatted_body", Value::String(text)) => {
                 map_links(text, |link| {
                     match link {
-                        Link::User(user) => references.users.extend(UserId::parse(user).ok()),
-                        Link::Event(event) => references.events.extend(event_id(event)),
+                        Link::User(user) => references.user(user),
+                        Link::Event(event) => references.event(event),
                         Link::Room(_) => {}
                     }
                     None

@@ -64,17 +64,22 @@ pub(super) struct Image {
     pub(super) note: Option<String>,
 }
 
+/// Whom `event` is by and about: its sender, its target, those to whom it gives power.
+pub(super) fn concerned(event: &Event) -> BTreeSet<OwnedUserId> {
+    let mut users = BTreeSet::from([event.sender.clone()]);
+    if event.kind == MEMBER {
+        users.extend(event.state_key.as_deref().and_then(|target| UserId::parse(target).ok()));
+    }
+    if event.kind == super::power::POWER_LEVELS && event.state_key.is_some() {
+        let powerful = event.content.get("users").and_then(Value::as_object).into_iter().flatten();
+        users.extend(powerful.filter_map(|(user, _)| UserId::parse(user.as_str()).ok()));
+    }
+    users
+}
+
 /// What `event` names.
 pub(super) fn references(event: &Event) -> References {
-    let mut references = References::default();
-    references.users.insert(event.sender.clone());
-    if event.kind == MEMBER {
-        references.users.extend(event.state_key.as_deref().and_then(|target| UserId::parse(target).ok()));
-    }
-    if event.kind == super::power::POWER_LEVELS {
-        let users = event.content.get("users").and_then(Value::as_object).into_iter().flatten();
-        references.users.extend(users.filter_map(|(user, _)| UserId::parse(user.as_str()).ok()));
-    }
+    let mut references = References { users: concerned(event), ..References::default() };
     if event.state_key.is_none() {
         content::collect(&event.content, &mut references);
     }

@@ -194,3 +194,17 @@ fn state_is_rebuilt_from_a_whitelist() {
 fn times_are_neither_in_the_future_nor_before_the_epoch() {
     assert_eq!([time(5, 10), time(15, 10), time(-5, 10)], [5, 10, 0]);
 }
+
+#[test]
+fn no_more_is_looked_up_than_a_person_would_name_and_what_it_is_about_always() {
+    let users: Vec<String> = (0..10_000).map(|number| format!("@u{number}:h")).collect();
+    let links: String = (0..10_000).map(|number| format!("https://matrix.to/#/!r:h/$e{number} ")).collect();
+    let content = json!({
+        "body": links, "formatted_body": links, "a": { "user_ids": users },
+        "m.relates_to": {"rel_type": "m.thread", "event_id": "$root", "m.in_reply_to": {"event_id": "$last"}},
+    });
+    let found = references(&event("m.room.message", None, content));
+    // Its sender is one more.
+    assert_eq!(found.users.len() + found.events.len(), content::MOST_NAMED + 1);
+    assert_eq!(found.needs, ["$root", "$last"]);
+}
