@@ -10,6 +10,21 @@ use crate::support::testbed::gateway;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_isthmus");
 
+/// The caches that are metered.
+const CACHES: [&str; 11] = [
+    "graph_acls",
+    "graph_events",
+    "graph_resolutions",
+    "graph_states",
+    "graph_whole_states",
+    "log_events",
+    "log_rooms",
+    "server_keys",
+    "srv",
+    "transactions",
+    "well_known",
+];
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn portals_are_made_listed_explained_and_removed_from_the_command_line() {
     let directory = tempfile::tempdir().unwrap();
@@ -41,6 +56,22 @@ async fn portals_are_made_listed_explained_and_removed_from_the_command_line() {
     }
     let metrics = gateway.metrics().await.unwrap();
     assert!(metrics.lines().any(|line| line.contains("portals{") && line.contains("active") && line.ends_with(" 1")));
+    let value = |name: &str| {
+        let line = metrics.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|value| value.trim().parse::<f64>().ok())
+    };
+    for cache in CACHES {
+        let lookups = |result| value(&format!("isthmus_cache_lookups_total{{cache=\"{cache}\",result=\"{result}\"}}"));
+        assert!(lookups("hit").is_some() && lookups("miss").is_some(), "{cache} is not metered");
+        assert!(
+            value(&format!("isthmus_cache_entries{{cache=\"{cache}\"}}")).is_some(),
+            "{cache} does not show its size"
+        );
+    }
+    let metered = metrics.lines().filter(|line| line.starts_with("isthmus_cache_entries{")).count();
+    assert_eq!(metered, CACHES.len(), "a cache is not in the list");
+    assert!(value("isthmus_cache_lookups_total{cache=\"log_rooms\",result=\"hit\"}").is_some_and(|hits| hits > 0.0));
+    assert_eq!(value("isthmus_lm_missing"), Some(0.0));
 
     for (arguments, problem) in [
         (&["portal", "show", "p7"][..], "the portal p7 was not found"),

@@ -138,6 +138,7 @@ impl Lm {
         let events = moka::future::Cache::builder()
             .eviction_policy(moka::policy::EvictionPolicy::lru())
             .max_capacity(caches.events)
+            .weigher(reads::weight)
             .build();
         let inner = Inner {
             rooms: Rooms::new(context.store.clone(), caches.rooms),

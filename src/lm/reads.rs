@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use ruma::{EventId, RoomId};
+use ruma::{EventId, OwnedEventId, RoomId};
+use serde_json::Value;
 
 use super::room::Snapshot;
 use super::rooms::{RoomCell, stored_pdu};
@@ -132,4 +133,57 @@ impl Lm {
 pub(super) fn from_row(row: EventRow, room: &Snapshot) -> Result<Appended, Refusal> {
     let position = Position(row.position);
     Ok(Appended { event: Arc::new(stored_pdu(row, room.redaction)?), position })
+}
+
+/// How many events an event counts as: large ones as several, so that the cache is bounded in bytes too.
+pub(super) fn weight(_: &OwnedEventId, event: &Appended) -> u32 {
+    let bytes = event.event.json.iter().fold(0_usize, |sum, (key, value)| sum.saturating_add(entry(key, value)));
+    u32::try_from(bytes / PLAIN_EVENT).unwrap_or(u32::MAX).saturating_add(1)
+}
+
+/// About how much memory an event may take that counts as one.
+const PLAIN_EVENT: usize = 8192;
+/// About how much memory each value takes beside its text.
+const VALUE: usize = 64;
+
+fn entry(key: &str, value: &Value) -> usize {
+    key.len().saturating_add(VALUE).saturating_add(size(value))
+}
+
+/// About how much memory what is in a value takes: of many short ones more than their text.
+fn size(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(values) => {
+            values.iter().fold(0, |sum, value| sum.saturating_add(VALUE).saturating_add(size(value)))
+        }
+        Value::Object(object) => object.iter().fold(0, |sum, (key, value)| sum.saturating_add(entry(key, value))),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::identity::SigningKey;
+
+    #[test]
+    fn a_large_event_counts_as_many() {
+        let weight_of = |content: Value| {
+            let key = SigningKey::generate();
+            let template = json!({ "type": "m.x", "room_id": "!a:g.example", "sender": "@a:g.example", "content": content,
+                "origin_server_ts": 1 });
+            let template = template.as_object().cloned().unwrap_or_default();
+            let server = ruma::server_name!("g.example");
+            let completion = crate::event::Completion { auth_events: Vec::new(), prev_event: None };
+            let event = crate::event::Pdu::build(template, completion, server, &key).unwrap();
+            weight(&event.event_id.clone(), &Appended { event: Arc::new(event), position: Position(0) })
+        };
+        assert_eq!(weight_of(json!({ "body": "hello", "msgtype": "m.text" })), 1);
+        assert!((6..10).contains(&weight_of(json!({ "body": "x".repeat(60_000) }))));
+        // Short values take more than their text: 60 KB of these are some 2 MB.
+        assert!(weight_of(json!({ "values": vec![0; 30_000] })) > 200);
+    }
 }

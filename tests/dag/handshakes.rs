@@ -1,7 +1,5 @@
 //! Users of another server join, leave, knock and are invited through the gateway.
 
-use std::sync::atomic::Ordering;
-
 use isthmus::event::RoomVersion;
 use isthmus::identity::Side;
 use isthmus::seam::{Membership, Stage};
@@ -23,7 +21,7 @@ async fn a_server_joins_speaks_and_leaves() {
         let (hello, event) = view.say(&peer, &alice, "hello");
         assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_ok());
         assert_eq!(gateway.inbox(&room).await, [join.clone(), hello.clone()]);
-        let stages: Vec<Stage> = gateway.between.handshakes.lock().unwrap().drain(..).map(|h| h.stage).collect();
+        let stages: Vec<Stage> = gateway.between.gates.lock().unwrap().drain(..).map(|h| h.stage).collect();
         assert_eq!(stages, [Stage::Make, Stage::Send]);
         // The same again changes nothing.
         assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_ok());
@@ -38,7 +36,7 @@ async fn a_server_joins_speaks_and_leaves() {
         assert_eq!(gateway.membership(&room, &alice).await.as_deref(), Some("leave"));
         let refused = peer.join(&gateway, &room, &alice).await;
         assert!(refused.is_ok());
-        gateway.between.handshakes.lock().unwrap().clear();
+        gateway.between.gates.lock().unwrap().clear();
     }
 }
 
@@ -67,7 +65,7 @@ async fn a_large_room_is_joined_without_its_members_first() {
     // Asked again, it answers again, and the other side is not asked again.
     let again = gateway.dag.send_join(&peer.name, &room, &id, join, false).await.unwrap();
     assert_eq!(count(&again, "state"), 25);
-    assert_eq!(gateway.between.handshakes.lock().unwrap().len(), 2);
+    assert_eq!(gateway.between.gates.lock().unwrap().len(), 2);
 }
 
 #[tokio::test]
@@ -77,7 +75,8 @@ async fn the_other_side_can_refuse() {
     let room = gateway.room(RoomVersion::V12, "public").await;
     let alice = peer.user("alice");
     let made = gateway.dag.make_join(&peer.name, &room, &alice, &["12".to_owned()]).await.unwrap();
-    gateway.between.refuses.store(true, Ordering::SeqCst);
+    let why = Refusal::LmRule { rule: "4.3", problem: "not there".to_owned() };
+    *gateway.between.closed.lock().unwrap() = Some(why);
     let (id, join) = peer.sign(RoomVersion::V12, made["event"].clone());
     let refused = gateway.dag.send_join(&peer.name, &room, &id, join, false).await.unwrap_err();
     assert_eq!(refused.code(), "lm_rule");
@@ -124,7 +123,7 @@ async fn who_may_not_join_is_told_so_before_the_other_side_is_asked() {
         gateway.dag.make_join(&peer.name, &unknown, &alice, &versions).await.unwrap_err().code(),
         "unknown_room"
     );
-    assert!(gateway.between.handshakes.lock().unwrap().is_empty());
+    assert!(gateway.between.gates.lock().unwrap().is_empty());
 }
 
 #[tokio::test]

@@ -13,22 +13,21 @@ mod sending;
 mod synapse;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use async_trait::async_trait;
 use isthmus::clock::{Clock as _, ManualClock};
 use isthmus::dag::{Dag, NewRoom};
 use isthmus::event::{Object, RoomVersion};
 use isthmus::federation::{Client, ClientOptions, Context, OutboundQueues};
 use isthmus::identity::{Keyring, Side, SigningKey};
 use isthmus::refusal::Refusal;
-use isthmus::seam::{AliasTarget, Between, Draft, Handshake, Invite, Outgoing, Profile};
+use isthmus::seam::{Draft, Outgoing};
 use isthmus::store::{Store, inbox};
-use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, ServerName, UserId};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, UserId};
 use serde_json::{Value, json};
 
 use self::peer::Peer;
+use crate::support::between::Watcher;
 
 /// The gateway's name in these tests.
 pub const OWN: &str = "gateway.example";
@@ -40,16 +39,8 @@ pub struct Gateway {
     pub dag: Dag,
     pub context: Context,
     pub clock: Arc<ManualClock>,
-    pub between: Arc<Recorder>,
+    pub between: Arc<Watcher>,
     _directory: tempfile::TempDir,
-}
-
-/// A bridge that notes what it is asked.
-#[derive(Default)]
-pub struct Recorder {
-    pub refuses: AtomicBool,
-    pub handshakes: Mutex<Vec<Handshake>>,
-    pub invites: Mutex<Vec<Invite>>,
 }
 
 impl Gateway {
@@ -88,7 +79,7 @@ impl Gateway {
             client,
             config: Arc::new(config),
         };
-        let between = Arc::new(Recorder::default());
+        let between = Arc::new(Watcher::default());
         let dag = Dag::new(context.clone(), between.clone());
         Self { dag, context, clock, between, _directory: directory }
     }
@@ -130,43 +121,6 @@ impl Gateway {
     pub fn now(&self) -> i64 {
         self.clock.now_ms()
     }
-}
-
-#[async_trait]
-impl Between for Recorder {
-    async fn gate(&self, handshake: &Handshake) -> Result<(), Refusal> {
-        self.handshakes.lock().unwrap().push(handshake.clone());
-        if self.refuses.load(Ordering::SeqCst) {
-            return Err(Refusal::LmRule { rule: "4.3", problem: "not there".to_owned() });
-        }
-        Ok(())
-    }
-
-    fn watches(&self, _side: Side, _room_id: &RoomId) -> bool {
-        true
-    }
-
-    fn accepted(&self, _side: Side, _room_id: &RoomId) {}
-
-    async fn invited(&self, invite: Invite) -> Result<(), Refusal> {
-        self.invites.lock().unwrap().push(invite);
-        Ok(())
-    }
-
-    async fn alias(
-        &self,
-        alias: &str,
-        _asked_by: Option<&ServerName>,
-        _side: Option<Side>,
-    ) -> Result<AliasTarget, Refusal> {
-        Err(Refusal::NotFound(alias.to_owned()))
-    }
-
-    async fn profile(&self, _side: Side, user_id: &UserId) -> Result<Profile, Refusal> {
-        Err(Refusal::NotFound(user_id.to_string()))
-    }
-
-    async fn lpdu_refused(&self, _room_id: &RoomId, _lpdu_id: &OwnedEventId, _error: &str) {}
 }
 
 pub fn bot() -> OwnedUserId {

@@ -1,10 +1,9 @@
 //! The graph side alone, in this process, against stock Synapses.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use axum_server::tls_rustls::RustlsConfig;
 use isthmus::clock::{Clock as _, SystemClock};
 use isthmus::dag::{Dag, NewRoom};
@@ -13,64 +12,21 @@ use isthmus::federation::Context;
 use isthmus::gateway::{Federation, context, federation_routes};
 use isthmus::identity::Side;
 use isthmus::lm::Lm;
-use isthmus::refusal::Refusal;
-use isthmus::seam::{AliasTarget, Between, Draft, Handshake, Invite, Outgoing, Profile};
+use isthmus::seam::{AliasTarget, Draft, Outgoing};
 use isthmus::store::inbox;
-use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, ServerName, UserId};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId};
 use serde_json::{Value, json};
 
 use super::object;
+use crate::support::between::Watcher;
 use crate::support::testbed::certificates::Authority;
 use crate::support::testbed::process::free_port;
 use crate::support::testbed::synapse::{self, Synapse};
 
-/// A bridge that knows aliases, and lets everybody in.
-#[derive(Default)]
-struct Town {
-    aliases: Mutex<Vec<(String, OwnedRoomId, String)>>,
-    invites: Mutex<Vec<Invite>>,
-}
-
-#[async_trait]
-impl Between for Town {
-    async fn gate(&self, _handshake: &Handshake) -> Result<(), Refusal> {
-        Ok(())
-    }
-
-    fn watches(&self, side: Side, _room_id: &RoomId) -> bool {
-        side == Side::Matrix
-    }
-
-    fn accepted(&self, _side: Side, _room_id: &RoomId) {}
-
-    async fn invited(&self, invite: Invite) -> Result<(), Refusal> {
-        self.invites.lock().unwrap().push(invite);
-        Ok(())
-    }
-
-    async fn alias(
-        &self,
-        alias: &str,
-        _asked_by: Option<&ServerName>,
-        _side: Option<Side>,
-    ) -> Result<AliasTarget, Refusal> {
-        let aliases = self.aliases.lock().unwrap();
-        let found = aliases.iter().find(|(known, ..)| alias == known);
-        let (_, room_id, server) = found.ok_or_else(|| Refusal::NotFound(alias.to_owned()))?;
-        Ok(AliasTarget { room_id: room_id.clone(), servers: vec![server.as_str().try_into().unwrap()] })
-    }
-
-    async fn profile(&self, _side: Side, user_id: &UserId) -> Result<Profile, Refusal> {
-        Ok(Profile { displayname: Some(user_id.localpart().to_owned()), avatar_url: None })
-    }
-
-    async fn lpdu_refused(&self, _room_id: &RoomId, _lpdu_id: &OwnedEventId, _error: &str) {}
-}
-
 struct House {
     context: Context,
     dag: Dag,
-    town: Arc<Town>,
+    town: Arc<Watcher>,
     name: String,
     _directory: tempfile::TempDir,
     handle: axum_server::Handle<SocketAddr>,
@@ -87,7 +43,7 @@ impl House {
             "federation": { "custom_ca": [authority.file], "allow_private_networks": true },
         });
         let context = context(serde_json::from_value(config).unwrap(), Arc::new(SystemClock)).await.unwrap();
-        let town = Arc::new(Town::default());
+        let town = Arc::new(Watcher::default());
         let dag = Dag::new(context.clone(), town.clone());
         let lm = Lm::new(context.clone(), town.clone());
         let routes = federation_routes(Federation::new(context.clone(), lm, dag.clone(), town.clone()));
@@ -124,7 +80,8 @@ impl House {
         ];
         let new = NewRoom { creator: self.user("isthmus"), version, initial_state };
         let room = self.dag.create_room(new).await.unwrap();
-        self.town.aliases.lock().unwrap().push((alias, room.clone(), self.name.clone()));
+        let target = AliasTarget { room_id: room.clone(), servers: vec![self.name.as_str().try_into().unwrap()] };
+        self.town.aliases.lock().unwrap().push((alias, target));
         room
     }
 

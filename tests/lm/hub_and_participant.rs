@@ -13,7 +13,8 @@ use isthmus::seam::{Membership, Outgoing, Stage};
 use ruma::RoomId;
 use serde_json::{Value, json};
 
-use super::world::{Hook, World, assert_dense, bodies, draft, ids, member, message};
+use super::world::{World, assert_dense, bodies, draft, ids, member, message};
+use crate::support::between::Hook;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_participant_joins_and_both_sides_talk() {

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -15,96 +14,17 @@ use isthmus::dag::Dag;
 use isthmus::event::{Lpdu, Object, RoomVersion};
 use isthmus::federation::{Call, Context, RemoteError};
 use isthmus::gateway::{Federation, federation_routes};
-use isthmus::identity::Side;
 use isthmus::lm::{Appended, Lm, NewRoom, Position, Sent};
 use isthmus::refusal::Refusal;
-use isthmus::seam::{AliasTarget, Between, Draft, Handshake, Invite, Outgoing, Profile, Raw};
+use isthmus::seam::{Draft, Outgoing, Raw};
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
+
+use crate::support::between::Watcher;
 
 /// How long anything may take before a test gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A bridge that carries nothing over, and remembers what it was asked.
-pub struct Watcher {
-    /// Changes with every commit that a room's events went into the inbox with.
-    pub news: watch::Sender<u64>,
-    pub gates: Mutex<Vec<Handshake>>,
-    pub invites: Mutex<Vec<Invite>>,
-    pub refused: Mutex<Vec<(OwnedEventId, String)>>,
-    /// Users whom the other side would not have.
-    pub unwanted: Mutex<Vec<OwnedUserId>>,
-    /// What is done before an invite is signed.
-    pub before_signing: Mutex<Option<Hook>>,
-}
-
-/// Something asynchronous that a test does in between.
-pub type Hook = Box<dyn Fn() -> BoxFuture<'static, ()> + Send + Sync>;
-
-impl Watcher {
-    fn new() -> Arc<Self> {
-        Arc::new(Self {
-            news: watch::channel(0).0,
-            gates: Mutex::default(),
-            invites: Mutex::default(),
-            refused: Mutex::default(),
-            unwanted: Mutex::default(),
-            before_signing: Mutex::default(),
-        })
-    }
-}
-
-#[async_trait]
-impl Between for Watcher {
-    async fn gate(&self, handshake: &Handshake) -> Result<(), Refusal> {
-        self.gates.lock().unwrap().push(handshake.clone());
-        match self.unwanted.lock().unwrap().contains(&handshake.user_id) {
-            true => Err(Refusal::Forbidden("the other side would not have this user".to_owned())),
-            false => Ok(()),
-        }
-    }
-
-    fn watches(&self, _side: Side, _room_id: &RoomId) -> bool {
-        true
-    }
-
-    fn accepted(&self, _side: Side, _room_id: &RoomId) {
-        self.news.send_modify(|news| *news += 1);
-    }
-
-    async fn invited(&self, invite: Invite) -> Result<(), Refusal> {
-        let before = self.before_signing.lock().unwrap().as_ref().map(|hook| hook());
-        if let Some(before) = before {
-            before.await;
-        }
-        if self.unwanted.lock().unwrap().contains(&invite.target) {
-            return Err(Refusal::Forbidden("does not want to be invited".to_owned()));
-        }
-        self.invites.lock().unwrap().push(invite);
-        self.news.send_modify(|news| *news += 1);
-        Ok(())
-    }
-
-    async fn alias(
-        &self,
-        alias: &str,
-        _asked_by: Option<&ServerName>,
-        _side: Option<Side>,
-    ) -> Result<AliasTarget, Refusal> {
-        Err(Refusal::NotFound(format!("alias {alias}")))
-    }
-
-    async fn profile(&self, _side: Side, user_id: &UserId) -> Result<Profile, Refusal> {
-        Err(Refusal::NotFound(format!("user {user_id}")))
-    }
-
-    async fn lpdu_refused(&self, _room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) {
-        self.refused.lock().unwrap().push((lpdu_id.clone(), error.to_owned()));
-        self.news.send_modify(|news| *news += 1);
-    }
-}
 
 /// Where a test puts its meddler.
 pub type Meddling = Arc<Mutex<Option<Meddler>>>;
@@ -171,7 +91,7 @@ impl World {
         });
         let config: Config = serde_json::from_value(config).unwrap();
         let context = isthmus::gateway::context(config, self.clock.clone()).await.unwrap();
-        let watcher = Watcher::new();
+        let watcher = Arc::new(Watcher::default());
         let lm = Lm::new(context.clone(), watcher.clone());
         let dag = Dag::new(context.clone(), watcher.clone());
         lm.resume().await.unwrap();

@@ -1,5 +1,6 @@
-//! What the scenario tests share: everything of `testbed/`, and the small LM provider of the examples.
+//! What the tests share: everything of `testbed/`, the small LM provider of the examples, and a bridge that bridges nothing.
 
+pub mod between;
 #[path = "../../examples/lm_provider/provider/mod.rs"]
 pub mod provider;
 #[path = "../../testbed/mod.rs"]

@@ -1,0 +1,87 @@
+//! A bridge that carries nothing over: it notes what it is asked, and answers as a test wants.
+
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use futures::future::BoxFuture;
+use isthmus::identity::Side;
+use isthmus::refusal::Refusal;
+use isthmus::seam::{AliasTarget, Between, Handshake, Invite, Profile};
+use ruma::{OwnedEventId, OwnedUserId, RoomId, ServerName, UserId};
+use tokio::sync::watch;
+
+/// The bridge of the tests of one side.
+#[derive(Default)]
+pub struct Watcher {
+    /// Changes with every commit that a room's events went into the inbox with.
+    pub news: watch::Sender<u64>,
+    pub gates: Mutex<Vec<Handshake>>,
+    pub invites: Mutex<Vec<Invite>>,
+    pub refused: Mutex<Vec<(OwnedEventId, String)>>,
+    /// Users whom the other side would not have.
+    pub unwanted: Mutex<Vec<OwnedUserId>>,
+    /// Why the other side would have nobody.
+    pub closed: Mutex<Option<Refusal>>,
+    /// What is done before an invite is signed.
+    pub before_signing: Mutex<Option<Hook>>,
+    /// Where aliases lead.
+    pub aliases: Mutex<Vec<(String, AliasTarget)>>,
+}
+
+/// Something asynchronous that a test does in between.
+pub type Hook = Box<dyn Fn() -> BoxFuture<'static, ()> + Send + Sync>;
+
+#[async_trait]
+impl Between for Watcher {
+    async fn gate(&self, handshake: &Handshake) -> Result<(), Refusal> {
+        self.gates.lock().unwrap().push(handshake.clone());
+        if let Some(why) = &*self.closed.lock().unwrap() {
+            return Err(why.clone());
+        }
+        match self.unwanted.lock().unwrap().contains(&handshake.user_id) {
+            true => Err(Refusal::Forbidden("the other side would not have this user".to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    fn watches(&self, _side: Side, _room_id: &RoomId) -> bool {
+        true
+    }
+
+    fn accepted(&self, _side: Side, _room_id: &RoomId) {
+        self.news.send_modify(|news| *news += 1);
+    }
+
+    async fn invited(&self, invite: Invite) -> Result<(), Refusal> {
+        let before = self.before_signing.lock().unwrap().as_ref().map(|hook| hook());
+        if let Some(before) = before {
+            before.await;
+        }
+        if self.unwanted.lock().unwrap().contains(&invite.target) {
+            return Err(Refusal::Forbidden("does not want to be invited".to_owned()));
+        }
+        self.invites.lock().unwrap().push(invite);
+        self.news.send_modify(|news| *news += 1);
+        Ok(())
+    }
+
+    async fn alias(
+        &self,
+        alias: &str,
+        _asked_by: Option<&ServerName>,
+        _side: Option<Side>,
+    ) -> Result<AliasTarget, Refusal> {
+        let aliases = self.aliases.lock().unwrap();
+        let found = aliases.iter().find(|(known, _)| alias == known);
+        found.map(|(_, target)| target.clone()).ok_or_else(|| Refusal::NotFound(format!("alias {alias}")))
+    }
+
+    async fn profile(&self, _side: Side, user_id: &UserId) -> Result<Profile, Refusal> {
+        Ok(Profile { displayname: Some(user_id.localpart().to_owned()), avatar_url: None })
+    }
+
+    async fn lpdu_refused(&self, _room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) {
+        self.refused.lock().unwrap().push((lpdu_id.clone(), error.to_owned()));
+        self.news.send_modify(|news| *news += 1);
+    }
+}
