@@ -29,6 +29,9 @@ const REPLACE_AGAIN: Duration = Duration::from_secs(60);
 pub(super) const GHOSTS_STAY_MS: i64 = 3_600_000;
 /// How long a portal that an alias made may go unused.
 pub(super) const UNUSED_MS: i64 = 86_400_000;
+/// When an end that failed is tried again, at first and at last.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// How often it is looked what is due.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// How many events are sent in one call.
@@ -51,9 +54,24 @@ pub(super) async fn end(core: &Arc<Core>, entry: &Arc<Entry>, reason: &str) -> R
     if portal.state != PortalState::Ended {
         core.set_state(entry, PortalState::Ending, Some(reason.to_owned())).await?;
     }
-    let (core, ending) = (core.clone(), entry.clone());
-    core.clone().in_task(async move { finish(&core, &ending).await }).await?;
-    Ok(entry.portal())
+    let (inner, ending) = (core.clone(), entry.clone());
+    let ended = core.in_task(async move { finish(&inner, &ending).await }).await;
+    if ended.is_err() {
+        // It is written down, and nobody may ask again.
+        core.spawn(finish_again(core.clone(), entry.clone()));
+    }
+    ended.map(|()| entry.portal())
+}
+
+/// Brings about an end that failed, however often it fails.
+async fn finish_again(core: Arc<Core>, entry: Arc<Entry>) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        tokio::time::sleep(pause).await;
+        let Err(refusal) = finish(&core, &entry).await else { return };
+        tracing::warn!(portal = entry.portal().portal_id, %refusal, "a portal could not be ended");
+        pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
+    }
 }
 
 /// Takes up the ends that were under way, and looks from now on for what is due.
@@ -63,10 +81,15 @@ pub(super) fn at_start(core: &Arc<Core>) {
         let mut last = 0;
         while let Some(entry) = inner.registry.after(last, 1).pop() {
             last = entry.number;
-            if entry.portal().state == PortalState::Ending
-                && let Err(refusal) = finish(&inner, &entry).await
-            {
-                tracing::warn!(portal = entry.portal().portal_id, %refusal, "a portal could not be ended");
+            if entry.portal().state == PortalState::Ending {
+                // Each on its own: the hub of one may be slow to let go.
+                let (core, entry) = (inner.clone(), entry.clone());
+                inner.spawn(async move {
+                    if let Err(refusal) = finish(&core, &entry).await {
+                        tracing::warn!(portal = entry.portal().portal_id, %refusal, "a portal could not be ended");
+                        finish_again(core, entry).await;
+                    }
+                });
             }
         }
         loop {

@@ -74,6 +74,8 @@ async fn work(core: Arc<Core>, entry: Arc<Entry>, source: Side) {
             Ok(Progress::Wait(wait)) => wait,
             Err(error) => {
                 tracing::warn!(portal = worker.entry.portal().portal_id, side = source.as_str(), %error, "carrying paused");
+                // The news that this pass had taken may not have been read.
+                worker.inbox.look_again();
                 POLL
             }
         };

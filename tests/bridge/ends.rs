@@ -134,6 +134,31 @@ async fn an_end_that_is_broken_off_is_taken_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_that_fails_is_tried_again() {
+    let (world, mut gateway) = World::new(json!({})).await;
+    let mut portals = Vec::new();
+    for _ in 0..2 {
+        let lm = room(&world, "public").await;
+        let via = [LM.try_into().unwrap()];
+        portals.push(gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap());
+    }
+    for (portal, with_restart) in portals.iter().zip([false, true]) {
+        so("both states in step", || gateway.in_step(portal)).await;
+        world.break_inserts("lm_lpdu_queue").await;
+        gateway.bridge.remove_portal(&portal.portal_id, "enough").await.unwrap_err();
+        assert_eq!(state(&gateway, portal).await.0, PortalState::Ending);
+        if with_restart {
+            // At the start it fails once more.
+            gateway = world.kill(gateway).await;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        world.mend_inserts("lm_lpdu_queue").await;
+        so("the end", || async { state(&gateway, portal).await.0 == PortalState::Ended }).await;
+        assert!(deserted(&gateway, portal).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ghosts_leave_a_suspended_portal_after_an_hour() {
     let (world, gateway) = World::new(json!({})).await;
     let lm = room(&world, "public").await;

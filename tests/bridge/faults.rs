@@ -200,3 +200,34 @@ async fn talk_and_break(world: &World, gateway: Gateway, portal: &isthmus::bridg
     assert_eq!(in_log.len(), 2 * MESSAGES);
     assert_eq!(in_graph.len(), 2 * MESSAGES);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_came_while_the_database_failed_is_carried_when_it_is_well_again() {
+    let (world, gateway) = World::new(json!({ "budgets": { "events_per_second": 1 } })).await;
+    let lm = super::from_lm::room(&world, "public").await;
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    let alice = world.matrix_user("alice");
+    let mut view = world.matrix_join(&gateway, &portal.matrix_room_id, &alice).await.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    let count = |side: usize| {
+        let (bridge, id) = (gateway.bridge.clone(), portal.portal_id.clone());
+        async move { bridge.health(&id).await.unwrap().waiting[side].count }
+    };
+    // Some of what hubert says waits for his server's budget, so that there is something to do when it is well again.
+    for number in 0..70 {
+        world.lm_say(&lm, "hubert", &number.to_string()).await;
+    }
+    so("all of it here", || async { gateway.node.bodies(&lm).await.len() == 70 }).await;
+    so("some of it waits", || async { (1..30).contains(&count(1).await) }).await;
+    world.break_inbox(isthmus::identity::Side::Lm).await;
+    world.matrix_say(&gateway, &mut view, &alice, "echo me").await;
+    so("alice's words at the hub", || async {
+        world.server.bodies(&lm).await.iter().any(|(_, body)| body == "echo me")
+    })
+    .await;
+    so("the echo", || async { gateway.node.bodies(&lm).await.len() == 71 }).await;
+    world.mend_inserts("bridge_inbox").await;
+    world.advance(120_000);
+    so("all carried, and nothing pending", || gateway.in_step(&portal)).await;
+}

@@ -138,6 +138,16 @@ impl World {
         self.sql(&trigger).await;
     }
 
+    /// From now on the gateway's database keeps what is in a side's inbox, and fails.
+    pub async fn break_inbox(&self, side: Side) {
+        let trigger = format!(
+            "CREATE TRIGGER broken_bridge_inbox BEFORE DELETE ON bridge_inbox WHEN OLD.side = '{}' \
+             BEGIN SELECT RAISE(ABORT, 'broken for the test'); END",
+            side.as_str()
+        );
+        self.sql(&trigger).await;
+    }
+
     /// It takes them again.
     pub async fn mend_inserts(&self, table: &str) {
         self.sql(&format!("DROP TRIGGER broken_{table}")).await;
