@@ -24,6 +24,10 @@ use self::support::hub;
 use self::support::participant::Participant;
 use self::support::percentile;
 
+/// Events are trees of many small pieces, made by one thread and often dropped by another.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// How many servers take part.
 const PARTICIPANTS: usize = 4;
 /// How many LPDUs each signs in advance, out of the clock's sight.

@@ -19,6 +19,10 @@ use self::support::homeserver::Homeserver;
 use self::support::participant::Participant;
 use self::support::{percentile, portal};
 
+/// Events are trees of many small pieces, made by one thread and often dropped by another.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// What a stock Synapse accepts of one server's events in one room, a second.
 const SYNAPSE: f64 = 100.0;
 /// How many messages a second are prepared for: more than can be carried.

@@ -17,6 +17,10 @@ use ruma::OwnedServerName;
 use tracing_subscriber::EnvFilter;
 use url::Url;
 
+/// Events are trees of many small pieces, made by one thread and often dropped by another.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// A bridging gateway between full Matrix and Linearized Matrix.
 #[derive(Parser)]
 #[command(name = "isthmus", version)]

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use ruma::ServerName;
-use serde_json::value::RawValue;
 
 use super::Shared;
-use crate::event::Object;
+use crate::event::{Object, canonical_text};
 use crate::federation::{Delivery, Feed, FeedSource};
 use crate::refusal::Refusal;
 use crate::store::{StoreError, dag};
@@ -37,7 +37,7 @@ impl FeedSource for Outbox {
                     && windows.iter().any(|window| {
                         row.position > window.opened && window.closed.is_none_or(|closed| row.position <= closed)
                     });
-                let event = wanted.then(|| raw(json)).transpose()?;
+                let event = wanted.then(|| canonical(&json)).transpose()?;
                 Ok(Delivery { position: row.position, event })
             })
             .collect::<Result<Vec<_>, StoreError>>()?;
@@ -67,7 +67,7 @@ impl FeedSource for Outbox {
     }
 }
 
-fn raw(json: Vec<u8>) -> Result<Box<RawValue>, StoreError> {
-    let text = String::from_utf8(json).map_err(|error| StoreError::corrupt("event", error))?;
-    RawValue::from_string(text).map_err(|error| StoreError::corrupt("event", error))
+/// Events that G passes on for others are stored as they came.
+fn canonical(json: &[u8]) -> Result<Bytes, StoreError> {
+    canonical_text(json).map(Bytes::from).map_err(|error| StoreError::corrupt("event", error))
 }

@@ -18,6 +18,32 @@ pub fn canonical_json(object: &Object) -> Vec<u8> {
     out
 }
 
+/// How many bytes the canonical form of `object` has.
+pub(super) fn canonical_len(object: &Object) -> usize {
+    let mut length = Length(0);
+    write_entries(object.iter().map(|(key, value)| (key.as_str(), value)).collect(), &mut length, write_value);
+    length.0
+}
+
+/// Where canonical JSON is written to.
+pub(super) trait Sink {
+    fn put(&mut self, bytes: &[u8]);
+}
+
+impl Sink for Vec<u8> {
+    fn put(&mut self, bytes: &[u8]) {
+        self.extend_from_slice(bytes);
+    }
+}
+
+struct Length(usize);
+
+impl Sink for Length {
+    fn put(&mut self, bytes: &[u8]) {
+        self.0 = self.0.saturating_add(bytes.len());
+    }
+}
+
 /// The canonical form of an object of which only the top level is chosen by the caller.
 pub(super) fn canonical_view(entries: Vec<(&str, Cow<'_, Value>)>) -> Vec<u8> {
     let mut out = Vec::with_capacity(1024);
@@ -38,20 +64,20 @@ pub(super) fn canonical_number(number: &Number) -> Cow<'static, str> {
     }
 }
 
-fn write_entries<V>(mut entries: Vec<(&str, V)>, out: &mut Vec<u8>, write: impl Fn(V, &mut Vec<u8>)) {
+fn write_entries<V, S: Sink>(mut entries: Vec<(&str, V)>, out: &mut S, write: impl Fn(V, &mut S)) {
     if !entries.is_sorted_by(|(a, _), (b, _)| utf16_order(a, b) == Ordering::Less) {
         entries.sort_by(|(a, _), (b, _)| utf16_order(a, b));
     }
-    out.push(b'{');
+    out.put(b"{");
     for (index, (key, value)) in entries.into_iter().enumerate() {
         if index > 0 {
-            out.push(b',');
+            out.put(b",");
         }
         write_string(key, out);
-        out.push(b':');
+        out.put(b":");
         write(value, out);
     }
-    out.push(b'}');
+    out.put(b"}");
 }
 
 /// The order of UTF-16 code units, which is the order of bytes but for what lies beyond the basic plane.
@@ -59,22 +85,22 @@ fn utf16_order(a: &str, b: &str) -> Ordering {
     if a.is_ascii() || b.is_ascii() { a.cmp(b) } else { a.encode_utf16().cmp(b.encode_utf16()) }
 }
 
-fn write_value(value: &Value, out: &mut Vec<u8>) {
+fn write_value<S: Sink>(value: &Value, out: &mut S) {
     match value {
-        Value::Null => out.extend_from_slice(b"null"),
-        Value::Bool(true) => out.extend_from_slice(b"true"),
-        Value::Bool(false) => out.extend_from_slice(b"false"),
-        Value::Number(number) => out.extend_from_slice(canonical_number(number).as_bytes()),
+        Value::Null => out.put(b"null"),
+        Value::Bool(true) => out.put(b"true"),
+        Value::Bool(false) => out.put(b"false"),
+        Value::Number(number) => out.put(canonical_number(number).as_bytes()),
         Value::String(text) => write_string(text, out),
         Value::Array(items) => {
-            out.push(b'[');
+            out.put(b"[");
             for (index, item) in items.iter().enumerate() {
                 if index > 0 {
-                    out.push(b',');
+                    out.put(b",");
                 }
                 write_value(item, out);
             }
-            out.push(b']');
+            out.put(b"]");
         }
         Value::Object(object) => {
             write_entries(object.iter().map(|(key, value)| (key.as_str(), value)).collect(), out, write_value);
@@ -82,36 +108,43 @@ fn write_value(value: &Value, out: &mut Vec<u8>) {
     }
 }
 
-fn write_string(text: &str, out: &mut Vec<u8>) {
-    out.push(b'"');
+fn write_string(text: &str, out: &mut impl Sink) {
+    out.put(b"\"");
     write_escaped(text, out);
-    out.push(b'"');
+    out.put(b"\"");
 }
 
 /// What stands between the quotes of a string.
-pub(super) fn write_escaped(text: &str, out: &mut Vec<u8>) {
-    let bytes = text.as_bytes();
-    let mut plain = 0;
-    for (index, byte) in bytes.iter().enumerate() {
-        let escape: &[u8] = match byte {
-            b'"' => b"\\\"",
-            b'\\' => b"\\\\",
-            0x08 => b"\\b",
-            0x0c => b"\\f",
-            b'\n' => b"\\n",
-            b'\r' => b"\\r",
-            b'\t' => b"\\t",
-            0..=0x1f => b"\\u",
-            _ => continue,
-        };
-        out.extend_from_slice(bytes.get(plain..index).unwrap_or_default());
-        out.extend_from_slice(escape);
-        if escape == b"\\u" {
-            out.extend_from_slice(format!("{byte:04x}").as_bytes());
+pub(super) fn write_escaped(text: &str, out: &mut impl Sink) {
+    let mut rest = text.as_bytes();
+    while let Some((plain, byte, after)) = split_at_escape(rest) {
+        out.put(plain);
+        match byte {
+            b'"' => out.put(b"\\\""),
+            b'\\' => out.put(b"\\\\"),
+            0x08 => out.put(b"\\b"),
+            0x0c => out.put(b"\\f"),
+            b'\n' => out.put(b"\\n"),
+            b'\r' => out.put(b"\\r"),
+            b'\t' => out.put(b"\\t"),
+            _ => out.put(format!("\\u{byte:04x}").as_bytes()),
         }
-        plain = index + 1;
+        rest = after;
     }
-    out.extend_from_slice(bytes.get(plain..).unwrap_or_default());
+    out.put(rest);
+}
+
+/// The bytes before the first one that is escaped, that one, and those after it.
+fn split_at_escape(bytes: &[u8]) -> Option<(&[u8], u8, &[u8])> {
+    let is_escaped = |byte: &u8| *byte < 0x20 || *byte == b'"' || *byte == b'\\';
+    // Blocks without a branch inside are looked at many bytes at a time.
+    let is_plain = |block: &&[u8; 32]| !block.iter().fold(false, |found, byte| found | is_escaped(byte));
+    let (blocks, _) = bytes.as_chunks::<32>();
+    let skipped = blocks.iter().take_while(is_plain).count().saturating_mul(32);
+    let index = skipped.checked_add(bytes.get(skipped..)?.iter().position(is_escaped)?)?;
+    let (plain, rest) = bytes.split_at_checked(index)?;
+    let (byte, after) = rest.split_first()?;
+    Some((plain, *byte, after))
 }
 
 #[cfg(test)]
@@ -127,6 +160,7 @@ mod tests {
             if let Ok(object) = parse_object(text.as_bytes()) {
                 let canonical = canonical_json(&object);
                 prop_assert_eq!(&canonical, &canonical_text(text.as_bytes()).unwrap());
+                prop_assert_eq!(canonical.len(), canonical_len(&object));
                 // Canonical JSON is its own canonical form.
                 prop_assert_eq!(canonical_json(&parse_object(&canonical).unwrap()), canonical);
             }

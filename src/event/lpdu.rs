@@ -4,10 +4,11 @@
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, ServerName};
 use serde_json::{Value, json};
 
+use super::canonical::canonical_len;
 use super::form::{Common, MAX_EVENT, check_numbers, sha256, strip, wrong};
 use super::hash::{event_id_of, lpdu_hash, lpdu_signing_bytes};
 use super::sign::{add_signature, known_signatures};
-use super::{Object, Redaction, SignatureCheck, VerifyKeys, canonical_json, verify_each};
+use super::{Object, Redaction, SignatureCheck, VerifyKeys, verify_each};
 use crate::identity::SigningKey;
 use crate::refusal::Refusal;
 
@@ -51,7 +52,7 @@ impl Lpdu {
         let hub_server = common.hub_server.ok_or_else(|| wrong(&json, "hub_server", "the hub's name in an LPDU"))?;
         check_lpdu_hashes(&json)?;
         json.values().try_for_each(check_numbers)?;
-        let size = canonical_json(&json).len();
+        let size = canonical_len(&json);
         if size > MAX_EVENT {
             return Err(Refusal::TooLarge { what: "the LPDU", size, limit: MAX_EVENT });
         }

@@ -5,6 +5,7 @@
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, ServerName};
 use serde_json::{Value, json};
 
+use super::canonical::canonical_len;
 use super::form::{Common, MAX_EVENT, check_numbers, event_ids, sha256, strip, wrong};
 use super::hash::{content_hash, event_id_of, lpdu_hash, lpdu_signing_bytes, signing_bytes};
 use super::lpdu::lpdu_id;
@@ -70,7 +71,7 @@ impl Pdu {
         check_hashes_form(&json, common.hub_server.is_some())?;
         let auth_events = event_ids(&json, "auth_events", MAX_REFERENCES)?;
         let prev_events = event_ids(&json, "prev_events", MAX_REFERENCES)?;
-        let size = canonical_json(&json).len();
+        let size = canonical_len(&json);
         if size > MAX_EVENT {
             return Err(Refusal::TooLarge { what: "the event", size, limit: MAX_EVENT });
         }
@@ -224,7 +225,7 @@ fn finish(
     // What the hub signs is what the reference hash covers.
     let bytes = signing_bytes(&json, Redaction::Draft);
     add_signature(&mut json, hub.as_str(), key.id(), key.sign(&bytes));
-    let size = canonical_json(&json).len();
+    let size = canonical_len(&json);
     if size > MAX_EVENT {
         return Err(Refusal::TooLarge { what: "the event with the hub's fields", size, limit: MAX_EVENT });
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode, header};
 use ruma::{OwnedServerName, ServerName};
 use tokio::sync::Semaphore;
@@ -36,8 +37,8 @@ pub struct Call {
     pub method: Method,
     /// Path and query, percent-encoded, beginning with `/_matrix/`.
     pub uri: String,
-    /// The body of PUT and POST.
-    pub body: Option<Object>,
+    /// The body of PUT and POST, in canonical form.
+    pub body: Option<Bytes>,
     /// How long everything may take.
     pub timeout: Duration,
     /// How many bytes the answer may have.
@@ -52,6 +53,11 @@ impl Call {
 
     /// A PUT with the usual limits (60 s, 1 MiB).
     pub fn put(uri: impl Into<String>, body: Object) -> Self {
+        Self::put_canonical(uri, canonical_json(&body).into())
+    }
+
+    /// The same of a body that is in canonical form already.
+    pub fn put_canonical(uri: impl Into<String>, body: Bytes) -> Self {
         let get = Self::get(uri);
         Self { method: Method::PUT, body: Some(body), timeout: Duration::from_secs(60), limit: 1 << 20, ..get }
     }
@@ -194,10 +200,10 @@ impl Client {
             Dial::Trusted => &inner.to_trusted,
         };
         let mut request = http.request(call.method.clone(), url)?.header(header::HOST, &route.host);
-        let content = call.body.as_ref().map(canonical_json);
+        let content = call.body;
         let signed = match (&content, signing) {
             (_, Signing::Unsigned) => None,
-            (Some(content), _) => Some(Some(content.as_slice())),
+            (Some(content), _) => Some(Some(content.as_ref())),
             (None, Signing::WithContent) => Some(Some(b"{}".as_slice())),
             (None, Signing::WithoutContent) => Some(None),
         };

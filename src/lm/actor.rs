@@ -118,7 +118,10 @@ async fn run(lm: Lm, cell: Arc<RoomCell>, mut inbox: mpsc::Receiver<Job>) {
         let mut next = match tokio::time::timeout(IDLE, inbox.recv()).await {
             Ok(Some(job)) => Some(job),
             Ok(None) => return,
-            Err(_) if end_if_idle(&cell.jobs, &inbox) => return,
+            Err(_) if end_if_idle(&cell.jobs, &inbox) => {
+                cell.rest();
+                return;
+            }
             Err(_) => continue,
         };
         let mut items = Vec::new();

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use ruma::{OwnedEventId, OwnedServerName};
-use serde_json::value::RawValue;
 
 use super::room::{Move, Snapshot};
 use super::rooms::RoomCell;
@@ -139,7 +139,11 @@ impl Batch {
         };
         if !destinations.is_empty() {
             cell.keep_recent(texts);
-            context.outbound.wake(&Feed { kind: FeedKind::Log, room_id: room_id.clone() }, &destinations);
+            let feed = Feed { kind: FeedKind::Log, room_id: room_id.clone() };
+            match appended.last() {
+                Some(last) if !somebody_moved => context.outbound.wake_at(&feed, &destinations, last.position.0),
+                _ => context.outbound.wake(&feed, &destinations),
+            }
         }
         if pushed {
             for event in &appended {
@@ -204,7 +208,7 @@ struct Done {
     failed: Option<StoreError>,
     untried: Vec<Option<EventEffect>>,
     /// The events as text, where there is somebody to send them to.
-    texts: Vec<(i64, Arc<RawValue>)>,
+    texts: Vec<(i64, Bytes)>,
     /// Whether anything went into the bridge's inbox.
     pushed: bool,
 }
@@ -243,7 +247,8 @@ impl Job {
         let pushed = self.push_to_inbox(tx).await?;
         let is_hub = self.is_hub;
         let events = self.append(tx).await?;
-        let texts = if is_hub { texts(events)? } else { Vec::new() };
+        let text = |event: NewEvent| (event.position, event.json.into());
+        let texts = if is_hub { events.into_iter().map(text).collect() } else { Vec::new() };
         Ok(Done { kept, failed, untried, texts, pushed })
     }
 
@@ -307,13 +312,4 @@ impl Job {
         stored::set_state(tx, room_id, &state.into_iter().collect::<Vec<_>>()).await?;
         Ok(events)
     }
-}
-
-fn texts(events: Vec<NewEvent>) -> Result<Vec<(i64, Arc<RawValue>)>, StoreError> {
-    let text = |event: NewEvent| {
-        let text = String::from_utf8(event.json).map_err(|error| StoreError::corrupt("event", error))?;
-        let raw = RawValue::from_string(text).map_err(|error| StoreError::corrupt("event", error))?;
-        Ok((event.position, Arc::from(raw)))
-    };
-    events.into_iter().map(text).collect()
 }

@@ -4,7 +4,6 @@ use std::sync::Weak;
 
 use async_trait::async_trait;
 use ruma::{RoomId, ServerName};
-use serde_json::value::RawValue;
 
 use super::{Inner, Lm};
 use crate::event::Object;
@@ -87,16 +86,14 @@ impl Lm {
             return Ok(skipped.into_iter().collect());
         };
         let events = match cell.recent(first, last, limit) {
-            Some(events) => events.into_iter().map(|(position, raw)| (position, (*raw).to_owned())).collect(),
+            Some(events) => events,
             None => {
                 let limit = i64::try_from(limit).unwrap_or(i64::MAX);
                 let rows = stored::range(store, room_id, first, last, limit).await?;
-                rows.into_iter()
-                    .map(|row| Ok((row.position, raw(row.json)?)))
-                    .collect::<Result<Vec<_>, StoreError>>()?
+                rows.into_iter().map(|row| (row.position, row.json.into())).collect()
             }
         };
-        Ok(events.into_iter().map(|(position, raw)| Delivery { position, event: Some(raw) }).collect())
+        Ok(events.into_iter().map(|(position, event)| Delivery { position, event: Some(event) }).collect())
     }
 }
 
@@ -109,12 +106,6 @@ fn next_visible(stays: &[Stay], after: i64, last: i64) -> Option<(i64, i64)> {
             (first, stay.until.map_or(last, |until| until.min(last)))
         })
         .find(|(first, last)| first <= last)
-}
-
-/// Stored JSON as it goes over the wire.
-pub(super) fn raw(json: Vec<u8>) -> Result<Box<RawValue>, StoreError> {
-    let text = String::from_utf8(json).map_err(|error| StoreError::corrupt("event", error))?;
-    RawValue::from_string(text).map_err(|error| StoreError::corrupt("event", error))
 }
 
 #[cfg(test)]

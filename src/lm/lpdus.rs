@@ -8,7 +8,6 @@ use ruma::{OwnedEventId, RoomId, ServerName, UserId};
 use serde_json::Value;
 
 use super::actor::template;
-use super::feed::raw;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
 use super::{Appended, Lm, Sent};
@@ -174,11 +173,11 @@ impl Lm {
         let max = i64::try_from(limit).unwrap_or(i64::MAX);
         let rows = stored::lpdus_after(&self.context().store, room_id, after, max).await?;
         let is_all = rows.len() < limit;
-        let mut found = rows
+        let mut found: Vec<Delivery> = rows
             .into_iter()
             .filter(|row| until.is_none_or(|until| row.position <= until))
-            .map(|row| Ok(Delivery { position: row.position, event: Some(raw(row.json)?) }))
-            .collect::<Result<Vec<_>, StoreError>>()?;
+            .map(|row| Delivery { position: row.position, event: Some(row.json.into()) })
+            .collect();
         if is_all || found.is_empty() {
             // What was answered meanwhile is gone from the store.
             Delivery::pass_on(&mut found, until);

@@ -4,8 +4,8 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
+use bytes::Bytes;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, RoomId, ServerName};
-use serde_json::value::RawValue;
 use tokio::sync::{OnceCell, mpsc, oneshot};
 
 use super::Appended;
@@ -19,8 +19,12 @@ use crate::refusal::Refusal;
 use crate::store::lm::{self as stored, EventRow, Stay};
 use crate::store::{Store, StoreError};
 
-/// How many of a room's last events are kept as text for the queues of its servers.
-const RECENT: usize = 256;
+/// How many of a busy room's last events are kept as text for the queues of its servers, and how many bytes of them: what
+/// a server that keeps up does not have yet.
+const RECENT: usize = 4096;
+const RECENT_BYTES: usize = 4 << 20;
+/// How many are kept when a room falls silent.
+const RECENT_IDLE: usize = 16;
 
 /// One room.
 pub(super) struct RoomCell {
@@ -32,13 +36,39 @@ pub(super) struct RoomCell {
     pub jobs: Mutex<Option<mpsc::Sender<Job>>>,
     /// Held by whoever appends what a hub sent, so that its events are taken in order.
     pub intake: tokio::sync::Mutex<()>,
-    recent: Mutex<VecDeque<(i64, Arc<RawValue>)>>,
+    recent: Mutex<Recent>,
     waiters: Mutex<HashMap<OwnedEventId, Vec<Echo>>>,
     stays: Mutex<Stays>,
     /// As participant: what our users sent and what has not come back.
     pub ahead: Mutex<Ahead>,
     /// As participant: whether something of the hub's log is missing.
     pub missing: Mutex<Missing>,
+}
+
+/// The end of the log, as text.
+#[derive(Default)]
+struct Recent {
+    events: VecDeque<(i64, Bytes)>,
+    bytes: usize,
+}
+
+impl Recent {
+    fn push(&mut self, position: i64, event: Bytes) {
+        // Kept without holes, so that a reader finds everything after a position or nothing.
+        if self.events.back().is_some_and(|(last, _)| last.checked_add(1) != Some(position)) {
+            *self = Self::default();
+        }
+        self.bytes = self.bytes.saturating_add(event.len());
+        self.events.push_back((position, event));
+        self.shrink(RECENT, RECENT_BYTES);
+    }
+
+    fn shrink(&mut self, events: usize, bytes: usize) {
+        while self.events.len() > events || (self.bytes > bytes && self.events.len() > 1) {
+            let Some((_, event)) = self.events.pop_front() else { return };
+            self.bytes = self.bytes.saturating_sub(event.len());
+        }
+    }
 }
 
 /// When servers were in the room, as far as somebody has asked.
@@ -94,28 +124,28 @@ impl RoomCell {
     /// Nobody knows whether a write was committed: the store is asked again.
     pub fn forget(&self) {
         *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = None;
-        lock(&self.recent).clear();
+        *lock(&self.recent) = Recent::default();
         self.forget_stays();
     }
 
     /// Keeps events as text for those who read the log as it grows.
-    pub fn keep_recent(&self, events: impl IntoIterator<Item = (i64, Arc<RawValue>)>) {
+    pub fn keep_recent(&self, events: impl IntoIterator<Item = (i64, Bytes)>) {
         let mut recent = lock(&self.recent);
-        for (position, raw) in events {
-            // Kept without holes, so that a reader finds everything after a position or nothing.
-            if recent.back().is_some_and(|(last, _)| last.checked_add(1) != Some(position)) {
-                recent.clear();
-            }
-            recent.push_back((position, raw));
-            if recent.len() > RECENT {
-                recent.pop_front();
-            }
+        for (position, event) in events {
+            recent.push(position, event);
         }
     }
 
+    /// Nothing has come for a while: what nobody is waiting for any more is let go.
+    pub fn rest(&self) {
+        let mut recent = lock(&self.recent);
+        recent.shrink(RECENT_IDLE, RECENT_BYTES);
+        recent.events.shrink_to_fit();
+    }
+
     /// The events from `from` to `to`, at most `limit`, if all of them are in memory.
-    pub fn recent(&self, from: i64, to: i64, limit: usize) -> Option<Vec<(i64, Arc<RawValue>)>> {
-        let recent = lock(&self.recent);
+    pub fn recent(&self, from: i64, to: i64, limit: usize) -> Option<Vec<(i64, Bytes)>> {
+        let recent = &lock(&self.recent).events;
         let (first, last) = (recent.front()?.0, recent.back()?.0);
         if from < first || from > last {
             return None;

@@ -165,7 +165,8 @@ fn pool_options(backend: Backend, size: u32) -> AnyPoolOptions {
                 connection
                     .execute(
                         "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
-                             PRAGMA busy_timeout = 10000; PRAGMA cache_size = -32768; PRAGMA temp_store = MEMORY;",
+                             PRAGMA busy_timeout = 10000; PRAGMA cache_size = -32768; PRAGMA temp_store = MEMORY; \
+                             PRAGMA wal_autocheckpoint = 4000;",
                     )
                     .await?;
             }

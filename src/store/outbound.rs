@@ -25,6 +25,8 @@ pub struct Cursor {
     pub target: i64,
     /// Whether nothing follows the target.
     pub ends: bool,
+    /// Whether no end is set.
+    pub open: bool,
 }
 
 /// One feed's part of a transaction.
@@ -144,7 +146,7 @@ pub async fn cursor(store: &Store, key: &CursorKey) -> Result<Option<Cursor>, St
     let Some(row) = row else { return Ok(None) };
     let (head, ends_at): (i64, Option<i64>) = (row.try_get("head")?, row.try_get("ends_at")?);
     let target = ends_at.map_or(head, |end| end.min(head));
-    Ok(Some(Cursor { sent: row.try_get("sent")?, target, ends: ends_at == Some(target) }))
+    Ok(Some(Cursor { sent: row.try_get("sent")?, target, ends: ends_at == Some(target), open: ends_at.is_none() }))
 }
 
 /// Every destination and feed where events wait.

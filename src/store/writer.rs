@@ -131,14 +131,9 @@ async fn run(pool: AnyPool, backend: Backend, ids: Arc<Ids>, mut inbox: mpsc::Re
 async fn commit(pool: &AnyPool, backend: Backend, ids: &Ids, group: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
     let mut connection = pool.acquire().await?;
     ids.reserve(&mut connection).await?;
-    let begin = match backend {
-        Backend::Sqlite => "BEGIN IMMEDIATE",
-        Backend::Postgres => "BEGIN",
-    };
-    connection.execute(begin).await?;
-    let done = match in_transaction(&mut connection, group).await {
-        Ok(()) => connection.execute("COMMIT").await.map(drop).map_err(StoreError::from),
-        Err(error) => Err(error),
+    let done = match group {
+        [job] => alone(&mut connection, backend, &mut **job).await,
+        jobs => together(&mut connection, backend, jobs).await,
     };
     if done.is_err() {
         // What state the connection is in is not known any more; a closed one has no open transaction.
@@ -147,13 +142,32 @@ async fn commit(pool: &AnyPool, backend: Backend, ids: &Ids, group: &mut [Box<dy
     done
 }
 
-async fn in_transaction(tx: &mut AnyConnection, group: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
-    for job in group {
-        tx.execute("SAVEPOINT job").await?;
+/// A job that fails takes the whole transaction back, which is its own.
+async fn alone(tx: &mut AnyConnection, backend: Backend, job: &mut dyn Job) -> Result<(), StoreError> {
+    tx.execute(match backend {
+        Backend::Sqlite => "BEGIN IMMEDIATE",
+        Backend::Postgres => "BEGIN",
+    })
+    .await?;
+    let end = if job.run(tx).await { "COMMIT" } else { "ROLLBACK" };
+    tx.execute(end).await?;
+    Ok(())
+}
+
+/// Each job in a savepoint. What stands between two jobs goes to the database at once: every round trip counts.
+async fn together(tx: &mut AnyConnection, backend: Backend, jobs: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
+    tx.execute(match backend {
+        Backend::Sqlite => "BEGIN IMMEDIATE; SAVEPOINT job",
+        Backend::Postgres => "BEGIN; SAVEPOINT job",
+    })
+    .await?;
+    let last = jobs.len().saturating_sub(1);
+    for (index, job) in jobs.iter_mut().enumerate() {
         if !job.run(tx).await {
             tx.execute("ROLLBACK TO SAVEPOINT job").await?;
         }
-        tx.execute("RELEASE SAVEPOINT job").await?;
+        let next = if index == last { "RELEASE SAVEPOINT job; COMMIT" } else { "RELEASE SAVEPOINT job; SAVEPOINT job" };
+        tx.execute(next).await?;
     }
     Ok(())
 }

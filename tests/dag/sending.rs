@@ -17,7 +17,7 @@ async fn feed(gateway: &Gateway, room: &RoomId, destination: &Peer, after: i64) 
     let rows = gateway.dag.outbox().read(&feed, &destination.name, after, None, 100).await.unwrap();
     rows.into_iter()
         .map(|row| {
-            let event = row.event.map(|event| serde_json::from_str::<serde_json::Value>(event.get()).unwrap());
+            let event = row.event.map(|event| serde_json::from_slice::<serde_json::Value>(&event).unwrap());
             let label = event.map(|event| {
                 event["content"]["body"].as_str().or(event["content"]["membership"].as_str()).unwrap_or("?").to_owned()
             });

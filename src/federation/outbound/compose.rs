@@ -3,14 +3,14 @@
 
 use std::sync::{Arc, PoisonError};
 
+use bytes::Bytes;
 use ruma::OwnedServerName;
 
-use super::slot::Slot;
+use super::slot::{News, Slot};
 use super::{Feed, FeedSource, Shared};
-use crate::event::{Object, parse_object};
 use crate::identity::Side;
 use crate::store::StoreError;
-use crate::store::outbound::{self as rows, InflightRow, PartRow};
+use crate::store::outbound::{self as rows, Cursor, InflightRow, PartRow};
 
 /// How many events a transaction has at most.
 const MAX_PDUS: usize = 50;
@@ -46,7 +46,7 @@ pub(super) struct Part {
     /// Whether the feed ends here for the destination.
     pub is_last: bool,
     /// The events at the positions, as long as they need not be read again.
-    pub events: Option<Vec<Object>>,
+    pub events: Option<Vec<Bytes>>,
 }
 
 pub(super) enum Composed {
@@ -67,15 +67,15 @@ impl Composer<'_> {
     /// The next transaction, of one event when it is to be `single`. `done` has arrived, but is not kept yet.
     pub(super) async fn compose(&self, single: bool, done: Option<&[PartRow]>) -> Result<Composed, StoreError> {
         let feeds = self.slot.take(MAX_FEEDS);
-        let Some(first) = feeds.first() else { return Ok(Composed::Nothing) };
+        let Some((first, _)) = feeds.first() else { return Ok(Composed::Nothing) };
         let mut room = Room::new(first.kind.protocol(), single, feeds.len());
         let mut parts = Vec::new();
-        for feed in feeds {
+        for (feed, news) in feeds {
             if room.is_full() {
-                self.slot.add(feed);
+                self.slot.add(feed, news);
                 continue;
             }
-            if let Some(part) = self.part(feed, &mut room, done.unwrap_or_default()).await? {
+            if let Some(part) = self.part(feed, news, &mut room, done.unwrap_or_default()).await? {
                 parts.push(part);
             }
         }
@@ -93,13 +93,18 @@ impl Composer<'_> {
     }
 
     /// What a feed has for the destination, as far as there is room. A feed that has more is put to the end of the line.
-    async fn part(&self, feed: Feed, room: &mut Room, done: &[PartRow]) -> Result<Option<Part>, StoreError> {
+    async fn part(
+        &self,
+        feed: Feed,
+        news: News,
+        room: &mut Room,
+        done: &[PartRow],
+    ) -> Result<Option<Part>, StoreError> {
         let source = self.source(&feed)?;
-        let Some(cursor) = rows::cursor(&self.shared.store, &feed.key(self.destination)).await? else {
-            return Ok(None);
-        };
+        let Some(cursor) = self.cursor(&feed, news).await? else { return Ok(None) };
         let is_this = |row: &&PartRow| row.kind == feed.kind.as_str() && row.room_id == feed.room_id.as_str();
         let sent = done.iter().filter(is_this).map(|row| row.through).fold(cursor.sent, i64::max);
+        self.slot.set_place(&feed, cursor.open.then_some(sent));
         if sent >= cursor.target {
             return Ok(None);
         }
@@ -117,22 +122,34 @@ impl Composer<'_> {
                 tracing::error!(feed = ?part.feed, position, through, target, "a feed is out of order");
                 return Ok(None);
             }
-            if let Some(raw) = delivery.event {
-                if !room.takes(raw.get().len()) {
+            if let Some(event) = delivery.event {
+                if !room.takes(event.len()) {
                     break;
                 }
-                if let Some(event) = self.parse(&part.feed, delivery.position, raw.get()) {
-                    part.positions.push(delivery.position);
-                    part.events.get_or_insert_default().push(event);
-                }
+                part.positions.push(delivery.position);
+                part.events.get_or_insert_default().push(event);
             }
             part.through = delivery.position;
         }
+        self.slot.set_place(&part.feed, cursor.open.then_some(part.through));
         if part.through < cursor.target {
-            self.slot.add(part.feed.clone());
+            let news = if cursor.open { News::Head(cursor.target) } else { News::Ask };
+            self.slot.add(part.feed.clone(), news);
         }
         part.is_last = cursor.ends && part.through == cursor.target;
         Ok(Some(part))
+    }
+
+    /// Where the destination is in a feed; from memory where only the head has moved.
+    async fn cursor(&self, feed: &Feed, news: News) -> Result<Option<Cursor>, StoreError> {
+        if let (News::Head(target), Some(sent)) = (news, self.slot.place(feed)) {
+            return Ok(Some(Cursor { sent, target, ends: false, open: true }));
+        }
+        let cursor = rows::cursor(&self.shared.store, &feed.key(self.destination)).await?;
+        if cursor.is_none() {
+            self.slot.set_place(feed, None);
+        }
+        Ok(cursor)
     }
 
     pub(super) fn source(&self, feed: &Feed) -> Result<Arc<dyn FeedSource>, StoreError> {
@@ -141,14 +158,8 @@ impl Composer<'_> {
         source.ok_or_else(|| StoreError::corrupt("feed", format!("nobody has registered for {:?}", feed.kind)))
     }
 
-    fn parse(&self, feed: &Feed, position: i64, raw: &str) -> Option<Object> {
-        parse_object(raw.as_bytes())
-            .inspect_err(|refusal| tracing::error!(?feed, position, %refusal, "an event of ours cannot be sent"))
-            .ok()
-    }
-
     /// The events of a transaction, read again when they are not at hand.
-    pub(super) async fn load(&self, transaction: &mut Transaction) -> Result<Vec<Object>, StoreError> {
+    pub(super) async fn load(&self, transaction: &mut Transaction) -> Result<Vec<Bytes>, StoreError> {
         let mut pdus = Vec::new();
         for part in &mut transaction.parts {
             if let Some(events) = part.events.take() {
@@ -160,10 +171,8 @@ impl Composer<'_> {
             }
             let source = self.source(&part.feed)?;
             let found = source.read(&part.feed, self.destination, part.after, Some(part.through), MAX_PDUS).await?;
-            for delivery in found.into_iter().filter(|delivery| part.positions.contains(&delivery.position)) {
-                let event = delivery.event.and_then(|raw| self.parse(&part.feed, delivery.position, raw.get()));
-                pdus.extend(event);
-            }
+            let wanted = found.into_iter().filter(|delivery| part.positions.contains(&delivery.position));
+            pdus.extend(wanted.filter_map(|delivery| delivery.event));
         }
         Ok(pdus)
     }

@@ -16,14 +16,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use futures::FutureExt as _;
 use ruma::{OwnedRoomId, OwnedServerName, ServerName};
-use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::slot::Slot;
+use self::slot::{News, Slot};
 use self::wire::{Network, Sender, Transport};
 use self::worker::Worker;
 use super::Client;
@@ -97,8 +97,8 @@ impl Feed {
 pub struct Delivery {
     /// The position.
     pub position: i64,
-    /// The event; none when this destination does not get what is at this position.
-    pub event: Option<Box<RawValue>>,
+    /// The event in canonical form; none when this destination does not get what is at this position.
+    pub event: Option<Bytes>,
 }
 
 impl Delivery {
@@ -246,7 +246,7 @@ impl OutboundQueues {
         let mut slots = lock(&self.handle.shared.slots);
         for key in unfinished {
             let destination = parse_destination(key.destination)?;
-            slots.entry(destination).or_default().add(Feed::parse(&key.kind, key.room_id)?);
+            slots.entry(destination).or_default().add(Feed::parse(&key.kind, key.room_id)?, News::Ask);
         }
         for destination in inflight {
             slots.entry(parse_destination(destination)?).or_default();
@@ -291,14 +291,24 @@ impl OutboundQueues {
 
     /// After a commit: the feed has news for these destinations. Cheap; from memory.
     pub fn wake(&self, feed: &Feed, destinations: &[OwnedServerName]) {
+        self.tell(feed, destinations, News::Ask);
+    }
+
+    /// The same, when nothing but the feed's head has changed, which is now at `head`: nobody was subscribed, and no end
+    /// was set or taken back. The store need not be asked then.
+    pub fn wake_at(&self, feed: &Feed, destinations: &[OwnedServerName], head: i64) {
+        self.tell(feed, destinations, News::Head(head));
+    }
+
+    fn tell(&self, feed: &Feed, destinations: &[OwnedServerName], news: News) {
         let mut slots = lock(&self.handle.shared.slots);
         for destination in destinations {
             if let Some(slot) = slots.get(destination) {
-                slot.add(feed.clone());
+                slot.add(feed.clone(), news);
                 continue;
             }
             let slot = Arc::<Slot>::default();
-            slot.add(feed.clone());
+            slot.add(feed.clone(), news);
             slots.insert(destination.clone(), slot.clone());
             if self.handle.started.load(Ordering::SeqCst) {
                 self.handle.spawn(destination.clone(), slot);

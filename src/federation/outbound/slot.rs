@@ -1,6 +1,6 @@
 //! What is in memory of one destination: the feeds that have news for it, and who waits for what.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,9 +12,13 @@ use super::{Feed, lock};
 use crate::store::Store;
 use crate::store::outbound as rows;
 
+/// How many feeds' places a destination's worker keeps in memory.
+const PLACES: usize = 1024;
+
 #[derive(Default)]
 pub(super) struct Slot {
     dirty: Mutex<Dirty>,
+    places: Mutex<HashMap<Feed, i64>>,
     news: Notify,
     was_heard: AtomicBool,
     heard: Notify,
@@ -24,15 +28,37 @@ pub(super) struct Slot {
 #[derive(Default)]
 struct Dirty {
     order: VecDeque<Feed>,
-    known: HashSet<Feed>,
+    known: HashMap<Feed, News>,
+}
+
+/// What is known of a feed that has news.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum News {
+    /// Only its head has moved, to here: who gets the feed, and up to where, is as it was.
+    Head(i64),
+    /// The store knows.
+    Ask,
+}
+
+impl News {
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Head(one), Self::Head(other)) => Self::Head(one.max(other)),
+            _ => Self::Ask,
+        }
+    }
 }
 
 impl Slot {
     /// A feed has news.
-    pub(super) fn add(&self, feed: Feed) {
+    pub(super) fn add(&self, feed: Feed, news: News) {
         let mut dirty = lock(&self.dirty);
-        if dirty.known.insert(feed.clone()) {
-            dirty.order.push_back(feed);
+        match dirty.known.get_mut(&feed) {
+            Some(known) => *known = known.and(news),
+            None => {
+                dirty.known.insert(feed.clone(), news);
+                dirty.order.push_back(feed);
+            }
         }
         drop(dirty);
         self.news.notify_one();
@@ -42,15 +68,38 @@ impl Slot {
     pub(super) fn put_back(&self, feeds: impl DoubleEndedIterator<Item = Feed>) {
         let mut dirty = lock(&self.dirty);
         for feed in feeds.rev() {
-            if !dirty.known.insert(feed.clone()) {
+            if dirty.known.insert(feed.clone(), News::Ask).is_some() {
                 dirty.order.retain(|known| *known != feed);
             }
             dirty.order.push_front(feed);
         }
     }
 
+    /// Up to where the destination has a feed that has no end for it, or has it in what is on its way.
+    pub(super) fn place(&self, feed: &Feed) -> Option<i64> {
+        lock(&self.places).get(feed).copied()
+    }
+
+    /// Remembers that, or forgets it.
+    pub(super) fn set_place(&self, feed: &Feed, place: Option<i64>) {
+        let mut places = lock(&self.places);
+        let Some(place) = place else {
+            places.remove(feed);
+            return;
+        };
+        if places.len() >= PLACES && !places.contains_key(feed) {
+            places.clear();
+        }
+        places.insert(feed.clone(), place);
+    }
+
+    /// What was composed was given up: the store knows where the destination is.
+    pub(super) fn forget_places(&self) {
+        lock(&self.places).clear();
+    }
+
     /// Takes up to `limit` feeds that go by the protocol of the first one.
-    pub(super) fn take(&self, limit: usize) -> Vec<Feed> {
+    pub(super) fn take(&self, limit: usize) -> Vec<(Feed, News)> {
         let mut dirty = lock(&self.dirty);
         let Some(protocol) = dirty.order.front().map(|feed| feed.kind.protocol()) else { return Vec::new() };
         let mut taken = Vec::new();
@@ -58,8 +107,8 @@ impl Slot {
         while taken.len() < limit {
             match dirty.order.pop_front() {
                 Some(feed) if feed.kind.protocol() == protocol => {
-                    dirty.known.remove(&feed);
-                    taken.push(feed);
+                    let news = dirty.known.remove(&feed).unwrap_or(News::Ask);
+                    taken.push((feed, news));
                 }
                 Some(feed) => left.push_back(feed),
                 None => break,
@@ -105,11 +154,12 @@ impl Slot {
 
     /// After a worker has lost its place: every feed that has something for the destination.
     pub(super) async fn everything_again(&self, store: &Store, destination: &ServerName) {
+        self.forget_places();
         match rows::unfinished(store).await {
             Ok(keys) => {
                 for key in keys.into_iter().filter(|key| key.destination == destination.as_str()) {
                     if let Ok(feed) = Feed::parse(&key.kind, key.room_id) {
-                        self.add(feed);
+                        self.add(feed, News::Ask);
                     }
                 }
             }

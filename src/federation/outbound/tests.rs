@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::clock::{Clock as _, ManualClock, SystemClock};
+use crate::event::parse_object;
 use crate::federation::RemoteError;
 use crate::store::testing::{both_databases, both_stores};
 
@@ -50,7 +51,8 @@ struct Played {
 
 #[async_trait]
 impl Transport for Played {
-    async fn put(&self, destination: &ServerName, uri: String, body: Object) -> Result<Object, RemoteError> {
+    async fn put(&self, destination: &ServerName, uri: String, body: Bytes) -> Result<Object, RemoteError> {
+        let body = parse_object(&body).unwrap();
         let reply = (self.reply)(destination, &uri, &body);
         let _ = self.seen.send(Seen { destination: destination.to_owned(), uri, body });
         reply.await
@@ -114,10 +116,7 @@ impl FeedSource for Feeds {
             .skip_while(|(n, _)| is_hidden(**n))
             .take_while(|(n, _)| !is_hidden(**n))
             .take(limit)
-            .map(|(position, event)| Delivery {
-                position: *position,
-                event: event.clone().map(|event| RawValue::from_string(event).unwrap()),
-            })
+            .map(|(position, event)| Delivery { position: *position, event: event.clone().map(Bytes::from) })
             .collect();
         if found.is_empty() {
             Delivery::pass_on(&mut found, shown.last().map(|(position, _)| *position));

@@ -3,20 +3,20 @@
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use moka::sync::Cache;
 use ruma::{OwnedServerName, ServerName};
-use serde_json::{Value, json};
 
 use crate::admin::metrics;
-use crate::event::Object;
+use crate::event::{Object, canonical_json};
 use crate::federation::{Call, Client, RemoteError};
 use crate::identity::{Keyring, Side};
 
 /// What the queues need of the network.
 #[async_trait]
 pub(super) trait Transport: Send + Sync + 'static {
-    /// A signed PUT.
-    async fn put(&self, destination: &ServerName, uri: String, body: Object) -> Result<Object, RemoteError>;
+    /// A signed PUT; `body` is canonical JSON.
+    async fn put(&self, destination: &ServerName, uri: String, body: Bytes) -> Result<Object, RemoteError>;
     /// Whether a server that has just answered does LM alone.
     async fn is_linearized(&self, destination: &ServerName) -> bool;
 }
@@ -28,8 +28,8 @@ pub(super) struct Network {
 
 #[async_trait]
 impl Transport for Network {
-    async fn put(&self, destination: &ServerName, uri: String, body: Object) -> Result<Object, RemoteError> {
-        self.client.call(destination, Call::put(uri, body), false).await
+    async fn put(&self, destination: &ServerName, uri: String, body: Bytes) -> Result<Object, RemoteError> {
+        self.client.call(destination, Call::put_canonical(uri, body), false).await
     }
 
     async fn is_linearized(&self, destination: &ServerName) -> bool {
@@ -43,7 +43,8 @@ pub(super) struct Envelope<'a> {
     pub protocol: Side,
     pub txn_id: &'a str,
     pub composed_ts: i64,
-    pub pdus: Vec<Object>,
+    /// Each in canonical form.
+    pub pdus: Vec<Bytes>,
 }
 
 /// The `send` endpoints of LM under the names that servers may know them by, the first to try first.
@@ -82,16 +83,17 @@ impl Sender {
     }
 
     async fn send_matrix(&self, wire: &dyn Transport, envelope: Envelope<'_>) -> Result<Object, RemoteError> {
-        let mut body = pdus(envelope.pdus);
-        body.insert("origin".to_owned(), json!(self.server_name));
-        body.insert("origin_server_ts".to_owned(), json!(envelope.composed_ts));
+        let mut head = Object::new();
+        head.insert("origin".to_owned(), self.server_name.as_str().into());
+        head.insert("origin_server_ts".to_owned(), envelope.composed_ts.into());
+        let body = body(&head, &envelope.pdus);
         wire.put(envelope.destination, format!("{MATRIX_SEND}/{}", envelope.txn_id), body).await
     }
 
     async fn send_lm(&self, wire: &dyn Transport, envelope: Envelope<'_>) -> Result<Object, RemoteError> {
         let destination = envelope.destination;
         let known = self.lm_send.get(destination).unwrap_or(0);
-        let body = pdus(envelope.pdus);
+        let body = body(&Object::new(), &envelope.pdus);
         let uri = |index: usize| {
             let endpoint = LM_SEND.get(index).copied().unwrap_or(MATRIX_SEND);
             format!("{endpoint}/{}", envelope.txn_id)
@@ -110,8 +112,42 @@ impl Sender {
     }
 }
 
-fn pdus(pdus: Vec<Object>) -> Object {
-    let mut body = Object::new();
-    body.insert("pdus".to_owned(), Value::Array(pdus.into_iter().map(Value::Object).collect()));
-    body
+/// The canonical form of a transaction, whose events are canonical already; `pdus` sorts after everything in `head`.
+fn body(head: &Object, pdus: &[Bytes]) -> Bytes {
+    let head = canonical_json(head);
+    let length =
+        pdus.iter().map(|pdu| pdu.len().saturating_add(1)).fold(head.len().saturating_add(16), usize::saturating_add);
+    let mut body = Vec::with_capacity(length);
+    body.extend_from_slice(head.strip_suffix(b"}").unwrap_or(&head));
+    if body.len() > 1 {
+        body.push(b',');
+    }
+    body.extend_from_slice(br#""pdus":["#);
+    for (index, pdu) in pdus.iter().enumerate() {
+        if index > 0 {
+            body.push(b',');
+        }
+        body.extend_from_slice(pdu);
+    }
+    body.extend_from_slice(b"]}");
+    body.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_body_is_put_together_in_canonical_form() {
+        let pdus = [json!({"b": 1, "a": "x"}), json!({"c": [1.5, null]})];
+        let texts: Vec<Bytes> = pdus.iter().map(|pdu| canonical_json(pdu.as_object().unwrap()).into()).collect();
+        let heads = [json!({}), json!({ "origin_server_ts": 3, "origin": "g.example" })];
+        for (head, count) in heads.iter().flat_map(|head| (0..3).map(move |count| (head, count))) {
+            let mut whole = head.as_object().unwrap().clone();
+            whole.insert("pdus".to_owned(), pdus[..count].to_vec().into());
+            assert_eq!(body(head.as_object().unwrap(), &texts[..count]), canonical_json(&whole));
+        }
+    }
 }

@@ -3,13 +3,14 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use rand::Rng as _;
 use ruma::OwnedServerName;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::compose::{Composed, Composer, Part, Transaction, part_rows};
-use super::slot::Slot;
+use super::slot::{News, Slot};
 use super::verdict::{Failure, Verdict, asked_for, backoff, is_own_error, judge};
 use super::wire::Envelope;
 use super::{Feed, Shared, lock};
@@ -142,7 +143,7 @@ impl<'a> Worker<'a> {
         let parts = parts.collect::<Result<Vec<_>, StoreError>>()?;
         // The end of the part that is on its way need not be the end of the feed.
         for part in &parts {
-            self.slot.add(part.feed.clone());
+            self.slot.add(part.feed.clone(), News::Ask);
         }
         Ok(Some(Transaction { txn_id: row.txn_id, composed_ts: row.composed_ts, parts, uncertain: true }))
     }
@@ -259,7 +260,7 @@ impl<'a> Worker<'a> {
         Ok(Ok(()))
     }
 
-    async fn send(&self, transaction: &Transaction, pdus: Vec<Object>) -> Result<Object, RemoteError> {
+    async fn send(&self, transaction: &Transaction, pdus: Vec<Bytes>) -> Result<Object, RemoteError> {
         let places = if self.failures == 0 { &self.shared.healthy } else { &self.shared.failing };
         let _place = places.acquire().await.map_err(|error| RemoteError::Unreachable(error.to_string()))?;
         let envelope = Envelope {
@@ -334,6 +335,7 @@ impl<'a> Worker<'a> {
         });
         let (name, row) = (self.destination.to_string(), self.row(None));
         self.shared.store.write(move |tx| Box::pin(async move { rows::keep_inflight(tx, &name, &row).await })).await?;
+        self.slot.forget_places();
         self.slot.put_back(transaction.parts.into_iter().map(|part| part.feed));
         self.singles = events;
         self.tries = 0;
