@@ -1,6 +1,6 @@
 //! The policy of `[access]`: with which servers portals are made and whose users take part.
 
-use ruma::ServerName;
+use ruma::{ServerName, UserId};
 
 use super::portal::Cause;
 use crate::config::{Access, CreateByAlias};
@@ -19,9 +19,10 @@ pub(super) fn takes_part(access: &Access, side: Side, server: &ServerName) -> Re
     Err(Refusal::Policy(format!("{server} is not among the {key} {patterns:?}")))
 }
 
-/// Whether naming an alias may make a portal.
+/// Whether somebody may have a portal made.
 pub(super) fn may_create(access: &Access, cause: &Cause) -> Result<(), Refusal> {
     let allowed = match cause {
+        Cause::Invite(user) => return may_invite(access, user),
         Cause::Admin => true,
         Cause::Appservice => access.create_by_alias != CreateByAlias::Off,
         Cause::Server(_) => access.create_by_alias == CreateByAlias::Anyone,
@@ -32,11 +33,28 @@ pub(super) fn may_create(access: &Access, cause: &Cause) -> Result<(), Refusal> 
     Err(Refusal::Policy(format!("create_by_alias is {:?}, the asker is {cause:?}", access.create_by_alias)))
 }
 
-/// Whether `text` matches a pattern in which `*` is any run of characters and `?` any one. Without regard to case; the
-/// work is bounded by the product of both lengths.
+/// Whether an LM user makes a portal by inviting the bot.
+fn may_invite(access: &Access, user: &UserId) -> Result<(), Refusal> {
+    let allowed = |pattern: &String| match pattern.starts_with('@') {
+        // Localparts that differ in case are different users.
+        true => matches_exactly(pattern, user.as_str()),
+        false => matches(pattern, user.server_name().as_str()),
+    };
+    if access.admins.iter().any(|admin| *admin == *user) || access.create_by_invite.iter().any(allowed) {
+        return Ok(());
+    }
+    Err(Refusal::Policy(format!("{user} is not among those of create_by_invite, {:?}", access.create_by_invite)))
+}
+
+/// Whether `text` matches a pattern in which `*` is any run of characters and `?` any one, without regard to case.
 pub(super) fn matches(pattern: &str, text: &str) -> bool {
-    let pattern: Vec<char> = pattern.to_ascii_lowercase().chars().collect();
-    let text: Vec<char> = text.to_ascii_lowercase().chars().collect();
+    matches_exactly(&pattern.to_ascii_lowercase(), &text.to_ascii_lowercase())
+}
+
+/// The same with regard to case. The work is bounded by the product of both lengths.
+fn matches_exactly(pattern: &str, text: &str) -> bool {
+    let pattern: Vec<char> = pattern.chars().collect();
+    let text: Vec<char> = text.chars().collect();
     let (mut at, mut read) = (0_usize, 0_usize);
     // Where the last star stands, and up to where it has eaten so far.
     let mut star: Option<(usize, usize)> = None;
@@ -105,6 +123,27 @@ mod tests {
             assert_eq!(may_create(&access, &Cause::Appservice).is_ok(), appservice);
             assert_eq!(may_create(&access, &server).is_ok(), anyone);
             assert!(may_create(&access, &Cause::Admin).is_ok());
+        }
+    }
+
+    #[test]
+    fn who_makes_a_portal_by_inviting_the_bot() {
+        let user = |id: &str| Cause::Invite(UserId::parse(id).unwrap());
+        let mut access = Access::default();
+        assert_eq!(may_create(&access, &user("@bob:hub.example")).unwrap_err().code(), "policy");
+        access.admins.push(UserId::parse("@root:lm.example").unwrap());
+        access.create_by_invite = ["HUB.example", "@*:other.example", "@Carol:third.example"].map(str::to_owned).into();
+        for (id, expected) in [
+            ("@bob:hub.example", true),
+            ("@bob:other.example", true),
+            ("@Carol:third.example", true),
+            ("@carol:third.example", false),
+            ("@dave:third.example", false),
+            ("@root:lm.example", true),
+            ("@hub.example:evil.example", false),
+            ("@a:hub.example.evil", false),
+        ] {
+            assert_eq!(may_create(&access, &user(id)).is_ok(), expected, "{id}");
         }
     }
 }

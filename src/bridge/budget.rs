@@ -19,6 +19,8 @@ const BURST_MS: i64 = 60_000;
 const PAUSE_MS: u64 = 250;
 const HOUR_MS: i64 = 3_600_000;
 const DAY_MS: i64 = 24 * HOUR_MS;
+/// What counts for a server without regard to portals; their numbers begin with 1.
+const NO_PORTAL: i64 = 0;
 /// How many servers in portals are remembered; with more, those that owe nothing are forgotten.
 const REMEMBERED: usize = 10_000;
 
@@ -33,6 +35,7 @@ struct Spent {
     events: Bucket,
     bytes: Bucket,
     ghosts: Bucket,
+    portals: Bucket,
 }
 
 /// How full a bucket is that empties evenly. The level is no event's content, so a float is good enough.
@@ -67,6 +70,10 @@ impl Limit {
 
     fn ghosts(limits: &config::Budgets) -> Option<Self> {
         Self::new("new ghosts an hour", u64::from(limits.ghosts_per_hour), HOUR_MS)
+    }
+
+    fn portals(limits: &config::Budgets) -> Option<Self> {
+        Self::new("new portals an hour", u64::from(limits.portals_per_hour), HOUR_MS)
     }
 
     /// How long it takes, in milliseconds, until a bucket has room for one more.
@@ -117,6 +124,19 @@ impl Budgets {
             spent.events.level += 1.0;
             spent.bytes.level += u32::try_from(bytes).map_or(f64::MAX, f64::from);
         });
+    }
+
+    /// A user of a server has a portal made by an invite, if the budget allows; counts it.
+    pub(super) fn portal(&self, limits: &config::Budgets, server: &ServerName, now: i64) -> Result<(), Refusal> {
+        let Some(limit) = Limit::portals(limits) else { return Ok(()) };
+        self.with(NO_PORTAL, server, |spent| {
+            spent.portals.drain(limit, now);
+            if let Some(wait) = limit.wait(&spent.portals) {
+                return Err(limit.refusal(server, wait));
+            }
+            spent.portals.level += 1.0;
+            Ok(())
+        })
     }
 
     /// A user of a server gets a ghost in a portal, if the budget allows; counts it unless it is only asked.
@@ -172,8 +192,12 @@ mod tests {
 
     use super::*;
 
+    const fn unlimited() -> config::Budgets {
+        config::Budgets { events_per_second: 0, bytes_per_day: 0, ghosts_per_hour: 0, backlog: 0, portals_per_hour: 0 }
+    }
+
     const LIMITS: config::Budgets =
-        config::Budgets { events_per_second: 2, bytes_per_day: 86_400_000, ghosts_per_hour: 3, backlog: 0 };
+        config::Budgets { events_per_second: 2, bytes_per_day: 86_400_000, ghosts_per_hour: 3, ..unlimited() };
 
     fn wait(result: Result<(), Refusal>) -> Option<u64> {
         match result {
@@ -202,7 +226,7 @@ mod tests {
         // One that goes back in time is none the worse for it.
         assert_eq!(over(one, 100), Some(500));
         assert_eq!(over(one, 100 + BURST_MS), None);
-        let unlimited = config::Budgets { events_per_second: 0, bytes_per_day: 0, ghosts_per_hour: 0, backlog: 0 };
+        let unlimited = unlimited();
         assert_eq!(wait(budgets.over(&unlimited, 1, one, 0)), None);
     }
 

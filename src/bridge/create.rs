@@ -110,7 +110,7 @@ pub(super) async fn portal_from_lm(
     outcome.await
 }
 
-/// Until when a portal may go unused: one that was asked for by its alias alone, for a day.
+/// Until when a portal may go unused: one that no admin asked for, for a day.
 fn unused_until(core: &Core, cause: &Cause) -> Option<i64> {
     (*cause != Cause::Admin).then(|| core.now_ms().saturating_add(ends::UNUSED_MS))
 }
@@ -332,7 +332,7 @@ fn check_alias(core: &Core, localpart: &str) -> Result<(), Refusal> {
     }
 }
 
-fn room_for_one_more(core: &Core) -> Result<(), Refusal> {
+pub(super) fn room_for_one_more(core: &Core) -> Result<(), Refusal> {
     let limit = core.context.config.access.max_portals;
     let count = core.registry.count();
     if u32::try_from(count).is_ok_and(|count| count < limit) {

@@ -27,7 +27,7 @@ const TOMBSTONE: &str = "m.room.tombstone";
 const REPLACE_AGAIN: Duration = Duration::from_secs(60);
 /// How long the ghosts stay in a suspended portal.
 pub(super) const GHOSTS_STAY_MS: i64 = 3_600_000;
-/// How long a portal that an alias made may go unused.
+/// How long a portal that no admin asked for may go unused.
 pub(super) const UNUSED_MS: i64 = 86_400_000;
 /// When an end that failed is tried again, at first and at last.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);

@@ -139,8 +139,8 @@ impl Bridge {
         ends::end(&self.core, &entry, reason).await
     }
 
-    /// Does what is due by the clock: ghosts leave portals that have been suspended for an hour, portals that an alias made
-    /// a day ago and nobody has used end. Done every half a minute by itself.
+    /// Does what is due by the clock: ghosts leave portals that have been suspended for an hour, portals that were
+    /// made a day ago, by an alias or an invite, and that nobody has used end. Done every half a minute by itself.
     pub async fn look_for_ends(&self) -> Result<(), Refusal> {
         ends::due(&self.core).await
     }

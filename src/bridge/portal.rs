@@ -1,6 +1,6 @@
 //! A portal: a pair of rooms kept in step, and what can be asked for when one is made.
 
-use ruma::{OwnedRoomId, OwnedServerName, RoomId, ServerName};
+use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName};
 use serde::{Deserialize, Serialize};
 
 use crate::event::RoomVersion;
@@ -164,13 +164,15 @@ pub(super) struct Request {
     pub(super) via: Vec<OwnedServerName>,
 }
 
-/// Who asks for an alias.
+/// Who has a portal made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cause {
-    /// A user of the Synapse, through the appservice.
+    /// A user of the Synapse who names an alias, through the appservice.
     Appservice,
-    /// A server, over federation.
+    /// A server that asks for an alias, over federation.
     Server(OwnedServerName),
+    /// An LM user who invites the gateway's bot.
+    Invite(OwnedUserId),
     /// An admin.
     Admin,
 }

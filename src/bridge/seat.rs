@@ -84,12 +84,19 @@ async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
             if encrypted {
                 return Err(Refusal::Encryption(format!("the room {}", invite.room_id)));
             }
-            access::takes_part(policy, Side::Lm, invite.sender.server_name())?;
-            let (making, room_id) = (core.clone(), invite.room_id.clone());
-            let via = vec![invite.sender.server_name().to_owned()];
+            let server = invite.sender.server_name();
+            access::takes_part(policy, Side::Lm, server)?;
+            let cause = Cause::Invite(invite.sender.clone());
+            access::may_create(policy, &cause)?;
+            if core.registry.of_room(Side::Lm, &invite.room_id).is_none() {
+                create::room_for_one_more(core)?;
+                core.budgets.portal(&core.context.config.budgets, server, core.now_ms())?;
+            }
+            // What an admin has made stays, whether it is used or not.
+            let cause = if policy.admins.contains(&invite.sender) { Cause::Admin } else { cause };
+            let (making, room_id, via) = (core.clone(), invite.room_id.clone(), vec![server.to_owned()]);
             core.spawn(async move {
-                // Who invites the bot is asked for by no alias, so the policy for aliases says nothing about it.
-                if let Err(refusal) = create::portal_from_lm(&making, &room_id, &via, None, &Cause::Admin).await {
+                if let Err(refusal) = create::portal_from_lm(&making, &room_id, &via, None, &cause).await {
                     tracing::warn!(room = %room_id, %refusal, "no portal was made of the room that the bot was invited to");
                 }
             });

@@ -126,20 +126,33 @@ fn federation(config: &Config) -> Result<(), Problem> {
 fn access(config: &Config) -> Result<(), Problem> {
     let access = &config.access;
     for (key, patterns) in [("access.hubs", &access.hubs), ("access.matrix_servers", &access.matrix_servers)] {
-        let is_pattern = |pattern: &&String| {
-            let of_name = |c: char| c.is_ascii_alphanumeric() || "-.:[]*?".contains(c);
-            pattern.is_empty() || !pattern.chars().all(of_name)
-        };
-        if let Some(pattern) = patterns.iter().find(is_pattern) {
+        if let Some(pattern) = patterns.iter().find(|pattern| !is_pattern(pattern)) {
             let problem = format!("holds {pattern:?}, but it must hold server names, in which * and ? are wildcards");
             return Err((key, problem));
         }
+    }
+    let of_user = |c: char| c.is_ascii_graphic() && c != ',';
+    let is_wrong = |pattern: &&String| match pattern.strip_prefix('@') {
+        Some(rest) => !rest.contains(':') || !rest.chars().all(of_user),
+        None => !is_pattern(pattern),
+    };
+    if let Some(pattern) = access.create_by_invite.iter().find(is_wrong) {
+        let problem = format!(
+            "holds {pattern:?}, but it must hold server names or user IDs (@user:server), in which * and ? are wildcards"
+        );
+        return Err(("access.create_by_invite", problem));
     }
     if access.max_portals == 0 {
         let problem = "is 0, so there could be no portal: set at least 1, or `access.create_by_alias` to \"off\"";
         return Err(("access.max_portals", problem.to_owned()));
     }
     Ok(())
+}
+
+/// Whether it may stand for server names.
+fn is_pattern(pattern: &str) -> bool {
+    let of_name = |c: char| c.is_ascii_alphanumeric() || "-.:[]*?".contains(c);
+    !pattern.is_empty() && pattern.chars().all(of_name)
 }
 
 fn base_url(key: &'static str, url: &Url) -> Result<(), Problem> {

@@ -73,6 +73,9 @@ server_name = "{server_name}"
 # matrix_servers = ["*"]
 # Who can cause a portal by naming an alias: "appservice" (users of the Synapse above), "anyone" or "off".
 # create_by_alias = "appservice"
+# LM servers whose users, and single LM users ("@bob:hub.example") who, make a portal of their room by inviting the
+# gateway's bot, @isthmus and the gateway's server name, to it; * and ? are wildcards. The admins below always may.
+# create_by_invite = []
 # Users who may command the bot to expose, bridge and remove rooms.
 # admins = []
 # How many portals there may be.
@@ -94,6 +97,8 @@ server_name = "{server_name}"
 # ghosts_per_hour = 5000
 # Events of a foreign hub that may wait in a portal; with more, the hub is told to wait.
 # backlog = 20000
+# Portals that one LM server's users make in an hour by inviting the gateway's bot.
+# portals_per_hour = 20
 
 # The admin API, /health and /metrics. Keep this listener from the internet.
 [admin]

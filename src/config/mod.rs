@@ -123,6 +123,9 @@ pub struct Access {
     pub matrix_servers: Vec<String>,
     /// Who can cause a portal by naming an alias.
     pub create_by_alias: CreateByAlias,
+    /// LM servers whose users, and LM users (`@user:server`) who, make a portal of a room by inviting the gateway's bot to
+    /// it; `*` and `?` are wildcards.
+    pub create_by_invite: Vec<String>,
     /// Who may command the bot to expose, bridge and remove.
     pub admins: Vec<OwnedUserId>,
     /// How many portals there may be.
@@ -147,7 +150,7 @@ pub struct Portals {
     pub encryption: EncryptionPolicy,
 }
 
-/// `[budgets]`: how much of one server's users may cross in one portal; 0 is no limit.
+/// `[budgets]`: how much of one server's users may cross in one portal, and how many portals they may make; 0 is no limit.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Budgets {
@@ -159,6 +162,8 @@ pub struct Budgets {
     pub ghosts_per_hour: u32,
     /// Events of a foreign hub that may wait in a portal; with more, the hub is told to wait.
     pub backlog: u32,
+    /// Portals that one LM server's users make in an hour by inviting the gateway's bot.
+    pub portals_per_hour: u32,
 }
 
 /// `[admin]`. Debug does not show the token.
@@ -218,6 +223,7 @@ impl Default for Access {
             hubs: vec!["*".to_owned()],
             matrix_servers: vec!["*".to_owned()],
             create_by_alias: CreateByAlias::Appservice,
+            create_by_invite: Vec::new(),
             admins: Vec::new(),
             max_portals: 10_000,
         }
@@ -232,7 +238,13 @@ impl Default for Portals {
 
 impl Default for Budgets {
     fn default() -> Self {
-        Self { events_per_second: 1_000, bytes_per_day: 4_294_967_296, ghosts_per_hour: 5_000, backlog: 20_000 }
+        Self {
+            events_per_second: 1_000,
+            bytes_per_day: 4_294_967_296,
+            ghosts_per_hour: 5_000,
+            backlog: 20_000,
+            portals_per_hour: 20,
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use isthmus::bridge::{Cause, NewPortal, Portal, PortalState};
 use isthmus::identity::Side;
+use isthmus::seam::Outgoing;
 use serde_json::json;
 
 use super::from_lm::room;
@@ -229,4 +230,46 @@ async fn a_portal_that_an_alias_made_ends_after_a_day_unless_somebody_came() {
     world.advance(24 * HOUR);
     gateway.bridge.look_for_ends().await.unwrap();
     assert_eq!(state(&gateway, used).await.0, PortalState::Active);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_portal_is_made_by_an_invite_only_of_those_who_may_and_ends_after_a_day_too() {
+    let invited = async |world: &World, gateway: &Gateway, by: &str| {
+        let lm = room(world, "public").await;
+        world.lm_join_own(&lm, by).await;
+        let invite =
+            draft(&world.lm_user(by), "m.room.member", Some(gateway.bot().as_str()), json!({ "membership": "invite" }));
+        world.server.lm.invite(&lm, Outgoing { draft: invite, effect: None }).await.map(drop)
+    };
+    let made = |gateway: &Gateway, count: usize| {
+        let bridge = gateway.bridge.clone();
+        async move { so("the portals", || async { bridge.portals(None, 10).await.unwrap().len() == count }).await }
+    };
+    let (world, gateway) = World::new(json!({})).await;
+    let refusal = invited(&world, &gateway, "bob").await.unwrap_err();
+    assert!(refusal.to_string().contains("create_by_invite"), "{refusal}");
+    assert!(gateway.bridge.portals(None, 10).await.unwrap().is_empty());
+
+    let access = json!({ "create_by_invite": [format!("@b*:{LM}")], "admins": [format!("@root:{LM}")] });
+    let settings = json!({ "access": access, "budgets": { "portals_per_hour": 2 } });
+    let (world, gateway) = World::new(settings).await;
+    let refusal = invited(&world, &gateway, "carol").await.unwrap_err();
+    assert!(refusal.to_string().contains("create_by_invite"), "{refusal}");
+    invited(&world, &gateway, "bob").await.unwrap();
+    made(&gateway, 1).await;
+    invited(&world, &gateway, "root").await.unwrap();
+    made(&gateway, 2).await;
+    let refusal = invited(&world, &gateway, "bob").await.unwrap_err();
+    assert!(refusal.to_string().contains("new portals an hour"), "{refusal}");
+    assert_eq!(gateway.bridge.portals(None, 10).await.unwrap().len(), 2);
+
+    world.advance(25 * HOUR);
+    gateway.bridge.look_for_ends().await.unwrap();
+    let portals = gateway.bridge.portals(None, 10).await.unwrap();
+    assert_eq!(
+        portals.iter().map(|portal| portal.state).collect::<Vec<_>>(),
+        [PortalState::Ended, PortalState::Active]
+    );
+    invited(&world, &gateway, "bob").await.unwrap();
+    made(&gateway, 3).await;
 }
