@@ -122,7 +122,8 @@ impl Bridge {
     }
 
     /// Where the localpart of an alias leads (`lm_NAME_SERVER`, or one that an admin gave); makes the portal when there
-    /// is none and `[access]` allows it. Negative answers are kept for ten minutes.
+    /// is none and `[access]` allows it. Negative answers are kept for ten minutes,
+    /// and for half a minute when the hub could not be asked.
     pub async fn resolve_alias(&self, localpart: &str, cause: Cause) -> Result<AliasTarget, Refusal> {
         resolve::resolve(&self.core, localpart, &cause).await
     }

@@ -1,8 +1,9 @@
 //! Where aliases lead, and portals that come about because somebody named one.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use moka::Expiry;
 use moka::future::Cache;
 use ruma::{RoomId, ServerName};
 
@@ -15,15 +16,34 @@ use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
 use crate::store::overview;
 
-/// How long a negative answer is kept.
+/// How long a negative answer is kept, and one that may be another soon: the hub did not answer, or not as it should.
 const NEGATIVE: Duration = Duration::from_secs(600);
+const TRANSIENT: Duration = Duration::from_secs(30);
 
 /// Negative answers, by localpart.
 pub(super) type Negative = Cache<String, Refusal>;
 
 /// An empty cache of negative answers.
 pub(super) fn negative() -> Negative {
-    Cache::builder().max_capacity(10_000).time_to_live(NEGATIVE).build()
+    Cache::builder().max_capacity(10_000).expire_after(Keeping).build()
+}
+
+struct Keeping;
+
+impl Expiry<String, Refusal> for Keeping {
+    fn expire_after_create(&self, _: &String, refusal: &Refusal, _: Instant) -> Option<Duration> {
+        Some(if refusal.is_transient() { TRANSIENT } else { NEGATIVE })
+    }
+
+    fn expire_after_update(
+        &self,
+        key: &String,
+        refusal: &Refusal,
+        at: Instant,
+        _: Option<Duration>,
+    ) -> Option<Duration> {
+        self.expire_after_create(key, refusal, at)
+    }
 }
 
 /// Where the localpart of an alias leads.
@@ -109,5 +129,25 @@ async fn make(core: &Arc<Core>, localpart: &str, named: Named, cause: &Cause) ->
             via.truncate(10);
             create::portal_from_lm(core, &target.room_id, &via, Some(localpart), cause).await
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_better_soon_is_asked_again_soon() {
+        let kept = |refusal: Refusal| {
+            let now = Instant::now();
+            let created = Keeping.expire_after_create(&"a".to_owned(), &refusal, now);
+            assert_eq!(Keeping.expire_after_update(&"a".to_owned(), &refusal, now, Some(NEGATIVE)), created);
+            created
+        };
+        let server = "hub.example".to_owned();
+        assert_eq!(kept(Refusal::NotFound("the alias".to_owned())), Some(NEGATIVE));
+        assert_eq!(kept(Refusal::Encryption("mls".to_owned())), Some(NEGATIVE));
+        assert_eq!(kept(Refusal::Remote { server, problem: "502".to_owned() }), Some(TRANSIENT));
+        assert_eq!(kept(Refusal::Internal("the database is away".to_owned())), Some(TRANSIENT));
     }
 }
