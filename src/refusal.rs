@@ -105,6 +105,14 @@ pub enum Refusal {
     /// The asker may not do or see this.
     #[error("{0}")]
     Forbidden(String),
+    /// Somebody else has the alias.
+    #[error("the alias {alias:?} leads to {portal_id} already")]
+    AliasTaken {
+        /// Its localpart.
+        alias: String,
+        /// The portal that has it, or is being made with it.
+        portal_id: String,
+    },
     /// The hub of an LM room takes this gateway for a server that shares the room's graph, which it does not do.
     #[error(
         "{server} offers {room_id} only as a room whose graph is shared (its join template names prev_events, and its key \
@@ -189,6 +197,7 @@ impl Refusal {
             Self::UnknownRoom(_) => "unknown_room",
             Self::NotFound(_) => "not_found",
             Self::Forbidden(_) => "forbidden",
+            Self::AliasTaken { .. } => "alias_taken",
             Self::GraphTemplate { .. } => "graph_template",
             Self::UnableToAuthoriseJoin { .. } => "unable_to_authorise_join",
             Self::IncompatibleRoomVersion(_) => "incompatible_room_version",
@@ -211,6 +220,7 @@ impl Refusal {
             Self::WrongHub { .. } => "M_WRONG_SERVER",
             Self::UnknownRoom(_) | Self::NotFound(_) => "M_NOT_FOUND",
             Self::IncompatibleRoomVersion(_) => "M_INCOMPATIBLE_ROOM_VERSION",
+            Self::AliasTaken { .. } => "M_ROOM_IN_USE",
             Self::UnableToAuthoriseJoin { .. } => "M_UNABLE_TO_AUTHORISE_JOIN",
             Self::Budget { .. } => "M_LIMIT_EXCEEDED",
             Self::Remote { .. } | Self::KeysUnavailable { .. } | Self::Internal(_) => "M_UNKNOWN",
@@ -229,6 +239,7 @@ impl Refusal {
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::UnknownRoom(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::AliasTaken { .. } => StatusCode::CONFLICT,
             Self::Budget { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::Remote { .. } | Self::KeysUnavailable { .. } => StatusCode::BAD_GATEWAY,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,

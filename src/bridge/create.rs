@@ -16,7 +16,6 @@ use crate::config::EncryptionPolicy;
 use crate::event::{Family, RoomVersion};
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::store::StoreError;
 use crate::store::portals::{self, PortalRow};
 
 type Outcome = Result<Arc<Portal>, Refusal>;
@@ -149,7 +148,11 @@ pub(super) async fn add_alias(core: &Core, localpart: &str, number: i64) -> Resu
     }
     check_alias(core, localpart)?;
     let stored = localpart.to_owned();
-    core.context.store.write(move |tx| Box::pin(async move { portals::set_alias(tx, &stored, number).await })).await?;
+    let claim =
+        core.context.store.write(move |tx| Box::pin(async move { portals::claim_alias(tx, &stored, number).await }));
+    if let Some(other) = claim.await? {
+        return Err(taken(localpart, other));
+    }
     core.registry.set_alias(localpart, number);
     Ok(())
 }
@@ -164,7 +167,7 @@ fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Shared<Box
         let begun = if row.number == 0 { begin(&making, row).await } else { Ok(row) };
         let outcome = match begun {
             Ok(row) => finish_or_end(&making, row).await,
-            Err(error) => Err(error.into()),
+            Err(refusal) => Err(refusal),
         };
         lock(&making).remove(&room_id);
         outcome
@@ -172,10 +175,21 @@ fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Shared<Box
     async move { waiting.in_task(task).await }.boxed().shared()
 }
 
-async fn begin(core: &Core, row: PortalRow) -> Result<PortalRow, StoreError> {
+/// Writes down what is to be made. Its alias is its own from now on.
+async fn begin(core: &Core, row: PortalRow) -> Result<PortalRow, Refusal> {
     let stored = row.clone();
-    let number =
-        core.context.store.write(move |tx| Box::pin(async move { portals::insert(tx, &stored).await })).await?;
+    let write = core.context.store.write(move |tx| {
+        Box::pin(async move {
+            let Some(alias) = &stored.alias else { return Ok(Ok(portals::insert(tx, &stored).await?)) };
+            if let Some(other) = portals::alias_owner(tx, alias).await? {
+                return Ok(Err(taken(alias, other)));
+            }
+            let number = portals::insert(tx, &stored).await?;
+            portals::claim_alias(tx, alias, number).await?;
+            Ok(Ok(number))
+        })
+    });
+    let number = write.await??;
     if let Some(room_id) = &row.lm_room_id {
         // What the room's hub sends between the join and the end of the making is kept.
         core.registry.watch(Side::Lm, room_id);
@@ -241,19 +255,21 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Outcome {
         .chain(row.lm_room_id.as_deref().filter(|_| row.kind == "from_lm").and_then(super::alias::of_room))
         .collect();
     let row = PortalRow { state: "active".to_owned(), ..row };
-    let (stored, names) = (row.clone(), aliases.clone());
-    core.context
-        .store
-        .write(move |tx| {
-            Box::pin(async move {
-                portals::update(tx, &stored).await?;
-                for alias in &names {
-                    portals::set_alias(tx, alias, stored.number).await?;
+    let stored = row.clone();
+    let write = core.context.store.write(move |tx| {
+        Box::pin(async move {
+            portals::update(tx, &stored).await?;
+            let mut own = Vec::new();
+            for alias in aliases {
+                // An admin may have given the name of the LM room to another portal.
+                if portals::claim_alias(tx, &alias, stored.number).await?.is_none() {
+                    own.push(alias);
                 }
-                Ok(())
-            })
+            }
+            Ok(own)
         })
-        .await?;
+    });
+    let aliases = write.await?;
     let portal = Portal::from_row(&row, &core.context.server_name)?
         .ok_or_else(|| Refusal::Internal("a room of the portal is missing".to_owned()))?;
     let entry = core.registry.put(row.number, portal);
@@ -280,6 +296,7 @@ async fn end(core: &Core, row: &mut PortalRow, refusal: &Refusal) -> Result<(), 
         .write(move |tx| {
             Box::pin(async move {
                 portals::update(tx, &stored).await?;
+                portals::remove_aliases(tx, stored.number).await?;
                 for (side, room) in [(Side::Matrix, &stored.matrix_room_id), (Side::Lm, &stored.lm_room_id)] {
                     if let Some(room) = room {
                         crate::store::inbox::clear(tx, side, room).await?;
@@ -325,11 +342,13 @@ fn check_alias(core: &Core, localpart: &str) -> Result<(), Refusal> {
         return Err(Refusal::malformed("alias", format!("{localpart:?} is no localpart of an alias")));
     }
     match core.registry.of_alias(localpart) {
-        Some(entry) => {
-            Err(Refusal::Forbidden(format!("the alias {localpart:?} leads to {} already", entry.portal().portal_id)))
-        }
+        Some(entry) => Err(taken(localpart, entry.number)),
         None => Ok(()),
     }
+}
+
+fn taken(localpart: &str, number: i64) -> Refusal {
+    Refusal::AliasTaken { alias: localpart.to_owned(), portal_id: format!("p{number}") }
 }
 
 pub(super) fn room_for_one_more(core: &Core) -> Result<(), Refusal> {

@@ -153,17 +153,33 @@ pub async fn number_of_matrix_room(store: &Store, room_id: &RoomId) -> Result<Op
     Ok(row.map(|(number,)| number))
 }
 
-/// Makes the alias with this localpart lead to a portal.
-pub async fn set_alias(tx: &mut Tx, localpart: &str, portal: i64) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO bridge_aliases (localpart, portal) VALUES ($1, $2) \
-         ON CONFLICT (localpart) DO UPDATE SET portal = excluded.portal",
+/// Makes the alias with this localpart lead to a portal, unless it leads to another one that has not ended: then that one's
+/// number is returned and nothing changes.
+pub async fn claim_alias(tx: &mut Tx, localpart: &str, portal: i64) -> Result<Option<i64>, StoreError> {
+    let other = alias_owner(tx, localpart).await?.filter(|owner| *owner != portal);
+    if other.is_none() {
+        sqlx::query(
+            "INSERT INTO bridge_aliases (localpart, portal) VALUES ($1, $2) \
+             ON CONFLICT (localpart) DO UPDATE SET portal = excluded.portal",
+        )
+        .bind(super::text::encode(localpart).as_ref())
+        .bind(portal)
+        .execute(tx)
+        .await?;
+    }
+    Ok(other)
+}
+
+/// The portal that has an alias, also while it is being made.
+pub async fn alias_owner(tx: &mut Tx, localpart: &str) -> Result<Option<i64>, StoreError> {
+    let row: Option<(i64,)> = sqlx::query_as(
+        "SELECT portal FROM bridge_aliases JOIN bridge_portals ON number = portal \
+         WHERE localpart = $1 AND state <> 'ended'",
     )
     .bind(super::text::encode(localpart).as_ref())
-    .bind(portal)
-    .execute(tx)
+    .fetch_optional(tx)
     .await?;
-    Ok(())
+    Ok(row.map(|(number,)| number))
 }
 
 /// Takes away all aliases of a portal.
@@ -239,7 +255,10 @@ mod tests {
                 .write(move |tx| {
                     Box::pin(async move {
                         update(tx, &written).await?;
-                        set_alias(tx, "lm_a_hub.example", number).await
+                        assert_eq!(claim_alias(tx, "lm_a_hub.example", number).await?, None);
+                        // Nobody else gets it, until the portal has ended.
+                        assert_eq!(claim_alias(tx, "lm_a_hub.example", number + 1).await?, Some(number));
+                        Ok(())
                     })
                 })
                 .await
@@ -255,6 +274,7 @@ mod tests {
                 .write(move |tx| {
                     Box::pin(async move {
                         update(tx, &ended).await?;
+                        assert_eq!(claim_alias(tx, "lm_a_hub.example", number + 1).await?, None);
                         insert(tx, &row).await
                     })
                 })

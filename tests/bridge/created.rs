@@ -4,6 +4,8 @@ use isthmus::bridge::{NewPortal, Portal};
 use isthmus::identity::Side;
 use serde_json::{Value, json};
 
+use crate::dag::databases::both_databases;
+
 use super::world::{Gateway, World, draft, ghost, so, until};
 
 async fn public(gateway: &Gateway) -> std::sync::Arc<Portal> {
@@ -283,4 +285,33 @@ async fn a_ghost_whose_name_is_hashed_is_kept_when_it_does_something_and_not_whe
     so("what she says", || async { said().await.is_some() }).await;
     let ghost = ruma::UserId::parse(said().await.unwrap().0).unwrap();
     assert_eq!(gateway.bridge.user_behind(&ghost).await.unwrap(), Some(carol));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_portals_made_at_once_with_one_alias_one_is_refused_at_once() {
+    both_databases(|url| async move {
+        let (world, gateway) = World::new(json!({ "database": { "url": url } })).await;
+        let tea = || NewPortal { alias: Some("tea".to_owned()), ..NewPortal::default() };
+        let made = futures::future::join_all((0..4).map(|_| gateway.bridge.create_portal(tea()))).await;
+        let (made, refused): (Vec<_>, Vec<_>) = made.into_iter().partition(Result::is_ok);
+        assert_eq!((made.len(), refused.len()), (1, 3));
+        for refusal in refused.into_iter().map(Result::unwrap_err) {
+            assert_eq!((refusal.code(), refusal.status().as_u16()), ("alias_taken", 409), "{refusal}");
+        }
+        let [made] = &made[..] else { unreachable!() };
+        let made = made.as_ref().unwrap();
+        assert_eq!(gateway.bridge.portals(None, 10).await.unwrap().len(), 1, "nothing was made of the others");
+        let found = gateway.bridge.resolve_alias("tea", isthmus::bridge::Cause::Admin).await.unwrap();
+        assert_eq!(found.room_id, made.matrix_room_id);
+
+        // An alias is free again when nothing came of its portal.
+        let nowhere = ruma::room_id!("!nowhere:lm.example");
+        let via = [super::world::LM.try_into().unwrap()];
+        let admin = isthmus::bridge::Cause::Admin;
+        gateway.bridge.portal_from_lm(nowhere, &via, Some("coffee"), admin).await.unwrap_err();
+        gateway.bridge.create_portal(NewPortal { alias: Some("coffee".to_owned()), ..tea() }).await.unwrap();
+        drop(world);
+        gateway.node.context.store.close().await;
+    })
+    .await;
 }
