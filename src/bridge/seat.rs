@@ -109,6 +109,8 @@ async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
     }
 }
 
+/// What a ghost is called: only of users who have been in a portal, as they called themselves there. Nobody is asked for
+/// others, or any server could have the gateway ask any other.
 async fn profile(core: &Core, side: Side, user_id: &UserId) -> Result<Profile, Refusal> {
     let unknown = || Refusal::NotFound(format!("the user {user_id}"));
     let user = match core.users.who(&core.context.store, side, user_id).await? {
@@ -120,14 +122,8 @@ async fn profile(core: &Core, side: Side, user_id: &UserId) -> Result<Profile, R
     if home == Side::Matrix {
         access::takes_part(&core.context.config.access, home, user.server_name()).map_err(|_| unknown())?;
     }
-    if let Some((displayname, avatar_url)) = images::profile(&core.context.store, home, &user).await? {
-        return Ok(Profile { displayname, avatar_url });
-    }
-    match home {
-        Side::Matrix => core.sides()?.dag.query_profile(&user).await,
-        // LM servers have no profiles; the name says who it is.
-        Side::Lm => Ok(Profile { displayname: Some(user.localpart().to_owned()), avatar_url: None }),
-    }
+    let known = images::profile(&core.context.store, home, &user).await?;
+    known.map(|(displayname, avatar_url)| Profile { displayname, avatar_url }).ok_or_else(unknown)
 }
 
 /// The hub did not take an LPDU: its source is refused.

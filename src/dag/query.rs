@@ -1,6 +1,6 @@
 //! Questions to other homeservers, and the public directory.
 
-use ruma::{OwnedServerName, ServerName, UserId};
+use ruma::{OwnedServerName, ServerName};
 use serde_json::{Value, json};
 
 use super::Dag;
@@ -9,7 +9,7 @@ use super::room::Room;
 use crate::event::Object;
 use crate::federation::Call;
 use crate::refusal::Refusal;
-use crate::seam::{AliasTarget, Profile};
+use crate::seam::AliasTarget;
 use crate::store::dag::listed_rooms;
 
 /// How many rooms a page of the public directory has at most.
@@ -18,14 +18,6 @@ const MAX_ROOMS: i64 = 500;
 const MAX_SERVERS: usize = 20;
 
 impl Dag {
-    /// The profile of a user of another server, asked of that server.
-    pub async fn query_profile(&self, user_id: &UserId) -> Result<Profile, Refusal> {
-        let uri = format!("/_matrix/federation/v1/query/profile?user_id={}", segment(user_id.as_str()));
-        let answer = self.ask(user_id.server_name(), uri).await?;
-        let text = |key: &str| answer.get(key).and_then(Value::as_str).map(str::to_owned);
-        Ok(Profile { displayname: text("displayname"), avatar_url: text("avatar_url") })
-    }
-
     /// Asks `server` where an alias leads.
     pub async fn query_directory(&self, server: &ServerName, alias: &str) -> Result<AliasTarget, Refusal> {
         let uri = format!("/_matrix/federation/v1/query/directory?room_alias={}", segment(alias));
