@@ -1,11 +1,14 @@
-//! One world for all scenarios: two stock Synapses, of which one has the gateway as its appservice, the gateway, and two LM
-//! providers. Started when a scenario first needs it; each scenario has its own users and rooms.
+//! Two worlds for all scenarios, of the same two stock Synapses and two LM providers: in each another Synapse has the gateway
+//! of that world as its appservice. One gateway lives on SQLite, the other on PostgreSQL. Started when a scenario first needs
+//! them; each scenario has its own users and rooms.
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use futures::FutureExt as _;
 use isthmus::identity::{GhostNames, Side};
 use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId, UserId};
 use tokio::runtime::Runtime;
@@ -16,6 +19,7 @@ use super::provider::{NewRoom, Options, Provider};
 use super::testbed::certificates::Authority;
 use super::testbed::client::Client;
 use super::testbed::gateway::{self, Gateway};
+use super::testbed::postgres;
 use super::testbed::process::{free_port, target_dir};
 use super::testbed::synapse::{self, Synapse};
 
@@ -25,20 +29,30 @@ pub const BINARY: &str = env!("CARGO_BIN_EXE_isthmus");
 /// What the scenarios share.
 pub struct World {
     pub directory: PathBuf,
-    pub authority: Authority,
+    pub authority: &'static Authority,
     /// The Synapse that has the gateway as its appservice.
-    pub a: Synapse,
+    pub a: &'static Synapse,
     /// A Synapse that knows nothing of the gateway.
-    pub b: Synapse,
+    pub b: &'static Synapse,
+    /// The database of that one.
+    pub database_of_b: PathBuf,
     pub gateway: Gateway,
     /// The LM provider `hub.example`.
-    pub hub: Provider,
+    pub hub: &'static Provider,
     /// The LM provider `spoke.example`.
-    pub spoke: Provider,
+    pub spoke: &'static Provider,
     /// The port of `phoenix.example`, which the gateway knows, and which a scenario may start and stop.
     pub phoenix: u16,
     /// Where servers are that cannot be found by their names.
     resolve: BTreeMap<OwnedServerName, Url>,
+    /// What tells names at the providers from those in the other world.
+    suffix: &'static str,
+}
+
+/// The world whose gateway lives on SQLite, and, where there is a PostgreSQL, the one whose gateway lives on that.
+struct Worlds {
+    sqlite: World,
+    postgres: Option<World>,
 }
 
 /// Runs a scenario. All of them share one runtime, because what is in the world outlives each of them.
@@ -47,32 +61,101 @@ pub fn run<F: Future>(scenario: F) -> F::Output {
     RUNTIME.get_or_init(|| Runtime::new().unwrap()).block_on(scenario)
 }
 
-/// The world.
+/// The world whose gateway lives on SQLite.
 pub async fn world() -> &'static World {
-    static WORLD: OnceCell<World> = OnceCell::const_new();
-    WORLD.get_or_init(World::begin).await
+    &worlds().await.sqlite
 }
 
-impl World {
+async fn worlds() -> &'static Worlds {
+    static WORLDS: OnceCell<Worlds> = OnceCell::const_new();
+    WORLDS.get_or_init(Worlds::begin).await
+}
+
+/// Runs a scenario in both worlds at once. Without PostgreSQL on the machine, which CI does not allow, in one.
+pub fn on_both(scenario: impl AsyncFn(&'static World)) {
+    run(async {
+        let worlds = worlds().await;
+        let on_sqlite = told("SQLite", scenario(&worlds.sqlite));
+        match &worlds.postgres {
+            Some(world) => drop(tokio::join!(on_sqlite, told("PostgreSQL", scenario(world)))),
+            None => on_sqlite.await,
+        }
+    });
+}
+
+/// Says on which database a scenario failed.
+async fn told(database: &str, scenario: impl Future<Output = ()>) {
+    if let Err(panic) = AssertUnwindSafe(scenario).catch_unwind().await {
+        eprintln!("the gateway's database is {database}");
+        std::panic::resume_unwind(panic);
+    }
+}
+
+impl Worlds {
     async fn begin() -> Self {
         let directory = scratch("world");
-        let authority = Authority::new(&directory).unwrap();
-        let [a, b] = ["a", "b"].map(|name| synapse::Plan::new(&directory.join(name)).unwrap());
-        let mut gateway = gateway::Plan::new(&directory.join("g"), Path::new(BINARY), &authority).unwrap();
+        let authority: &'static Authority = Box::leak(Box::new(Authority::new(&directory).unwrap()));
+        let synapses = ["a", "b"].map(|name| synapse::Plan::new(&directory.join(name)).unwrap());
+        let database = match postgres::shared().unwrap() {
+            Some(postgres) => Some(postgres.create_database().await.unwrap()),
+            None => None,
+        };
+        let mut gateways = vec![gateway::Plan::new(&directory.join("g"), Path::new(BINARY), authority).unwrap()];
+        if let Some(url) = &database {
+            let mut plan = gateway::Plan::new(&directory.join("p"), Path::new(BINARY), authority).unwrap();
+            plan.set("database", "url", url);
+            gateways.push(plan);
+        }
         let names = ["hub.example", "spoke.example", "phoenix.example"];
         let ports = names.map(|_| free_port().unwrap());
-        let mut resolve = BTreeMap::from([(server(&gateway.server_name), gateway.url.parse().unwrap())]);
+        let mut resolve = BTreeMap::new();
+        for gateway in &gateways {
+            resolve.insert(server(&gateway.server_name), gateway.url.parse().unwrap());
+        }
         for (name, port) in names.into_iter().zip(ports) {
             let url = format!("http://127.0.0.1:{port}");
-            gateway.resolve(name, &url);
+            gateways.iter_mut().for_each(|gateway| gateway.resolve(name, &url));
             resolve.insert(server(name), url.parse().unwrap());
         }
         let start = |index: usize| provider(names[index], ports[index], &authority.file, &resolve, None);
         let (hub, spoke) = tokio::join!(start(0), start(1));
-        let registration = gateway.register_with(&a).unwrap();
-        let (a, b) = tokio::try_join!(a.start(&authority, Some(&registration)), b.start(&authority, None)).unwrap();
-        let gateway = gateway.start().await.unwrap();
-        Self { directory, authority, a, b, gateway, hub, spoke, phoenix: ports[2], resolve }
+        let (hub, spoke): (&'static Provider, &'static Provider) =
+            (Box::leak(Box::new(hub)), Box::leak(Box::new(spoke)));
+        let mut registrations =
+            gateways.iter_mut().zip(&synapses).map(|(g, synapse)| g.register_with(synapse).unwrap());
+        let registrations = [registrations.next(), registrations.next()];
+        let [a, b] = synapses;
+        let (a, b) = tokio::try_join!(
+            a.start(authority, registrations[0].as_deref()),
+            b.start(authority, registrations[1].as_deref())
+        )
+        .unwrap();
+        let (a, b): (&'static Synapse, &'static Synapse) = (Box::leak(Box::new(a)), Box::leak(Box::new(b)));
+        let mut worlds = Vec::new();
+        for (gateway, (a, b, name_of_b, suffix)) in gateways.into_iter().zip([(a, b, "b", ""), (b, a, "a", "-pg")]) {
+            worlds.push(World {
+                directory: directory.clone(),
+                authority,
+                a,
+                b,
+                database_of_b: directory.join(name_of_b).join("homeserver.db"),
+                gateway: gateway.start().await.unwrap(),
+                hub,
+                spoke,
+                phoenix: ports[2],
+                resolve: resolve.clone(),
+                suffix,
+            });
+        }
+        let mut worlds = worlds.into_iter();
+        Self { sqlite: worlds.next().unwrap(), postgres: worlds.next() }
+    }
+}
+
+impl World {
+    /// A name for a user or a room at a provider, which the other world does not use.
+    pub fn name(&self, name: &str) -> String {
+        format!("{name}{}", self.suffix)
     }
 
     /// Starts `phoenix.example`, with everything that it had when it was stopped.
@@ -83,16 +166,16 @@ impl World {
 
     /// A room of `bob` at `hub.example`, with the alias `#NAME:hub.example`.
     pub fn lm_room(&self, name: &str) -> (OwnedUserId, OwnedRoomId) {
-        let bob = self.hub.user(&format!("bob-{name}")).unwrap();
+        let bob = self.hub.user(&self.name(&format!("bob-{name}"))).unwrap();
         self.hub.set_display_name(&bob, "Bob");
-        let new = NewRoom { alias: Some(name.to_owned()), name: Some(format!("The {name}")), ..NewRoom::default() };
+        let new = NewRoom { alias: Some(self.name(name)), name: Some(format!("The {name}")), ..NewRoom::default() };
         let room = self.hub.create_room(&bob, new).unwrap();
         (bob, room)
     }
 
     /// The alias of such a room at `at`.
     pub fn alias(&self, name: &str, at: &str) -> String {
-        format!("#lm_{name}_hub.example:{at}")
+        format!("#lm_{}_hub.example:{at}", self.name(name))
     }
 
     /// A new user of a Synapse, with a display name.

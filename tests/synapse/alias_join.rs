@@ -4,12 +4,11 @@
 use serde_json::json;
 
 use crate::support::testbed::client::MatrixError;
-use crate::support::world::{run, world};
+use crate::support::world::on_both;
 
 #[test]
 fn an_alias_of_the_synapse_leads_into_the_lm_room() {
-    run(async {
-        let world = world().await;
+    on_both(async |world| {
         let (bob, lm_room) = world.lm_room("porch");
         let alice = world.user(&world.a, "alice-porch", "Alice").await;
         let room = alice.join(&world.alias("porch", &world.a.server_name), &[]).await.unwrap();
@@ -40,8 +39,7 @@ fn an_alias_of_the_synapse_leads_into_the_lm_room() {
 
 #[test]
 fn a_synapse_without_registration_joins_over_federation_alone() {
-    run(async {
-        let world = world().await;
+    on_both(async |world| {
         let (bob, lm_room) = world.lm_room("garden");
         let carol = world.user(&world.b, "carol-garden", "Carol").await;
         let alias = world.alias("garden", &world.gateway.server_name);
@@ -73,8 +71,7 @@ fn a_synapse_without_registration_joins_over_federation_alone() {
 
 #[test]
 fn an_alias_of_nothing_is_not_found() {
-    run(async {
-        let world = world().await;
+    on_both(async |world| {
         let alice = world.user(&world.a, "alice-nothing", "Alice").await;
         for name in ["nothing_hub.example", "nothing_nowhere.invalid", "nonsense"] {
             let refused = alice.join(&format!("#lm_{name}:{}", world.a.server_name), &[]).await.unwrap_err();

@@ -5,7 +5,7 @@ use reqwest::Method;
 use ruma::{OwnedRoomId, OwnedServerName, UserId};
 use serde_json::{Value, json};
 
-use crate::support::world::{World, run, server, world};
+use crate::support::world::{World, on_both, server};
 
 /// A portal that was asked of the admin API.
 struct Made {
@@ -16,8 +16,7 @@ struct Made {
 }
 
 impl Made {
-    async fn new(alias: &str, join_rule: &str) -> Self {
-        let world = world().await;
+    async fn new(world: &'static World, alias: &str, join_rule: &str) -> Self {
         let body = json!({ "kind": "create", "name": "Made", "alias": alias, "join_rule": join_rule });
         let made = world.gateway.admin(Method::POST, "/portals", Some(body)).await.unwrap();
         let text = |key: &str| made[key].as_str().unwrap_or_else(|| panic!("no {key} in {made}")).to_owned();
@@ -41,12 +40,11 @@ impl Made {
 
 #[test]
 fn users_of_both_sides_join_a_made_portal_by_the_same_alias() {
-    run(async {
-        let made = Made::new("agora", "public").await;
-        let world = made.world;
+    on_both(async |world| {
+        let made = Made::new(world, "agora", "public").await;
         let alice = world.user(&world.a, "alice-agora", "Alice").await;
         let carol = world.user(&world.b, "carol-agora", "Carol").await;
-        let eve = world.spoke.user("eve-agora").unwrap();
+        let eve = world.spoke.user(&world.name("eve-agora")).unwrap();
         world.spoke.set_display_name(&eve, "Eve");
         assert_eq!(carol.join(&made.alias("agora"), &[]).await.unwrap(), made.room);
         let joined = world.spoke.join(&eve, &made.alias("agora"), &[]).await.unwrap();
@@ -75,11 +73,10 @@ fn users_of_both_sides_join_a_made_portal_by_the_same_alias() {
 
 #[test]
 fn who_was_given_power_sets_the_topic_kicks_and_bans() {
-    run(async {
-        let made = Made::new("forum", "public").await;
-        let world = made.world;
+    on_both(async |world| {
+        let made = Made::new(world, "forum", "public").await;
         let alice = world.user(&world.a, "alice-forum", "Alice").await;
-        let [eve, mallory] = ["eve-forum", "mallory-forum"].map(|name| world.spoke.user(name).unwrap());
+        let [eve, mallory] = ["eve-forum", "mallory-forum"].map(|name| world.spoke.user(&world.name(name)).unwrap());
         alice.join(&made.alias("forum"), &[]).await.unwrap();
         for user in [&eve, &mallory] {
             world.spoke.join(user, &made.alias("forum"), &[]).await.unwrap();
@@ -124,12 +121,11 @@ fn who_was_given_power_sets_the_topic_kicks_and_bans() {
 
 #[test]
 fn only_the_invited_come_into_a_portal_that_asks_for_invites() {
-    run(async {
-        let made = Made::new("club", "invite").await;
-        let world = made.world;
+    on_both(async |world| {
+        let made = Made::new(world, "club", "invite").await;
         let alice = world.user(&world.a, "alice-club", "Alice").await;
         let carol = world.user(&world.b, "carol-club", "Carol").await;
-        let [eve, mallory] = ["eve-club", "mallory-club"].map(|name| world.spoke.user(name).unwrap());
+        let [eve, mallory] = ["eve-club", "mallory-club"].map(|name| world.spoke.user(&world.name(name)).unwrap());
         made.admin(Method::POST, "/invite", Some(json!({ "user_id": alice.user_id }))).await;
         assert_eq!(alice.wait_for_invite().await.unwrap(), made.room);
         alice.join(&made.room, &[&world.gateway.server_name]).await.unwrap();
@@ -147,11 +143,10 @@ fn only_the_invited_come_into_a_portal_that_asks_for_invites() {
 
 #[test]
 fn operators_see_where_an_event_is_and_speak_in_both_rooms() {
-    run(async {
-        let made = Made::new("stage", "public").await;
-        let world = made.world;
+    on_both(async |world| {
+        let made = Made::new(world, "stage", "public").await;
         let alice = world.user(&world.a, "alice-stage", "Alice").await;
-        let eve = world.spoke.user("eve-stage").unwrap();
+        let eve = world.spoke.user(&world.name("eve-stage")).unwrap();
         alice.join(&made.alias("stage"), &[]).await.unwrap();
         world.spoke.join(&eve, &made.alias("stage"), &[]).await.unwrap();
         let said = made.admin(Method::POST, "/announce", Some(json!({ "body": "attention" }))).await;

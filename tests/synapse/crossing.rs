@@ -4,7 +4,7 @@ use ruma::UserId;
 use serde_json::{Value, json};
 
 use crate::support::testbed::client::Client;
-use crate::support::world::{World, run, world};
+use crate::support::world::{World, on_both};
 
 /// A portal with Bob and Eve of `hub.example` and Alice of the Synapse, who has power in it when `power` says so.
 struct Portal {
@@ -17,10 +17,9 @@ struct Portal {
 }
 
 impl Portal {
-    async fn open(name: &str) -> Self {
-        let world = world().await;
+    async fn open(world: &'static World, name: &str) -> Self {
         let (bob, lm_room) = world.lm_room(name);
-        let eve = world.hub.user(&format!("eve-{name}")).unwrap();
+        let eve = world.hub.user(&world.name(&format!("eve-{name}"))).unwrap();
         world.hub.join(&eve, lm_room.as_str(), &[]).await.unwrap();
         let alice = world.user(&world.a, &format!("alice-{name}"), "Alice").await;
         let room = alice.join(&world.alias(name, &world.a.server_name), &[]).await.unwrap();
@@ -45,9 +44,9 @@ impl Portal {
 
 #[test]
 fn names_and_topics_cross_both_ways() {
-    run(async {
-        let portal = Portal::open("topics").await;
-        let Portal { world, bob, lm_room, alice, room, .. } = &portal;
+    on_both(async |world| {
+        let portal = Portal::open(world, "topics").await;
+        let Portal { bob, lm_room, alice, room, .. } = &portal;
         world.hub.send(bob, lm_room, "m.room.topic", Some(""), json!({ "topic": "set on LM" })).unwrap();
         alice.wait_for_state(room, "m.room.topic", "", |content| content["topic"] == "set on LM").await.unwrap();
         world.hub.send(bob, lm_room, "m.room.name", Some(""), json!({ "name": "named on LM" })).unwrap();
@@ -73,9 +72,9 @@ fn names_and_topics_cross_both_ways() {
 
 #[test]
 fn display_names_follow() {
-    run(async {
-        let portal = Portal::open("names").await;
-        let Portal { world, bob, lm_room, alice, room, .. } = &portal;
+    on_both(async |world| {
+        let portal = Portal::open(world, "names").await;
+        let Portal { bob, lm_room, alice, room, .. } = &portal;
         alice.set_display_name("Alice the second").await.unwrap();
         let ghost = portal.alices_ghost();
         let renamed = |event: &isthmus::event::Pdu| {
@@ -95,9 +94,9 @@ fn display_names_follow() {
 
 #[test]
 fn leaving_crosses_both_ways_and_so_does_coming_back() {
-    run(async {
-        let portal = Portal::open("leaves").await;
-        let Portal { world, eve, lm_room, alice, room, .. } = &portal;
+    on_both(async |world| {
+        let portal = Portal::open(world, "leaves").await;
+        let Portal { eve, lm_room, alice, room, .. } = &portal;
         let image = world.image_of(eve);
         world.hub.leave(eve, lm_room).await.unwrap();
         let left = alice.wait_for_member(room, &image, "leave").await.unwrap();
@@ -122,9 +121,9 @@ fn leaving_crosses_both_ways_and_so_does_coming_back() {
 
 #[test]
 fn an_lm_user_kicks_and_bans_a_matrix_user() {
-    run(async {
-        let portal = Portal::open("lm-kick").await;
-        let Portal { world, bob, lm_room, alice, room, .. } = &portal;
+    on_both(async |world| {
+        let portal = Portal::open(world, "lm-kick").await;
+        let Portal { bob, lm_room, alice, room, .. } = &portal;
         let anna = world.user(&world.a, "anna-lm-kick", "Anna").await;
         anna.join(room, &[]).await.unwrap();
         let ghost = world.ghost_of(&anna.user_id);
@@ -161,9 +160,9 @@ fn an_lm_user_kicks_and_bans_a_matrix_user() {
 
 #[test]
 fn a_matrix_user_with_power_kicks_and_bans_an_lm_user() {
-    run(async {
-        let portal = Portal::open("mx-kick").await;
-        let Portal { world, eve, lm_room, alice, room, .. } = &portal;
+    on_both(async |world| {
+        let portal = Portal::open(world, "mx-kick").await;
+        let Portal { eve, lm_room, alice, room, .. } = &portal;
         let image = world.image_of(eve);
         assert!(alice.kick(room, &image, "no power yet").await.is_err());
         portal.give_power(50).await;
@@ -189,9 +188,9 @@ fn a_matrix_user_with_power_kicks_and_bans_an_lm_user() {
 
 #[test]
 fn formatted_and_unknown_events_cross_and_provenance_is_the_gateways_own() {
-    run(async {
-        let portal = Portal::open("content").await;
-        let Portal { world, bob, lm_room, alice, room, .. } = &portal;
+    on_both(async |world| {
+        let portal = Portal::open(world, "content").await;
+        let Portal { bob, lm_room, alice, room, .. } = &portal;
         let html = json!({ "msgtype": "m.text", "body": "a *b*", "format": "org.matrix.custom.html",
             "formatted_body": "a <b>b</b>", "im.isthmus.source": { "forged": true } });
         alice.send(room, "m.room.message", html).await.unwrap();
@@ -210,9 +209,9 @@ fn formatted_and_unknown_events_cross_and_provenance_is_the_gateways_own() {
 
 #[test]
 fn relations_and_redactions_point_to_the_images() {
-    run(async {
-        let portal = Portal::open("relations").await;
-        let Portal { world, bob, lm_room, alice, room, .. } = &portal;
+    on_both(async |world| {
+        let portal = Portal::open(world, "relations").await;
+        let Portal { bob, lm_room, alice, room, .. } = &portal;
         let question = alice.send_text(room, "a question").await.unwrap();
         let heard = world.hub.wait_for_text(lm_room, "a question").await.unwrap();
 

@@ -6,12 +6,11 @@ use futures::future::join_all;
 use serde_json::json;
 use sqlx::{Connection as _, Row as _, SqliteConnection};
 
-use crate::support::world::{run, world};
+use crate::support::world::{World, on_both};
 
 #[test]
 fn inv_2_the_log_is_a_linear_extension_of_a_graph_that_forks() {
-    run(async {
-        let world = world().await;
+    on_both(async |world| {
         let (_, lm_room) = world.lm_room("fork");
         let alice = world.user(&world.a, "alice-fork", "Alice").await;
         let carol = world.user(&world.b, "carol-fork", "Carol").await;
@@ -37,7 +36,7 @@ fn inv_2_the_log_is_a_linear_extension_of_a_graph_that_forks() {
             sent += 10;
             let both = [alice.wait_for_text(&room, &texts[4][1]), carol.wait_for_text(&room, &texts[4][0])];
             assert!(join_all(both).await.iter().all(Result::is_ok));
-            if round >= 2 && forks(&graph(&room).await) > 0 {
+            if round >= 2 && forks(&graph(world, &room).await) > 0 {
                 break;
             }
         }
@@ -50,7 +49,7 @@ fn inv_2_the_log_is_a_linear_extension_of_a_graph_that_forks() {
         assert_eq!(sources.len(), sent);
         assert_eq!(sources.iter().collect::<BTreeSet<_>>().len(), sent, "a message was doubled");
 
-        let graph = graph(&room).await;
+        let graph = graph(world, &room).await;
         assert!(forks(&graph) > 0, "the graph never forked");
         let place: BTreeMap<&String, usize> = sources.iter().zip(0..).collect();
         for (event, at) in &place {
@@ -71,8 +70,7 @@ fn inv_2_the_log_is_a_linear_extension_of_a_graph_that_forks() {
 
 #[test]
 fn conflicting_state_from_two_servers_ends_the_same_everywhere() {
-    run(async {
-        let world = world().await;
+    on_both(async |world| {
         let (bob, lm_room) = world.lm_room("conflict");
         let alice = world.user(&world.a, "alice-conflict", "Alice").await;
         let carol = world.user(&world.b, "carol-conflict", "Carol").await;
@@ -119,8 +117,8 @@ fn conflicting_state_from_two_servers_ends_the_same_everywhere() {
 }
 
 /// The previous events of each event of a room, as the Synapse without registration keeps them.
-async fn graph(room: &str) -> BTreeMap<String, Vec<String>> {
-    let database = world().await.directory.join("b/homeserver.db");
+async fn graph(world: &World, room: &str) -> BTreeMap<String, Vec<String>> {
+    let database = &world.database_of_b;
     let mut connection = SqliteConnection::connect(&format!("sqlite://{}?mode=ro", database.display())).await.unwrap();
     let sql = "SELECT e.event_id, e.prev_event_id FROM event_edges e JOIN events v ON v.event_id = e.event_id \
                WHERE v.room_id = $1";
