@@ -10,7 +10,7 @@ use crate::support::world::on_both;
 fn an_alias_of_the_synapse_leads_into_the_lm_room() {
     on_both(async |world| {
         let (bob, lm_room) = world.lm_room("porch");
-        let alice = world.user(&world.a, "alice-porch", "Alice").await;
+        let alice = world.user(world.a, "alice-porch", "Alice").await;
         let room = alice.join(&world.alias("porch", &world.a.server_name), &[]).await.unwrap();
 
         // Each sees the other by name, in a room of the same name.
@@ -30,7 +30,7 @@ fn an_alias_of_the_synapse_leads_into_the_lm_room() {
         assert_eq!(heard["sender"], world.image_of(&bob).as_str());
 
         // A second user of the Synapse comes into the same room, at once.
-        let anna = world.user(&world.a, "anna-porch", "Anna").await;
+        let anna = world.user(world.a, "anna-porch", "Anna").await;
         assert_eq!(anna.join(&world.alias("porch", &world.a.server_name), &[]).await.unwrap(), room);
         world.hub.wait_for_member(&lm_room, &world.ghost_of(&anna.user_id), "join").await.unwrap();
         assert_eq!(world.hub.complaints(&lm_room), [""; 0]);
@@ -41,14 +41,14 @@ fn an_alias_of_the_synapse_leads_into_the_lm_room() {
 fn a_synapse_without_registration_joins_over_federation_alone() {
     on_both(async |world| {
         let (bob, lm_room) = world.lm_room("garden");
-        let carol = world.user(&world.b, "carol-garden", "Carol").await;
+        let carol = world.user(world.b, "carol-garden", "Carol").await;
         let alias = world.alias("garden", &world.gateway.server_name);
 
         // By default such an alias makes no portal, for servers that nobody here answers for.
         let refused = carol.join(&alias, &[]).await.unwrap_err();
         assert!(refused.downcast_ref::<MatrixError>().is_some(), "{refused:#}");
 
-        let alice = world.user(&world.a, "alice-garden", "Alice").await;
+        let alice = world.user(world.a, "alice-garden", "Alice").await;
         let room = alice.join(&world.alias("garden", &world.a.server_name), &[]).await.unwrap();
         assert_eq!(carol.join(&alias, &[]).await.unwrap(), room);
         world.hub.wait_for_member(&lm_room, &world.ghost_of(&carol.user_id), "join").await.unwrap();
@@ -72,7 +72,7 @@ fn a_synapse_without_registration_joins_over_federation_alone() {
 #[test]
 fn an_alias_of_nothing_is_not_found() {
     on_both(async |world| {
-        let alice = world.user(&world.a, "alice-nothing", "Alice").await;
+        let alice = world.user(world.a, "alice-nothing", "Alice").await;
         for name in ["nothing_hub.example", "nothing_nowhere.invalid", "nonsense"] {
             let refused = alice.join(&format!("#lm_{name}:{}", world.a.server_name), &[]).await.unwrap_err();
             let refused = refused.downcast::<MatrixError>().unwrap();

@@ -42,8 +42,8 @@ impl Made {
 fn users_of_both_sides_join_a_made_portal_by_the_same_alias() {
     on_both(async |world| {
         let made = Made::new(world, "agora", "public").await;
-        let alice = world.user(&world.a, "alice-agora", "Alice").await;
-        let carol = world.user(&world.b, "carol-agora", "Carol").await;
+        let alice = world.user(world.a, "alice-agora", "Alice").await;
+        let carol = world.user(world.b, "carol-agora", "Carol").await;
         let eve = world.spoke.user(&world.name("eve-agora")).unwrap();
         world.spoke.set_display_name(&eve, "Eve");
         assert_eq!(carol.join(&made.alias("agora"), &[]).await.unwrap(), made.room);
@@ -75,7 +75,7 @@ fn users_of_both_sides_join_a_made_portal_by_the_same_alias() {
 fn who_was_given_power_sets_the_topic_kicks_and_bans() {
     on_both(async |world| {
         let made = Made::new(world, "forum", "public").await;
-        let alice = world.user(&world.a, "alice-forum", "Alice").await;
+        let alice = world.user(world.a, "alice-forum", "Alice").await;
         let [eve, mallory] = ["eve-forum", "mallory-forum"].map(|name| world.spoke.user(&world.name(name)).unwrap());
         alice.join(&made.alias("forum"), &[]).await.unwrap();
         for user in [&eve, &mallory] {
@@ -107,7 +107,7 @@ fn who_was_given_power_sets_the_topic_kicks_and_bans() {
             event.kind == "m.room.power_levels" && event.content()["users"].get(eve.as_str()) == Some(&json!(60))
         };
         world.spoke.wait_for(&made.lm_room, "the power", levels).await.unwrap();
-        let anna = world.user(&world.a, "anna-forum", "Anna").await;
+        let anna = world.user(world.a, "anna-forum", "Anna").await;
         anna.join(&made.alias("forum"), &[]).await.unwrap();
         let ghost = world.ghost_of(&anna.user_id);
         world.spoke.wait_for_member(&made.lm_room, &ghost, "join").await.unwrap();
@@ -123,8 +123,8 @@ fn who_was_given_power_sets_the_topic_kicks_and_bans() {
 fn only_the_invited_come_into_a_portal_that_asks_for_invites() {
     on_both(async |world| {
         let made = Made::new(world, "club", "invite").await;
-        let alice = world.user(&world.a, "alice-club", "Alice").await;
-        let carol = world.user(&world.b, "carol-club", "Carol").await;
+        let alice = world.user(world.a, "alice-club", "Alice").await;
+        let carol = world.user(world.b, "carol-club", "Carol").await;
         let [eve, mallory] = ["eve-club", "mallory-club"].map(|name| world.spoke.user(&world.name(name)).unwrap());
         made.admin(Method::POST, "/invite", Some(json!({ "user_id": alice.user_id }))).await;
         assert_eq!(alice.wait_for_invite().await.unwrap(), made.room);
@@ -145,7 +145,7 @@ fn only_the_invited_come_into_a_portal_that_asks_for_invites() {
 fn operators_see_where_an_event_is_and_speak_in_both_rooms() {
     on_both(async |world| {
         let made = Made::new(world, "stage", "public").await;
-        let alice = world.user(&world.a, "alice-stage", "Alice").await;
+        let alice = world.user(world.a, "alice-stage", "Alice").await;
         let eve = world.spoke.user(&world.name("eve-stage")).unwrap();
         alice.join(&made.alias("stage"), &[]).await.unwrap();
         world.spoke.join(&eve, &made.alias("stage"), &[]).await.unwrap();

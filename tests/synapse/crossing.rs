@@ -21,7 +21,7 @@ impl Portal {
         let (bob, lm_room) = world.lm_room(name);
         let eve = world.hub.user(&world.name(&format!("eve-{name}"))).unwrap();
         world.hub.join(&eve, lm_room.as_str(), &[]).await.unwrap();
-        let alice = world.user(&world.a, &format!("alice-{name}"), "Alice").await;
+        let alice = world.user(world.a, &format!("alice-{name}"), "Alice").await;
         let room = alice.join(&world.alias(name, &world.a.server_name), &[]).await.unwrap();
         alice.wait_for_member(&room, &world.image_of(&eve), "join").await.unwrap();
         Self { world, bob, eve, lm_room, alice, room }
@@ -102,7 +102,7 @@ fn leaving_crosses_both_ways_and_so_does_coming_back() {
         let left = alice.wait_for_member(room, &image, "leave").await.unwrap();
         assert_eq!(left["sender"], image.as_str());
 
-        let anna = world.user(&world.a, "anna-leaves", "Anna").await;
+        let anna = world.user(world.a, "anna-leaves", "Anna").await;
         anna.join(room, &[]).await.unwrap();
         let ghost = world.ghost_of(&anna.user_id);
         world.hub.wait_for_member(lm_room, &ghost, "join").await.unwrap();
@@ -124,7 +124,7 @@ fn an_lm_user_kicks_and_bans_a_matrix_user() {
     on_both(async |world| {
         let portal = Portal::open(world, "lm-kick").await;
         let Portal { bob, lm_room, alice, room, .. } = &portal;
-        let anna = world.user(&world.a, "anna-lm-kick", "Anna").await;
+        let anna = world.user(world.a, "anna-lm-kick", "Anna").await;
         anna.join(room, &[]).await.unwrap();
         let ghost = world.ghost_of(&anna.user_id);
         world.hub.wait_for_member(lm_room, &ghost, "join").await.unwrap();

@@ -22,7 +22,7 @@ const KILLS: usize = 4;
 fn inv_5_a_hub_that_repeats_nothing_and_takes_everything_twice_loses_and_doubles_nothing() {
     run(async {
         let world = world().await;
-        let mut plan = gateway::Plan::new(&world.directory.join("eigen"), Path::new(BINARY), &world.authority).unwrap();
+        let mut plan = gateway::Plan::new(&world.directory.join("eigen"), Path::new(BINARY), world.authority).unwrap();
         let port = free_port().unwrap();
         plan.resolve("eigen.example", &format!("http://127.0.0.1:{port}"));
         plan.set("access", "create_by_alias", "anyone");
@@ -39,7 +39,7 @@ fn inv_5_a_hub_that_repeats_nothing_and_takes_everything_twice_loses_and_doubles
         let bob = provider.user("bob").unwrap();
         let lm_room = provider.create_room(&bob, NewRoom::default()).unwrap();
         let opaque = lm_room.as_str().split(':').next().unwrap();
-        let carol = world.user(&world.b, "carol-eigen", "Carol").await;
+        let carol = world.user(world.b, "carol-eigen", "Carol").await;
         // It has no aliases: the room's ID is in the one that the gateway gives.
         let room = carol.join(&format!("#lm_{opaque}_eigen.example:{}", gateway.server_name), &[]).await.unwrap();
         let image = ghost(&gateway.server_name, Side::Lm, bob.as_str());

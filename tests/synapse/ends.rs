@@ -9,7 +9,7 @@ fn after_a_goodbye_nobody_of_the_gateway_is_left_and_the_alias_makes_a_new_porta
     run(async {
         let world = world().await;
         let (bob, lm_room) = world.lm_room("farewell");
-        let alice = world.user(&world.a, "alice-farewell", "Alice").await;
+        let alice = world.user(world.a, "alice-farewell", "Alice").await;
         let alias = world.alias("farewell", &world.a.server_name);
         let room = alice.join(&alias, &[]).await.unwrap();
         let ghost = world.ghost_of(&alice.user_id);

@@ -12,8 +12,8 @@ use crate::support::world::{World, on_both};
 fn inv_2_the_log_is_a_linear_extension_of_a_graph_that_forks() {
     on_both(async |world| {
         let (_, lm_room) = world.lm_room("fork");
-        let alice = world.user(&world.a, "alice-fork", "Alice").await;
-        let carol = world.user(&world.b, "carol-fork", "Carol").await;
+        let alice = world.user(world.a, "alice-fork", "Alice").await;
+        let carol = world.user(world.b, "carol-fork", "Carol").await;
         let room = alice.join(&world.alias("fork", &world.a.server_name), &[]).await.unwrap();
         carol.join(&world.alias("fork", &world.gateway.server_name), &[]).await.unwrap();
         alice.wait_for_member(&room, &carol.user_id, "join").await.unwrap();
@@ -72,8 +72,8 @@ fn inv_2_the_log_is_a_linear_extension_of_a_graph_that_forks() {
 fn conflicting_state_from_two_servers_ends_the_same_everywhere() {
     on_both(async |world| {
         let (bob, lm_room) = world.lm_room("conflict");
-        let alice = world.user(&world.a, "alice-conflict", "Alice").await;
-        let carol = world.user(&world.b, "carol-conflict", "Carol").await;
+        let alice = world.user(world.a, "alice-conflict", "Alice").await;
+        let carol = world.user(world.b, "carol-conflict", "Carol").await;
         let room = alice.join(&world.alias("conflict", &world.a.server_name), &[]).await.unwrap();
         carol.join(&world.alias("conflict", &world.gateway.server_name), &[]).await.unwrap();
         alice.wait_for_member(&room, &carol.user_id, "join").await.unwrap();

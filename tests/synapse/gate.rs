@@ -11,9 +11,9 @@ fn hc_39_whom_the_lm_room_does_not_let_in_does_not_get_into_the_matrix_room() {
     run(async {
         let world = world().await;
         let (bob, lm_room) = world.lm_room("gate");
-        let alice = world.user(&world.a, "alice-gate", "Alice").await;
+        let alice = world.user(world.a, "alice-gate", "Alice").await;
         let room = alice.join(&world.alias("gate", &world.a.server_name), &[]).await.unwrap();
-        let carol = world.user(&world.b, "carol-gate", "Carol").await;
+        let carol = world.user(world.b, "carol-gate", "Carol").await;
 
         // Banned on LM before anybody there has seen her.
         let ghost = world.ghost_of(&carol.user_id);
@@ -38,7 +38,7 @@ fn a_room_by_invite_is_entered_by_invite_from_the_other_side() {
         world.hub.invite(&bob, &lm_room, &bot).await.unwrap();
         world.hub.wait_for_member(&lm_room, bot.as_str(), "join").await.unwrap();
 
-        let alice = world.user(&world.a, "alice-salon", "Alice").await;
+        let alice = world.user(world.a, "alice-salon", "Alice").await;
         let ghost: ruma::OwnedUserId = world.ghost_of(&alice.user_id).try_into().unwrap();
         let alias = format!("#lm_{}_hub.example:{}", lm_room.as_str().split(':').next().unwrap(), world.a.server_name);
         assert!(alice.join(&alias, &[]).await.is_err());

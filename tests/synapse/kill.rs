@@ -38,7 +38,7 @@ async fn storm(name: &str, messages: usize, kills: usize, database: Option<&str>
     let mut random = StdRng::seed_from_u64(seed);
     let world = world().await;
     let directory = world.directory.join(name);
-    let mut plan = gateway::Plan::new(&directory, Path::new(BINARY), &world.authority).unwrap();
+    let mut plan = gateway::Plan::new(&directory, Path::new(BINARY), world.authority).unwrap();
     let port = free_port().unwrap();
     plan.resolve("mortal.example", &format!("http://127.0.0.1:{port}"));
     plan.set("access", "create_by_alias", "anyone");
@@ -51,7 +51,7 @@ async fn storm(name: &str, messages: usize, kills: usize, database: Option<&str>
     let bob = provider.user("bob").unwrap();
     let new = NewRoom { alias: Some("storm".to_owned()), ..NewRoom::default() };
     let lm_room = provider.create_room(&bob, new).unwrap();
-    let carol = world.user(&world.b, &format!("carol-{name}"), "Carol").await;
+    let carol = world.user(world.b, &format!("carol-{name}"), "Carol").await;
     let room = carol.join(&format!("#lm_storm_mortal.example:{}", gateway.server_name), &[]).await.unwrap();
 
     let mut moments: Vec<usize> = (0..kills).map(|_| random.gen_range(0..messages)).collect();

@@ -12,8 +12,8 @@ fn a_synapse_that_was_down_catches_up_and_others_do_not_wait_for_it() {
         let world = world().await;
         let (bob, lm_room) = world.lm_room("night");
         let plan = synapse::Plan::new(&world.directory.join("c")).unwrap();
-        let mut c = plan.start(&world.authority, None).await.unwrap();
-        let alice = world.user(&world.a, "alice-night", "Alice").await;
+        let mut c = plan.start(world.authority, None).await.unwrap();
+        let alice = world.user(world.a, "alice-night", "Alice").await;
         let dave = world.user(&c, "dave-night", "Dave").await;
         let room = alice.join(&world.alias("night", &world.a.server_name), &[]).await.unwrap();
         dave.join(&world.alias("night", &world.gateway.server_name), &[]).await.unwrap();
@@ -42,7 +42,7 @@ fn a_hub_that_was_down_catches_up() {
         let bob = phoenix.user("bob").unwrap();
         let new = NewRoom { alias: Some("ashes".to_owned()), ..NewRoom::default() };
         let lm_room = phoenix.create_room(&bob, new).unwrap();
-        let alice = world.user(&world.a, "alice-ashes", "Alice").await;
+        let alice = world.user(world.a, "alice-ashes", "Alice").await;
         let room = alice.join(&format!("#lm_ashes_phoenix.example:{}", world.a.server_name), &[]).await.unwrap();
         alice.send_text(&room, "before").await.unwrap();
         phoenix.wait_for_text(&lm_room, "before").await.unwrap();

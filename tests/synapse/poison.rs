@@ -14,8 +14,8 @@ fn hc_14_15_19_23_nothing_from_lm_poisons_the_matrix_room() {
     run(async {
         let world = world().await;
         let (bob, lm_room) = world.lm_room("poison");
-        let alice = world.user(&world.a, "alice-poison", "Alice").await;
-        let carol = world.user(&world.b, "carol-poison", "Carol").await;
+        let alice = world.user(world.a, "alice-poison", "Alice").await;
+        let carol = world.user(world.b, "carol-poison", "Carol").await;
         let room = alice.join(&world.alias("poison", &world.a.server_name), &[]).await.unwrap();
         carol.join(&world.alias("poison", &world.gateway.server_name), &[]).await.unwrap();
 
@@ -108,7 +108,7 @@ fn hc_14_15_19_nothing_from_matrix_poisons_the_log() {
     run(async {
         let world = world().await;
         let (bob, lm_room) = world.lm_room("venom");
-        let alice = world.user(&world.a, "alice-venom", "Alice").await;
+        let alice = world.user(world.a, "alice-venom", "Alice").await;
         let room = alice.join(&world.alias("venom", &world.a.server_name), &[]).await.unwrap();
         let levels = json!({ "users": { bob.as_str(): 100, world.ghost_of(&alice.user_id): 100 } });
         world.hub.send(&bob, &lm_room, "m.room.power_levels", Some(""), levels).unwrap();
