@@ -128,7 +128,7 @@ impl World {
             ("Matrix -> LM", sent_at.len(), self.participant.ear.delays(&sent_at, |_| true))
         } else {
             let prepared = self.participant.prepare(gateway, 1, count);
-            let sent = self.participant.pace(gateway, prepared, pace, until(Instant::now())).await;
+            let sent = self.participant.pace(gateway, prepared, (Duration::ZERO, pace), until(Instant::now())).await;
             settle(&self.homeserver.ear, sent).await;
             ("LM -> Matrix", sent, self.homeserver.ear.delays(&self.participant.sent_at(), |_| true))
         };

@@ -63,8 +63,14 @@ impl Participant {
     }
 
     /// The same, one batch every so often, remembering when.
-    pub async fn pace(&self, hub: &Gateway, mut prepared: Vec<Vec<Object>>, pace: Duration, until: Instant) -> usize {
-        let mut ticks = tokio::time::interval(pace);
+    pub async fn pace(
+        &self,
+        hub: &Gateway,
+        mut prepared: Vec<Vec<Object>>,
+        (phase, pace): (Duration, Duration),
+        until: Instant,
+    ) -> usize {
+        let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + phase, pace);
         let mut sent = 0;
         while Instant::now() < until {
             ticks.tick().await;

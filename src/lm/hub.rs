@@ -1,6 +1,7 @@
 //! The hub's part: rooms that the gateway makes, what its own users send there, and the LPDUs of participants.
 
 use std::collections::BTreeMap;
+use std::num::NonZero;
 use std::sync::Arc;
 
 use futures::future::join_all;
@@ -17,6 +18,9 @@ use crate::event::{Lpdu, Object, Redaction, VerifiedLpdu, VerifyKeys, event_id, 
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Handshake, Membership, Outgoing, Raw, Received, Stage};
+
+/// From how many events on their signatures are checked by several threads.
+const SPREAD: usize = 16;
 
 impl Lm {
     /// Creates a room with the gateway as its hub.
@@ -236,7 +240,7 @@ impl Lm {
             }
         }
         for (keys, places, lpdus) in groups {
-            results.extend(places.into_iter().zip(Lpdu::verify_all(lpdus, &keys)));
+            results.extend(places.into_iter().zip(verify_all(keys, lpdus).await));
         }
         // The order of a transaction is the order in the log.
         results.sort_by_key(|(place, _)| *place);
@@ -281,6 +285,32 @@ impl Lm {
         room.judge(&subject, &room.auth_events(&subject).0)?;
         self.between().gate(&handshake(&room, &lpdu.sender, Membership::Join, Stage::Send, content)).await
     }
+}
+
+/// Checks hashes and signatures, of many events on all cores and away from the threads that serve requests.
+async fn verify_all(keys: VerifyKeys, mut lpdus: Vec<Lpdu>) -> Vec<Result<VerifiedLpdu, Refusal>> {
+    if lpdus.len() < SPREAD {
+        return Lpdu::verify_all(lpdus, &keys);
+    }
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let share = lpdus.len().div_ceil(cores).max(SPREAD / 2);
+    let keys = Arc::new(keys);
+    let mut shares = Vec::new();
+    while !lpdus.is_empty() {
+        let later = lpdus.split_off(share.min(lpdus.len()));
+        let (events, keys) = (std::mem::replace(&mut lpdus, later), keys.clone());
+        let count = events.len();
+        shares.push((count, tokio::task::spawn_blocking(move || Lpdu::verify_all(events, &keys))));
+    }
+    let mut results = Vec::new();
+    for (count, share) in shares {
+        match share.await {
+            Ok(verified) => results.extend(verified),
+            // No verdict on the events: their sender is to send them again.
+            Err(error) => results.extend((0..count).map(|_| Err(Refusal::Internal(error.to_string())))),
+        }
+    }
+    results
 }
 
 fn is_join(lpdu: &Lpdu) -> bool {

@@ -2,6 +2,7 @@
 //! rebuilt from the store at any time.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use bytes::Bytes;
@@ -23,8 +24,10 @@ use crate::store::{Store, StoreError};
 /// a server that keeps up does not have yet.
 const RECENT: usize = 4096;
 const RECENT_BYTES: usize = 4 << 20;
-/// How many are kept when a room falls silent.
-const RECENT_IDLE: usize = 16;
+/// How many bytes of all rooms together; whoever is over it keeps nothing.
+const RECENT_ALL: usize = 128 << 20;
+/// How many bytes are kept when a room falls silent.
+const RECENT_IDLE: usize = 16 << 10;
 
 /// One room.
 pub(super) struct RoomCell {
@@ -56,20 +59,31 @@ impl Recent {
     fn push(&mut self, position: i64, event: Bytes) {
         // Kept without holes, so that a reader finds everything after a position or nothing.
         if self.events.back().is_some_and(|(last, _)| last.checked_add(1) != Some(position)) {
-            *self = Self::default();
+            self.shrink(0);
         }
         self.bytes = self.bytes.saturating_add(event.len());
+        let all = RECENT_NOW.fetch_add(event.len(), Ordering::Relaxed).saturating_add(event.len());
         self.events.push_back((position, event));
-        self.shrink(RECENT, RECENT_BYTES);
+        self.shrink(if all > RECENT_ALL { 0 } else { RECENT_BYTES });
     }
 
-    fn shrink(&mut self, events: usize, bytes: usize) {
-        while self.events.len() > events || (self.bytes > bytes && self.events.len() > 1) {
+    fn shrink(&mut self, bytes: usize) {
+        while self.events.len() > RECENT || self.bytes > bytes {
             let Some((_, event)) = self.events.pop_front() else { return };
             self.bytes = self.bytes.saturating_sub(event.len());
+            RECENT_NOW.fetch_sub(event.len(), Ordering::Relaxed);
         }
     }
 }
+
+impl Drop for Recent {
+    fn drop(&mut self) {
+        self.shrink(0);
+    }
+}
+
+/// How many bytes all rooms keep.
+static RECENT_NOW: AtomicUsize = AtomicUsize::new(0);
 
 /// When servers were in the room, as far as somebody has asked.
 #[derive(Default)]
@@ -124,7 +138,7 @@ impl RoomCell {
     /// Nobody knows whether a write was committed: the store is asked again.
     pub fn forget(&self) {
         *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = None;
-        *lock(&self.recent) = Recent::default();
+        lock(&self.recent).shrink(0);
         self.forget_stays();
     }
 
@@ -139,7 +153,7 @@ impl RoomCell {
     /// Nothing has come for a while: what nobody is waiting for any more is let go.
     pub fn rest(&self) {
         let mut recent = lock(&self.recent);
-        recent.shrink(RECENT_IDLE, RECENT_BYTES);
+        recent.shrink(RECENT_IDLE);
         recent.events.shrink_to_fit();
     }
 
@@ -289,4 +303,33 @@ pub(super) fn stored_pdu(row: EventRow, redaction: Redaction) -> Result<Pdu, Sto
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::room_id;
+
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_log_is_kept_without_holes_and_within_bounds() {
+        let cell = RoomCell::new(room_id!("!a:g.example").to_owned());
+        let event = |size: usize| Bytes::from(vec![b'x'; size]);
+        let positions = |from, to, limit| {
+            let found = cell.recent(from, to, limit)?;
+            Some(found.into_iter().map(|(position, _)| position).collect::<Vec<_>>())
+        };
+        cell.keep_recent((5..9).map(|position| (position, event(10))));
+        assert_eq!(positions(6, 8, 2), Some(vec![6, 7]));
+        assert_eq!(positions(4, 8, 9), None, "the store has to be asked for what came before");
+        cell.keep_recent([(10, event(10))]);
+        assert_eq!(positions(8, 10, 9), None, "the one at 9 is not there");
+        assert_eq!(positions(10, 10, 9), Some(vec![10]));
+        // 64 KiB each: 64 of them are 4 MiB.
+        cell.keep_recent((11..111).map(|position| (position, event(64 << 10))));
+        assert_eq!(positions(46, 110, 100), None);
+        assert_eq!(positions(47, 110, 100), Some((47..111).collect()));
+        cell.rest();
+        assert_eq!(positions(110, 110, 100), None);
+    }
 }

@@ -2,8 +2,8 @@
 
 use super::StoreError;
 
-/// The sizes in which many rows are written or looked up at once.
-pub(super) const CHUNKS: [usize; 8] = [64, 48, 32, 16, 8, 4, 2, 1];
+/// The sizes in which many rows are written or looked up at once; a full transaction has 50 events.
+pub(super) const CHUNKS: [usize; 8] = [100, 50, 32, 16, 8, 4, 2, 1];
 
 /// Cuts `items` into pieces whose lengths are all in [`CHUNKS`].
 pub(super) fn chunks<T>(mut items: &[T]) -> impl Iterator<Item = &[T]> {
@@ -51,7 +51,7 @@ mod tests {
     fn chunks_hold_everything_in_order_in_few_lengths() {
         let items: Vec<usize> = (0..150).collect();
         let lengths: Vec<usize> = chunks(&items).map(<[usize]>::len).collect();
-        assert_eq!(lengths, [64, 64, 16, 4, 2]);
+        assert_eq!(lengths, [100, 50]);
         assert_eq!(chunks(&items).flatten().copied().collect::<Vec<_>>(), items);
     }
 

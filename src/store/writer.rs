@@ -144,31 +144,40 @@ async fn commit(pool: &AnyPool, backend: Backend, ids: &Ids, group: &mut [Box<dy
 
 /// A job that fails takes the whole transaction back, which is its own.
 async fn alone(tx: &mut AnyConnection, backend: Backend, job: &mut dyn Job) -> Result<(), StoreError> {
-    tx.execute(match backend {
+    let begin = match backend {
         Backend::Sqlite => "BEGIN IMMEDIATE",
         Backend::Postgres => "BEGIN",
-    })
-    .await?;
+    };
+    control(tx, backend, begin).await?;
     let end = if job.run(tx).await { "COMMIT" } else { "ROLLBACK" };
-    tx.execute(end).await?;
-    Ok(())
+    control(tx, backend, end).await
 }
 
 /// Each job in a savepoint. What stands between two jobs goes to the database at once: every round trip counts.
 async fn together(tx: &mut AnyConnection, backend: Backend, jobs: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
-    tx.execute(match backend {
+    let begin = match backend {
         Backend::Sqlite => "BEGIN IMMEDIATE; SAVEPOINT job",
         Backend::Postgres => "BEGIN; SAVEPOINT job",
-    })
-    .await?;
+    };
+    control(tx, backend, begin).await?;
     let last = jobs.len().saturating_sub(1);
     for (index, job) in jobs.iter_mut().enumerate() {
         if !job.run(tx).await {
-            tx.execute("ROLLBACK TO SAVEPOINT job").await?;
+            control(tx, backend, "ROLLBACK TO SAVEPOINT job").await?;
         }
         let next = if index == last { "RELEASE SAVEPOINT job; COMMIT" } else { "RELEASE SAVEPOINT job; SAVEPOINT job" };
-        tx.execute(next).await?;
+        control(tx, backend, next).await?;
     }
+    Ok(())
+}
+
+async fn control(tx: &mut AnyConnection, backend: Backend, sql: &'static str) -> Result<(), StoreError> {
+    match backend {
+        // Prepared once.
+        Backend::Sqlite => sqlx::query(sql).execute(tx).await?,
+        // What is prepared there is one statement.
+        Backend::Postgres => tx.execute(sql).await?,
+    };
     Ok(())
 }
 
