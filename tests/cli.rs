@@ -46,6 +46,7 @@ async fn portals_are_made_listed_explained_and_removed_from_the_command_line() {
     assert!(line.starts_with("p1\tactive\t") && line.contains(room) && line.lines().count() == 1, "{line}");
     let one = shown(&["portal", "show", "p1"]);
     assert_eq!((&one["lm_room_id"], &one["out_of_step"]), (&made["lm_room_id"], &json!(0)));
+    assert_eq!(one["health"]["missing"]["count"], 0);
 
     let body = json!({ "body": "hello" });
     let said = gateway.admin(Method::POST, "/portals/p1/announce", Some(body)).await.unwrap();

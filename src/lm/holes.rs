@@ -3,22 +3,20 @@
 //!
 //! An event that cannot be checked now holds nobody up for long: a server whose keys can never be had would else stop the
 //! room. It waits here, in our store, and the hub is told that it was delivered. What comes after it waits for a moment
-//! ([`HOLD_MS`]); after that only what its own server sends, and what the rules forbid as long as it is not there.
+//! ([`super::waits`]); after that only what its own server sends, and what the rules forbid as long as it is not there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ruma::{EventId, OwnedEventId, OwnedUserId, RoomId, UserId};
+use ruma::{OwnedEventId, RoomId};
 use tokio::sync::Notify;
 
 use super::Lm;
-use super::batch::{Batch, Committed};
-use super::finished::{Bad, Finished};
+use super::batch::Batch;
 use super::gaps::Filled;
 use super::intake::Taking;
 use super::rooms::{RoomCell, lock};
-use crate::event::Pdu;
 use crate::refusal::Refusal;
 use crate::store::StoreError;
 use crate::store::lm::{self as stored, Counts, Hole};
@@ -26,15 +24,9 @@ use crate::store::lm::{self as stored, Counts, Hole};
 /// When what is missing is tried again, in milliseconds after the time before. The last is repeated without end.
 const AGAIN_MS: [i64; 7] = [2_000, 10_000, 2 * 60_000, 15 * 60_000, 3_600_000, 6 * 3_600_000, 24 * 3_600_000];
 /// From which try on a hub that cannot be asked counts like one that will not give what is missing.
-const LAST_TRY: i64 = 2;
-/// How long what comes after an event that waits for its keys waits with it.
-const HOLD_MS: i64 = 10_000;
-/// How long an event that the rules forbid may be allowed by another that waits.
-const DEPENDS_MS: i64 = 24 * 3_600_000;
+pub(super) const LAST_TRY: i64 = 2;
 /// How much a room remembers of each kind.
-const BOUNDS: Counts = Counts { absent: 100, waiting: 200, given: 5000 };
-/// How many events of one server may wait in a room.
-const WAITING_OF_SERVER: usize = 50;
+pub(super) const BOUNDS: Counts = Counts { absent: 100, waiting: 200, given: 5000 };
 /// When a room's task begins with all that is missing.
 const FIRST: Duration = Duration::from_secs(1);
 /// How long the task of a room sleeps at most, and how long it leaves a store alone that fails.
@@ -53,46 +45,6 @@ impl Missing {
     /// Whether something may be missing.
     pub fn is_any(&self) -> bool {
         self.at_work
-    }
-}
-
-/// What of a room's log waits, while events are taken.
-#[derive(Default)]
-pub(super) struct Waits {
-    /// Events that wait to be judged, in their order.
-    stayed: Vec<Stayed>,
-    /// Whether state that was given waits for its keys.
-    given: bool,
-    /// The events that others go on without: nobody is asked for them on the way.
-    passed: BTreeSet<OwnedEventId>,
-    /// What is to be written down.
-    noted: Vec<Hole>,
-    /// What is no longer missing.
-    closed: Vec<OwnedEventId>,
-    /// Whether anything was missing when this began.
-    any: bool,
-    /// What was in the way.
-    problems: BTreeMap<OwnedEventId, String>,
-    /// The end of the log when the events that are being taken were noticed, when they come late.
-    pub late: Option<i64>,
-    /// The slots in which late state was put, and where.
-    late_state: BTreeMap<(String, String), i64>,
-}
-
-struct Stayed {
-    event_id: OwnedEventId,
-    sender: OwnedUserId,
-    /// Whether others may be allowed by it.
-    is_state: bool,
-    since: i64,
-    /// Whether its keys are what it waits for.
-    unproved: bool,
-}
-
-impl Stayed {
-    fn new(pdu: &Pdu, since: i64, unproved: bool) -> Self {
-        let (event_id, sender) = (pdu.event_id.clone(), pdu.sender.clone());
-        Self { event_id, sender, is_state: pdu.state_key.is_some(), since, unproved }
     }
 }
 
@@ -141,7 +93,7 @@ impl Lm {
                     }
                     return;
                 }
-                Err(StoreError::Closed) => return,
+                Err(_) if self.context().store.reader().is_closed() => return,
                 Err(error) => {
                     tracing::warn!(room = %cell.room_id, %error, "what is missing could not be read");
                     LONGEST_SLEEP
@@ -155,6 +107,7 @@ impl Lm {
             at_once = false;
             let problems = match self.try_holes(cell, now).await {
                 Ok(problems) => problems,
+                Err(_) if self.context().store.reader().is_closed() => return,
                 Err(refusal) => {
                     tracing::info!(room = %cell.room_id, %refusal, "events are still missing");
                     BTreeMap::new()
@@ -237,275 +190,8 @@ impl Lm {
     }
 }
 
-impl Taking<'_> {
-    /// Takes what waits to be judged and can be judged now, before anything newer. Returns all that was missing.
-    pub(super) async fn take_waiting(&mut self) -> Result<Vec<Hole>, Refusal> {
-        let store = &self.lm().context().store;
-        let room_id = self.room().facts.room_id.clone();
-        let holes = stored::holes(store, &room_id, false).await?;
-        self.waits.any = true;
-        self.waits.given = stored::count_holes(store, &room_id).await?.given > 0;
-        self.waits.passed =
-            holes.iter().filter(|hole| hole.place.is_some()).map(|hole| hole.event_id.clone()).collect();
-        let is_overdue = |hole: &Hole| hole.json.is_none() && hole.place.is_none() && hole.tries > LAST_TRY;
-        self.last_try = holes.iter().any(is_overdue);
-        let waiting: Vec<&Hole> = holes.iter().filter(|hole| hole.json.is_some()).collect();
-        let objects = waiting.iter().map(|hole| hole.json.as_deref().unwrap_or_default());
-        let objects = objects.map(|json| {
-            serde_json::from_slice(json).map_err(|error| Refusal::from(StoreError::corrupt("event", error)))
-        });
-        let checked = self.lm().check_finished(objects.collect::<Result<Vec<_>, _>>()?, self.room().redaction).await;
-        for (hole, event) in waiting.into_iter().zip(checked) {
-            self.waits.late = hole.place;
-            self.take_again(hole, event).await?;
-        }
-        self.waits.late = None;
-        Ok(holes)
-    }
-
-    async fn take_again(&mut self, hole: &Hole, event: Result<Finished, Bad>) -> Result<(), Refusal> {
-        let unproved = matches!(event, Err(Bad::Unproved(..)));
-        let (stayed, slot) = match &event {
-            Ok(Finished { pdu, .. }) => (Stayed::new(pdu, hole.noticed_ts, unproved), slot_of(pdu)),
-            Err(Bad::Forged(pdu, _) | Bad::Unproved(pdu, _)) => {
-                (Stayed::new(pdu, hole.noticed_ts, unproved), slot_of(pdu))
-            }
-            Err(Bad::Dropped(refusal @ Refusal::Internal(_))) => return Err(refusal.clone()),
-            Err(Bad::Dropped(_)) => {
-                self.waits.closed.push(hole.event_id.clone());
-                return Ok(());
-            }
-        };
-        let before = self.waits.stayed.len();
-        match self.admit(event) {
-            Ok(event) => drop(self.take(event).await?),
-            Err(Err(Refusal::Internal(_)) | Ok(())) => {}
-            // Proved to be wrong: it may come again and be right.
-            Err(Err(_)) => self.waits.closed.push(hole.event_id.clone()),
-        }
-        if self.knows(&hole.event_id).await? {
-            self.waits.closed.push(hole.event_id.clone());
-        }
-        if self.waits.closed.contains(&hole.event_id) {
-            return Ok(());
-        }
-        // It stays where it was, not as one that has just come.
-        self.waits.stayed.truncate(before);
-        self.waits.noted.retain(|noted| noted.event_id != hole.event_id);
-        self.waits.stayed.push(stayed);
-        if let Some(place) = slot.and_then(|slot| self.waits.late_state.get(&slot)) {
-            // What was put there came before it.
-            self.waits.noted.push(Hole { place: Some(*place), ..hole.clone() });
-        }
-        Ok(())
-    }
-
-    /// Puts state into the log that was given with a join, and whose keys can be had now.
-    async fn adopt_given(&mut self, now: i64) -> Result<(), Refusal> {
-        let room_id = self.room().facts.room_id.clone();
-        let store = &self.lm().context().store;
-        let counts = stored::count_holes(store, &room_id).await?;
-        if counts.given == 0 {
-            return Ok(());
-        }
-        let given = stored::holes(store, &room_id, true).await?;
-        // What waits may wait for it.
-        if counts.waiting == 0 && !given.iter().any(|hole| hole.retry_at <= now) {
-            return Ok(());
-        }
-        let objects = given.iter().map(|hole| {
-            let json = hole.json.as_deref().unwrap_or_default();
-            serde_json::from_slice(json).map_err(|error| Refusal::from(StoreError::corrupt("event", error)))
-        });
-        let checked = self.lm().check_finished(objects.collect::<Result<Vec<_>, _>>()?, self.room().redaction).await;
-        for (hole, event) in given.into_iter().zip(checked) {
-            match event {
-                Err(Bad::Unproved(_, refusal) | Bad::Dropped(refusal @ Refusal::Internal(_))) => {
-                    self.waits.problems.insert(hole.event_id, refusal.to_string());
-                    continue;
-                }
-                Ok(Finished { pdu, .. })
-                    if self.room().state_event(&pdu.kind, pdu.state_key.as_deref().unwrap_or_default()).is_some() => {}
-                event => self.adopt(vec![event]).await?,
-            }
-            self.waits.closed.push(hole.event_id);
-        }
-        Ok(())
-    }
-
-    /// An event that can be judged now; else what the hub is told.
-    pub(super) fn admit(&mut self, event: Result<Finished, Bad>) -> Result<Finished, Result<(), Refusal>> {
-        match event {
-            Ok(event) => match self.waits_for(&event.pdu) {
-                Some(why) => Err(self.keep(&event.pdu, &Refusal::Internal(why), false)),
-                None => Ok(event),
-            },
-            Err(Bad::Unproved(pdu, refusal)) => match &refusal {
-                // The hub's own keys: it is to send the whole again.
-                Refusal::KeysUnavailable { server, .. } if *server == *self.room().facts.hub => {
-                    let problem = refusal.to_string();
-                    self.note(&pdu.event_id, None, None, &problem);
-                    Err(Err(Refusal::Internal(problem)))
-                }
-                _ => Err(self.keep(&pdu, &refusal, true)),
-            },
-            Err(Bad::Dropped(refusal)) => Err(Err(refusal)),
-            Err(Bad::Forged(pdu, refusal)) => {
-                self.complain(&pdu.event_id, &refusal.to_string());
-                Err(Err(refusal))
-            }
-        }
-    }
-
-    /// For what an event must wait that could be judged.
-    fn waits_for(&self, pdu: &Pdu) -> Option<String> {
-        let stayed = &self.waits.stayed;
-        if stayed.is_empty() || self.is_full(pdu) {
-            return None;
-        }
-        let now = self.lm().context().clock.now_ms();
-        let is_recent = |since: i64| now.saturating_sub(since) < HOLD_MS;
-        let same = |one: &Stayed, user: &UserId| one.sender.server_name() == user.server_name();
-        let holds = |one: &&Stayed| {
-            // A server whose keys were missing for longer holds nobody up again.
-            one.unproved
-                && is_recent(one.since)
-                && !stayed.iter().any(|other| same(other, &one.sender) && !is_recent(other.since))
-        };
-        let before = stayed
-            .iter()
-            .find(|one| one.sender == pdu.sender || (one.unproved && same(one, &pdu.sender)))
-            .or_else(|| stayed.iter().find(holds))?;
-        Some(format!("waits for {}, which came before it", before.event_id))
-    }
-
-    fn is_full(&self, pdu: &Pdu) -> bool {
-        let stayed = &self.waits.stayed;
-        let of_server = stayed.iter().filter(|one| one.sender.server_name() == pdu.sender.server_name()).count();
-        of_server >= WAITING_OF_SERVER || i64::try_from(stayed.len()).is_ok_and(|all| all >= BOUNDS.waiting)
-    }
-
-    /// Whether an event that the rules forbid may be allowed by one that waits.
-    pub(super) fn may_be_allowed(&self, pdu: &Pdu) -> bool {
-        let now = self.lm().context().clock.now_ms();
-        let may_allow = |one: &Stayed| one.is_state && now.saturating_sub(one.since) < DEPENDS_MS;
-        !self.is_full(pdu) && (self.waits.given || self.waits.stayed.iter().any(may_allow))
-    }
-
-    /// Keeps an event that cannot be judged now: what became of it, for the hub.
-    pub(super) fn keep(&mut self, pdu: &Pdu, why: &Refusal, unproved: bool) -> Result<(), Refusal> {
-        let is_there = |one: &Stayed| one.event_id == pdu.event_id;
-        if self.waits.stayed.iter().any(is_there) {
-            return Ok(());
-        }
-        if self.is_full(pdu) {
-            // Others may be in the way of its keys for long: what comes after it does not wait.
-            self.complain(&pdu.event_id, &why.to_string());
-            return Err(why.clone());
-        }
-        let since = self.lm().context().clock.now_ms();
-        if self.waits.late.is_none() {
-            tracing::info!(room = %pdu.room_id, event = %pdu.event_id, %why, "an event waits");
-        }
-        self.waits.stayed.push(Stayed::new(pdu, since, unproved));
-        self.waits.passed.insert(pdu.event_id.clone());
-        let place = self.waits.late.unwrap_or(self.batch.after.head);
-        self.note(&pdu.event_id, Some(place), Some(pdu.to_bytes()), &why.to_string());
-        Ok(())
-    }
-
-    /// Keeps state that the hub gave, until its keys can be had.
-    pub(super) fn keep_given(&mut self, pdu: &Pdu, why: &Refusal) {
-        let place = Some(self.batch.after.head);
-        let hole = self.hole(&pdu.event_id, place, Some(pdu.to_bytes()), &why.to_string());
-        self.waits.noted.push(Hole { given: true, ..hole });
-    }
-
-    /// Writes down that an event is missing.
-    pub(super) fn note(&mut self, event_id: &EventId, place: Option<i64>, json: Option<Vec<u8>>, problem: &str) {
-        self.hinder(event_id, problem);
-        let hole = self.hole(event_id, place, json, problem);
-        self.waits.noted.push(hole);
-    }
-
-    fn hole(&self, event_id: &EventId, place: Option<i64>, json: Option<Vec<u8>>, problem: &str) -> Hole {
-        let now = self.lm().context().clock.now_ms();
-        let [first, ..] = AGAIN_MS;
-        Hole {
-            event_id: event_id.to_owned(),
-            json,
-            place,
-            given: false,
-            tries: 0,
-            retry_at: now.saturating_add(first),
-            noticed_ts: now,
-            last_error: problem.chars().take(500).collect(),
-        }
-    }
-
-    /// Remembers what is in the way of an event.
-    pub(super) fn hinder(&mut self, event_id: &EventId, problem: &str) {
-        self.waits.problems.insert(event_id.to_owned(), problem.chars().take(500).collect());
-    }
-
-    /// Whether others go on without an event that is missing.
-    pub(super) fn is_passed(&self, event_id: &EventId) -> bool {
-        self.waits.passed.contains(event_id)
-    }
-
-    /// Whether something newer stands in the place of a state event that comes late: the log here goes on from where it is,
-    /// and would go back to what the hub has left behind.
-    pub(super) async fn is_replaced(&self, pdu: &Pdu) -> Result<bool, Refusal> {
-        let (Some(late), Some(state_key)) = (self.waits.late, pdu.state_key.as_deref()) else { return Ok(false) };
-        let Some(current) = self.room().state_event(&pdu.kind, state_key) else { return Ok(false) };
-        let row = stored::events_by_id(&self.lm().context().store, &[&*current.event_id]).await?;
-        // What is not stored yet has come with it, in the hub's order.
-        Ok(row.first().is_some_and(|row| row.position > late))
-    }
-
-    /// An event was put at the end of the log, perhaps late.
-    pub(super) fn placed(&mut self, slot: Option<(String, String)>) {
-        if let (Some(_), Some(slot)) = (self.waits.late, slot) {
-            self.waits.late_state.insert(slot, self.batch.after.head);
-        }
-    }
-
-    /// Writes all of it: first what is missing, so that nothing that stands behind it hides it; last what no longer is.
-    pub(super) async fn finish(self, cell: Option<&Arc<RoomCell>>) -> Result<Committed, Refusal> {
-        let lm = self.lm().clone();
-        let room_id = self.room().facts.room_id.clone();
-        let (noted, mut closed) = (self.waits.noted, self.waits.closed);
-        if self.waits.any {
-            closed.extend(self.fresh);
-        }
-        let changes = !noted.is_empty() || !closed.is_empty();
-        if !noted.is_empty() {
-            lm.note_holes(&room_id, noted).await?;
-        }
-        let committed = self.batch.commit(&lm, cell).await?;
-        if !closed.is_empty() {
-            let room_id = room_id.clone();
-            let job = lm
-                .context()
-                .store
-                .write(move |tx| Box::pin(async move { stored::close_holes(tx, &room_id, &closed).await }));
-            job.await?;
-        }
-        if changes {
-            let cell = match cell {
-                Some(cell) => Some(cell.clone()),
-                None => lm.rooms().find(&room_id).await?,
-            };
-            if let Some(cell) = cell {
-                lm.attend(&cell);
-            }
-        }
-        Ok(committed)
-    }
-}
-
 impl Lm {
-    async fn note_holes(&self, room_id: &RoomId, holes: Vec<Hole>) -> Result<(), StoreError> {
+    pub(super) async fn note_holes(&self, room_id: &RoomId, holes: Vec<Hole>) -> Result<(), StoreError> {
         let (room, store) = (room_id.to_owned(), self.context().store.clone());
         let job = self
             .context()
@@ -519,6 +205,8 @@ impl Lm {
     }
 }
 
-pub(super) fn slot_of(pdu: &Pdu) -> Option<(String, String)> {
-    Some((pdu.kind.clone(), pdu.state_key.clone()?))
+/// When what was noticed at `now` is tried first.
+pub(super) fn first_try(now: i64) -> i64 {
+    let [first, ..] = AGAIN_MS;
+    now.saturating_add(first)
 }

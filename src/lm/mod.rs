@@ -6,7 +6,8 @@
 //! (own events, LPDUs), `handshake`, `invite`, `served`, `visibility` and `join_state`; the participant's in `participant` (joining), `join_check`
 //! (the state that comes with a join),
 //! `intake` (what the hub sends), `gaps` (what is missing of
-//! that), `holes` (what stays missing), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
+//! that), `holes` (what stays missing), `waits` (what waits to be
+//! judged), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
 //! not come back from there). `feed` is what
 //! the outbound queues read, `peers` what is asked of others, `reads` what the gateway itself asks.
 
@@ -33,6 +34,7 @@ pub mod rules;
 mod served;
 mod state;
 mod visibility;
+mod waits;
 
 use std::sync::Arc;
 

@@ -196,6 +196,53 @@ async fn state_that_waited_does_not_replace_newer_state() {
     let part = world.restart(part).await;
     wait_for_missing(&part, 0).await;
     assert_eq!(topic(&part.log(&room).await), Some(json!("new")));
+    // Of several that waited the last counts.
+    is_away.store(true, Ordering::SeqCst);
+    let keys_of = third.name.clone();
+    part.context.store.write(move |tx| Box::pin(async move { forget_keys(tx, &keys_of).await })).await.unwrap();
+    let part = world.restart(part).await;
+    for text in ["one", "two"] {
+        set_topic(&third, &room, "carol", text).await;
+        hub.wait(&room, text, |log| topic(log) == Some(json!(text))).await;
+    }
+    wait_for_missing(&part, 2).await;
+    is_away.store(false, Ordering::SeqCst);
+    let part = world.restart(part).await;
+    wait_for_missing(&part, 0).await;
+    assert_eq!(topic(&part.log(&room).await), Some(json!("two")));
+}
+
+/// As if a server had never been asked for its keys.
+async fn forget_keys(tx: &mut isthmus::store::Tx, server: &ruma::ServerName) -> Result<(), isthmus::store::StoreError> {
+    let query = sqlx::query("DELETE FROM server_keys WHERE server_name = $1").bind(server.as_str());
+    query.execute(tx).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn state_that_was_given_for_what_is_missing_is_taken_when_its_keys_are_there() {
+    let Away { clock: _clock, world, hub, part, third, room, is_away } = away().await;
+    set_topic(&hub, &room, "bot", "old").await;
+    part.wait(&room, "the old topic", |log| topic(log) == Some(json!("old"))).await;
+    let deaf = deafen(&part);
+    set_topic(&third, &room, "carol", "new").await;
+    hub.wait(&room, "the new topic", |log| topic(log) == Some(json!("new"))).await;
+    hub.say(&room, "bot", "missed").await;
+    hub.context.outbound.stop().await;
+    deaf.store(false, Ordering::SeqCst);
+    hub.meddle(|request, next| async move {
+        match request.uri().path().contains("/backfill/") {
+            true => respond(StatusCode::FORBIDDEN, json!({ "errcode": "M_FORBIDDEN", "error": "not now" })),
+            false => next.run(request).await,
+        }
+    });
+    let Sent::Appended(last) = hub.say(&room, "bot", "last").await else { panic!("a hub appends") };
+    let received = part.lm.receive(&hub.name, vec![raw(&last.event.json)]).await.pop().unwrap();
+    assert_eq!(received.result, Ok(()));
+    assert_eq!(topic(&part.log(&room).await), Some(json!("old")), "nobody can say that the new one is carol's");
+    is_away.store(false, Ordering::SeqCst);
+    let part = world.restart(part).await;
+    part.wait(&room, "the new topic", |log| topic(log) == Some(json!("new"))).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
