@@ -109,7 +109,8 @@ impl Worlds {
         let names = ["hub.example", "spoke.example", "phoenix.example"];
         let ports = names.map(|_| free_port().unwrap());
         let mut resolve = BTreeMap::new();
-        for gateway in &gateways {
+        for gateway in &mut gateways {
+            gateway.set_raw("access", "create_by_invite", "[\"hub.example\"]");
             resolve.insert(server(&gateway.server_name), gateway.url.parse().unwrap());
         }
         for (name, port) in names.into_iter().zip(ports) {
