@@ -29,6 +29,7 @@ pub(super) const KEYS: &[(&str, Kind)] = &[
     ("listen.address", Kind::Text),
     ("listen.tls_certificate", Kind::Text),
     ("listen.tls_private_key", Kind::Text),
+    ("listen.well_known", Kind::Text),
     ("database.url", Kind::Text),
     ("appservice.homeserver_url", Kind::Text),
     ("appservice.homeserver_name", Kind::Text),

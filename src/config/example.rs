@@ -41,6 +41,10 @@ server_name = "{server_name}"
 # Certificate chain and key in PEM files; leave both out when a reverse proxy does TLS.
 # tls_certificate = "tls.pem"
 # tls_private_key = "tls.key"
+# What /.well-known/matrix/server says, which servers ask on port 443 of the gateway's name: the name and port where they
+# reach it. Without it isthmus names its own port when it does TLS itself; behind a proxy it answers 404, which sends them to
+# port 8448 of the name. Set it when the proxy has the gateway on another port and passes this path on.
+# well_known = "lm.example.org:443"
 
 [database]
 # A SQLite file, or postgres://USER:PASSWORD@HOST/DATABASE.

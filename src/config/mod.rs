@@ -65,6 +65,8 @@ pub struct Listen {
     pub tls_certificate: Option<PathBuf>,
     /// PEM file with the private key.
     pub tls_private_key: Option<PathBuf>,
+    /// What `/.well-known/matrix/server` says: the name and port at which other servers reach the gateway.
+    pub well_known: Option<OwnedServerName>,
 }
 
 /// `[database]`. Debug shows no password.
@@ -192,7 +194,24 @@ fn default_signing_key() -> PathBuf {
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { address: ([127, 0, 0, 1], 8448).into(), tls_certificate: None, tls_private_key: None }
+        Self { address: ([127, 0, 0, 1], 8448).into(), tls_certificate: None, tls_private_key: None, well_known: None }
+    }
+}
+
+impl Config {
+    /// What `/.well-known/matrix/server` says. Without a setting: the listener's own port where the listener does TLS for
+    /// the name itself; behind a proxy nothing, since nobody here knows the proxy's port, and servers then try 8448.
+    pub fn delegated(&self) -> Option<String> {
+        if let Some(name) = &self.listen.well_known {
+            return Some(name.to_string());
+        }
+        if self.server_name.port().is_some() {
+            // Where a name has a port nobody asks; it is true all the same.
+            return Some(self.server_name.to_string());
+        }
+        let port = self.listen.address.port();
+        let own = self.listen.tls_certificate.is_some() && port != 0;
+        own.then(|| format!("{}:{port}", self.server_name))
     }
 }
 

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::environment::{KEYS, Kind, variable};
+use serde_json::{Value, json};
+
 use super::*;
 
 fn load(text: &str) -> Result<Config, ConfigError> {
@@ -86,7 +88,7 @@ fn the_example_shows_every_key_with_its_default() {
     let all = load_in(folder.path(), &uncommented, &[]).unwrap();
     let defaults = load_in(folder.path(), &example(&shown()), &[]).unwrap();
     let without_examples = Config {
-        listen: Listen { tls_certificate: None, tls_private_key: None, ..all.listen },
+        listen: Listen { tls_certificate: None, tls_private_key: None, well_known: None, ..all.listen },
         federation: Federation { resolve: BTreeMap::new(), ..all.federation },
         ..all
     };
@@ -116,6 +118,7 @@ fn every_key_can_be_set_in_the_environment() {
         ("listen.address", "[::1]:1", ""),
         ("listen.tls_certificate", "a.pem", tls),
         ("listen.tls_private_key", "a.pem", tls),
+        ("listen.well_known", "g.example:443", ""),
         ("database.url", "postgres://u:p@h/d", ""),
         ("appservice.homeserver_url", "https://h/x", appservice),
         ("appservice.homeserver_name", "h", appservice),
@@ -324,4 +327,23 @@ fn each_mistake_gets_one_sentence() {
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn the_well_known_name_is_the_one_that_is_set_or_the_one_that_is_true() {
+    let delegated = |name: &str, listen: Value| {
+        let config: Config = serde_json::from_value(json!({ "server_name": name, "listen": listen })).unwrap();
+        config.delegated()
+    };
+    let tls = json!({ "tls_certificate": "c", "tls_private_key": "k", "address": "0.0.0.0:443" });
+    for (name, listen, expected) in [
+        ("g.example", json!({}), None),
+        ("g.example", json!({ "address": "0.0.0.0:443" }), None),
+        ("g.example", tls, Some("g.example:443")),
+        ("g.example:8449", json!({}), Some("g.example:8449")),
+        ("g.example", json!({ "well_known": "proxy.example:443" }), Some("proxy.example:443")),
+        ("g.example:8449", json!({ "well_known": "proxy.example" }), Some("proxy.example")),
+    ] {
+        assert_eq!(delegated(name, listen.clone()).as_deref(), expected, "{name} {listen}");
+    }
 }

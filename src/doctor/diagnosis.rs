@@ -225,8 +225,8 @@ pub(super) struct OwnName<'a> {
 pub(super) fn own_name(input: &OwnName<'_>) -> Finding {
     const CHECK: &str = "server name";
     let OwnName { server_name, key: (key_id, public), listens, answer } = input;
-    let lead = "let DNS, or .well-known/matrix/server, or an SRV record of this name lead to this gateway's listener or to the \
-                reverse proxy before it";
+    let lead = "let DNS, or .well-known/matrix/server (`listen.well_known` says what this gateway answers there), or an SRV \
+                record of this name lead to this gateway's listener or to the reverse proxy before it";
     match answer {
         Ok((name, _)) if name.as_deref() != Some(server_name.as_str()) => {
             let name = name.as_deref().unwrap_or("nobody");

@@ -176,8 +176,17 @@ fn routes(stand_in: StandIn) -> Router {
     Router::new()
         .route("/_matrix/app/v1/{*path}", any(appservice))
         .route("/_matrix/key/v2/server", get(own_keys))
+        .route("/.well-known/matrix/server", get(well_known))
         .fallback(unknown)
         .with_state(stand_in)
+}
+
+/// A proxy may pass this on too.
+async fn well_known(State(stand_in): State<StandIn>) -> (StatusCode, Json<Value>) {
+    match stand_in.config.delegated() {
+        Some(server) => (StatusCode::OK, Json(json!({ "m.server": server }))),
+        None => (StatusCode::NOT_FOUND, Json(json!({ "errcode": "M_NOT_FOUND", "error": "nothing is delegated" }))),
+    }
 }
 
 async fn appservice(

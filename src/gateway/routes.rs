@@ -149,10 +149,11 @@ async fn own_keys(State(federation): State<Federation>) -> Json<Value> {
     Json(Value::Object(federation.context.keyring.own_keys()))
 }
 
-async fn well_known(State(federation): State<Federation>) -> Json<Value> {
-    let name = &federation.context.server_name;
-    let server = if name.port().is_some() { name.to_string() } else { format!("{name}:8448") };
-    Json(json!({ "m.server": server }))
+async fn well_known(State(federation): State<Federation>) -> Response {
+    match federation.context.config.delegated() {
+        Some(server) => Json(json!({ "m.server": server })).into_response(),
+        None => error(StatusCode::NOT_FOUND, "M_NOT_FOUND", "the configuration delegates this name to no other"),
+    }
 }
 
 async fn version() -> Json<Value> {

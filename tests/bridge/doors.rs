@@ -168,3 +168,18 @@ async fn a_tombstone_without_a_room_ends_and_aliases_and_others_disturb_nothing(
     .await;
     assert_eq!(ended.reason.as_deref(), Some("the LM room was closed"));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_the_name_is_delegated_to_is_said_as_it_is_configured() {
+    isthmus::federation::crypto_provider();
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let delegating = json!({ "listen": { "well_known": "proxy.example:443" } });
+    for (settings, expected) in [(json!({}), None), (delegating, Some("proxy.example:443"))] {
+        let (world, _gateway) = World::new(settings).await;
+        let url = world.url_of(crate::dag::OWN).join("/.well-known/matrix/server").unwrap();
+        let answer = http.get(url).send().await.unwrap();
+        assert_eq!(answer.status().as_u16(), if expected.is_some() { 200 } else { 404 });
+        let body: serde_json::Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
+        assert_eq!(body["m.server"].as_str(), expected);
+    }
+}

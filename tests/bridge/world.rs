@@ -92,6 +92,11 @@ impl World {
         (world, gateway)
     }
 
+    /// Where a server listens.
+    pub fn url_of(&self, name: &str) -> url::Url {
+        self.resolve[&ServerName::parse(name).unwrap()].clone()
+    }
+
     /// One more LM server.
     pub async fn other_server(&self) -> Node {
         let context = context(self.directory.path(), OTHER, &self.resolve, self.clock.clone(), &json!({})).await;
