@@ -37,10 +37,11 @@ struct Told {
 }
 
 impl Notices {
-    /// Tells the sender of `event`, unless it is nothing that a person would miss, or they were told of late.
+    /// Tells the sender of `event`, unless the configuration is against it, it is nothing that a person would miss, or they
+    /// were told of late.
     pub(super) fn tell(&self, core: &Arc<Core>, portal: &Arc<Portal>, source: Side, event: &Event, refusal: &Refusal) {
         let key = (portal.number(), event.sender.clone(), refusal.code());
-        if !missed(event, refusal) || !self.due(key, core.now_ms()) {
+        if !core.context.config.portals.notices || !missed(event, refusal) || !self.due(key, core.now_ms()) {
             return;
         }
         let body = notice(event, refusal);

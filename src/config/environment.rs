@@ -46,6 +46,7 @@ pub(super) const KEYS: &[(&str, Kind)] = &[
     ("access.max_portals", Kind::Number),
     ("portals.matrix_room_version", Kind::Text),
     ("portals.encryption", Kind::Text),
+    ("portals.notices", Kind::Switch),
     ("budgets.events_per_second", Kind::Number),
     ("budgets.bytes_per_day", Kind::Number),
     ("budgets.ghosts_per_hour", Kind::Number),

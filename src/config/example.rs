@@ -90,6 +90,8 @@ server_name = "{server_name}"
 # matrix_room_version = "12"
 # What is done with encrypted rooms: "refuse" gives them no portal.
 # encryption = "refuse"
+# Whether the bot tells senders, in the room, why something of theirs did not cross.
+# notices = true
 
 # How much of one server's users may cross in one portal; what is over waits, and is refused after ten minutes. 0 is no limit.
 [budgets]

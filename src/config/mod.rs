@@ -150,6 +150,8 @@ pub struct Portals {
     pub matrix_room_version: String,
     /// What is done with encrypted rooms.
     pub encryption: EncryptionPolicy,
+    /// Whether the bot tells senders in the room why something of theirs did not cross.
+    pub notices: bool,
 }
 
 /// `[budgets]`: how much of one server's users may cross in one portal, and how many portals they may make; 0 is no limit.
@@ -251,7 +253,7 @@ impl Default for Access {
 
 impl Default for Portals {
     fn default() -> Self {
-        Self { matrix_room_version: "12".to_owned(), encryption: EncryptionPolicy::Refuse }
+        Self { matrix_room_version: "12".to_owned(), encryption: EncryptionPolicy::Refuse, notices: true }
     }
 }
 

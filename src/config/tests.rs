@@ -135,6 +135,7 @@ fn every_key_can_be_set_in_the_environment() {
         ("access.max_portals", "7", ""),
         ("portals.matrix_room_version", "11", ""),
         ("portals.encryption", "refuse", ""),
+        ("portals.notices", "false", ""),
         ("budgets.events_per_second", "9", ""),
         ("budgets.bytes_per_day", "9", ""),
         ("budgets.ghosts_per_hour", "9", ""),

@@ -340,3 +340,35 @@ async fn hc_51_nobody_is_asked_for_the_profile_of_a_user_who_was_never_met() {
     assert_eq!(ask(alices).await.unwrap()["displayname"], "ALICE");
     assert_eq!(ask(bobs).await.unwrap()["displayname"], "BOB");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn senders_are_told_why_something_did_not_cross_unless_that_is_off() {
+    for (settings, expected) in [(json!({}), true), (json!({ "portals": { "notices": false } }), false)] {
+        let (world, gateway) = World::new(settings).await;
+        let portal = public(&gateway).await;
+        let lm = &portal.lm_room_id;
+        let bob = world.lm_user("bob");
+        world.lm_join(lm, "bob").await.unwrap();
+        so("all members everywhere", || gateway.in_step(&portal)).await;
+        world.lm_send(lm, draft(&bob, "m.room.encrypted", None, json!({ "ciphertext": "x" }))).await;
+        let told = || async {
+            let bodies = gateway.node.bodies(lm).await;
+            bodies.iter().any(|(by, body)| *by == gateway.bot() && body.contains("was not carried"))
+        };
+        so("the refusal", || async { !gateway.bridge.health(&portal.portal_id).await.unwrap().refusals.is_empty() })
+            .await;
+        match expected {
+            true => so("the notice", told).await,
+            // What is said later has come across: a notice would have been sent before.
+            false => {
+                world.lm_say(lm, "bob", "later").await;
+                let later = (ghost(Side::Lm, "bob"), "later".to_owned());
+                so("what came later", || async {
+                    gateway.matrix_bodies(&portal.matrix_room_id).await.contains(&later)
+                })
+                .await;
+                assert!(!told().await);
+            }
+        }
+    }
+}
