@@ -37,13 +37,19 @@ async fn portals_are_made_listed_explained_and_removed_from_the_command_line() {
     };
     let shown = |arguments: &[&str]| -> Value { serde_json::from_str(&run(arguments).unwrap()).unwrap() };
 
-    assert_eq!(run(&["portal", "list"]).unwrap(), "");
+    assert_eq!(run(&["portal", "list"]).unwrap().lines().count(), 1, "what would stand there");
+    assert_eq!(shown(&["portal", "list", "--json"]), json!([]));
     let made = shown(&["portal", "create", "--name", "Tea", "--alias", "tea", "--join-rule", "public"]);
     assert_eq!((&made["portal_id"], &made["state"]), (&json!("p1"), &json!("active")));
     assert_eq!(made["alias"], format!("#tea:{}", gateway.server_name));
-    let line = run(&["portal", "list"]).unwrap();
-    let room = made["matrix_room_id"].as_str().unwrap();
-    assert!(line.starts_with("p1\tactive\t") && line.contains(room) && line.lines().count() == 1, "{line}");
+    let listed = run(&["portal", "list"]).unwrap();
+    let [head, line] = listed.lines().collect::<Vec<_>>()[..] else { panic!("{listed}") };
+    assert!(head.starts_with("PORTAL  STATE ") && line.starts_with("p1      active "), "{listed}");
+    for (name, key) in [("MATRIX ROOM", "matrix_room_id"), ("LM ROOM", "lm_room_id"), ("ALIAS", "alias")] {
+        let value = made[key].as_str().unwrap();
+        assert_eq!(head.find(name), line.find(value), "{name} and {value} in one column: {listed}");
+    }
+    assert_eq!(shown(&["portal", "list", "--json"])[0]["portal_id"], "p1");
     let one = shown(&["portal", "show", "p1"]);
     assert_eq!((&one["lm_room_id"], &one["out_of_step"]), (&made["lm_room_id"], &json!(0)));
     assert_eq!(one["health"]["missing"]["count"], 0);

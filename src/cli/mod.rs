@@ -48,7 +48,11 @@ pub enum Portal {
         alias: Option<String>,
     },
     /// List all portals.
-    List,
+    List {
+        /// As JSON, with all that is known of each.
+        #[arg(long)]
+        json: bool,
+    },
     /// Show one portal with its health, members and refusals.
     Show {
         /// Its ID, as in the list.
@@ -93,7 +97,7 @@ impl Portal {
                 let body = json!({ "kind": "from_lm", "lm_room_id": room_id, "via": via, "alias": alias });
                 print(&api.call(Method::POST, "/portals", Some(body)).await?)
             }
-            Self::List => list(&api).await,
+            Self::List { json } => list(&api, json).await,
             Self::Show { portal_id } => {
                 print(&api.call(Method::GET, &format!("/portals/{}", segment(&portal_id)), None).await?)
             }
@@ -114,27 +118,49 @@ pub async fn explain(config: &Config, event_id: &str) -> anyhow::Result<()> {
     print(&api.call(Method::GET, &format!("/events/{}", segment(event_id)), None).await?)
 }
 
-async fn list(api: &Api) -> anyhow::Result<()> {
+async fn list(api: &Api, json: bool) -> anyhow::Result<()> {
+    let mut portals: Vec<Value> = Vec::new();
     let mut from = String::new();
     loop {
         let page = api.call(Method::GET, &format!("/portals?limit=100{from}"), None).await?;
-        for portal in page.get("portals").and_then(Value::as_array).into_iter().flatten() {
-            let text = |key: &str| portal.get(key).and_then(Value::as_str).unwrap_or("-");
-            println!(
-                "{}\t{}\t{}\t{}\t{}\t{}",
-                text("portal_id"),
-                text("state"),
-                text("matrix_room_id"),
-                text("lm_room_id"),
-                text("lm_hub"),
-                text("alias")
-            );
-        }
+        portals.extend(page.get("portals").and_then(Value::as_array).cloned().unwrap_or_default());
         match page.get("next").and_then(Value::as_str) {
             Some(next) => from = format!("&from={}", segment(next)),
-            None => return Ok(()),
+            None => break,
         }
     }
+    if json {
+        return print(&Value::Array(portals));
+    }
+    print!("{}", table(&portals));
+    Ok(())
+}
+
+/// The columns of the list: what stands above them, and the key in the API.
+const COLUMNS: [(&str, &str); 6] = [
+    ("PORTAL", "portal_id"),
+    ("STATE", "state"),
+    ("MATRIX ROOM", "matrix_room_id"),
+    ("LM ROOM", "lm_room_id"),
+    ("LM HUB", "lm_hub"),
+    ("ALIAS", "alias"),
+];
+
+/// A line for each portal under a line that says what is what.
+fn table(portals: &[Value]) -> String {
+    let cell = |portal: &Value, key: &str| portal.get(key).and_then(Value::as_str).unwrap_or("-").to_owned();
+    let head = COLUMNS.iter().map(|(name, _)| (*name).to_owned()).collect::<Vec<_>>();
+    let rows = portals.iter().map(|portal| COLUMNS.iter().map(|(_, key)| cell(portal, key)).collect::<Vec<_>>());
+    let lines: Vec<Vec<String>> = std::iter::once(head).chain(rows).collect();
+    let width = |column: usize| lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max();
+    let widths: Vec<usize> = (0..COLUMNS.len()).map(|column| width(column).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for line in &lines {
+        let cells = line.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect::<Vec<_>>();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
 }
 
 /// The admin API of the gateway that runs with this configuration.
