@@ -177,23 +177,26 @@ pub(super) async fn row_waits(core: &Core, source: Side, portal: &Portal, seq: i
     Ok(rows.first().is_some_and(|row| row.seq == seq))
 }
 
-/// Ends the rows that were sorted out when they were read.
+/// Ends the rows that were sorted out when they were read, and tells the senders of what is refused.
 pub(super) async fn sorted_out(
-    core: &Core,
-    portal: &Portal,
+    core: &Arc<Core>,
+    portal: &Arc<Portal>,
     source: Side,
     out: Vec<(InboxRow, Out)>,
 ) -> Result<(), Refusal> {
     if out.is_empty() {
         return Ok(());
     }
+    let mut told = Vec::new();
     let out: Vec<_> = out
         .into_iter()
         .map(|(row, out)| match out {
             Out::Refused(event, refusal) => {
                 tracing::debug!(portal = portal.portal_id, event = %row.event_id, %refusal, "an event does not cross");
                 metrics::image_refused(source.other(), &refusal);
-                (row, None, Some(refusal_row(core, portal, source, &event, &refusal)))
+                let refused = refusal_row(core, portal, source, &event, &refusal);
+                told.push((event, refusal));
+                (row, None, Some(refused))
             }
             Out::Echo(lpdu) => (row, Some(lpdu), None),
             Out::Done | Out::Lost => (row, None, None),
@@ -216,6 +219,9 @@ pub(super) async fn sorted_out(
             })
         })
         .await?;
+    for (event, refusal) in told {
+        core.notices.tell(core, portal, source, &event, &refusal);
+    }
     Ok(())
 }
 

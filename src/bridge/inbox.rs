@@ -56,7 +56,7 @@ impl Inbox {
         &mut self,
         core: &Arc<Core>,
         entry: &Arc<Entry>,
-        portal: &Portal,
+        portal: &Arc<Portal>,
         source: Side,
     ) -> Result<bool, Refusal> {
         let room = WINDOW.saturating_sub(self.items.len());

@@ -31,6 +31,7 @@ pub(super) const KEYS: &[(&str, Kind)] = &[
     ("listen.tls_private_key", Kind::Text),
     ("listen.well_known", Kind::Text),
     ("database.url", Kind::Text),
+    ("database.keep_days", Kind::Number),
     ("appservice.homeserver_url", Kind::Text),
     ("appservice.homeserver_name", Kind::Text),
     ("appservice.registration", Kind::Text),

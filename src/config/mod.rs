@@ -75,6 +75,8 @@ pub struct Listen {
 pub struct Database {
     /// `sqlite://PATH` or `postgres://…`
     pub url: String,
+    /// How many days records of what went wrong are kept; 0 is for ever.
+    pub keep_days: u32,
 }
 
 /// `[appservice]`
@@ -219,7 +221,7 @@ impl Config {
 
 impl Default for Database {
     fn default() -> Self {
-        Self { url: "sqlite://isthmus.db".to_owned() }
+        Self { url: "sqlite://isthmus.db".to_owned(), keep_days: 30 }
     }
 }
 
@@ -227,7 +229,7 @@ impl std::fmt::Debug for Database {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Only what stands before a user name can be shown without parsing.
         let shown = if self.url.starts_with("sqlite:") { self.url.as_str() } else { "postgres://…" };
-        formatter.debug_struct("Database").field("url", &shown).finish()
+        formatter.debug_struct("Database").field("url", &shown).field("keep_days", &self.keep_days).finish()
     }
 }
 

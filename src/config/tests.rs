@@ -120,6 +120,7 @@ fn every_key_can_be_set_in_the_environment() {
         ("listen.tls_private_key", "a.pem", tls),
         ("listen.well_known", "g.example:443", ""),
         ("database.url", "postgres://u:p@h/d", ""),
+        ("database.keep_days", "9", ""),
         ("appservice.homeserver_url", "https://h/x", appservice),
         ("appservice.homeserver_name", "h", appservice),
         ("appservice.registration", "r", appservice),

@@ -1,5 +1,6 @@
 //! The composition root: builds the rooms of the house, gives each what it needs, and puts the listeners in front of them.
 
+mod housekeeping;
 mod listen;
 mod routes;
 mod signed;
@@ -93,6 +94,8 @@ pub struct Gateway {
     bridge: Bridge,
     appservice: Option<Appservice>,
     listeners: Vec<Listener>,
+    /// Cancelled when what is done now and then is to end.
+    chores: CancellationToken,
 }
 
 impl Gateway {
@@ -139,7 +142,9 @@ impl Gateway {
             admin = %config.admin.address,
             "the gateway runs"
         );
-        Ok(Self { context, bridge, appservice, listeners })
+        let chores = CancellationToken::new();
+        tokio::spawn(chores.clone().run_until_cancelled_owned(housekeeping::run(context.clone())));
+        Ok(Self { context, bridge, appservice, listeners, chores })
     }
 
     /// What the parts share.
@@ -170,6 +175,7 @@ impl Gateway {
         if let Some(appservice) = &self.appservice {
             appservice.stop();
         }
+        self.chores.cancel();
         self.bridge.stop().await;
         self.context.outbound.stop().await;
         self.context.store.close().await;

@@ -13,6 +13,7 @@ pub mod lm;
 pub mod outbound;
 pub mod overview;
 pub mod portals;
+pub mod pruning;
 mod rows;
 pub mod server_keys;
 #[cfg(test)]

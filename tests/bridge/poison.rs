@@ -198,3 +198,50 @@ async fn hc_71_an_event_that_always_fails_is_refused_and_holds_nobody_up_for_eve
     so("what its sender says later", || async { world.server.bodies(lm).await.contains(&said) }).await;
     assert!(refused.reason.contains("given up after 10 tries"), "{}", refused.reason);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_71_a_task_that_panics_starts_again_and_a_row_that_makes_it_panic_is_refused_in_the_end() {
+    const DECIDE: &str = "Worker::decide";
+    let (world, gateway) = World::new(json!({})).await;
+    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    let [alice, carol] = ["alice", "carol"].map(|name| world.matrix_user(name));
+    world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    let mut view = world.matrix_join(&gateway, matrix, &carol).await.unwrap();
+    world.lm_join(lm, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    world.refresh(&gateway, &mut view).await;
+    let heard = async |body: &str| {
+        let said = (ghost(Side::Matrix, "carol"), body.to_owned());
+        so("what carol says", || async { world.server.bodies(lm).await.contains(&said) }).await;
+    };
+
+    // The whole task: it starts again by itself.
+    world.panic_inside("Worker::pass", Some(DECIDE));
+    world.matrix_say(&gateway, &mut view, &carol, "after the panic").await;
+    heard("after the panic").await;
+    assert!(!world.will_panic());
+
+    // One row, each time that it is its turn: the oldest row is decided on first.
+    world.panic_inside(DECIDE, None);
+    let poison = world.matrix_say(&gateway, &mut view, &alice, "poison").await;
+    so("the first panic", || async { !world.will_panic() }).await;
+    let mut tries = 1;
+    let refused = loop {
+        world.panic_inside(DECIDE, None);
+        world.advance(301_000);
+        world.matrix_say(&gateway, &mut view, &carol, &format!("round {tries}")).await;
+        heard(&format!("round {tries}")).await;
+        let refusals = gateway.bridge.health(&portal.portal_id).await.unwrap().refusals;
+        if let Some(refused) = refusals.into_iter().find(|refused| refused.event_id == poison) {
+            break refused;
+        }
+        tries += 1;
+        assert!(tries < 50, "it is tried for ever");
+    };
+    assert_eq!(refused.code, "internal");
+    assert!(refused.reason.contains("given up after 10 tries") && refused.reason.contains("panicked"), "{refused:?}");
+    let poison = (ghost(Side::Matrix, "alice"), "poison".to_owned());
+    assert!(!world.server.bodies(lm).await.contains(&poison));
+}

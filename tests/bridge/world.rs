@@ -34,11 +34,31 @@ pub const MATRIX: &str = "matrix.example";
 pub const OTHER: &str = "other.example";
 
 /// Time that goes on from the moment that the homeserver lives in, and that can be moved on.
-struct Ticking(Instant, AtomicI64);
+struct Ticking(Instant, AtomicI64, Panics);
+
+/// In which functions whoever asks for the time panics: one that stands on the stack, and one that does not. Once each.
+type Panics = std::sync::Mutex<Vec<(&'static str, Option<&'static str>)>>;
 
 impl Clock for Ticking {
     fn now_ms(&self) -> i64 {
+        if self.panics() {
+            panic!("for the test");
+        }
         NOW + i64::try_from(self.0.elapsed().as_millis()).unwrap() + self.1.load(Ordering::SeqCst)
+    }
+}
+
+impl Ticking {
+    fn panics(&self) -> bool {
+        let mut panics = self.2.lock().unwrap();
+        if panics.is_empty() {
+            return false;
+        }
+        let stack = std::backtrace::Backtrace::force_capture().to_string();
+        let is_here = |(inside, outside): &(&str, Option<&str>)| {
+            stack.contains(inside) && outside.is_none_or(|outside| !stack.contains(outside))
+        };
+        panics.iter().position(is_here).map(|index| panics.remove(index)).is_some()
     }
 }
 
@@ -74,7 +94,7 @@ impl World {
     /// The three, with the gateway's settings besides the usual ones.
     pub async fn new(settings: Value) -> (Self, Gateway) {
         let directory = tempfile::tempdir().unwrap();
-        let clock = Arc::new(Ticking(Instant::now(), AtomicI64::new(0)));
+        let clock = Arc::new(Ticking(Instant::now(), AtomicI64::new(0), Panics::default()));
         let peer = Peer::start(MATRIX).await;
         let listeners = [OWN, LM, OTHER].map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
         let mut resolve = BTreeMap::from([(peer.name.clone(), peer.url.clone())]);
@@ -164,6 +184,16 @@ impl World {
         let mut connection = sqlx::AnyConnection::connect(&url).await.unwrap();
         sqlx::query(sqlx::AssertSqlSafe(statement.to_owned())).execute(&mut connection).await.unwrap();
         connection.close().await.unwrap();
+    }
+
+    /// Who asks for the time next inside one function, and not inside another, panics.
+    pub fn panic_inside(&self, inside: &'static str, outside: Option<&'static str>) {
+        self.clock.2.lock().unwrap().push((inside, outside));
+    }
+
+    /// Whether a panic that was asked for is still to come.
+    pub fn will_panic(&self) -> bool {
+        !self.clock.2.lock().unwrap().is_empty()
     }
 
     /// Moves everybody's clock on.

@@ -2,6 +2,9 @@
 //! batches. An image is made in one transaction with its mapping and with the end of its row, so a crash at any point
 //! neither loses nor doubles it (INV-5, INV-6).
 
+mod decide;
+mod send;
+
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -11,18 +14,17 @@ use futures::FutureExt as _;
 use ruma::{OwnedEventId, OwnedServerName};
 use tokio::sync::mpsc;
 
-use super::carry::{self, Before, Case, Crossing, Outcome};
+use self::decide::Decision;
+use super::carry::{Crossing, Outcome};
 use super::core::Core;
-use super::inbox::{self, Item};
+use super::inbox;
 use super::linearize;
-use super::portal::{Portal, PortalState};
+use super::portal::Portal;
 use super::registry::Entry;
-use super::side::{Event, MEMBER, Made, State};
-use super::{acl, budget, effect, repair, translate};
+use super::{budget, effect, repair};
 use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::seam::{Draft, Outgoing};
 use crate::store::{images, inbox as stored};
 
 /// How many images are sent in one call.
@@ -103,15 +105,6 @@ struct Worker {
     /// Where the tasks tell that ask other servers.
     asked: mpsc::UnboundedSender<(i64, Done)>,
     answers: mpsc::UnboundedReceiver<(i64, Done)>,
-}
-
-/// What is to be done with an event.
-struct Decision {
-    outcome: Outcome,
-    /// Whether the state must be looked at when it is done.
-    unsure: bool,
-    /// The budget that it is over.
-    over: Option<Refusal>,
 }
 
 /// What became of an item.
@@ -306,189 +299,6 @@ impl Worker {
         }
     }
 
-    /// What is to be done with an event, with all that this depends on looked up.
-    async fn decide(&self, portal: &Portal, event: &Event) -> Result<Decision, Refusal> {
-        let core = &self.core;
-        let far = self.source.other();
-        let store = &core.context.store;
-        let references = translate::references(event);
-        let users = core.users.all(store, self.source, &references.users).await?;
-        let named: Vec<OwnedEventId> = references.events.into_iter().chain(references.needs).collect();
-        let mut events = HashMap::new();
-        if !named.is_empty() {
-            let images = images::of_sources(store, self.source, &named).await?;
-            events.extend(images.into_iter().filter(|(_, row)| !row.pending).map(|(source, row)| (source, row.image)));
-            let sources = images::of_images(store, self.source.other(), &named).await?;
-            events.extend(sources.into_iter().filter(|(_, row)| !row.pending).map(|(image, row)| (image, row.source)));
-        }
-        let redacted = match &event.redacts {
-            Some(target) => core.sides()?.rooms(self.source).event(target).await?,
-            None => None,
-        };
-        // An event of another room is not this room's to redact.
-        let redacted = redacted.filter(|redacted| redacted.room_id == event.room_id);
-        let (reads_near, reads_far) = carry::reads(event, &users, core.users.bot());
-        let near_state = core.sides()?.rooms(self.source).pick(portal.room(self.source), &reads_near).await?;
-        let far_state = core.sides()?.rooms(far).pick(portal.room(far), &reads_far).await?;
-        let unsure = self.source == portal.authority() && may_be_reset(&near_state, event);
-        if let Err(refusal) = acl::crosses(core, &near_state, &far_state, event).await {
-            return Ok(Decision { outcome: Outcome::Refuse(refusal), unsure, over: None });
-        }
-        let outcome = carry::outcome(&Case {
-            event,
-            source: self.source,
-            authority: portal.authority(),
-            near: &near_state,
-            far: &far_state,
-            // What a foreign hub's log will be, its copy here does not say while LPDUs are on their way.
-            settled: far == Side::Matrix || portal.lm_hub == core.context.server_name,
-            users: &users,
-            events: &events,
-            redacted: redacted.as_ref(),
-            far_room: portal.room(far),
-            bot: core.users.bot(),
-            now_ms: core.now_ms(),
-        });
-        let over = match makes_ghost(&outcome, &far_state) {
-            true => {
-                let (limits, server) = (&core.context.config.budgets, event.sender.server_name());
-                core.budgets.ghost(limits, self.entry.number, server, core.now_ms(), false).err()
-            }
-            false => None,
-        };
-        Ok(Decision { outcome, unsure, over })
-    }
-
-    /// Sends a batch of images; false when one of them failed.
-    async fn flush(&mut self, portal: &Arc<Portal>, batch: Vec<(i64, Crossing)>) -> Result<bool, Refusal> {
-        if batch.is_empty() {
-            return Ok(true);
-        }
-        let (mut drafts, mut seqs, mut items) = (Vec::new(), Vec::new(), Vec::new());
-        for (seq, crossing) in batch {
-            let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
-            drafts.push(crossing.image);
-            seqs.push(seq);
-            items.push((item, crossing.note));
-        }
-        let effects = effect::crossed_all(&self.core, portal, self.source, items);
-        let outgoing =
-            drafts.into_iter().zip(effects).map(|(draft, effect)| Outgoing { draft, effect: Some(effect) }).collect();
-        let far = self.source.other();
-        let results = self.core.sides()?.rooms(far).send(portal.room(far), outgoing).await;
-        let mut all = true;
-        for (seq, result) in seqs.into_iter().zip(results) {
-            match result {
-                Ok(_) => {
-                    self.finish(portal, seq, Done::Crossed).await?;
-                }
-                // What comes after a failure that may pass failed with it, and is tried again right after it.
-                Err(refusal) if refusal.is_transient() && !all => {}
-                Err(refusal) => {
-                    all = false;
-                    let done = if refusal.is_transient() { Done::Later(refusal) } else { Done::Refused(refusal) };
-                    self.finish(portal, seq, done).await?;
-                }
-            }
-        }
-        Ok(all)
-    }
-
-    /// Does with one event what is to be done with it.
-    async fn single(&mut self, portal: &Arc<Portal>, seq: i64, outcome: Outcome) -> Result<Done, Refusal> {
-        let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { return Ok(Done::Gone) };
-        Ok(match outcome {
-            Outcome::Cross(crossing) => self.cross(portal, item, *crossing).await?,
-            Outcome::Refuse(refusal) => Done::Refused(refusal),
-            Outcome::Nothing(_) => {
-                effect::drop_row(&self.core, seq).await?;
-                Done::Gone
-            }
-            Outcome::Adopt(image) => {
-                effect::adopt(&self.core, portal, self.source, item, image).await?;
-                Done::Gone
-            }
-            Outcome::Suspend(reason) => {
-                self.core.set_state(&self.entry, PortalState::Suspended, Some(reason)).await?;
-                effect::drop_row(&self.core, seq).await?;
-                Done::Gone
-            }
-        })
-    }
-
-    async fn cross(&self, portal: &Arc<Portal>, item: &Item, crossing: Crossing) -> Result<Done, Refusal> {
-        let Crossing { before, image, instead, asks_server, note } = crossing;
-        let far = self.source.other();
-        let rooms = self.core.sides()?.rooms(far);
-        let room = portal.room(far);
-        if self.on_its_way(&before).await? {
-            return Ok(Done::Waits);
-        }
-        for Before { draft, source } in before {
-            let effect = match source {
-                Some(source) => effect::joined(&self.core, portal, self.source, source).await?,
-                None => effect::prepared(&self.core, self.source, &item.event),
-            };
-            let result = rooms.send(room, vec![Outgoing { draft, effect }]).await.pop();
-            if let Some(Err(refusal)) = result {
-                return Ok(if refusal.is_transient() { Done::Later(refusal) } else { Done::Refused(refusal) });
-            }
-        }
-        if asks_server {
-            self.ask(portal, item, image, note);
-            return Ok(Done::Asked);
-        }
-        let send = async |draft: Draft| -> Result<Made, Refusal> {
-            let effect = effect::crossed(&self.core, portal, self.source, item, note.clone());
-            let outgoing = Outgoing { draft, effect };
-            let nothing = || Refusal::Internal("nothing came of an event".to_owned());
-            rooms.send(room, vec![outgoing]).await.pop().unwrap_or_else(|| Err(nothing()))
-        };
-        Ok(match (send(image).await, instead) {
-            (Ok(_), _) => Done::Crossed,
-            (Err(refusal), _) if refusal.is_transient() => Done::Later(refusal),
-            (Err(_), Some(instead)) => match send(instead).await {
-                Ok(_) => Done::Crossed,
-                Err(refusal) if refusal.is_transient() => Done::Later(refusal),
-                Err(refusal) => Done::Refused(refusal),
-            },
-            (Err(refusal), None) => Done::Refused(refusal),
-        })
-    }
-
-    /// Invites a user of another server, which may be slow or dead: on a task of its own.
-    fn ask(&self, portal: &Arc<Portal>, item: &Item, invite: Draft, note: Option<String>) {
-        let effect = effect::crossed(&self.core, portal, self.source, item, note);
-        let (core, entry, portal, source) = (self.core.clone(), self.entry.clone(), portal.clone(), self.source);
-        let (seq, asked) = (item.row.seq, self.asked.clone());
-        self.core.spawn(async move {
-            let outgoing = Outgoing { draft: invite, effect };
-            let invited = match core.sides() {
-                Ok(sides) => sides.rooms(source.other()).invite(portal.room(source.other()), outgoing).await,
-                Err(refusal) => Err(refusal),
-            };
-            let done = match invited {
-                Ok(_) => Done::Crossed,
-                Err(refusal) if refusal.is_transient() => Done::Later(refusal),
-                Err(refusal) => Done::Refused(refusal),
-            };
-            // The task that asked stays as long as the item does.
-            let _ = asked.send((seq, done));
-            entry.direction(source).wake.notify_one();
-        });
-    }
-
-    /// Whether a join that would be sent first is already on its way to the hub.
-    async fn on_its_way(&self, before: &[Before]) -> Result<bool, Refusal> {
-        let sources: Vec<OwnedEventId> = before.iter().filter_map(|before| before.source.clone()).collect();
-        if sources.is_empty() || self.source == Side::Lm {
-            return Ok(false);
-        }
-        let now = self.core.now_ms();
-        let images = images::of_sources(&self.core.context.store, self.source, &sources).await?;
-        Ok(images.values().any(|row| row.pending && now.saturating_sub(row.made_ts) < ECHO_PATIENCE_MS))
-    }
-
     /// Records what became of an item; false when the rest must be looked at again.
     async fn finish(&mut self, portal: &Arc<Portal>, seq: i64, done: Done) -> Result<bool, Refusal> {
         let now = self.core.now_ms();
@@ -538,26 +348,4 @@ impl Worker {
         }
         Ok(true)
     }
-}
-
-/// Whether what is to be done brings a ghost into the room across that was never in it.
-fn makes_ghost(outcome: &Outcome, far: &State) -> bool {
-    let Outcome::Cross(crossing) = outcome else { return false };
-    let drafts = crossing.before.iter().map(|before| &before.draft).chain([&crossing.image]);
-    drafts.into_iter().any(|draft| {
-        let joins = draft.content.get("membership").is_some_and(|membership| membership == "join");
-        draft.kind == MEMBER && joins && far.member(&draft.sender).is_none()
-    })
-}
-
-/// Whether an event that was accepted into a graph may have changed more of its state than itself, or nothing: where forks
-/// meet, state resolution decides, and no event says so.
-fn may_be_reset(near: &State, event: &Event) -> bool {
-    let (State::Graph(_), Some(state_key)) = (near, &event.state_key) else { return false };
-    let current = near.get(&event.kind, state_key).is_some_and(|entry| *entry.event_id == event.event_id);
-    let decides = match event.membership() {
-        Some((target, _)) => target != event.sender,
-        None => matches!(event.kind.as_str(), "m.room.power_levels" | "m.room.join_rules"),
-    };
-    !current || decides
 }

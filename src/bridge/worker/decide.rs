@@ -1,0 +1,100 @@
+//! What is to be done with an event that waits, with all that this depends on looked up.
+
+use std::collections::HashMap;
+
+use ruma::OwnedEventId;
+
+use super::Worker;
+use crate::bridge::carry::{self, Case, Outcome};
+use crate::bridge::portal::Portal;
+use crate::bridge::side::{Event, MEMBER, State};
+use crate::bridge::{acl, translate};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::store::images;
+
+/// What is to be done with an event.
+pub(super) struct Decision {
+    pub(super) outcome: Outcome,
+    /// Whether the state must be looked at when it is done.
+    pub(super) unsure: bool,
+    /// The budget that it is over.
+    pub(super) over: Option<Refusal>,
+}
+
+impl Worker {
+    /// What is to be done with an event, with all that this depends on looked up.
+    pub(super) async fn decide(&self, portal: &Portal, event: &Event) -> Result<Decision, Refusal> {
+        let core = &self.core;
+        let far = self.source.other();
+        let store = &core.context.store;
+        let references = translate::references(event);
+        let users = core.users.all(store, self.source, &references.users).await?;
+        let named: Vec<OwnedEventId> = references.events.into_iter().chain(references.needs).collect();
+        let mut events = HashMap::new();
+        if !named.is_empty() {
+            let images = images::of_sources(store, self.source, &named).await?;
+            events.extend(images.into_iter().filter(|(_, row)| !row.pending).map(|(source, row)| (source, row.image)));
+            let sources = images::of_images(store, self.source.other(), &named).await?;
+            events.extend(sources.into_iter().filter(|(_, row)| !row.pending).map(|(image, row)| (image, row.source)));
+        }
+        let redacted = match &event.redacts {
+            Some(target) => core.sides()?.rooms(self.source).event(target).await?,
+            None => None,
+        };
+        // An event of another room is not this room's to redact.
+        let redacted = redacted.filter(|redacted| redacted.room_id == event.room_id);
+        let (reads_near, reads_far) = carry::reads(event, &users, core.users.bot());
+        let near_state = core.sides()?.rooms(self.source).pick(portal.room(self.source), &reads_near).await?;
+        let far_state = core.sides()?.rooms(far).pick(portal.room(far), &reads_far).await?;
+        let unsure = self.source == portal.authority() && may_be_reset(&near_state, event);
+        if let Err(refusal) = acl::crosses(core, &near_state, &far_state, event).await {
+            return Ok(Decision { outcome: Outcome::Refuse(refusal), unsure, over: None });
+        }
+        let outcome = carry::outcome(&Case {
+            event,
+            source: self.source,
+            authority: portal.authority(),
+            near: &near_state,
+            far: &far_state,
+            // What a foreign hub's log will be, its copy here does not say while LPDUs are on their way.
+            settled: far == Side::Matrix || portal.lm_hub == core.context.server_name,
+            users: &users,
+            events: &events,
+            redacted: redacted.as_ref(),
+            far_room: portal.room(far),
+            bot: core.users.bot(),
+            now_ms: core.now_ms(),
+        });
+        let over = match makes_ghost(&outcome, &far_state) {
+            true => {
+                let (limits, server) = (&core.context.config.budgets, event.sender.server_name());
+                core.budgets.ghost(limits, self.entry.number, server, core.now_ms(), false).err()
+            }
+            false => None,
+        };
+        Ok(Decision { outcome, unsure, over })
+    }
+}
+
+/// Whether what is to be done brings a ghost into the room across that was never in it.
+fn makes_ghost(outcome: &Outcome, far: &State) -> bool {
+    let Outcome::Cross(crossing) = outcome else { return false };
+    let drafts = crossing.before.iter().map(|before| &before.draft).chain([&crossing.image]);
+    drafts.into_iter().any(|draft| {
+        let joins = draft.content.get("membership").is_some_and(|membership| membership == "join");
+        draft.kind == MEMBER && joins && far.member(&draft.sender).is_none()
+    })
+}
+
+/// Whether an event that was accepted into a graph may have changed more of its state than itself, or nothing: where forks
+/// meet, state resolution decides, and no event says so.
+fn may_be_reset(near: &State, event: &Event) -> bool {
+    let (State::Graph(_), Some(state_key)) = (near, &event.state_key) else { return false };
+    let current = near.get(&event.kind, state_key).is_some_and(|entry| *entry.event_id == event.event_id);
+    let decides = match event.membership() {
+        Some((target, _)) => target != event.sender,
+        None => matches!(event.kind.as_str(), "m.room.power_levels" | "m.room.join_rules"),
+    };
+    !current || decides
+}

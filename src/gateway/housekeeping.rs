@@ -1,0 +1,70 @@
+//! Keeps tables from growing without bound: what is recorded only for people to read, or can be had again, goes in time.
+
+use std::time::Duration;
+
+use crate::federation::Context;
+use crate::store::pruning::{self, Prune};
+
+/// How often it is looked.
+const EVERY: Duration = Duration::from_secs(6 * 3_600);
+const DAY_MS: i64 = 86_400_000;
+/// After how many days the keys of a server are forgotten with which no room is shared any more. What it signed and is in a
+/// room here was checked long ago; when it says something again its keys are fetched again.
+const KEYS_DAYS: i64 = 180;
+
+/// Tidies up now and then, for ever.
+pub(super) async fn run(context: Context) {
+    loop {
+        tidy(&context).await;
+        tokio::time::sleep(EVERY).await;
+    }
+}
+
+async fn tidy(context: &Context) {
+    let ago = |days: i64| context.clock.now_ms().saturating_sub(days.saturating_mul(DAY_MS));
+    let days = i64::from(context.config.database.keep_days);
+    let prune = Prune {
+        records_before: (days > 0).then(|| ago(days)),
+        keys_before: ago(KEYS_DAYS),
+        own: context.server_name.clone(),
+    };
+    match pruning::prune(&context.store, prune).await {
+        Ok(0) => {}
+        Ok(rows) => tracing::info!(rows, "old records are gone"),
+        Err(error) => tracing::warn!(%error, "old records could not be removed"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::clock::{ManualClock, SharedClock};
+
+    #[tokio::test]
+    async fn records_go_in_time_unless_they_are_kept_for_ever() {
+        for (keep_days, left) in [(30, 0), (0, 1)] {
+            let directory = tempfile::tempdir().unwrap();
+            let url = format!("sqlite://{}", directory.path().join("db").display());
+            let config = serde_json::from_value(json!({
+                "server_name": "g.example",
+                "signing_key": directory.path().join("key"),
+                "database": { "url": url, "keep_days": keep_days },
+            }));
+            let clock: SharedClock = ManualClock::new(31 * DAY_MS);
+            let context = super::super::context(config.unwrap(), clock).await.unwrap();
+            let work = "INSERT INTO appservice_work (seq, work, attempts, due_ts, failed) VALUES (1, $1, 12, $2, 'no')";
+            let write = context.store.write(move |tx| {
+                Box::pin(async move {
+                    sqlx::query(work).bind(&b"{}"[..]).bind(DAY_MS - 1).execute(tx).await?;
+                    Ok(())
+                })
+            });
+            write.await.unwrap();
+            tidy(&context).await;
+            let count = sqlx::query_as("SELECT COUNT(*) FROM appservice_work").fetch_one(context.store.reader()).await;
+            assert_eq!(count.unwrap(), (left,), "{keep_days}");
+        }
+    }
+}
