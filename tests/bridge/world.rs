@@ -36,7 +36,7 @@ pub const OTHER: &str = "other.example";
 /// Time that goes on from the moment that the homeserver lives in, and that can be moved on.
 struct Ticking(Instant, AtomicI64, Panics);
 
-/// In which functions whoever asks for the time panics: one that stands on the stack, and one that does not. Once each.
+/// In which files whoever asks for the time panics: one that is on the stack, and one that is not. Once each.
 type Panics = std::sync::Mutex<Vec<(&'static str, Option<&'static str>)>>;
 
 impl Clock for Ticking {
@@ -186,7 +186,7 @@ impl World {
         connection.close().await.unwrap();
     }
 
-    /// Who asks for the time next inside one function, and not inside another, panics.
+    /// Who asks for the time next inside one file, and not inside another, panics.
     pub fn panic_inside(&self, inside: &'static str, outside: Option<&'static str>) {
         self.clock.2.lock().unwrap().push((inside, outside));
     }
