@@ -63,8 +63,9 @@ mod tests {
             });
             write.await.unwrap();
             tidy(&context).await;
-            let count = sqlx::query_as("SELECT COUNT(*) FROM appservice_work").fetch_one(context.store.reader()).await;
-            assert_eq!(count.unwrap(), (left,), "{keep_days}");
+            let (count,): (i64,) =
+                sqlx::query_as("SELECT COUNT(*) FROM appservice_work").fetch_one(context.store.reader()).await.unwrap();
+            assert_eq!(count, left, "{keep_days}");
         }
     }
 }
