@@ -72,15 +72,18 @@ where
     }
 }
 
-pub(super) async fn run(shared: Arc<Shared>, room: Arc<Room>, mut jobs: mpsc::UnboundedReceiver<Box<dyn Work>>) {
+/// What waits for a room's task.
+pub(super) type Jobs = mpsc::UnboundedReceiver<Box<dyn Work>>;
+
+pub(super) async fn run(shared: &Arc<Shared>, room: &Arc<Room>, jobs: &mut Jobs) {
     loop {
         let first = match tokio::time::timeout(IDLE, jobs.recv()).await {
             Ok(Some(job)) => job,
             Ok(None) => return,
-            Err(_) if shared.rooms.retire(&room, &mut jobs) => return,
+            Err(_) if shared.rooms.retire(room, jobs) => return,
             Err(_) => continue,
         };
-        let mut batch = Batch::new(shared.clone(), &room);
+        let mut batch = Batch::new(shared.clone(), room);
         let mut done = Vec::new();
         let mut next = Some(first);
         while let Some(mut job) = next {
@@ -91,7 +94,7 @@ pub(super) async fn run(shared: Arc<Shared>, room: Arc<Room>, mut jobs: mpsc::Un
             done.push(job);
             next = if batch.len() < BATCH { jobs.try_recv().ok() } else { None };
         }
-        let committed = batch.commit(&room).await;
+        let committed = batch.commit(room).await;
         if let Err(refusal) = &committed {
             tracing::error!(room = %room.room_id, error = %refusal, "a batch of events was not committed");
         }

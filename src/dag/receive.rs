@@ -1,10 +1,12 @@
 //! The PDUs of transactions: parsed, their signatures checked in parallel, and given to their rooms' tasks.
 
 use std::collections::{BTreeMap, HashMap};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures::FutureExt as _;
 use futures::future::join_all;
-use ruma::{OwnedEventId, OwnedServerName, RoomId, ServerName};
+use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId, ServerName};
 use serde_json::Value;
 
 use super::accept::{Outcome, Source};
@@ -142,7 +144,7 @@ impl Shared {
         }
         let mut verified = Vec::new();
         for (event_id, task) in tasks {
-            match task.await.unwrap_or_else(|error| Err(Refusal::Internal(error.to_string()))) {
+            match task.await.unwrap_or_else(|_| Err(panicked(&room.room_id, &event_id))) {
                 Ok(event) => verified.push(event),
                 Err(refusal) => refusals.push((event_id, refusal)),
             }
@@ -171,13 +173,22 @@ impl Shared {
     }
 }
 
+/// An event on which this gateway fails is refused alone: it would fail again whenever it is sent again, and hold up all
+/// that its server sends.
+fn panicked(room_id: &RoomId, event_id: &EventId) -> Refusal {
+    tracing::error!(room = %room_id, event = %event_id, "this gateway failed on an event");
+    Refusal::MatrixRule(format!("this gateway fails on {event_id}"))
+}
+
 async fn accept_each(batch: &mut Batch, events: Vec<Verified>, source: Source) -> Result<Outcomes, Refusal> {
     let mut outcomes = Outcomes::new();
+    let room = batch.room_id.clone();
     batch.look_up(&events.iter().map(|event| event.pdu().event_id.clone()).collect::<Vec<_>>()).await?;
     for event in events {
         let event_id = event.pdu().event_id.clone();
         let before = batch.savepoint();
-        let outcome = batch.accept(event, &source, None).await;
+        let accepted = AssertUnwindSafe(batch.accept(event, &source, None)).catch_unwind().await;
+        let outcome = accepted.unwrap_or_else(|_| Err(panicked(&room, &event_id)));
         if outcome.is_err() {
             batch.roll_back(before);
         }

@@ -117,7 +117,8 @@ impl Inputs {
         Ok(Self { maps, auth_difference, subgraph: subgraph.into_iter().collect(), events: known })
     }
 
-    fn resolve(&self, rules: &RoomVersionRules) -> Result<BTreeMap<StateKey, OwnedEventId>, StoreError> {
+    /// States that cannot be resolved are the fault of the event that brings them together: it fails alone, and for good.
+    fn resolve(&self, rules: &RoomVersionRules) -> Result<BTreeMap<StateKey, OwnedEventId>, Refusal> {
         let v2 = rules.state_res.v2_rules().ok_or_else(|| StoreError::corrupt("room version", "no v2 resolution"))?;
         // Of an empty chain and another one the difference is the other one.
         let chains = vec![self.auth_difference.clone(), EventIdSet::new()];
@@ -126,7 +127,7 @@ impl Inputs {
             state_res::resolve::<Arc<Stored>, _>(&rules.authorization, v2, &self.maps, chains, fetch, |_| {
                 Some(self.subgraph.clone())
             })
-            .map_err(|error| StoreError::corrupt("state that is to be resolved", error))?;
+            .map_err(|error| Refusal::MatrixRule(format!("the states before it cannot be resolved: {error}")))?;
         Ok(resolved.into_iter().map(|((kind, state_key), id)| ((kind.to_string(), state_key), id)).collect())
     }
 }

@@ -2,10 +2,12 @@
 //! for and let go when nobody has used it for a while.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use imbl::{OrdMap, OrdSet};
 use ruma::room_version_rules::RoomVersionRules;
@@ -13,7 +15,7 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, Serv
 use tokio::sync::{OnceCell, Semaphore, mpsc, oneshot};
 
 use super::Shared;
-use super::actor::{self, Work};
+use super::actor::{self, Jobs, Work};
 use super::batch::Batch;
 use super::snapshot::Snapshot;
 use super::version::rules_of;
@@ -142,7 +144,7 @@ impl Rooms {
     }
 
     /// Takes the room out if nothing waits for it; true when it was taken out.
-    pub(super) fn retire(&self, room: &Room, jobs: &mut mpsc::UnboundedReceiver<Box<dyn Work>>) -> bool {
+    pub(super) fn retire(&self, room: &Room, jobs: &mut Jobs) -> bool {
         let mut slots = self.slots();
         if !jobs.is_empty() {
             return false;
@@ -150,6 +152,17 @@ impl Rooms {
         jobs.close();
         slots.remove(&room.room_id);
         true
+    }
+}
+
+impl Rooms {
+    /// Takes this room out, if it has not been taken out or loaded anew.
+    fn let_go(&self, room: &Arc<Room>) {
+        let mut slots = self.slots();
+        let is_this = |slot: &Slot| matches!(slot.get(), Some(Some(held)) if Arc::ptr_eq(held, room));
+        if slots.get(&room.room_id).is_some_and(is_this) {
+            slots.remove(&room.room_id);
+        }
     }
 }
 
@@ -213,7 +226,7 @@ impl Shared {
             jobs,
             permits: Arc::new(Semaphore::new(QUEUE)),
         });
-        tokio::spawn(actor::run(self.clone(), room.clone(), inbox));
+        tokio::spawn(watched(self.clone(), room.clone(), inbox));
         Ok(room)
     }
 
@@ -264,6 +277,81 @@ impl Shared {
     }
 }
 
+/// A room's task. After a panic outside of any job the room is let go, and loaded again by who next asks for it: what is in
+/// memory may be more, or less, than what was committed.
+async fn watched(shared: Arc<Shared>, room: Arc<Room>, mut jobs: Jobs) {
+    if AssertUnwindSafe(actor::run(&shared, &room, &mut jobs)).catch_unwind().await.is_err() {
+        tracing::error!(room = %room.room_id, "a room's task panicked; the room is loaded again");
+        jobs.close();
+        shared.rooms.let_go(&room);
+    }
+}
+
 fn closed() -> Refusal {
     Refusal::Internal("the room's task ended".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::dag::{Dag, NewRoom};
+    use crate::federation::{Client, ClientOptions, Context, OutboundQueues};
+    use crate::identity::{Keyring, SigningKey};
+    use crate::seam::{Alone, Draft, Outgoing};
+    use crate::store::Store;
+
+    struct Panicking;
+
+    impl Work for Panicking {
+        fn run<'b>(&'b mut self, _: &'b mut Batch) -> BoxFuture<'b, bool> {
+            panic!("as a commit might")
+        }
+
+        fn finish(self: Box<Self>, _: Result<(), Refusal>) {}
+    }
+
+    async fn context(directory: &tempfile::TempDir) -> Context {
+        let store = Store::open(&format!("sqlite://{}", directory.path().join("db").display())).await.unwrap();
+        let own: OwnedServerName = "gateway.example".try_into().unwrap();
+        let (clock, key) = (ManualClock::new(1_704_067_200_000), Arc::new(SigningKey::generate()));
+        let client = Client::new(own.clone(), key.clone(), ClientOptions::default()).unwrap();
+        let keyring = Keyring::new(own.clone(), key.clone(), Arc::new(client.clone()), store.clone(), clock.clone());
+        Context {
+            outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
+            config: Arc::new(serde_json::from_value(json!({ "server_name": own })).unwrap()),
+            server_name: own,
+            signing_key: key,
+            keyring,
+            store,
+            clock,
+            client,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_room_goes_on_after_its_task_panicked() {
+        let directory = tempfile::tempdir().unwrap();
+        let dag = Dag::new(context(&directory).await, Arc::new(Alone));
+        let bot: OwnedUserId = "@isthmus:gateway.example".try_into().unwrap();
+        let new = NewRoom { creator: bot.clone(), version: RoomVersion::V11, initial_state: Vec::new() };
+        let room_id = dag.create_room(new).await.unwrap();
+        let draft = Draft {
+            sender: bot,
+            kind: "m.room.message".to_owned(),
+            state_key: None,
+            content: json!({ "body": "after" }).as_object().unwrap().clone(),
+            origin_server_ts: 1_704_067_200_000,
+        };
+
+        let room = dag.shared.room(&room_id).await.unwrap();
+        assert!(room.jobs.send(Box::new(Panicking)).is_ok());
+        room.jobs.closed().await;
+        let sent = dag.send(&room_id, vec![Outgoing { draft, effect: None }]).await.remove(0).unwrap();
+        assert!(dag.event(&sent.event_id).await.unwrap().is_some());
+        assert!(!Arc::ptr_eq(&room, &dag.shared.room(&room_id).await.unwrap()));
+        dag.shared.context.store.close().await;
+    }
 }

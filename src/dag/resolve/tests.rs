@@ -302,3 +302,27 @@ async fn a_resolution_that_would_take_too_many_events_is_refused_and_names_the_b
     }
     store.close().await;
 }
+
+#[tokio::test]
+async fn states_that_cannot_be_resolved_are_a_verdict_on_the_event_that_joins_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(&format!("sqlite://{}", directory.path().join("db").display())).await.unwrap();
+    let mut simulation = Simulation::begin(RoomVersion::V11, Events::new(store.clone(), 10, 10));
+    let (create, join, base) =
+        (simulation.states[0].0.clone(), simulation.states[1].0.clone(), simulation.states[4].clone());
+    // What no check lets in, but a room may hold from before.
+    let mut levels = |levels: Value, auth: &OwnedEventId| {
+        let event = json!({ "type": "m.room.power_levels", "state_key": "", "sender": USERS[0], "depth": 9,
+            "room_id": simulation.room_id, "content": levels, "origin_server_ts": 200, "prev_events": [base.0],
+            "auth_events": [create, join, auth] });
+        let pdu = Unverified::from_object(event.as_object().unwrap().clone(), RoomVersion::V11).unwrap();
+        simulation.keep(pdu.pdu().clone(), &base.1);
+        simulation.states.last().unwrap().clone()
+    };
+    let (bad, _) = levels(json!({ "users": "nobody" }), &base.0);
+    let states = [levels(json!({ "ban": 1 }), &bad).1, levels(json!({ "ban": 2 }), &bad).1];
+    let result = resolve(&simulation.reader, &simulation.events, &simulation.room_id, simulation.rules, &states).await;
+    let refusal = result.unwrap_err();
+    assert!(matches!(refusal, Refusal::MatrixRule(_)) && !refusal.is_transient(), "{refusal:?}");
+    store.close().await;
+}
