@@ -239,7 +239,7 @@ const BOT: &str = "@_isthmus:hs.example";
 const ALIAS: &str = "#lm_tea_hub.example:hs.example";
 
 #[tokio::test]
-async fn every_endpoint_asks_for_the_token() {
+async fn hc_12_every_endpoint_asks_for_the_token() {
     let house = House::build().await;
     for (method, path) in [
         (Method::PUT, "/transactions/1"),
@@ -262,7 +262,7 @@ async fn every_endpoint_asks_for_the_token() {
 }
 
 #[tokio::test]
-async fn a_transaction_is_kept_before_it_is_acknowledged_and_once_across_restarts() {
+async fn hc_62_a_transaction_is_kept_before_it_is_acknowledged_and_once_across_restarts() {
     let mut house = House::build().await;
     let events = [member("$1", "!r:g.example", "@a:hs.example", "@a:hs.example", "join")];
     house.transaction(1, &events).await;
