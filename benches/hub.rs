@@ -1,8 +1,7 @@
 //! What a hub costs: the floor for one LPDU on one core, and in the same run what isthmus as a hub accepts over loopback
 //! HTTP, durably (SQLite, `synchronous=FULL`), from participants that send batches of 50 and of 1, in one room and in
 //! twenty; then the time of the echo at half that load. The hub is a process of its own, so that its CPU time and its memory
-//! are its own too; the participants in this process do as little as they can. Machines are noisy: trust the ratios. Of these
-//! there are two: to the floor with the other cores idle, and with all of them busy, as they are while the hub is measured.
+//! are its own too; the participants in this process do as little as they can. Machines are noisy: trust the ratios.
 //!
 //! `cargo bench --bench hub` (`-- --seconds 2` for a quick look).
 
@@ -43,36 +42,15 @@ fn main() {
         return runtime.block_on(support::hub::serve(directory.as_ref()));
     }
     let seconds = after("--seconds").map_or(5, |text| text.parse().unwrap());
-    let alone = floor();
-    println!("floor, one LPDU on one core       {:>8.0} us   {:>8.0} LPDU/s", alone.one, 1e6 / alone.one);
-    println!("floor, batches of 50              {:>8.0} us   {:>8.0} LPDU/s", alone.batch, 1e6 / alone.batch);
-    let floor = Floors { alone, busy: floor_of_busy_cores() };
-    println!(
-        "the same while all cores are busy {:>8.0} us   {:>8.0} LPDU/s a core",
-        floor.busy.batch,
-        1e6 / floor.busy.batch
-    );
+    let floor = floor();
+    println!("floor, one LPDU on one core       {:>8.0} us   {:>8.0} LPDU/s", floor.one, 1e6 / floor.one);
+    println!("floor, batches of 50              {:>8.0} us   {:>8.0} LPDU/s", floor.batch, 1e6 / floor.batch);
     runtime.block_on(measure(seconds, &floor));
 }
 
 struct Floor {
     one: f64,
     batch: f64,
-}
-
-struct Floors {
-    alone: Floor,
-    /// While every core does the same. Where two cores are threads of one, a second of CPU time does less work then; and the
-    /// hub is measured while all cores are busy.
-    busy: Floor,
-}
-
-fn floor_of_busy_cores() -> Floor {
-    let cores = std::thread::available_parallelism().unwrap().get();
-    let others: Vec<_> = (1..cores).map(|_| std::thread::spawn(floor)).collect();
-    let floor = floor();
-    others.into_iter().for_each(|other| drop(other.join().unwrap()));
-    floor
 }
 
 /// Parse, hash, verify, complete, both hashes, sign, serialize: what nobody can leave out.
@@ -122,10 +100,8 @@ fn best_of(mut run: impl FnMut()) -> f64 {
     runs[runs.len() / 2]
 }
 
-async fn measure(seconds: u64, floor: &Floors) {
-    println!(
-        "\n{PARTICIPANTS} participants       LPDU/s    hub CPU/LPDU   x floor  x busy   sent   lost  doubled  misplaced"
-    );
+async fn measure(seconds: u64, floor: &Floor) {
+    println!("\n{PARTICIPANTS} participants       LPDU/s    hub CPU/LPDU   x floor   sent   lost  doubled  misplaced");
     let mut half = 0.0;
     for (rooms, batch) in [(1, 50), (20, 50), (1, 1), (20, 1)] {
         let directory = tempfile::tempdir().unwrap();
@@ -143,11 +119,10 @@ async fn measure(seconds: u64, floor: &Floors) {
         settle(&participants, sent).await;
         let cpu = (hub.cpu() - cpu) / sent as f64 * 1e6;
         let rate = sent as f64 / elapsed;
-        let times = |floor: &Floor| cpu / if batch == 1 { floor.one } else { floor.batch };
-        let (alone, busy) = (times(&floor.alone), times(&floor.busy));
+        let per_floor = cpu / if batch == 1 { floor.one } else { floor.batch };
         let order = participants.iter().map(|participant| participant.ear.order()).fold(Order::default(), Order::and);
         println!(
-            "{rooms:>2} rooms, batches of {batch:<2} {rate:>9.0} {cpu:>12.0} us {alone:>9.2} {busy:>7.2} {sent:>6} {:>6} {:>8} {:>10}",
+            "{rooms:>2} rooms, batches of {batch:<2} {rate:>9.0} {cpu:>12.0} us {per_floor:>9.2} {sent:>6} {:>6} {:>8} {:>10}",
             sent * PARTICIPANTS - order.different,
             order.doubled,
             order.misplaced
