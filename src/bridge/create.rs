@@ -118,11 +118,6 @@ fn unused_until(core: &Core, cause: &Cause) -> Option<i64> {
 pub(super) fn resume(core: &Arc<Core>, rows: Vec<PortalRow>) {
     for row in rows {
         tracing::info!(portal = row.number, "taking up the making of a portal");
-        for (side, room) in [(Side::Matrix, &row.matrix_room_id), (Side::Lm, &row.lm_room_id)] {
-            if let Some(room) = room {
-                core.registry.watch(side, room);
-            }
-        }
         match row.lm_room_id.clone().filter(|_| row.kind == "from_lm") {
             Some(room_id) => {
                 // Who asks for the same room meanwhile gets this one.
@@ -134,6 +129,15 @@ pub(super) fn resume(core: &Arc<Core>, rows: Vec<PortalRow>) {
                 let making = core.clone();
                 core.spawn(async move { drop(finish_or_end(&making, row).await) });
             }
+        }
+    }
+}
+
+/// What is accepted in the rooms of a portal that is being made is kept for it.
+pub(super) fn watch(core: &Core, row: &PortalRow) {
+    for (side, room) in [(Side::Matrix, &row.matrix_room_id), (Side::Lm, &row.lm_room_id)] {
+        if let Some(room) = room {
+            core.registry.watch(side, room);
         }
     }
 }

@@ -62,8 +62,15 @@ pub struct Bridge {
     core: Arc<Core>,
 }
 
+/// What was found when the portals were loaded.
+#[must_use = "what was being made is to be taken up"]
+pub struct Loaded {
+    /// Portals that were being made.
+    making: Vec<portals::PortalRow>,
+}
+
 impl Bridge {
-    /// The bridge over `context`. `lm` and `dag` are made with [`Bridge::between`] and given to [`Bridge::start`].
+    /// The bridge over `context`. `lm` and `dag` are made with [`Bridge::between`] and given to [`Bridge::load`].
     pub fn new(context: Context) -> Self {
         Self { core: Arc::new(Core::new(context)) }
     }
@@ -73,12 +80,19 @@ impl Bridge {
         Arc::new(Seat(self.core.clone()))
     }
 
-    /// Loads the portals, takes up what waits in the inbox, and carries on from there.
+    /// Loads the portals and carries on from there: [`Self::load`] and [`Self::resume`].
     pub async fn start(&self, lm: crate::lm::Lm, dag: crate::dag::Dag) -> Result<(), Refusal> {
+        let loaded = self.load(lm, dag).await?;
+        self.resume(loaded).await
+    }
+
+    /// Loads the portals. Before this nothing may be accepted in any room: nobody would keep it for its portal.
+    pub async fn load(&self, lm: crate::lm::Lm, dag: crate::dag::Dag) -> Result<Loaded, Refusal> {
         let core = &self.core;
         let mut making = Vec::new();
         for row in portals::all(&core.context.store).await? {
             if row.state == create::CREATING {
+                create::watch(core, &row);
                 making.push(row);
             } else if let Some(portal) = Portal::from_row(&row, &core.context.server_name)? {
                 core.registry.put(row.number, portal);
@@ -88,11 +102,17 @@ impl Bridge {
             core.registry.set_alias(&localpart, number);
         }
         core.set_sides(Sides { lm, dag });
+        Ok(Loaded { making })
+    }
+
+    /// Takes up what waits in the inbox, what was being made and what was being ended.
+    pub async fn resume(&self, loaded: Loaded) -> Result<(), Refusal> {
+        let core = &self.core;
         for (side, room_id) in store_inbox::rooms(&core.context.store).await? {
             core.call(side, &room_id);
         }
         repair::at_start(core);
-        create::resume(core, making);
+        create::resume(core, loaded.making);
         ends::at_start(core);
         Ok(())
     }
@@ -228,5 +248,53 @@ impl Bridge {
             }
         }
         Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use ruma::{room_id, server_name};
+    use serde_json::json;
+
+    use super::*;
+    use crate::clock::SystemClock;
+    use crate::identity::Side;
+    use crate::store::portals::PortalRow;
+
+    #[tokio::test]
+    async fn what_comes_before_all_is_taken_up_is_kept_for_its_portal() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = serde_json::from_value(json!({
+            "server_name": "g.example",
+            "signing_key": directory.path().join("key"),
+            "database": { "url": format!("sqlite://{}", directory.path().join("db").display()) },
+        }));
+        let context = crate::gateway::context(config.unwrap(), Arc::new(SystemClock)).await.unwrap();
+        let (lm_room, matrix_room) = (room_id!("!a:hub.example"), room_id!("!b:g.example"));
+        let row = PortalRow {
+            number: 0,
+            kind: "from_lm".to_owned(),
+            state: create::CREATING.to_owned(),
+            matrix_room_id: Some(matrix_room.to_owned()),
+            lm_room_id: Some(lm_room.to_owned()),
+            lm_hub: server_name!("hub.example").to_owned(),
+            alias: None,
+            reason: None,
+            request: b"{}".to_vec(),
+            created_ts: 7,
+            unused_until_ts: None,
+        };
+        let insert = context.store.write(move |tx| Box::pin(async move { portals::insert(tx, &row).await }));
+        insert.await.unwrap();
+        let bridge = Bridge::new(context.clone());
+        let between = bridge.between();
+        let lm = crate::lm::Lm::new(context.clone(), between.clone());
+        let dag = crate::dag::Dag::new(context, between.clone());
+        let loaded = bridge.load(lm, dag).await.unwrap();
+        // Nothing of the bridge is at work yet, and what other servers send now may be accepted.
+        assert!(between.watches(Side::Lm, lm_room) && between.watches(Side::Matrix, matrix_room));
+        assert_eq!(loaded.making.len(), 1);
     }
 }

@@ -124,13 +124,14 @@ impl Gateway {
             bridge: bridge.clone(),
             appservice: appservice.clone(),
         };
-        // Before anything new comes: what waits was there first.
+        // Before anything new comes: who is asked to keep it must know the portals, and what waits was there first.
+        let loaded = bridge.load(lm.clone(), dag).await.map_err(GatewayError::Bridge)?;
         lm.resume().await.map_err(GatewayError::Bridge)?;
         let listeners = vec![
             Listener::open("federation", &config.listen, public).await?,
             Listener::open_plain("admin", config.admin.address, admin.routes()).await?,
         ];
-        bridge.start(lm, dag).await.map_err(GatewayError::Bridge)?;
+        bridge.resume(loaded).await.map_err(GatewayError::Bridge)?;
         context.outbound.start().await?;
         if let Some(appservice) = &appservice {
             appservice.start().await?;

@@ -22,6 +22,8 @@ use crate::store::lm as stored;
 const PAGE: usize = 100;
 /// How many requests fill one gap at most.
 const PAGES: usize = 50;
+/// How many bytes of events fill one gap at most.
+const GAP_BYTES: usize = 16 << 20;
 /// How long filling one gap may take: the hub may be waiting for our answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// As how many of our users a hub is asked where its log ends.
@@ -150,7 +152,11 @@ impl Taking<'_> {
         let facts = self.room().facts.clone();
         // What is there, though what is before it is not: what came before those.
         let mut passed: BTreeMap<OwnedEventId, Vec<OwnedEventId>> = BTreeMap::new();
+        let mut bytes: usize = 0;
         for _ in 0..PAGES {
+            if bytes > GAP_BYTES {
+                return Ok(Fetched::No(format!("there is more than {GAP_BYTES} bytes")));
+            }
             let Some(from) = left.last().cloned() else { return Ok(Fetched::All) };
             let page = match self.lm().peers().backfill(&facts.hub, &facts.room_id, &from, PAGE).await {
                 Ok(page) => page,
@@ -169,6 +175,7 @@ impl Taking<'_> {
                     continue;
                 }
                 if !self.knows(&event_id).await? {
+                    bytes = bytes.saturating_add(pdu.to_bytes().len());
                     found.insert(event_id, event);
                 } else if self.stands_after_hole(&event_id).await? {
                     passed.insert(event_id, pdu.prev_events.clone());

@@ -357,13 +357,14 @@ impl Handle {
         let (shared, stop, kill) = (self.shared.clone(), self.stop.clone(), self.kill.clone());
         self.workers.spawn(async move {
             let work = async {
+                let mut lost = false;
                 loop {
-                    let worker = Worker::new(&shared, &destination, &slot, &stop);
+                    let worker = Worker::new(&shared, &destination, &slot, &stop, lost);
                     if AssertUnwindSafe(worker.run()).catch_unwind().await.is_ok() {
                         return;
                     }
                     tracing::error!(server = %destination, "the outbound queue panicked");
-                    slot.everything_again(&shared.store, &destination).await;
+                    lost = true;
                     tokio::time::sleep(AFTER_PANIC).await;
                 }
             };

@@ -9,8 +9,8 @@ use ruma::ServerName;
 use tokio::sync::Notify;
 
 use super::{Feed, lock};
-use crate::store::Store;
 use crate::store::outbound as rows;
+use crate::store::{Store, StoreError};
 
 /// How many feeds' places a destination's worker keeps in memory.
 const PLACES: usize = 1024;
@@ -153,17 +153,12 @@ impl Slot {
     }
 
     /// After a worker has lost its place: every feed that has something for the destination.
-    pub(super) async fn everything_again(&self, store: &Store, destination: &ServerName) {
+    pub(super) async fn everything_again(&self, store: &Store, destination: &ServerName) -> Result<(), StoreError> {
         self.forget_places();
-        match rows::unfinished(store).await {
-            Ok(keys) => {
-                for key in keys.into_iter().filter(|key| key.destination == destination.as_str()) {
-                    if let Ok(feed) = Feed::parse(&key.kind, key.room_id) {
-                        self.add(feed, News::Ask);
-                    }
-                }
-            }
-            Err(error) => tracing::error!(%error, server = %destination, "an outbound queue could not be read"),
+        let keys = rows::unfinished(store).await?;
+        for key in keys.into_iter().filter(|key| key.destination == destination.as_str()) {
+            self.add(Feed::parse(&key.kind, key.room_id)?, News::Ask);
         }
+        Ok(())
     }
 }

@@ -43,6 +43,8 @@ pub(super) struct Worker<'a> {
     done: Option<Vec<PartRow>>,
     /// Whether the record of failures is still to be taken away.
     recovered: bool,
+    /// Whether what has news is to be read from the store again: what was taken from memory was given up.
+    lost: bool,
 }
 
 impl<'a> Worker<'a> {
@@ -51,6 +53,7 @@ impl<'a> Worker<'a> {
         destination: &'a OwnedServerName,
         slot: &'a Slot,
         stop: &'a CancellationToken,
+        lost: bool,
     ) -> Self {
         let doubtful = Vec::new();
         Self {
@@ -64,6 +67,7 @@ impl<'a> Worker<'a> {
             doubtful,
             done: None,
             recovered: false,
+            lost,
         }
     }
 
@@ -73,6 +77,10 @@ impl<'a> Worker<'a> {
         let mut resumed = false;
         while !self.stop.is_cancelled() {
             let step = async {
+                if self.lost {
+                    self.slot.everything_again(&self.shared.store, self.destination).await?;
+                    self.lost = false;
+                }
                 if !resumed {
                     current = self.resume().await?;
                     resumed = true;
@@ -101,8 +109,7 @@ impl<'a> Worker<'a> {
                 Ok(false) => {}
                 Err(error) => {
                     tracing::error!(%error, server = %self.destination, "the outbound queue waits for the store");
-                    (resumed, current, self.done) = (false, None, None);
-                    self.slot.everything_again(&self.shared.store, self.destination).await;
+                    (resumed, current, self.done, self.lost) = (false, None, None, true);
                     self.pause(STORE_PAUSE).await;
                 }
             }

@@ -148,3 +148,43 @@ async fn a_linearized_server_that_breaks_at_a_batch_gets_its_events_one_by_one()
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_store_that_fails_for_a_while_loses_no_news() {
+    both_stores(|store| async move {
+        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
+        fill(&store, &feeds, &log, 1..2, &["a.example"]).await;
+        let mut world = World::new(&store, &feeds, |_, _, _| ok());
+        world.queues.start().await.unwrap();
+        assert_eq!(world.next().await.numbers(), [1]);
+        world.settled().await;
+        fill(&store, &feeds, &log, 2..3, &[]).await;
+        rename(&store, "outbound_cursors", "gone").await;
+        world.queues.wake(&log, &[name("a.example")]);
+        let taken = async {
+            while !lock(&world.queues.handle.shared.slots).values().all(|slot| slot.is_clean()) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(WAIT, taken).await.unwrap();
+        // What is asked of the store after that fails too.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(world.seen.try_recv().is_err());
+        rename(&store, "gone", "outbound_cursors").await;
+        assert_eq!(world.next().await.numbers(), [2]);
+        world.settled().await;
+        world.queues.stop().await;
+    })
+    .await;
+}
+
+async fn rename(store: &Store, from: &str, to: &str) {
+    let sql = format!("ALTER TABLE {from} RENAME TO {to}");
+    let job = store.write(|tx| {
+        Box::pin(async move {
+            sqlx::query(sqlx::AssertSqlSafe(sql)).execute(tx).await?;
+            Ok(())
+        })
+    });
+    job.await.unwrap();
+}
