@@ -120,7 +120,8 @@ impl Store {
         let readers = pool_options(backend, READERS).connect_with(options).await?;
         let ids = Arc::new(Ids::default());
         ids.reserve(&mut *writers.acquire().await?).await?;
-        Ok(Self { readers, writer: Writer::start(writers, backend, ids.clone()), backend, ids })
+        let writer = Writer::start(writers, readers.clone(), backend, ids.clone());
+        Ok(Self { readers, writer, backend, ids })
     }
 
     /// Which database this is.
@@ -167,7 +168,7 @@ fn pool_options(backend: Backend, size: u32) -> AnyPoolOptions {
                     .execute(
                         "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
                              PRAGMA busy_timeout = 10000; PRAGMA cache_size = -32768; PRAGMA temp_store = MEMORY; \
-                             PRAGMA wal_autocheckpoint = 4000;",
+                             PRAGMA wal_autocheckpoint = 16000;",
                     )
                     .await?;
             }

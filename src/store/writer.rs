@@ -3,12 +3,12 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use sqlx::{AnyConnection, AnyPool, Executor as _};
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{Mutex, Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::ids::Ids;
@@ -19,6 +19,8 @@ use crate::admin::metrics;
 const GROUP: usize = 256;
 /// How many jobs may wait before those who submit more wait too.
 const QUEUE: usize = 4096;
+/// How long what was written waits for its checkpoint.
+const CHECKPOINT_EVERY: Duration = Duration::from_millis(500);
 
 #[derive(Clone)]
 pub(super) struct Writer {
@@ -72,9 +74,9 @@ where
 }
 
 impl Writer {
-    pub(super) fn start(pool: AnyPool, backend: Backend, ids: Arc<Ids>) -> Self {
+    pub(super) fn start(pool: AnyPool, readers: AnyPool, backend: Backend, ids: Arc<Ids>) -> Self {
         let (jobs, inbox) = mpsc::channel(QUEUE);
-        let task = tokio::spawn(run(pool, backend, ids, inbox));
+        let task = tokio::spawn(run(pool, readers, backend, ids, inbox));
         Self { jobs, task: Arc::new(Mutex::new(Some(task))) }
     }
 
@@ -97,7 +99,9 @@ impl Writer {
     }
 }
 
-async fn run(pool: AnyPool, backend: Backend, ids: Arc<Ids>, mut inbox: mpsc::Receiver<Message>) {
+async fn run(pool: AnyPool, readers: AnyPool, backend: Backend, ids: Arc<Ids>, mut inbox: mpsc::Receiver<Message>) {
+    let written = Arc::new(Notify::new());
+    let checkpoints = (backend == Backend::Sqlite).then(|| tokio::spawn(checkpoints(readers, written.clone())));
     let mut stopping = false;
     while !stopping {
         let mut group = Vec::new();
@@ -118,6 +122,7 @@ async fn run(pool: AnyPool, backend: Backend, ids: Arc<Ids>, mut inbox: mpsc::Re
         let start = Instant::now();
         let committed = commit(&pool, backend, &ids, &mut group).await;
         metrics::store_group(group.len(), start.elapsed());
+        written.notify_one();
         if let Err(error) = &committed {
             tracing::error!(%error, jobs = group.len(), "a group of writes was not committed");
         }
@@ -125,7 +130,24 @@ async fn run(pool: AnyPool, backend: Backend, ids: Arc<Ids>, mut inbox: mpsc::Re
             job.finish(committed.clone());
         }
     }
+    if let Some(task) = checkpoints {
+        task.abort();
+    }
     pool.close().await;
+}
+
+/// Brings what was committed from SQLite's write-ahead log into its file, beside the writer and not in the middle of a commit.
+/// What it leaves, because the writer was quicker, the writer brings over itself when the log has grown long.
+async fn checkpoints(readers: AnyPool, written: Arc<Notify>) {
+    loop {
+        written.notified().await;
+        tokio::time::sleep(CHECKPOINT_EVERY).await;
+        match readers.execute("PRAGMA wal_checkpoint(PASSIVE)").await {
+            Ok(_) => {}
+            Err(sqlx::Error::PoolClosed) => return,
+            Err(error) => tracing::warn!(%error, "no checkpoint"),
+        }
+    }
 }
 
 async fn commit(pool: &AnyPool, backend: Backend, ids: &Ids, group: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
