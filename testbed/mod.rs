@@ -6,6 +6,7 @@
 pub mod certificates;
 pub mod client;
 pub mod gateway;
+pub mod packages;
 pub mod postgres;
 pub mod process;
 pub mod synapse;

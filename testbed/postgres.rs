@@ -1,5 +1,5 @@
-//! A PostgreSQL for the tests of the store: the one at `ISTHMUS_TEST_POSTGRES`, or a private one from Debian's package,
-//! started once a test process and stopped with it. Each test gets a database of its own.
+//! A PostgreSQL for the tests of the store: the one at `ISTHMUS_TEST_POSTGRES`, or a private one from Debian's package, which is
+//! installed where it is missing, started once a test process and stopped with it. Each test gets a database of its own.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,7 +10,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
+use super::packages::{self, say};
 use super::process::{Process, Program, free_port, target_dir};
+
+/// The variable of the environment that names a server, or `none`.
+const SERVER: &str = "ISTHMUS_TEST_POSTGRES";
 
 /// A PostgreSQL server in which databases can be made.
 pub struct Postgres {
@@ -20,8 +24,7 @@ pub struct Postgres {
     _server: Option<Process>,
 }
 
-/// The server of this test process; none, and a line that says so, when there is no PostgreSQL on this machine. In CI
-/// (`CI` or `ISTHMUS_TEST_POSTGRES` set) that is an error instead.
+/// The server of this test process; none, and a line that says so, where `ISTHMUS_TEST_POSTGRES=none` asks for none.
 pub fn shared() -> Result<Option<&'static Postgres>> {
     static SHARED: OnceLock<Result<Option<Postgres>, String>> = OnceLock::new();
     match SHARED.get_or_init(|| start().map_err(|error| format!("{error:#}"))) {
@@ -57,14 +60,23 @@ impl Postgres {
 }
 
 fn start() -> Result<Option<Postgres>> {
-    if let Some(url) = std::env::var("ISTHMUS_TEST_POSTGRES").ok().filter(|url| !url.is_empty()) {
-        return Ok(Some(Postgres { url: url.parse()?, _server: None }));
+    match std::env::var(SERVER).unwrap_or_default().as_str() {
+        "" => {}
+        "none" => {
+            ensure!(std::env::var_os("CI").is_none(), "{SERVER}=none is not for CI, which tests on both databases");
+            say(&format!("{SERVER}=none: the tests of the store run on SQLite alone"));
+            return Ok(None);
+        }
+        url => return Ok(Some(Postgres { url: url.parse().context(SERVER)?, _server: None })),
     }
-    let Some(binaries) = binaries() else {
-        ensure!(std::env::var_os("CI").is_none(), "no `initdb` found: install Debian's package `postgresql`");
-        eprintln!("no PostgreSQL on this machine: the tests of the store run on SQLite only");
-        return Ok(None);
-    };
+    let there = || binaries().is_some() && has_setpriv();
+    packages::install(&["postgresql", "util-linux"], there, &mut say).with_context(|| {
+        format!(
+            "it is not on this machine: install Debian's package `postgresql` (or have `initdb` and `postgres` on the PATH), \
+             or name a server by {SERVER}=postgres://…, or test on SQLite alone by {SERVER}=none"
+        )
+    })?;
+    let binaries = binaries().context("`initdb` is gone again")?;
     for attempt in 1.. {
         match start_private(&binaries) {
             Ok(postgres) => return Ok(Some(postgres)),
@@ -74,6 +86,12 @@ fn start() -> Result<Option<Postgres>> {
         }
     }
     Ok(None)
+}
+
+/// Whether there is what runs PostgreSQL as another user, where that is needed.
+fn has_setpriv() -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    !nix::unistd::geteuid().is_root() || std::env::split_paths(&path).any(|bin| bin.join("setpriv").exists())
 }
 
 /// Where `initdb` and `postgres` are.

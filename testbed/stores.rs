@@ -7,7 +7,7 @@ use anyhow::Context as _;
 
 use super::{Store, postgres};
 
-/// Runs `test` with a fresh store on SQLite, then, where there is one, on PostgreSQL.
+/// Runs `test` with a fresh store on SQLite, then on PostgreSQL.
 pub async fn both_stores<F, Fut>(test: F)
 where
     F: Fn(Store) -> Fut,
@@ -33,7 +33,7 @@ where
     let directory = tempfile::tempdir().expect("a temporary directory");
     test(format!("sqlite://{}", directory.path().join("isthmus.db").display())).await;
 
-    let Some(postgres) = postgres::shared().expect("PostgreSQL") else { return };
+    let Some(postgres) = postgres::shared().unwrap_or_else(|error| panic!("{error}")) else { return };
     eprintln!("on PostgreSQL");
     let url = postgres.create_database().await.context("creating a database").expect("PostgreSQL");
     test(url.clone()).await;

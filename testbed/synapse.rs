@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::certificates::Authority;
 use super::client::{Client, http};
+use super::packages::say;
 use super::process::{Process, Program, free_port};
 use super::venv;
 
@@ -61,7 +62,7 @@ impl Plan {
     }
 
     async fn spawn(&self) -> Result<Process> {
-        let python = tokio::task::spawn_blocking(|| venv::python(&mut |line| eprintln!("{line}"))).await??;
+        let python = tokio::task::spawn_blocking(|| venv::python(&mut say)).await??;
         let mut process = Program::new("Synapse", python, &self.directory.join("output.log"))
             .args(["-m", "synapse.app.homeserver", "-c", "homeserver.yaml"])
             .directory(&self.directory)

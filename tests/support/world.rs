@@ -49,7 +49,7 @@ pub struct World {
     suffix: &'static str,
 }
 
-/// The world whose gateway lives on SQLite, and, where there is a PostgreSQL, the one whose gateway lives on that.
+/// The world whose gateway lives on SQLite, and, unless the tests leave it out, the one whose gateway lives on PostgreSQL.
 struct Worlds {
     sqlite: World,
     postgres: Option<World>,
