@@ -7,7 +7,7 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, Serv
 use sqlx::any::AnyRow;
 use sqlx::{AssertSqlSafe, Row as _};
 
-use super::rows::{chunks, placeholders, statement, statements};
+use super::rows::{Statement, chunks, placeholders, statement, statements};
 use super::text::{decode, encode};
 use super::{Store, StoreError, Tx};
 
@@ -148,7 +148,7 @@ pub async fn open_once(tx: &mut Tx, room_id: &RoomId, server: &ServerName, posit
     Ok(())
 }
 
-static WRITE_EVENTS: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+static WRITE_EVENTS: LazyLock<Vec<Statement>> = LazyLock::new(|| {
     statements(|rows| {
         format!(
             "INSERT INTO dag_events \
@@ -167,7 +167,7 @@ async fn write_events(tx: &mut Tx, events: &[EventRow]) -> Result<(), StoreError
     let mut last: Vec<&EventRow> = events.iter().rev().filter(|event| seen.insert(&event.event_id)).collect();
     last.reverse();
     for chunk in chunks(&last) {
-        let mut query = sqlx::query(statement(&WRITE_EVENTS, chunk.len())?);
+        let mut query = sqlx::query(statement(&WRITE_EVENTS, tx, chunk.len())?);
         for event in chunk {
             query = query
                 .bind(event.event_id.as_str())
@@ -185,7 +185,7 @@ async fn write_events(tx: &mut Tx, events: &[EventRow]) -> Result<(), StoreError
     Ok(())
 }
 
-static WRITE_OUTBOX: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+static WRITE_OUTBOX: LazyLock<Vec<Statement>> = LazyLock::new(|| {
     statements(|rows| {
         format!("INSERT INTO dag_outbox (room_id, position, event_id, not_to) VALUES {}", placeholders(rows, 4, 0))
     })
@@ -193,7 +193,7 @@ static WRITE_OUTBOX: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
 
 async fn write_outbox(tx: &mut Tx, room_id: &RoomId, outbox: &[OutboxRow]) -> Result<(), StoreError> {
     for chunk in chunks(outbox) {
-        let mut query = sqlx::query(statement(&WRITE_OUTBOX, chunk.len())?);
+        let mut query = sqlx::query(statement(&WRITE_OUTBOX, tx, chunk.len())?);
         for row in chunk {
             query = query
                 .bind(room_id.as_str())

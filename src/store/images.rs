@@ -7,7 +7,7 @@ use ruma::{EventId, OwnedEventId, OwnedUserId, UserId};
 use sqlx::Row as _;
 use sqlx::any::AnyRow;
 
-use super::rows::{chunks, placeholders, statement, statements};
+use super::rows::{Statement, chunks, placeholders, statement, statements};
 use super::{Store, StoreError, Tx, text};
 use crate::identity::Side;
 
@@ -56,14 +56,14 @@ pub struct RefusalRow {
 const IMAGE_COLUMNS: &str = "side, source_event_id, source_lpdu_id, image_event_id, pending, portal, note, made_ts";
 const REFUSAL_COLUMNS: &str = "side, source_event_id, portal, sender, kind, code, reason, refused_ts";
 
-static INSERT: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+static INSERT: LazyLock<Vec<Statement>> = LazyLock::new(|| {
     statements(|rows| format!("INSERT INTO bridge_images ({IMAGE_COLUMNS}) VALUES {}", placeholders(rows, 8, 0)))
 });
 
 /// Records images, in the transaction that makes them. Fails when a source has one already, or an image a source (INV-5).
 pub async fn insert(tx: &mut Tx, rows: &[ImageRow]) -> Result<(), StoreError> {
     for chunk in chunks(rows) {
-        let mut query = sqlx::query(statement(&INSERT, chunk.len())?);
+        let mut query = sqlx::query(statement(&INSERT, tx, chunk.len())?);
         for row in chunk {
             query = query
                 .bind(row.side.as_str())

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId};
 use sqlx::Row as _;
 
-use super::rows::{chunks, placeholders, statement, statements};
+use super::rows::{Statement, chunks, placeholders, statement, statements};
 use super::{Store, StoreError, Tx};
 use crate::identity::Side;
 
@@ -21,7 +21,7 @@ pub struct InboxRow {
     pub received_ts: i64,
 }
 
-static PUSH: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+static PUSH: LazyLock<Vec<Statement>> = LazyLock::new(|| {
     statements(|rows| {
         let rows = placeholders(rows, 5, 0);
         format!("INSERT INTO bridge_inbox (seq, side, room_id, event_id, received_ts) VALUES {rows}")
@@ -38,7 +38,7 @@ pub async fn push(
     now_ms: i64,
 ) -> Result<(), StoreError> {
     for chunk in chunks(events) {
-        let mut query = sqlx::query(statement(&PUSH, chunk.len())?);
+        let mut query = sqlx::query(statement(&PUSH, tx, chunk.len())?);
         for event_id in chunk {
             query = query
                 .bind(store.next_id())
@@ -82,14 +82,14 @@ pub async fn waiting(
         .collect()
 }
 
-static TAKE: LazyLock<Vec<(usize, String)>> =
+static TAKE: LazyLock<Vec<Statement>> =
     LazyLock::new(|| statements(|rows| format!("DELETE FROM bridge_inbox WHERE seq IN {}", placeholders(1, rows, 0))));
 
 /// Takes events out, inside the write job that carries them over; false when one was not there any more.
 pub async fn take(tx: &mut Tx, seqs: &[i64]) -> Result<bool, StoreError> {
     let mut taken = 0;
     for chunk in chunks(seqs) {
-        let query = sqlx::query(statement(&TAKE, chunk.len())?);
+        let query = sqlx::query(statement(&TAKE, tx, chunk.len())?);
         let query = chunk.iter().fold(query, |query, seq| query.bind(*seq));
         taken += query.execute(&mut *tx).await?.rows_affected();
     }

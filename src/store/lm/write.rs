@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use ruma::{EventId, RoomId, ServerName};
 
-use super::super::rows::{chunks, placeholders, statement, statements};
+use super::super::rows::{Statement, chunks, placeholders, statement, statements};
 use super::{Complaint, NewEvent, RoomRow, redaction_name};
 use crate::event::Redaction;
 use crate::store::{StoreError, Tx, text};
@@ -22,7 +22,7 @@ pub async fn insert_room(tx: &mut Tx, room: &RoomRow) -> Result<(), StoreError> 
     Ok(())
 }
 
-static APPEND: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+static APPEND: LazyLock<Vec<Statement>> = LazyLock::new(|| {
     statements(|rows| {
         let rows = placeholders(rows, 7, 0);
         format!("INSERT INTO lm_events (room_id, position, event_id, lpdu_id, kind, state_key, json) VALUES {rows}")
@@ -32,7 +32,7 @@ static APPEND: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
 /// Adds events to the log. A position or an event ID that is taken already is an error, and nothing is changed (INV-1).
 pub async fn append(tx: &mut Tx, room_id: &RoomId, events: &[NewEvent]) -> Result<(), StoreError> {
     for chunk in chunks(events) {
-        let mut query = sqlx::query(statement(&APPEND, chunk.len())?);
+        let mut query = sqlx::query(statement(&APPEND, tx, chunk.len())?);
         for event in chunk {
             let (kind, state_key) = match &event.state {
                 Some((kind, key)) => (Some(text::encode(kind).into_owned()), Some(text::encode(key).into_owned())),
@@ -52,7 +52,7 @@ pub async fn append(tx: &mut Tx, room_id: &RoomId, events: &[NewEvent]) -> Resul
     Ok(())
 }
 
-static SET_STATE: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+static SET_STATE: LazyLock<Vec<Statement>> = LazyLock::new(|| {
     statements(|rows| {
         format!(
             "INSERT INTO lm_state (room_id, kind, state_key, position) VALUES {} \
@@ -65,7 +65,7 @@ static SET_STATE: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
 /// Makes the events at these positions the current state of their types and state keys, each named once.
 pub async fn set_state(tx: &mut Tx, room_id: &RoomId, state: &[(&(String, String), i64)]) -> Result<(), StoreError> {
     for chunk in chunks(state) {
-        let mut query = sqlx::query(statement(&SET_STATE, chunk.len())?);
+        let mut query = sqlx::query(statement(&SET_STATE, tx, chunk.len())?);
         for ((kind, state_key), position) in chunk {
             query = query
                 .bind(room_id.as_str())
