@@ -104,8 +104,8 @@ impl Taking<'_> {
         let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
         tracing::info!(room = %room_id, %hub, event = %event, "events are missing, asking the hub");
         let is_itself = missing.iter().any(|missing| missing == event);
-        let (mut found, mut left) = (BTreeMap::new(), missing);
-        let fetching = self.fetch(&mut found, &mut left);
+        let (mut found, mut passed, mut left) = (BTreeMap::new(), BTreeMap::new(), missing);
+        let fetching = self.fetch(&mut found, &mut passed, &mut left);
         let fetched = match tokio::time::timeout(PATIENCE, fetching).await {
             Ok(fetched) => fetched?,
             Err(_) => Fetched::NotNow(format!("{hub} did not give it within {} s", PATIENCE.as_secs())),
@@ -123,22 +123,27 @@ impl Taking<'_> {
         if filled == Filled::NotNow || (is_itself && found.is_empty()) {
             return Ok(filled);
         }
-        let place = self.waits.late.unwrap_or(self.batch.after.head);
-        let found = in_order(found);
-        if filled == Filled::Bridged && self.waits.late.is_none() {
-            let first = found.first().and_then(event_of).map_or(event, |first| &first.event_id).to_owned();
+        let late = self.waits.late;
+        let place = late.unwrap_or(self.batch.after.head);
+        let since = self.reaches_back_to().unwrap_or(place);
+        let found = in_order(found, &passed, place);
+        if filled == Filled::Bridged && late.is_none() {
+            let first = found.first().and_then(|(_, event)| event_of(event)).map_or(event, |first| &first.event_id);
+            let first = first.to_owned();
             self.complain(event, "the hub did not give all that is before it");
             self.adopt_state_before(&first).await?;
         }
-        for event in found {
+        for (place, event) in found {
+            self.waits.late = late.map(|_| place);
             // A complaint was recorded where one was due.
             let _ = match self.admit(event) {
                 Ok(event) => self.place(event).await?,
                 Err(outcome) => outcome,
             };
         }
+        self.waits.late = late;
         for event_id in left {
-            self.note(&event_id, Some(place), None, &problem);
+            self.note(&event_id, Some(since), None, &problem);
         }
         Ok(filled)
     }
@@ -147,11 +152,10 @@ impl Taking<'_> {
     async fn fetch(
         &mut self,
         found: &mut BTreeMap<OwnedEventId, Result<Finished, Bad>>,
+        passed: &mut BTreeMap<OwnedEventId, Passed>,
         left: &mut Vec<OwnedEventId>,
     ) -> Result<Fetched, Refusal> {
         let facts = self.room().facts.clone();
-        // What is there, though what is before it is not: what came before those.
-        let mut passed: BTreeMap<OwnedEventId, Vec<OwnedEventId>> = BTreeMap::new();
         let mut bytes: usize = 0;
         for _ in 0..PAGES {
             if bytes > GAP_BYTES {
@@ -177,21 +181,23 @@ impl Taking<'_> {
                 if !self.knows(&event_id).await? {
                     bytes = bytes.saturating_add(pdu.to_bytes().len());
                     found.insert(event_id, event);
-                } else if self.stands_after_hole(&event_id).await? {
-                    passed.insert(event_id, pdu.prev_events.clone());
+                } else if let Some(position) = self.stands_after_hole(&event_id).await? {
+                    passed.insert(event_id, Passed { position, prev_events: pdu.prev_events.clone() });
                 }
             }
             if !found.contains_key(&from) && !passed.contains_key(&from) {
                 return Ok(Fetched::No(format!("{} does not give {from}", facts.hub)));
             }
-            let before = found.values().filter_map(event_of).map(|pdu| &pdu.prev_events).chain(passed.values());
+            let before = found.values().filter_map(event_of).map(|pdu| &pdu.prev_events);
+            let before = before.chain(passed.values().map(|passed| &passed.prev_events));
             let before: BTreeSet<OwnedEventId> = before.flatten().cloned().collect();
             let is_there = |id: &OwnedEventId| found.contains_key(id) || passed.contains_key(id);
             let before: Vec<OwnedEventId> =
                 before.into_iter().chain(left.drain(..)).filter(|id| !is_there(id)).collect();
             for event_id in before {
                 if self.unknown(std::slice::from_ref(&event_id)).await?.len() == 1
-                    || self.stands_after_hole(&event_id).await?
+                    || self.is_waiting(&event_id)
+                    || self.stands_after_hole(&event_id).await?.is_some()
                 {
                     left.push(event_id);
                 }
@@ -200,11 +206,17 @@ impl Taking<'_> {
         Ok(if left.is_empty() { Fetched::All } else { Fetched::No("there is more than was asked for".to_owned()) })
     }
 
-    /// Whether an event is in the log behind the hole that is being filled: as state that was taken instead of it.
-    async fn stands_after_hole(&self, event_id: &EventId) -> Result<bool, Refusal> {
-        let Some(place) = self.waits.late else { return Ok(false) };
+    /// Where an event is in the log if that is behind the hole that is being filled: as state that was taken instead of it,
+    /// or because the log went on without it.
+    async fn stands_after_hole(&self, event_id: &EventId) -> Result<Option<i64>, Refusal> {
+        let Some(since) = self.reaches_back_to() else { return Ok(None) };
         let rows = stored::events_by_id(&self.lm().context().store, &[event_id]).await?;
-        Ok(rows.first().is_some_and(|row| row.position > place))
+        Ok(rows.first().map(|row| row.position).filter(|position| *position > since))
+    }
+
+    /// Where the log ended when the first of what is being filled went missing.
+    fn reaches_back_to(&self) -> Option<i64> {
+        self.waits.asking.as_ref().map(|asking| asking.since).or(self.waits.late)
     }
 
     /// Takes the state that the hub has before an event, where the events that made it cannot be had.
@@ -264,19 +276,44 @@ fn event_of(event: &Result<Finished, Bad>) -> Option<&Pdu> {
     }
 }
 
-/// Each event after those that it names as its predecessors, as far as they are there.
-fn in_order(mut found: BTreeMap<OwnedEventId, Result<Finished, Bad>>) -> Vec<Result<Finished, Bad>> {
+/// An event of the log, of which something before it is missing.
+struct Passed {
+    position: i64,
+    prev_events: Vec<OwnedEventId>,
+}
+
+/// Each event after those that it names as its predecessors, as far as they are there, with the position after which it
+/// would stand: the last of them after `last`, the others before what was passed on the way to them. What was itself put into
+/// the log late stands far back there and says little.
+fn in_order(
+    mut found: BTreeMap<OwnedEventId, Result<Finished, Bad>>,
+    passed: &BTreeMap<OwnedEventId, Passed>,
+    last: i64,
+) -> Vec<(i64, Result<Finished, Bad>)> {
+    let before = |id: &OwnedEventId| {
+        let pdu = found.get(id).and_then(event_of).map(|pdu| &pdu.prev_events);
+        pdu.or_else(|| Some(&passed.get(id)?.prev_events))
+    };
     let mut ordered = Vec::with_capacity(found.len());
-    let mut stack: Vec<OwnedEventId> = found.keys().cloned().collect();
-    let mut entered = BTreeSet::new();
+    let mut stack: Vec<OwnedEventId> = passed.keys().chain(found.keys()).cloned().collect();
+    let (mut entered, mut left) = (BTreeSet::new(), BTreeSet::new());
     while let Some(event_id) = stack.pop() {
-        let Some(pdu) = found.get(&event_id).and_then(event_of) else { continue };
+        let Some(prev_events) = before(&event_id) else { continue };
         if entered.insert(event_id.clone()) {
             stack.push(event_id);
-            stack.extend(pdu.prev_events.iter().filter(|id| found.contains_key(*id)).cloned());
-        } else {
-            ordered.extend(found.remove(&event_id));
+            stack.extend(prev_events.iter().filter(|id| !entered.contains(*id)).cloned());
+        } else if left.insert(event_id.clone()) {
+            ordered.push(event_id);
         }
     }
-    ordered
+    let mut place = last;
+    let mut placed = Vec::with_capacity(found.len());
+    for event_id in ordered.into_iter().rev() {
+        match passed.get(&event_id) {
+            Some(passed) => place = place.min(passed.position.saturating_sub(1)),
+            None => placed.extend(found.remove(&event_id).map(|event| (place, event))),
+        }
+    }
+    placed.reverse();
+    placed
 }

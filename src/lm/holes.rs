@@ -157,7 +157,14 @@ impl Lm {
         let mut taking = Taking::new(self, Batch::new(room));
         taking.adopt_given(now).await?;
         let holes = taking.take_waiting().await?;
-        for hole in holes.iter().filter(|hole| hole.json.is_none() && hole.retry_at <= now) {
+        let freed = taking.waits.freed;
+        let is_due = |hole: &&Hole| hole.json.is_none() && (hole.retry_at <= now || (freed && hole.overflow.is_some()));
+        for hole in holes.iter().filter(is_due) {
+            if hole.overflow.as_ref().is_some_and(|overflow| taking.is_full_of(&overflow.of)) {
+                // There is no space for more of it.
+                continue;
+            }
+            taking.waits.asking = hole.overflow.clone();
             taking.waits.late = hole.place;
             taking.last_try = hole.tries >= LAST_TRY;
             // State that the hub gave instead of what was missing may be known, and what is before it not.
@@ -172,7 +179,10 @@ impl Lm {
                 Filled::NotNow => break,
                 Filled::Bridged if !taking.waits.noted.get(noted..).is_some_and(is_new) => {}
                 // What is still missing of it has its own hole.
-                Filled::Bridged | Filled::Whole => taking.waits.closed.push(hole.event_id.clone()),
+                Filled::Bridged | Filled::Whole => match &hole.overflow {
+                    Some(overflow) => taking.waits.asked.push(overflow.of.clone()),
+                    None => taking.waits.closed.push(hole.event_id.clone()),
+                },
             }
         }
         let problems = std::mem::take(&mut taking.waits.problems);
@@ -186,7 +196,10 @@ impl Lm {
             return false;
         }
         let holes = stored::holes(&self.context().store, &cell.room_id, false).await.unwrap_or_default();
-        holes.iter().any(|hole| hole.json.is_some() || (hole.place.is_none() && hole.tries <= LAST_TRY))
+        let is_open = |hole: &Hole| {
+            hole.json.is_some() || hole.overflow.is_some() || (hole.place.is_none() && hole.tries <= LAST_TRY)
+        };
+        holes.iter().any(is_open)
     }
 }
 

@@ -181,7 +181,7 @@ impl<'a> Taking<'a> {
             return Ok(Ok(()));
         }
         if let Err(refusal) = self.judge(&pdu).await? {
-            if self.may_be_allowed(&pdu) {
+            if self.may_be_allowed() {
                 return Ok(self.keep(&pdu, &refusal, false));
             }
             self.settle(&pdu.event_id, &refusal.to_string());
@@ -261,7 +261,7 @@ impl<'a> Taking<'a> {
             match named.get(id) {
                 Some((kind, state_key)) => chosen.push(Slot { kind, state_key }),
                 // It waits here for its keys, perhaps for ever: the room goes on by what it was before.
-                None if self.is_passed(id) => return Ok(room.judge(&subject, &slots)),
+                None if self.is_passed(id) || self.may_be_left_out() => return Ok(room.judge(&subject, &slots)),
                 None => {
                     let problem = format!("auth_events name {id}, which is not known");
                     return Ok(Err(Refusal::LmRule { rule: "4.2", problem }));

@@ -1,5 +1,6 @@
 //! Events that cannot be put into a log yet, while others are taken: what waits for them, what does not, and what is written
-//! down of them ([`super::holes`]).
+//! down of them ([`super::holes`]). Where too many wait, those that come on top are not kept but asked for again when there
+//! is space: of each server the newest is written down, and how far back the others are.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use super::rooms::RoomCell;
 use crate::event::Pdu;
 use crate::refusal::Refusal;
 use crate::store::StoreError;
-use crate::store::lm::{self as stored, Hole};
+use crate::store::lm::{self as stored, Hole, Overflow};
 
 /// How long what comes after an event that waits for its keys waits with it.
 const HOLD_MS: i64 = 10_000;
@@ -43,6 +44,15 @@ pub(super) struct Waits {
     pub late: Option<i64>,
     /// The slots in which late state was put, and where.
     late_state: BTreeMap<(String, String), i64>,
+    /// Of which servers more waits than is kept, and since when.
+    overflows: BTreeMap<String, i64>,
+    /// The one of them of which what was not kept is being asked for, and what of that is still not kept.
+    pub asking: Option<Overflow>,
+    again: Vec<Hole>,
+    /// Those of which all was asked for.
+    pub asked: Vec<String>,
+    /// Whether something no longer waits.
+    pub freed: bool,
 }
 
 struct Stayed {
@@ -72,6 +82,8 @@ impl Taking<'_> {
         self.waits.given = stored::count_holes(store, &room_id).await?.given > 0;
         self.waits.passed =
             holes.iter().filter(|hole| hole.place.is_some()).map(|hole| hole.event_id.clone()).collect();
+        let overflows = holes.iter().filter_map(|hole| Some((hole.overflow.as_ref()?.of.clone(), hole.noticed_ts)));
+        self.waits.overflows = overflows.collect();
         let is_overdue = |hole: &Hole| hole.json.is_none() && hole.place.is_none() && hole.tries > LAST_TRY;
         self.last_try = holes.iter().any(is_overdue);
         let waiting: Vec<&Hole> = holes.iter().filter(|hole| hole.json.is_some()).collect();
@@ -82,7 +94,9 @@ impl Taking<'_> {
         let checked = self.lm().check_finished(objects.collect::<Result<Vec<_>, _>>()?, self.room().redaction).await;
         for (hole, event) in waiting.into_iter().zip(checked) {
             self.waits.late = hole.place;
+            let stayed = self.waits.stayed.len();
             self.take_again(hole, event).await?;
+            self.waits.freed |= self.waits.stayed.len() == stayed;
         }
         self.waits.late = None;
         Ok(holes)
@@ -213,28 +227,38 @@ impl Taking<'_> {
     }
 
     fn is_full(&self, pdu: &Pdu) -> bool {
-        let stayed = &self.waits.stayed;
-        let of_server = stayed.iter().filter(|one| one.sender.server_name() == pdu.sender.server_name()).count();
-        of_server >= WAITING_OF_SERVER || i64::try_from(stayed.len()).is_ok_and(|all| all >= BOUNDS.waiting)
+        let all = i64::try_from(self.waits.stayed.len()).unwrap_or(i64::MAX);
+        all >= BOUNDS.waiting || self.is_full_of(pdu.sender.server_name().as_str())
+    }
+
+    /// Whether as much of a server waits as may.
+    pub(super) fn is_full_of(&self, server: &str) -> bool {
+        let of_server = self.waits.stayed.iter().filter(|one| one.sender.server_name() == server);
+        of_server.count() >= WAITING_OF_SERVER
     }
 
     /// Whether an event that the rules forbid may be allowed by one that waits.
-    pub(super) fn may_be_allowed(&self, pdu: &Pdu) -> bool {
+    pub(super) fn may_be_allowed(&self) -> bool {
         let now = self.lm().context().clock.now_ms();
-        let may_allow = |one: &Stayed| one.is_state && now.saturating_sub(one.since) < DEPENDS_MS;
-        !self.is_full(pdu) && (self.waits.given || self.waits.stayed.iter().any(may_allow))
+        let is_recent = |since: i64| now.saturating_sub(since) < DEPENDS_MS;
+        self.waits.given
+            || self.waits.stayed.iter().any(|one| one.is_state && is_recent(one.since))
+            || self.waits.overflows.values().any(|since| is_recent(*since))
+    }
+
+    /// Whether an event is one that waits.
+    pub(super) fn is_waiting(&self, event_id: &EventId) -> bool {
+        self.waits.stayed.iter().any(|one| one.event_id == event_id)
     }
 
     /// Keeps an event that cannot be judged now: what became of it, for the hub.
     pub(super) fn keep(&mut self, pdu: &Pdu, why: &Refusal, unproved: bool) -> Result<(), Refusal> {
-        let is_there = |one: &Stayed| one.event_id == pdu.event_id;
-        if self.waits.stayed.iter().any(is_there) {
+        if self.is_waiting(&pdu.event_id) {
             return Ok(());
         }
         if self.is_full(pdu) {
-            // Others may be in the way of its keys for long: what comes after it does not wait.
-            self.complain(&pdu.event_id, &why.to_string());
-            return Err(why.clone());
+            self.overflow(pdu, why);
+            return Ok(());
         }
         let since = self.lm().context().clock.now_ms();
         if self.waits.late.is_none() {
@@ -245,6 +269,30 @@ impl Taking<'_> {
         let place = self.waits.late.unwrap_or(self.batch.after.head);
         self.note(&pdu.event_id, Some(place), Some(pdu.to_bytes()), &why.to_string());
         Ok(())
+    }
+
+    /// Writes down that an event is to be asked for when there is space for it.
+    fn overflow(&mut self, pdu: &Pdu, why: &Refusal) {
+        let server = pdu.sender.server_name().as_str();
+        // Else there are too many of all servers together.
+        let of = if self.is_full_of(server) { server.to_owned() } else { String::new() };
+        let place = self.waits.late.unwrap_or(self.batch.after.head);
+        if self.waits.late.is_none() {
+            tracing::info!(room = %pdu.room_id, event = %pdu.event_id, %why, "an event is left out: too many wait");
+        }
+        self.hinder(&pdu.event_id, &why.to_string());
+        let overflow = Overflow { of: of.clone(), since: place };
+        let mut hole =
+            Hole { overflow: Some(overflow), ..self.hole(&pdu.event_id, Some(place), None, &why.to_string()) };
+        self.waits.passed.insert(pdu.event_id.clone());
+        self.waits.overflows.entry(of.clone()).or_insert(hole.noticed_ts);
+        let is_asked_for = self.waits.asking.as_ref().is_some_and(|asking| asking.of == of);
+        let noted = if is_asked_for { &mut self.waits.again } else { &mut self.waits.noted };
+        let is_of = |hole: &Hole| hole.overflow.as_ref().is_some_and(|overflow| overflow.of == of);
+        if let Some(before) = noted.iter().position(is_of) {
+            hole = hole.with(noted.remove(before));
+        }
+        noted.push(hole);
     }
 
     /// Keeps state that the hub gave, until its keys can be had.
@@ -272,6 +320,7 @@ impl Taking<'_> {
             retry_at: first_try(now),
             noticed_ts: now,
             last_error: problem.chars().take(500).collect(),
+            overflow: None,
         }
     }
 
@@ -283,6 +332,11 @@ impl Taking<'_> {
     /// Whether others go on without an event that is missing.
     pub(super) fn is_passed(&self, event_id: &EventId) -> bool {
         self.waits.passed.contains(event_id)
+    }
+
+    /// Whether an event that is not known may be one of those for which there was no space.
+    pub(super) fn may_be_left_out(&self) -> bool {
+        !self.waits.overflows.is_empty()
     }
 
     /// Whether something newer stands in the place of a state event that comes late: the log here goes on from where it is,
@@ -306,21 +360,34 @@ impl Taking<'_> {
     pub(super) async fn finish(self, cell: Option<&Arc<RoomCell>>) -> Result<Committed, Refusal> {
         let lm = self.lm().clone();
         let room_id = self.room().facts.room_id.clone();
-        let (noted, mut closed) = (self.waits.noted, self.waits.closed);
-        if self.waits.any {
+        let Waits { noted, mut closed, asked, again, overflows, freed, any, .. } = self.waits;
+        // What was asked for, and came, and waits now is still missing.
+        closed.retain(|id| self.fresh.contains(id) || noted.iter().all(|noted| noted.event_id != *id));
+        if any {
             closed.extend(self.fresh);
         }
-        let changes = !noted.is_empty() || !closed.is_empty();
+        let hasten = freed && !overflows.is_empty();
+        let settled = !closed.is_empty() || !asked.is_empty() || hasten;
+        let changes = !noted.is_empty() || settled;
         if !noted.is_empty() {
             lm.note_holes(&room_id, noted).await?;
         }
         let committed = self.batch.commit(&lm, cell).await?;
-        if !closed.is_empty() {
-            let room_id = room_id.clone();
-            let job = lm
-                .context()
-                .store
-                .write(move |tx| Box::pin(async move { stored::close_holes(tx, &room_id, &closed).await }));
+        if settled {
+            let (room_id, store, now) = (room_id.clone(), lm.context().store.clone(), lm.context().clock.now_ms());
+            let job = lm.context().store.write(move |tx| {
+                Box::pin(async move {
+                    stored::close_holes(tx, &room_id, &closed).await?;
+                    for server in &asked {
+                        stored::close_overflow(tx, &room_id, server).await?;
+                    }
+                    stored::note_holes(&store, tx, &room_id, &again, BOUNDS).await?;
+                    if hasten {
+                        stored::hasten_overflows(tx, &room_id, now).await?;
+                    }
+                    Ok(())
+                })
+            });
             job.await?;
         }
         if changes {

@@ -246,16 +246,38 @@ async fn state_that_was_given_for_what_is_missing_is_taken_when_its_keys_are_the
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_without_keys_fills_only_its_own_share() {
-    let Away { clock, world: _world, hub, part, third, room, is_away: _is_away } = away().await;
+async fn a_server_without_keys_fills_only_its_own_share_and_what_is_beyond_it_comes_later() {
+    let Away { clock, world: _world, hub, part, third, room, is_away } = away().await;
     for index in 0..60 {
-        third.say(&room, "carol", &format!("junk {index}")).await;
+        third.say(&room, "carol", &format!("talk {index}")).await;
     }
-    hub.wait_for_body(&room, "junk 59").await;
+    set_topic(&third, &room, "carol", "one").await;
+    hub.wait(&room, "the first topic", |log| topic(log) == Some(json!("one"))).await;
     clock.advance(11_000);
+    set_topic(&hub, &room, "bot", "two").await;
     hub.say(&room, "bot", "goes on").await;
     part.wait_for_body(&room, "goes on").await;
-    assert_eq!(count_missing(&part).await, 1 + 50);
-    assert_eq!(part.lm.room(&room).await.unwrap().unwrap().complaints.len(), 10);
-    assert_eq!(part.bodies(&room).await, ["goes on"]);
+    set_topic(&third, &room, "carol", "three").await;
+    third.send(&room, draft(&third.user("carol"), "m.room.name", Some(""), json!({ "name": "old" }))).await.unwrap();
+    third.say(&room, "carol", "more").await;
+    hub.wait_for_body(&room, "more").await;
+    hub.send(&room, draft(&hub.user("bot"), "m.room.name", Some(""), json!({ "name": "new" }))).await.unwrap();
+    hub.say(&room, "bot", "still goes on").await;
+    part.wait_for_body(&room, "still goes on").await;
+    // One stands for all for which there was no space.
+    assert_eq!(count_missing(&part).await, 1 + 50 + 1);
+    assert_eq!(part.bodies(&room).await, ["goes on", "still goes on"]);
+    is_away.store(false, Ordering::SeqCst);
+    clock.advance(3_600_000);
+    hub.say(&room, "bot", "last").await;
+    wait_for_missing(&part, 0).await;
+    let log = part.log(&room).await;
+    let said: Vec<String> = bodies(&log).into_iter().filter(|body| !body.contains("goes on")).collect();
+    let talk: Vec<String> = (0..60).map(|index| format!("talk {index}")).chain(["more".to_owned()]).collect();
+    assert_eq!(said.iter().filter(|body| *body != "last").collect::<Vec<_>>(), talk.iter().collect::<Vec<_>>());
+    let state = |kind: &str| log.iter().rev().find(|event| event.event.kind == kind).unwrap().event.content().clone();
+    assert_eq!(state("m.room.topic")["topic"], "three", "it came after what stood there");
+    assert_eq!(state("m.room.name")["name"], "new", "what was newer at the hub stays");
+    let complaints = part.lm.room(&room).await.unwrap().unwrap().complaints;
+    assert_eq!(complaints.len(), 2, "the first topic and the old name: {complaints:?}");
 }

@@ -26,6 +26,31 @@ pub struct Hole {
     pub noticed_ts: i64,
     /// What was in the way last.
     pub last_error: String,
+    /// Set when it stands for others too, for which there was no space. The event is the newest of them.
+    pub overflow: Option<Overflow>,
+}
+
+/// For what a hole stands that stands for many.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overflow {
+    /// The server whose events they are; empty for those of all servers.
+    pub of: String,
+    /// The end of our log when the first of them came.
+    pub since: i64,
+}
+
+impl Hole {
+    /// This one and one that was noticed before and stands for events of the same server.
+    pub fn with(mut self, before: Self) -> Self {
+        if before.place > self.place {
+            (self.event_id, self.place, self.last_error) = (before.event_id, before.place, before.last_error);
+        }
+        (self.tries, self.retry_at, self.noticed_ts) = (before.tries, before.retry_at, before.noticed_ts);
+        if let (Some(overflow), Some(before)) = (&mut self.overflow, before.overflow) {
+            overflow.since = overflow.since.min(before.since);
+        }
+        self
+    }
 }
 
 /// What is missing, as operators are shown it.
@@ -64,6 +89,17 @@ pub async fn note_holes(
     let mut left = [bounds.absent - there.absent, bounds.waiting - there.waiting, bounds.given - there.given];
     let mut too_many = 0_usize;
     for hole in holes {
+        if let Some(overflow) = &hole.overflow {
+            let before = overflow_of(tx, room_id, &overflow.of).await?;
+            close_overflow(tx, room_id, &overflow.of).await?;
+            let hole = hole.clone();
+            let hole = match before {
+                Some(before) => hole.with(before),
+                None => hole,
+            };
+            note(tx, room_id, &hole, store.next_id()).await?;
+            continue;
+        }
         let [absent, waiting, given] = &mut left;
         let left = match (hole.given, &hole.json) {
             (true, _) => given,
@@ -80,13 +116,14 @@ pub async fn note_holes(
     Ok(too_many)
 }
 
-const COUNT: &str = "SELECT COUNT(*) AS together, COUNT(json) AS here, CAST(COALESCE(SUM(given), 0) AS BIGINT) AS given \
-     FROM lm_holes WHERE room_id = $1";
+const COUNT: &str = "SELECT COUNT(*) AS together, COUNT(json) AS here, CAST(COALESCE(SUM(given), 0) AS BIGINT) AS given, \
+     COUNT(newest) AS overflows FROM lm_holes WHERE room_id = $1";
 
 fn counts(row: &AnyRow) -> Result<Counts, StoreError> {
     let (together, here, given): (i64, i64, i64) =
         (row.try_get("together")?, row.try_get("here")?, row.try_get("given")?);
-    Ok(Counts { absent: together.saturating_sub(here), waiting: here.saturating_sub(given), given })
+    let elsewhere = here.saturating_add(row.try_get("overflows")?);
+    Ok(Counts { absent: together.saturating_sub(elsewhere), waiting: here.saturating_sub(given), given })
 }
 
 /// How many holes of each kind a room has.
@@ -96,13 +133,13 @@ pub async fn count_holes(store: &Store, room_id: &RoomId) -> Result<Counts, Stor
 
 async fn note(tx: &mut Tx, room_id: &RoomId, hole: &Hole, seq: i64) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO lm_holes (room_id, event_id, seq, place, json, given, noticed_ts, tries, retry_at, last_error) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) \
+        "INSERT INTO lm_holes (room_id, event_id, seq, place, json, given, noticed_ts, tries, retry_at, last_error, \
+         newest, since) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) \
          ON CONFLICT (room_id, event_id) DO UPDATE SET place = COALESCE(excluded.place, lm_holes.place), \
          json = COALESCE(excluded.json, lm_holes.json)",
     )
     .bind(room_id.as_str())
-    .bind(hole.event_id.as_str())
+    .bind(hole.overflow.as_ref().map_or_else(|| hole.event_id.to_string(), |overflow| key(&overflow.of)))
     .bind(seq)
     .bind(hole.place)
     .bind(hole.json.as_deref())
@@ -111,8 +148,47 @@ async fn note(tx: &mut Tx, room_id: &RoomId, hole: &Hole, seq: i64) -> Result<()
     .bind(hole.tries)
     .bind(hole.retry_at)
     .bind(text::encode(&hole.last_error).into_owned())
+    .bind(hole.overflow.is_some().then(|| hole.event_id.as_str()))
+    .bind(hole.overflow.as_ref().map(|overflow| overflow.since))
     .execute(tx)
     .await?;
+    Ok(())
+}
+
+/// Under what a hole is kept that stands for events of this server.
+fn key(server: &str) -> String {
+    format!("~{server}")
+}
+
+async fn overflow_of(tx: &mut Tx, room_id: &RoomId, server: &str) -> Result<Option<Hole>, StoreError> {
+    let row = sqlx::query(
+        "SELECT event_id, newest, since, json, place, given, tries, retry_at, noticed_ts, last_error FROM lm_holes \
+         WHERE room_id = $1 AND event_id = $2",
+    )
+    .bind(room_id.as_str())
+    .bind(key(server))
+    .fetch_optional(tx)
+    .await?;
+    row.as_ref().map(hole).transpose()
+}
+
+/// Forgets the hole that stands for events of a server.
+pub async fn close_overflow(tx: &mut Tx, room_id: &RoomId, server: &str) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM lm_holes WHERE room_id = $1 AND event_id = $2")
+        .bind(room_id.as_str())
+        .bind(key(server))
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
+/// Has the holes that stand for many tried now: there is space for some.
+pub async fn hasten_overflows(tx: &mut Tx, room_id: &RoomId, now_ms: i64) -> Result<(), StoreError> {
+    sqlx::query("UPDATE lm_holes SET tries = 0, retry_at = $1 WHERE room_id = $2 AND newest IS NOT NULL")
+        .bind(now_ms)
+        .bind(room_id.as_str())
+        .execute(tx)
+        .await?;
     Ok(())
 }
 
@@ -142,13 +218,13 @@ pub async fn put_off_holes(
     delay: fn(i64) -> i64,
     problem: impl Fn(&EventId) -> Option<String>,
 ) -> Result<(), StoreError> {
-    let due = sqlx::query("SELECT event_id, tries FROM lm_holes WHERE room_id = $1 AND retry_at <= $2")
+    let due = sqlx::query("SELECT event_id, COALESCE(newest, event_id) AS event, tries FROM lm_holes WHERE room_id = $1 AND retry_at <= $2")
         .bind(room_id.as_str())
         .bind(now_ms)
         .fetch_all(&mut *tx)
         .await?;
     for row in due {
-        let event_id: OwnedEventId = parsed(&row, "event_id")?;
+        let (key, event_id): (String, OwnedEventId) = (row.try_get("event_id")?, parsed(&row, "event")?);
         let tries: i64 = row.try_get::<i64, _>("tries")?.saturating_add(1);
         sqlx::query(
             "UPDATE lm_holes SET tries = $1, retry_at = $2, last_error = COALESCE($3, last_error) \
@@ -158,7 +234,7 @@ pub async fn put_off_holes(
         .bind(now_ms.saturating_add(delay(tries)))
         .bind(problem(&event_id).map(|problem| text::encode(&problem).into_owned()))
         .bind(room_id.as_str())
-        .bind(event_id.as_str())
+        .bind(key)
         .execute(&mut *tx)
         .await?;
     }
@@ -168,7 +244,7 @@ pub async fn put_off_holes(
 /// The holes of a room in the order in which they were noticed: state that was given, or all else.
 pub async fn holes(store: &Store, room_id: &RoomId, given: bool) -> Result<Vec<Hole>, StoreError> {
     let rows = sqlx::query(
-        "SELECT event_id, json, place, given, tries, retry_at, noticed_ts, last_error FROM lm_holes \
+        "SELECT event_id, newest, since, json, place, given, tries, retry_at, noticed_ts, last_error FROM lm_holes \
          WHERE room_id = $1 AND given = $2 ORDER BY seq",
     )
     .bind(room_id.as_str())
@@ -179,8 +255,10 @@ pub async fn holes(store: &Store, room_id: &RoomId, given: bool) -> Result<Vec<H
 }
 
 fn hole(row: &AnyRow) -> Result<Hole, StoreError> {
+    let (key, since): (String, Option<i64>) = (row.try_get("event_id")?, row.try_get("since")?);
+    let overflow = since.map(|since| Overflow { of: key.strip_prefix('~').unwrap_or_default().to_owned(), since });
     Ok(Hole {
-        event_id: parsed(row, "event_id")?,
+        event_id: parsed(row, if overflow.is_some() { "newest" } else { "event_id" })?,
         json: row.try_get("json")?,
         place: row.try_get("place")?,
         given: row.try_get::<i64, _>("given")? != 0,
@@ -188,6 +266,7 @@ fn hole(row: &AnyRow) -> Result<Hole, StoreError> {
         retry_at: row.try_get("retry_at")?,
         noticed_ts: row.try_get("noticed_ts")?,
         last_error: text::decode(row.try_get("last_error")?),
+        overflow,
     })
 }
 

@@ -8,8 +8,8 @@ mod write;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
 pub use self::holes::{
-    Counts, Hole, Missing, close_holes, count_holes, forget_holes, holes, missing, next_try, note_holes, put_off_holes,
-    rooms_with_holes,
+    Counts, Hole, Missing, Overflow, close_holes, close_overflow, count_holes, forget_holes, hasten_overflows, holes,
+    missing, next_try, note_holes, put_off_holes, rooms_with_holes,
 };
 pub use self::read::{
     Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,

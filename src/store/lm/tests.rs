@@ -172,6 +172,7 @@ async fn holes_are_kept_in_order_and_within_bounds_until_they_are_closed() {
             retry_at: noticed_ts,
             noticed_ts,
             last_error: format!("{name}\u{0}"),
+            overflow: None,
         };
         let here = |name: &str| Hole { json: Some(b"{}".to_vec()), place: Some(7), ..hole(name, 20) };
         let note = |room_id: &'static ruma::RoomId, holes: Vec<Hole>| {
@@ -195,6 +196,23 @@ async fn holes_are_kept_in_order_and_within_bounds_until_they_are_closed() {
         assert_eq!(shown, Missing { count: 5, since: Some(5), last_error: Some("d\u{0}".to_owned()) });
         assert_eq!(missing(&store, Some(room_id)).await.unwrap().count, 4);
         assert_eq!(rooms_with_holes(&store).await.unwrap().len(), 2);
+
+        // One stands for all of its server: it is the newest of them, and goes back to the first.
+        let beyond = |name: &str, place, since| Hole {
+            place: Some(place),
+            overflow: Some(Overflow { of: "a.example".to_owned(), since }),
+            ..hole(name, 20)
+        };
+        assert_eq!(note(room_id, vec![beyond("w", 5, 5), beyond("b", 9, 9), beyond("x", 7, 3)]).await.unwrap(), 0);
+        let kept = holes(&store, room_id, false).await.unwrap();
+        assert_eq!(names(kept.clone()), [id("b"), id("w"), id("a"), id("b")]);
+        assert_eq!(kept.last(), Some(&beyond("b", 9, 3)));
+        assert_eq!(count_holes(&store, room_id).await.unwrap(), counts);
+        let hasten = store.write(move |tx| Box::pin(async move { hasten_overflows(tx, room_id, 1).await }));
+        hasten.await.unwrap();
+        assert_eq!(next_try(&store, room_id).await.unwrap(), Some(1));
+        store.write(move |tx| Box::pin(async move { close_overflow(tx, room_id, "a.example").await })).await.unwrap();
+        assert_eq!(holes(&store, room_id, false).await.unwrap().len(), 3, "what waits for itself stays");
 
         let put_off = store.write(move |tx| {
             Box::pin(async move {
