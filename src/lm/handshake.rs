@@ -28,6 +28,7 @@ impl Lm {
         user_id: &UserId,
         versions: &[String],
     ) -> Result<Value, Refusal> {
+        self.invited_meanwhile(room_id, user_id).await;
         let room = self.hubbed(room_id).await?;
         supported(&room, versions)?;
         let content = self.may_make(origin, &room, user_id, Membership::Join)?;
@@ -54,6 +55,7 @@ impl Lm {
 
     /// `GET make_leave`
     pub async fn make_leave(&self, origin: &ServerName, room_id: &RoomId, user_id: &UserId) -> Result<Value, Refusal> {
+        self.invited_meanwhile(room_id, user_id).await;
         let room = self.hubbed(room_id).await?;
         let content = self.may_make(origin, &room, user_id, Membership::Leave)?;
         Ok(self.template(&room, user_id, content))
@@ -135,6 +137,7 @@ impl Lm {
         let room = self.hubbed(&room_id).await?;
         let lpdu = self.verify_one(origin, &room.facts, body).await?;
         is_what_was_made(&lpdu, expected)?;
+        self.invited_meanwhile(&room_id, &lpdu.sender).await;
         let cell = self.rooms().find(&room_id).await?.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))?;
         if expected == Membership::Join {
             self.pass_gate(&cell, &lpdu).await?;

@@ -162,6 +162,68 @@ async fn an_invite_is_signed_by_the_invited_server() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_answers_an_invite_before_it_is_in_the_log_waits_for_that() {
+    for (join_rule, joins) in [("public", true), ("invite", true), ("invite", false)] {
+        let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+        let room = hub.create_room(join_rule).await;
+        let alice = part.user("alice");
+        let (answers, mut answered) = tokio::sync::mpsc::unbounded_channel();
+        let (lm, hub_name, kept, user) = (part.lm.clone(), hub.name.clone(), room.clone(), alice.clone());
+        part.meddle(move |request, next| {
+            let is_invite = request.uri().path().contains("/invite/");
+            let (lm, hub_name, room, user, answers) =
+                (lm.clone(), hub_name.clone(), kept.clone(), user.clone(), answers.clone());
+            async move {
+                let response = next.run(request).await;
+                if is_invite {
+                    let mut answer = tokio::spawn(async move {
+                        let via = std::slice::from_ref(&hub_name);
+                        match joins {
+                            true => lm.join(&room, &user, via, Default::default()).await.map(drop),
+                            false => lm.leave(&room, &user, via).await,
+                        }
+                    });
+                    // As if this were a slow connection.
+                    let early = tokio::time::timeout(std::time::Duration::from_millis(300), &mut answer).await;
+                    let _ = answers.send((early.is_ok(), answer));
+                }
+                response
+            }
+        });
+        let invite = Outgoing { draft: member(&hub.user("bot"), &alice, "invite"), effect: None };
+        let Sent::Appended(invited) = hub.lm.invite(&room, invite).await.unwrap() else { panic!("a hub appends") };
+        let (early, answer) = answered.recv().await.unwrap();
+        assert!(!early, "it is answered before it is in the log");
+        answer.await.unwrap().unwrap();
+        let log = hub.log(&room).await;
+        let membership = if joins { "join" } else { "leave" };
+        assert_eq!(log.last().unwrap().event.content()["membership"], membership);
+        assert_eq!(log[log.len() - 2].event.event_id, invited.event.event_id);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_joins_before_signing_an_invite_is_not_held_up_for_long_and_the_inviter_is_told() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    let alice = part.user("alice");
+    let (lm, hub_name, kept, user) = (part.lm.clone(), hub.name.clone(), room.clone(), alice.clone());
+    part.meddle(move |request, next| {
+        let is_invite = request.uri().path().contains("/invite/");
+        let (lm, hub_name, room, user) = (lm.clone(), hub_name.clone(), kept.clone(), user.clone());
+        async move {
+            if is_invite {
+                lm.join(&room, &user, std::slice::from_ref(&hub_name), Default::default()).await.unwrap();
+            }
+            next.run(request).await
+        }
+    });
+    let invite = Outgoing { draft: member(&hub.user("bot"), &alice, "invite"), effect: None };
+    let refused = hub.lm.invite(&room, invite).await;
+    assert!(matches!(&refused, Err(Refusal::Forbidden(why)) if why.contains("has joined by now")), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_invite_is_declined_through_the_hub() {
     let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
     let room = hub.create_room("invite").await;
