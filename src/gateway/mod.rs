@@ -1,7 +1,10 @@
 //! The composition root: builds the rooms of the house, gives each what it needs, and puts the listeners in front of them.
 
+mod handshakes;
 mod housekeeping;
 mod listen;
+mod lookups;
+mod reads;
 mod routes;
 mod signed;
 mod transaction;
@@ -16,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::listen::ListenError;
 pub(crate) use self::listen::Listener;
-pub use self::routes::{Federation, federation_routes};
+pub use self::routes::{Endpoint, Federation, Takes, federation_endpoints, federation_routes};
 use crate::admin::{Admin, metrics};
 use crate::appservice::{Appservice, AppserviceError};
 use crate::bridge::Bridge;

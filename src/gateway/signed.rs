@@ -1,17 +1,17 @@
-//! Requests of other servers as handlers take them: read within bounds, parsed, and with a proved origin.
+//! Requests of other servers as handlers take them: with a proved origin, read within bounds, parsed.
 
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody as _};
-use axum::extract::{FromRequest, OriginalUri, Request};
+use axum::extract::{FromRequest, FromRequestParts as _, OriginalUri, RawPathParams, Request};
 use bytes::BytesMut;
 use futures::StreamExt as _;
 use http::Method;
 use http::request::Parts;
-use ruma::OwnedServerName;
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
 
 use super::routes::Federation;
-use crate::event::{Object, canonical_json, canonical_text, parse_object};
+use crate::event::{Object, canonical_json, canonical_text, parse_event_id, parse_object};
 use crate::federation::{Claimed, Counted, Reserved};
 use crate::refusal::Refusal;
 
@@ -26,37 +26,92 @@ const COPIES: usize = 4;
 /// How many bytes those copies may have together, of all requests whose origin is not proved yet.
 pub(super) const UNPROVED_LIMIT: usize = 384 << 20;
 
-/// A GET whose origin is proved.
-pub(super) struct Signed {
+/// A request whose origin is proved, with its body, and what its path and query name. Handlers have these from nowhere else, so that
+/// nothing of a request is judged before its signature.
+pub(super) struct Signed<B> {
     pub origin: OwnedServerName,
-    _counted: Counted,
+    pub body: B,
+    path: RawPathParams,
+    query: String,
+    _counted: Option<Counted>,
 }
 
-/// A PUT or POST whose origin is proved, and its body.
-pub(super) struct SignedBody {
-    pub origin: OwnedServerName,
-    pub body: Object,
-    _counted: Counted,
+/// A request without a body.
+pub(super) type Asked = Signed<()>;
+
+/// A request with an object as its body.
+pub(super) type Given = Signed<Object>;
+
+/// A transaction; its events are still text, to be parsed one by one.
+pub(super) type SignedTransaction = Signed<Bytes>;
+
+impl<B> Signed<B> {
+    /// The segment of the path that the route calls `name`.
+    pub fn segment(&self, name: &str) -> &str {
+        self.path.iter().find(|(known, _)| *known == name).map_or("", |(_, value)| value)
+    }
+
+    /// The room in the path.
+    pub fn room_id(&self) -> Result<OwnedRoomId, Refusal> {
+        parse("room ID", self.segment("room_id"))
+    }
+
+    /// The user in the path.
+    pub fn user_id(&self) -> Result<OwnedUserId, Refusal> {
+        parse("user ID", self.segment("user_id"))
+    }
+
+    /// The event in the path.
+    pub fn event_id(&self) -> Result<OwnedEventId, Refusal> {
+        parse_event_id("event ID", self.segment("event_id"))
+    }
+
+    /// All values of a parameter of the query.
+    pub fn values(&self, name: &str) -> impl Iterator<Item = String> {
+        let pairs = url::form_urlencoded::parse(self.query.as_bytes());
+        pairs.filter(move |(key, _)| key == name).map(|(_, value)| value.into_owned())
+    }
+
+    /// The value of a parameter of the query.
+    pub fn value(&self, name: &str) -> Option<String> {
+        self.values(name).next()
+    }
+
+    /// The value of a parameter of the query that is a number.
+    pub fn number(&self, name: &str) -> Result<Option<i64>, Refusal> {
+        let number = |text: String| {
+            text.parse().map_err(|_| Refusal::malformed(name, format!("{:?} is not an integer", shown(&text))))
+        };
+        self.value(name).map(number).transpose()
+    }
 }
 
-/// A transaction whose origin is proved; its events are still text, to be parsed one by one.
-pub(super) struct SignedTransaction {
-    pub origin: OwnedServerName,
-    pub raw: Bytes,
+/// Parses an identifier; `what` is how a refusal calls it.
+pub(super) fn parse<T>(what: &str, text: &str) -> Result<T, Refusal>
+where
+    for<'a> T: TryFrom<&'a str, Error: std::fmt::Display>,
+{
+    T::try_from(text).map_err(|error| Refusal::malformed(what, format!("{:?}: {error}", shown(text))))
 }
 
-impl FromRequest<Federation> for Signed {
+/// As much of a text as a refusal shows.
+fn shown(text: &str) -> String {
+    text.chars().take(60).collect()
+}
+
+impl FromRequest<Federation> for Asked {
     type Rejection = Refusal;
 
     async fn from_request(request: Request, state: &Federation) -> Result<Self, Refusal> {
         let (parts, _) = request.into_parts();
         let claimed = claimed(&parts, state).await?;
         let origin = origin(claimed, &parts, state, None)?;
-        Ok(Self { _counted: state.underway.enter(&origin)?, origin })
+        let counted = state.underway.enter(&origin)?;
+        signed(origin, (), parts, state, Some(counted)).await
     }
 }
 
-impl FromRequest<Federation> for SignedBody {
+impl FromRequest<Federation> for Given {
     type Rejection = Refusal;
 
     async fn from_request(request: Request, state: &Federation) -> Result<Self, Refusal> {
@@ -66,7 +121,8 @@ impl FromRequest<Federation> for SignedBody {
         let raw = read(body, "request body", BODY_LIMIT, &mut reserved).await?;
         let body = parse_object(&raw)?;
         let origin = origin(claimed, &parts, state, Some(&canonical_json(&body)))?;
-        Ok(Self { _counted: state.underway.enter(&origin)?, origin, body })
+        let counted = state.underway.enter(&origin)?;
+        signed(origin, body, parts, state, Some(counted)).await
     }
 }
 
@@ -81,8 +137,25 @@ impl FromRequest<Federation> for SignedTransaction {
         // Duplicate keys inside one event are that event's fault alone, so the signature is checked over what any JSON
         // parser makes of the body; each event is parsed strictly later.
         let body = canonical_text(&raw)?;
-        Ok(Self { origin: origin(claimed, &parts, state, Some(&body))?, raw })
+        let origin = origin(claimed, &parts, state, Some(&body))?;
+        // Transactions stand in lines of their own.
+        signed(origin, raw, parts, state, None).await
     }
+}
+
+/// Reads what the path and query name, now that the origin is proved.
+async fn signed<B>(
+    origin: OwnedServerName,
+    body: B,
+    mut parts: Parts,
+    state: &Federation,
+    counted: Option<Counted>,
+) -> Result<Signed<B>, Refusal> {
+    let path = RawPathParams::from_request_parts(&mut parts, state)
+        .await
+        .map_err(|rejection| Refusal::malformed("path", rejection.body_text()))?;
+    let query = parts.uri.query().unwrap_or_default().to_owned();
+    Ok(Signed { origin, body, path, query, _counted: counted })
 }
 
 /// What the headers claim. It comes before the body is read, so that nobody unknown has one read.

@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::time::Instant;
 
 use ruma::{RoomId, ServerName};
 use serde::de::{Error as _, SeqAccess, Visitor};
@@ -10,9 +11,10 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::routes::Federation;
+use super::routes::{Answer, Federation};
 use super::signed::SignedTransaction;
 use crate::admin::metrics;
+use crate::federation::Begun;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Raw, Received};
@@ -83,12 +85,44 @@ struct Peek<'a> {
     room_id: Option<Cow<'a, str>>,
 }
 
-pub(super) async fn receive(
+/// Takes a transaction, once.
+pub(super) async fn send(state: &Federation, transaction: &SignedTransaction, dialect: Dialect) -> Answer {
+    // Stable and unstable name are the same endpoint; the Matrix one is another.
+    let (endpoint, protocol) = match dialect {
+        Dialect::Matrix => ("v1/send", Side::Matrix),
+        Dialect::Lm => ("v2/send", Side::Lm),
+    };
+    let start = Instant::now();
+    let taken = take(state, endpoint, transaction, dialect).await;
+    let result = match &taken {
+        Ok((_, true)) => "ok",
+        Ok((_, false)) => "replayed",
+        Err(_) => "refused",
+    };
+    metrics::inbound_transaction(protocol, result, start.elapsed());
+    taken.map(|(answer, _)| answer)
+}
+
+/// The answer to a transaction, and whether it is a new one.
+async fn take(
     state: &Federation,
+    endpoint: &str,
     transaction: &SignedTransaction,
     dialect: Dialect,
-) -> Result<Value, Refusal> {
-    let (pdus, _edus) = parse(&transaction.raw, &transaction.origin)?;
+) -> Result<(Value, bool), Refusal> {
+    let origin = &transaction.origin;
+    let _turn = state.lines.enter(origin, transaction.body.len()).await?;
+    match state.transactions.begin(origin, endpoint, transaction.segment("txn_id")).await? {
+        Begun::Answered(answer) => Ok((answer, false)),
+        Begun::Process(processing) => {
+            let answer = receive(state, transaction, dialect).await?;
+            Ok((processing.finish(answer).await?, true))
+        }
+    }
+}
+
+async fn receive(state: &Federation, transaction: &SignedTransaction, dialect: Dialect) -> Answer {
+    let (pdus, _edus) = parse(&transaction.body, &transaction.origin)?;
     if dialect == Dialect::Lm && state.between.paused(&transaction.origin) {
         let what = format!("events of {} that wait", transaction.origin);
         return Err(Refusal::Budget { what, retry_after_ms: PAUSE_MS });
@@ -105,6 +139,10 @@ pub(super) async fn receive(
 }
 
 fn parse(raw: &[u8], signer: &ServerName) -> Result<(Vec<Raw>, Vec<Raw>), Refusal> {
+    // A list of the fields' values would be read as well.
+    if raw.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Refusal::malformed("transaction", "no object"));
+    }
     let Transaction { origin, pdus, edus } =
         serde_json::from_slice(raw).map_err(|error| Refusal::malformed("transaction", error.to_string()))?;
     // LM servers may leave it out; one that differs means that somebody is confused about who speaks.
@@ -203,6 +241,7 @@ mod tests {
         assert!(with(0, MAX_EDUS + 1).unwrap_err().to_string().contains("more than 100"));
         assert!(parse(br#"{"pdus":{}}"#, signer).unwrap_err().to_string().contains("a list of at most 50"));
         assert_eq!(parse(b"{}", signer).unwrap().0.len(), 0);
+        assert_eq!(parse(br#"["a.example",[],[]]"#, signer).unwrap_err().errcode(), "M_BAD_JSON");
     }
 
     #[test]

@@ -1,0 +1,75 @@
+//! Joining, leaving, knocking and invites. Both protocols have the same handshakes: a template is asked for (`make_…`), completed, and
+//! sent (`send_…`). The template's path, and the path that Matrix sends to, serve both, and the side that the room is on answers.
+
+use serde_json::Value;
+
+use super::routes::{Answer, Federation, side_of};
+use super::signed::{Asked, Given};
+use crate::event::{Family, RoomVersion};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+
+/// What a handshake makes of a user.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Handshake {
+    Join,
+    Leave,
+    Knock,
+}
+
+/// `make_…`: the template of a member event.
+pub(super) async fn make(handshake: Handshake, federation: Federation, asked: Asked) -> Answer {
+    let (origin, room_id, user_id) = (&asked.origin, asked.room_id()?, asked.user_id()?);
+    let versions: Vec<String> = asked.values("ver").collect();
+    let Federation { lm, dag, .. } = &federation;
+    match (side_of(&federation, &room_id).await?, handshake) {
+        (Side::Lm, Handshake::Join) => lm.make_join(origin, &room_id, &user_id, &versions).await,
+        (Side::Lm, Handshake::Leave) => lm.make_leave(origin, &room_id, &user_id).await,
+        (Side::Lm, Handshake::Knock) => lm.make_knock(origin, &room_id, &user_id, &versions).await,
+        (Side::Matrix, Handshake::Join) => dag.make_join(origin, &room_id, &user_id, &versions).await,
+        (Side::Matrix, Handshake::Leave) => dag.make_leave(origin, &room_id, &user_id).await,
+        (Side::Matrix, Handshake::Knock) => dag.make_knock(origin, &room_id, &user_id, &versions).await,
+    }
+}
+
+/// `send_…` with the room and the event in its path, as Matrix has it.
+pub(super) async fn send(handshake: Handshake, federation: Federation, given: Given) -> Answer {
+    let (room_id, event_id) = (given.room_id()?, given.event_id()?);
+    if side_of(&federation, &room_id).await? == Side::Lm {
+        return send_lm(handshake, federation, given).await;
+    }
+    let omit_members = given.values("omit_members").any(|value| value == "true");
+    let (origin, dag, event) = (&given.origin, &federation.dag, given.body);
+    match handshake {
+        Handshake::Join => dag.send_join(origin, &room_id, &event_id, event, omit_members).await,
+        Handshake::Leave => dag.send_leave(origin, &room_id, &event_id, event).await,
+        Handshake::Knock => dag.send_knock(origin, &room_id, &event_id, event).await,
+    }
+}
+
+/// `send_…` with a transaction ID in its path, as the draft has it. The LPDU in the body says the room.
+pub(super) async fn send_lm(handshake: Handshake, federation: Federation, given: Given) -> Answer {
+    let (origin, lm, lpdu) = (&given.origin, &federation.lm, given.body);
+    match handshake {
+        Handshake::Join => lm.send_join(origin, lpdu).await,
+        Handshake::Leave => lm.send_leave(origin, lpdu).await,
+        Handshake::Knock => lm.send_knock(origin, lpdu).await,
+    }
+}
+
+/// An invite of a user of the gateway, whose room is known by its version alone.
+pub(super) async fn invite(federation: Federation, given: Given) -> Answer {
+    let (room_id, event_id) = (given.room_id()?, given.event_id()?);
+    let version = given.body.get("room_version").and_then(Value::as_str);
+    let version = version.ok_or_else(|| Refusal::malformed("room_version", "missing or no string"))?;
+    match RoomVersion::parse(version).map(RoomVersion::family) {
+        Some(Family::Log) => invite_lm(federation, given).await,
+        Some(Family::Graph) => federation.dag.invited(&given.origin, &room_id, &event_id, given.body).await,
+        None => Err(Refusal::IncompatibleRoomVersion(version.to_owned())),
+    }
+}
+
+/// The same under the draft's own name.
+pub(super) async fn invite_lm(federation: Federation, given: Given) -> Answer {
+    federation.lm.invited(&given.origin, given.body).await
+}
