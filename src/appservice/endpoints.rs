@@ -1,6 +1,7 @@
 //! What the Synapse calls. <https://spec.matrix.org/v1.17/application-service-api/#homeserver---application-service-api>
 
 use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -8,6 +9,7 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use http::StatusCode;
 use serde::Deserialize;
+use serde_json::error::Category;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
@@ -39,15 +41,16 @@ pub(super) fn routes(appservice: Appservice) -> Router {
         .route(&app("/thirdparty/location"), get(nothing))
         .route(&app("/thirdparty/user/{protocol}"), get(nothing))
         .route(&app("/thirdparty/user"), get(nothing))
+        .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(LIMIT))
         .layer(from_fn_with_state(appservice.clone(), authenticate))
         .with_state(appservice)
 }
 
 async fn authenticate(State(appservice): State<Appservice>, request: Request, next: Next) -> Response {
-    let refuse = |status: StatusCode, errcode: &str, error: &str| {
-        tracing::warn!(path = request.uri().path(), error, "a request to the appservice was refused");
-        (status, Json(json!({ "errcode": errcode, "error": error }))).into_response()
+    let refuse = |status: StatusCode, errcode: &str, problem: &str| {
+        tracing::warn!(path = request.uri().path(), error = problem, "a request to the appservice was refused");
+        error(status, errcode, problem)
     };
     let bearer = appservice.inner.registration.hs_token.check(request.headers());
     appservice.inner.status.called(bearer == Bearer::Right);
@@ -58,15 +61,35 @@ async fn authenticate(State(appservice): State<Appservice>, request: Request, ne
     }
 }
 
+async fn wrong_method() -> Response {
+    error(StatusCode::METHOD_NOT_ALLOWED, "M_UNRECOGNIZED", "the endpoint does not take this method")
+}
+
+fn error(status: StatusCode, errcode: &str, error: &str) -> Response {
+    (status, Json(json!({ "errcode": errcode, "error": error }))).into_response()
+}
+
 #[derive(Deserialize)]
 struct Transaction {
     #[serde(default)]
     events: Vec<Box<RawValue>>,
 }
 
-async fn transaction(State(appservice): State<Appservice>, Path(txn_id): Path<String>, body: Bytes) -> Answer {
-    let transaction: Transaction =
-        serde_json::from_slice(&body).map_err(|error| Refusal::NotJson(error.to_string()))?;
+async fn transaction(
+    State(appservice): State<Appservice>,
+    Path(txn_id): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer {
+    let body = body.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            Refusal::TooLarge { what: "transaction", size: LIMIT.saturating_add(1), limit: LIMIT }
+        }
+        _ => Refusal::NotJson(rejection.body_text()),
+    })?;
+    let transaction: Transaction = serde_json::from_slice(&body).map_err(|error| match error.classify() {
+        Category::Data => Refusal::malformed("transaction", error.to_string()),
+        _ => Refusal::NotJson(error.to_string()),
+    })?;
     let inner = &appservice.inner;
     let chats = inner.chats.load();
     let view = View { homeserver: &inner.homeserver_name, bot: &inner.bot, chats: &chats };

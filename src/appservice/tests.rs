@@ -238,20 +238,22 @@ fn said(id: &str, body: &str) -> Value {
 const BOT: &str = "@_isthmus:hs.example";
 const ALIAS: &str = "#lm_tea_hub.example:hs.example";
 
+const ENDPOINTS: [(Method, &str); 9] = [
+    (Method::PUT, "/transactions/1"),
+    (Method::GET, "/users/@x:y"),
+    (Method::GET, "/rooms/%23x:y"),
+    (Method::POST, "/ping"),
+    (Method::GET, "/thirdparty/protocol/linearized"),
+    (Method::GET, "/thirdparty/location/linearized"),
+    (Method::GET, "/thirdparty/location"),
+    (Method::GET, "/thirdparty/user/linearized"),
+    (Method::GET, "/thirdparty/user"),
+];
+
 #[tokio::test]
 async fn hc_12_every_endpoint_asks_for_the_token() {
     let house = House::build().await;
-    for (method, path) in [
-        (Method::PUT, "/transactions/1"),
-        (Method::GET, "/users/@x:y"),
-        (Method::GET, "/rooms/%23x:y"),
-        (Method::POST, "/ping"),
-        (Method::GET, "/thirdparty/protocol/linearized"),
-        (Method::GET, "/thirdparty/location/linearized"),
-        (Method::GET, "/thirdparty/location"),
-        (Method::GET, "/thirdparty/user/linearized"),
-        (Method::GET, "/thirdparty/user"),
-    ] {
+    for (method, path) in ENDPOINTS {
         let (status, body) = house.call_with(method.clone(), path, "{}", None).await;
         assert_eq!((status, body["errcode"].as_str()), (401, Some("M_UNAUTHORIZED")), "{path}");
         let (status, body) = house.call_with(method, path, "{}", Some("wrong")).await;
@@ -292,8 +294,45 @@ async fn a_bad_event_stops_no_other() {
         house.transaction(1, &[bad, good.clone()]).await;
     }
     assert_eq!(house.waiting().await, 7);
-    let (status, body) = house.call(Method::PUT, "/transactions/3", json!([1])).await;
-    assert_eq!((status, body["errcode"].as_str()), (400, Some("M_NOT_JSON")));
+}
+
+#[tokio::test]
+async fn a_request_out_of_shape_is_refused_by_its_name() {
+    let house = House::build().await;
+    let token = house.appservice.inner.registration.hs_token.clone();
+    let large = format!("{{\"events\":[]{}}}", " ".repeat(32 << 20));
+    for (body, status, errcode) in [
+        ("", 400, "M_NOT_JSON"),
+        ("no JSON", 400, "M_NOT_JSON"),
+        ("{\"events\":[}", 400, "M_NOT_JSON"),
+        ("1", 400, "M_BAD_JSON"),
+        ("{\"events\":{}}", 400, "M_BAD_JSON"),
+        (&large, 413, "M_TOO_LARGE"),
+    ] {
+        let (answered, error) = house.call_with(Method::PUT, "/transactions/3", body, Some(token.expose())).await;
+        let shown: String = body.chars().take(20).collect();
+        assert_eq!((answered, error["errcode"].as_str()), (status, Some(errcode)), "{shown:?}: {error}");
+    }
+    for (method, path) in ENDPOINTS {
+        for other in [Method::GET, Method::PUT, Method::POST, Method::DELETE] {
+            if other != method {
+                let (status, error) = house.call(other.clone(), path, Value::Null).await;
+                assert_eq!((status, error["errcode"].as_str()), (405, Some("M_UNRECOGNIZED")), "{other} {path}");
+            }
+        }
+    }
+    assert_eq!(house.waiting().await, 0);
+}
+
+#[tokio::test]
+async fn hc_13_no_user_but_the_bot_is_known_to_the_appservice() {
+    let house = House::build().await;
+    // Ghosts are users of the gateway's own name; what the homeserver asks about is its own, or another's.
+    for user in ["@other:hs.example", "@lm_bob_hub.example:hs.example", "@_isthmus:elsewhere.example", "@x", "%00"] {
+        let (status, error) = house.call(Method::GET, &format!("/users/{user}"), Value::Null).await;
+        assert_eq!((status, error["errcode"].as_str()), (404, Some("M_NOT_FOUND")), "{user}");
+    }
+    assert_eq!(house.call(Method::GET, &format!("/users/{BOT}"), Value::Null).await, (200, json!({})));
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Servers of the linear side on loopback HTTP: each with its own store, keys, queues and routes, as the gateway has them.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -46,6 +47,7 @@ pub struct Node {
     pub name: OwnedServerName,
     pub context: Context,
     pub lm: Lm,
+    pub dag: Dag,
     pub watcher: Arc<Watcher>,
     meddler: Meddling,
     listener: std::net::TcpListener,
@@ -95,7 +97,7 @@ impl World {
         let lm = Lm::new(context.clone(), watcher.clone());
         let dag = Dag::new(context.clone(), watcher.clone());
         lm.resume().await.unwrap();
-        let federation = Federation::new(context.clone(), lm.clone(), dag, watcher.clone());
+        let federation = Federation::new(context.clone(), lm.clone(), dag.clone(), watcher.clone());
         let routes = federation_routes(federation);
         let meddler: Meddling = Arc::default();
         let routes = routes.layer(axum::middleware::from_fn_with_state(meddler.clone(), meddle));
@@ -104,17 +106,17 @@ impl World {
         accepting.set_nonblocking(true).unwrap();
         let accepting = tokio::net::TcpListener::from_std(accepting).unwrap();
         let serving = tokio::spawn(async move { axum::serve(accepting, routes).await.unwrap() });
-        Node { name: context.server_name.clone(), context, lm, watcher, meddler, listener, serving }
+        Node { name: context.server_name.clone(), context, lm, dag, watcher, meddler, listener, serving }
     }
 
     /// Stops a server and starts it again over the same store, with nothing kept in memory.
     pub async fn restart(&self, node: Node) -> Node {
-        let Node { name, context, lm, listener, serving, watcher, meddler: _ } = node;
+        let Node { name, context, lm, dag, listener, serving, watcher, meddler: _ } = node;
         serving.abort();
         let _ = serving.await;
         context.outbound.stop().await;
         context.store.close().await;
-        drop((lm, context, watcher));
+        drop((lm, dag, context, watcher));
         self.node(name.as_str(), listener).await
     }
 }
@@ -129,8 +131,12 @@ impl Node {
     }
 
     /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.listener.local_addr().unwrap()
+    }
+
     pub fn url(&self, uri: &str) -> String {
-        format!("http://{}{uri}", self.listener.local_addr().unwrap())
+        format!("http://{}{uri}", self.address())
     }
 
     pub fn user(&self, localpart: &str) -> OwnedUserId {
