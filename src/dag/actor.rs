@@ -75,12 +75,22 @@ where
 /// What waits for a room's task.
 pub(super) type Jobs = mpsc::UnboundedReceiver<Box<dyn Work>>;
 
-pub(super) async fn run(shared: &Arc<Shared>, room: &Arc<Room>, jobs: &mut Jobs) {
+/// Why a room's task ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// Nobody used the room, which is out of memory already.
+    Idle,
+    /// A batch was not committed, or nobody knows whether it was: what is in memory may lag behind the rows.
+    Uncertain,
+}
+
+/// Does the room's jobs until there are none for long, or a batch fails.
+pub(super) async fn run(shared: &Arc<Shared>, room: &Arc<Room>, jobs: &mut Jobs) -> End {
     loop {
         let first = match tokio::time::timeout(IDLE, jobs.recv()).await {
             Ok(Some(job)) => job,
-            Ok(None) => return,
-            Err(_) if shared.rooms.retire(room, jobs) => return,
+            Ok(None) => return End::Idle,
+            Err(_) if shared.rooms.retire(room, jobs) => return End::Idle,
             Err(_) => continue,
         };
         let mut batch = Batch::new(shared.clone(), room);
@@ -98,8 +108,15 @@ pub(super) async fn run(shared: &Arc<Shared>, room: &Arc<Room>, jobs: &mut Jobs)
         if let Err(refusal) = &committed {
             tracing::error!(room = %room.room_id, error = %refusal, "a batch of events was not committed");
         }
+        if committed.is_err() {
+            // Before the jobs are answered: who tries again finds the room as its rows are.
+            shared.let_go(room, jobs);
+        }
         for job in done {
             job.finish(committed.clone());
+        }
+        if committed.is_err() {
+            return End::Uncertain;
         }
     }
 }

@@ -240,7 +240,7 @@ impl Batch {
         let now = shared.context.clock.now_ms();
         let redactions = redacted.clone();
         let writing = store.clone();
-        store
+        let written = store
             .write(move |tx| {
                 Box::pin(async move {
                     dag::write(tx, &row, &changes).await?;
@@ -269,13 +269,19 @@ impl Batch {
                     Ok(())
                 })
             })
-            .await?;
+            .await;
         if !redacted.is_empty() {
             shared.states.invalidate(&room_id).await;
         }
-        shared.events.committed(staged.into_values().chain(redacted), groups.into_values().collect()).await;
         to_wake.extend(core.servers.keys().filter(|server| **server != shared.context.server_name).cloned());
-        room.set_core(core);
+        match &written {
+            Ok(()) => {
+                shared.events.committed(staged.into_values().chain(redacted), groups.into_values().collect()).await;
+                room.set_core(core);
+            }
+            // It may be committed all the same: then queues and bridge find it, and what was redacted is not read from memory.
+            Err(_) => shared.events.forget(redacted.iter().map(|event| &event.pdu.event_id)).await,
+        }
         if has_news {
             let feed = Feed { kind: FeedKind::Graph, room_id: room_id.clone() };
             shared.context.outbound.wake(&feed, &to_wake.into_iter().collect::<Vec<_>>());
@@ -283,6 +289,6 @@ impl Batch {
         if watched {
             shared.between.accepted(Side::Matrix, &room_id);
         }
-        Ok(())
+        Ok(written?)
     }
 }

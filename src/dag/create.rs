@@ -32,7 +32,7 @@ impl Dag {
         let drafts = rest_of(&room, self.shared.context.clock.now_ms());
         let made = self.shared.run(&active, move |batch| Box::pin(begin(batch, create, drafts))).await;
         if let Err(refusal) = made {
-            self.shared.forget(&room_id);
+            self.shared.rooms.let_go(&active);
             return Err(refusal);
         }
         tracing::info!(room = %room_id, version = %room.version, "room created");

@@ -98,6 +98,13 @@ impl Events {
         }
     }
 
+    /// Reads these from the store again when they are next asked for.
+    pub async fn forget(&self, events: impl Iterator<Item = &OwnedEventId>) {
+        for event_id in events {
+            self.events.invalidate(event_id).await;
+        }
+    }
+
     /// The state of a group.
     pub async fn group(&self, id: i64) -> Result<Snapshot, StoreError> {
         if let Some(group) = self.groups.get(&id).await {

@@ -15,7 +15,7 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, Serv
 use tokio::sync::{OnceCell, Semaphore, mpsc, oneshot};
 
 use super::Shared;
-use super::actor::{self, Jobs, Work};
+use super::actor::{self, End, Jobs, Work};
 use super::batch::Batch;
 use super::snapshot::Snapshot;
 use super::version::rules_of;
@@ -157,7 +157,7 @@ impl Rooms {
 
 impl Rooms {
     /// Takes this room out, if it has not been taken out or loaded anew.
-    fn let_go(&self, room: &Arc<Room>) {
+    pub(super) fn let_go(&self, room: &Arc<Room>) {
         let mut slots = self.slots();
         let is_this = |slot: &Slot| matches!(slot.get(), Some(Some(held)) if Arc::ptr_eq(held, room));
         if slots.get(&room.room_id).is_some_and(is_this) {
@@ -246,11 +246,6 @@ impl Shared {
         }
     }
 
-    /// Takes out a room whose making failed.
-    pub(super) fn forget(&self, room_id: &RoomId) {
-        self.rooms.slots().remove(room_id);
-    }
-
     /// Runs `job` in the room's task, and returns what it gave after that is committed. A job that fails changes nothing.
     pub async fn run<T, F>(self: &Arc<Self>, room: &Arc<Room>, job: F) -> Result<T, Refusal>
     where
@@ -259,31 +254,49 @@ impl Shared {
     {
         let permit = room.permits.clone().acquire_owned().await.map_err(|_| closed())?;
         let (reply, answer) = oneshot::channel();
-        let mut work = actor::boxed(job, permit, reply);
-        // A room that was let go meanwhile is loaded again; its rows are what it was.
-        let mut room = room.clone();
-        for _ in 0..3 {
-            let sent = {
-                let _slots = self.rooms.slots();
-                room.jobs.send(work)
-            };
-            match sent {
-                Ok(()) => return answer.await.map_err(|_| closed())?,
-                Err(mpsc::error::SendError(back)) => work = back,
+        self.hand(room.clone(), actor::boxed(job, permit, reply)).await;
+        answer.await.map_err(|_| closed())?
+    }
+
+    /// Gives a job to the room's task. A room that was let go meanwhile is loaded again; its rows are what it was.
+    fn hand(self: &Arc<Self>, mut room: Arc<Room>, mut job: Box<dyn Work>) -> BoxFuture<'static, ()> {
+        let shared = self.clone();
+        Box::pin(async move {
+            for _ in 0..3 {
+                let sent = {
+                    let _slots = shared.rooms.slots();
+                    room.jobs.send(job)
+                };
+                let Err(mpsc::error::SendError(back)) = sent else { return };
+                job = back;
+                match shared.room(&room.room_id).await {
+                    Ok(loaded) => room = loaded,
+                    Err(refusal) => return job.finish(Err(refusal)),
+                }
             }
-            room = self.room(&room.room_id).await?;
-        }
-        Err(closed())
+            job.finish(Err(closed()));
+        })
+    }
+
+    /// Takes a room out of memory; who next asks for it loads it.
+    pub(super) fn let_go(&self, room: &Arc<Room>, jobs: &mut Jobs) {
+        jobs.close();
+        self.rooms.let_go(room);
     }
 }
 
-/// A room's task. After a panic outside of any job the room is let go, and loaded again by who next asks for it: what is in
-/// memory may be more, or less, than what was committed.
+/// A room's task. What waits when it ends is given to the room that is loaded then.
 async fn watched(shared: Arc<Shared>, room: Arc<Room>, mut jobs: Jobs) {
-    if AssertUnwindSafe(actor::run(&shared, &room, &mut jobs)).catch_unwind().await.is_err() {
-        tracing::error!(room = %room.room_id, "a room's task panicked; the room is loaded again");
-        jobs.close();
-        shared.rooms.let_go(&room);
+    match AssertUnwindSafe(actor::run(&shared, &room, &mut jobs)).catch_unwind().await {
+        Ok(End::Idle) => return,
+        Ok(End::Uncertain) => {}
+        Err(_) => {
+            tracing::error!(room = %room.room_id, "a room's task panicked; the room is loaded again");
+            shared.let_go(&room, &mut jobs);
+        }
+    }
+    while let Some(job) = jobs.recv().await {
+        shared.hand(room.clone(), job).await;
     }
 }
 
@@ -331,27 +344,55 @@ mod tests {
         }
     }
 
+    async fn room_of(dag: &Dag) -> OwnedRoomId {
+        let new = NewRoom { creator: bot(), version: RoomVersion::V11, initial_state: Vec::new() };
+        dag.create_room(new).await.unwrap()
+    }
+
+    fn bot() -> OwnedUserId {
+        "@isthmus:gateway.example".try_into().unwrap()
+    }
+
+    async fn say(dag: &Dag, room_id: &RoomId, body: &str) -> Result<OwnedEventId, Refusal> {
+        let draft = Draft {
+            sender: bot(),
+            kind: "m.room.message".to_owned(),
+            state_key: None,
+            content: json!({ "body": body }).as_object().unwrap().clone(),
+            origin_server_ts: 1_704_067_200_000,
+        };
+        let sent = dag.send(room_id, vec![Outgoing { draft, effect: None }]).await.remove(0)?;
+        Ok(sent.event_id.clone())
+    }
+
     #[tokio::test]
     async fn a_room_goes_on_after_its_task_panicked() {
         let directory = tempfile::tempdir().unwrap();
         let dag = Dag::new(context(&directory).await, Arc::new(Alone));
-        let bot: OwnedUserId = "@isthmus:gateway.example".try_into().unwrap();
-        let new = NewRoom { creator: bot.clone(), version: RoomVersion::V11, initial_state: Vec::new() };
-        let room_id = dag.create_room(new).await.unwrap();
-        let draft = Draft {
-            sender: bot,
-            kind: "m.room.message".to_owned(),
-            state_key: None,
-            content: json!({ "body": "after" }).as_object().unwrap().clone(),
-            origin_server_ts: 1_704_067_200_000,
-        };
+        let room_id = room_of(&dag).await;
 
         let room = dag.shared.room(&room_id).await.unwrap();
         assert!(room.jobs.send(Box::new(Panicking)).is_ok());
         room.jobs.closed().await;
-        let sent = dag.send(&room_id, vec![Outgoing { draft, effect: None }]).await.remove(0).unwrap();
-        assert!(dag.event(&sent.event_id).await.unwrap().is_some());
+        let sent = say(&dag, &room_id, "after").await.unwrap();
+        assert!(dag.event(&sent).await.unwrap().is_some());
         assert!(!Arc::ptr_eq(&room, &dag.shared.room(&room_id).await.unwrap()));
+        dag.shared.context.store.close().await;
+    }
+
+    #[tokio::test]
+    async fn a_room_whose_memory_lags_behind_its_rows_is_loaded_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let context = context(&directory).await;
+        let dag = Dag::new(context.clone(), Arc::new(Alone));
+        let room_id = room_of(&dag).await;
+        // As after a commit that the database did and could not confirm: the rows have an event of which memory has not heard.
+        let lost = say(&Dag::new(context, Arc::new(Alone)), &room_id, "committed").await.unwrap();
+
+        say(&dag, &room_id, "at a place that is taken").await.unwrap_err();
+        let sent = say(&dag, &room_id, "again").await.unwrap();
+        let sent = dag.event(&sent).await.unwrap().unwrap();
+        assert_eq!(sent.prev_events, [lost]);
         dag.shared.context.store.close().await;
     }
 }
