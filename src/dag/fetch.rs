@@ -14,7 +14,7 @@ use super::order::linearize;
 use super::pdu::{Unverified, Verified};
 use super::receive::Outcomes;
 use super::room::Room;
-use super::snapshot::Change;
+use super::snapshot::{Change, Snapshot};
 use crate::event::{Object, RoomVersion, parse_event_id};
 use crate::federation::Call;
 use crate::refusal::Refusal;
@@ -110,7 +110,25 @@ impl Filling<'_> {
         if self.waiting.is_empty() || !self.room.core().has_server(self.origin) {
             return Ok(());
         }
+        self.drop_hopeless();
         self.bridge_gaps().await
+    }
+
+    /// Events whose auth events cannot be had are not waited for any more: what follows them is at the edge of a gap.
+    fn drop_hopeless(&mut self) {
+        loop {
+            let (_, auths) = self.missing();
+            let is_hopeless = |outcome: &Result<Outcome, Refusal>| {
+                matches!(outcome, Ok(Outcome::Missing { auth, .. })
+                if auth.iter().any(|id| auths.contains(id)))
+            };
+            let before = self.waiting.len();
+            let outcomes = &self.outcomes;
+            self.waiting.retain(|id, _| !outcomes.get(id).is_some_and(is_hopeless));
+            if self.waiting.len() == before {
+                return;
+            }
+        }
     }
 
     /// Gives everything that waits to the room again.
@@ -291,10 +309,8 @@ impl Filling<'_> {
             .run(self.room, move |batch| {
                 Box::pin(async move {
                     let found = batch.shared.events.with_staged(&state, &batch.staged).await?;
-                    if let Some(id) = state.iter().find(|id| !found.contains_key(*id)) {
-                        return Err(Refusal::NotFound(format!("state event {id} of a gap")));
-                    }
                     let room_id = batch.room_id.clone();
+                    let lost: Vec<_> = state.iter().filter(|id| !found.contains_key(*id)).collect();
                     let mut changes: Vec<Change> = found
                         .into_values()
                         .filter(|event| event.status != super::stored::Status::Rejected && event.pdu.room_id == room_id)
@@ -303,6 +319,11 @@ impl Filling<'_> {
                     changes.sort();
                     let empty = batch.empty_state();
                     let before = batch.derive(&empty, &changes)?;
+                    if let Some(first) = lost.first() {
+                        stands_without(&batch.core.current, &before, first)?;
+                        tracing::warn!(room = %room_id, event = %event.pdu().event_id, lost = lost.len(), %first,
+                            "a gap is closed with a state of which some events cannot be had");
+                    }
                     batch.accept(event, &Source::Received, Some(before)).await
                 })
             })
@@ -342,6 +363,19 @@ impl Filling<'_> {
             tracing::debug!(room = %self.room.room_id, %event, error = %refusal, "fetched event refused");
         }
         Ok(verified)
+    }
+}
+
+/// What every room's rules stand on.
+const FOUNDATIONS: [&str; 3] = ["m.room.create", "m.room.power_levels", "m.room.join_rules"];
+
+/// A state that somebody gave can have events that cannot be had or not be checked here, because their server is gone or
+/// hides its keys. Room and gateway must not stand still for that, so they are left out; what the rules stand on must be there
+/// if the room has it.
+fn stands_without(current: &Snapshot, given: &Snapshot, lost: &EventId) -> Result<(), Refusal> {
+    match FOUNDATIONS.iter().find(|kind| current.get(kind, "").is_some() && given.get(kind, "").is_none()) {
+        Some(kind) => Err(Refusal::NotFound(format!("{kind} in the state of a gap, which may be {lost}"))),
+        None => Ok(()),
     }
 }
 

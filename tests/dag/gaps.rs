@@ -1,9 +1,10 @@
 //! Events whose predecessors or auth events are not here yet.
 
-use isthmus::event::RoomVersion;
+use isthmus::event::{Object, RoomVersion};
+use ruma::OwnedEventId;
 use serde_json::json;
 
-use super::peer::Peer;
+use super::peer::{Peer, View};
 use super::*;
 
 #[tokio::test]
@@ -67,6 +68,65 @@ async fn a_gap_that_cannot_be_filled_is_bridged_by_the_state_at_its_edge() {
         assert_eq!(gateway.membership(&room, &carol).await.as_deref(), Some("join"));
         assert_eq!(gateway.state(&room).await[&("m.room.member".to_owned(), carol.to_string())], join);
     }
+}
+
+#[tokio::test]
+async fn state_of_a_server_whose_keys_cannot_be_had_does_not_stop_a_room() {
+    let (peer, gone) = (Peer::start("peer.example").await, Peer::start("gone.example").await);
+    // The gateway cannot reach the second.
+    let gateway = Gateway::start(&[&peer]).await;
+    for version in VERSIONS {
+        let room = gateway.room(version, "public").await;
+        let alice = peer.user("alice");
+        let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
+        let put = async |view: &View, id: &OwnedEventId, event: &Object, before: &View| {
+            peer.memory.states.lock().unwrap().insert(id.clone(), before.state.values().cloned().collect());
+            assert_eq!(view.tips, [id.clone()]);
+            peer.put(&gateway.dag, &[event]).await.remove(0).result
+        };
+        let dave = gone.user("dave");
+        let (join, event) =
+            view.add(&gone, &dave, "m.room.member", Some(dave.as_str()), json!({ "membership": "join" }));
+        peer.keep(&join, &event);
+        assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_err());
+
+        let before = view.clone();
+        let (hello, event) = view.say(&peer, &alice, "hello");
+        put(&view, &hello, &event, &before).await.unwrap();
+        // What stands on such an event cannot be judged; what comes after that can.
+        let before = view.clone();
+        let kick = json!({ "membership": "leave" });
+        let (kick, event) = view.add(&peer, &alice, "m.room.member", Some(dave.as_str()), kick);
+        put(&view, &kick, &event, &before).await.unwrap_err();
+        let before = view.clone();
+        let (after, event) = view.say(&peer, &alice, "after");
+        put(&view, &after, &event, &before).await.unwrap();
+        let (last, event) = view.say(&peer, &alice, "last");
+        assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_ok());
+
+        assert_eq!(gateway.inbox(&room).await[1..], [hello, after, last]);
+        assert_eq!(gateway.membership(&room, &dave).await, None);
+        assert_eq!(gateway.membership(&room, &alice).await.as_deref(), Some("join"));
+    }
+}
+
+#[tokio::test]
+async fn a_gap_is_not_closed_with_a_state_that_lacks_what_the_rules_stand_on() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let room = gateway.room(RoomVersion::V12, "public").await;
+    let alice = peer.user("alice");
+    let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
+    let (lost, _) = view.say(&peer, &alice, "lost");
+    let mut before = view.state.clone();
+    let levels = before.insert(("m.room.power_levels".to_owned(), String::new()), lost.clone()).unwrap();
+    peer.memory.hidden.lock().unwrap().insert(lost);
+    let (edge, event) = view.say(&peer, &alice, "edge");
+    peer.memory.states.lock().unwrap().insert(edge.clone(), before.into_values().collect());
+    assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_err());
+    assert!(gateway.dag.event(&edge).await.unwrap().is_none());
+    let state = gateway.state(&room).await;
+    assert_eq!(state[&("m.room.power_levels".to_owned(), String::new())], levels);
 }
 
 #[tokio::test]
