@@ -8,9 +8,12 @@ use crate::federation::RemoteError;
 
 /// How often a server that does LM alone may answer the same transaction with an error of its own before its events are
 /// judged one by one, or a single event is given up.
-pub(super) const TRIES_LINEARIZED: u32 = 8;
+const TRIES_LINEARIZED: u32 = 8;
+/// For how long it must have done so before the single event is given up: a server that is heard of is tried every second.
+const PATIENCE_LINEARIZED: Duration = Duration::from_secs(4 * 60);
 /// The same for servers that promise to take what they can of a transaction: their errors come from bad days, which pass.
-pub(super) const TRIES: u32 = 24;
+const TRIES: u32 = 24;
+const PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
 const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(6 * 3600);
@@ -25,8 +28,10 @@ pub(super) struct Failure<'a> {
     pub events: usize,
     /// Whether the destination does LM alone, and so stops at the first event that it does not like.
     pub linearized: bool,
-    /// How often it was answered with an error of the server's own, this time included.
+    /// How often in a row it was answered in a way that [may be about its events](may_be_about_events), this time included.
     pub tries: u32,
+    /// How long ago that began.
+    pub lasting: Duration,
 }
 
 /// What follows.
@@ -43,21 +48,45 @@ pub(super) enum Verdict {
 }
 
 pub(super) fn judge(failure: &Failure<'_>) -> Verdict {
-    let RemoteError::Status { status, .. } = failure.error else { return Verdict::Retry };
-    let refused = is_refusal(*status) && !failure.error.is_unrecognized();
-    let broken = is_own_error(*status);
-    let tries = if failure.linearized { TRIES_LINEARIZED } else { TRIES };
+    let refused = is_refusal(failure.error);
+    let doubtful = may_be_about_events(failure.error);
+    let (tries, patience) =
+        if failure.linearized { (TRIES_LINEARIZED, PATIENCE_LINEARIZED) } else { (TRIES, PATIENCE) };
     match failure.events {
         0 | 1 if refused => Verdict::Refused,
-        0 | 1 if broken && failure.tries >= tries => Verdict::GiveUp,
+        0 | 1 if doubtful && failure.tries >= tries && failure.lasting >= patience => Verdict::GiveUp,
         0 | 1 => Verdict::Retry,
-        _ if refused || (broken && (failure.linearized || failure.tries >= TRIES_LINEARIZED)) => Verdict::Split,
+        _ if refused || (doubtful && (failure.linearized || failure.tries >= TRIES_LINEARIZED)) => Verdict::Split,
         _ => Verdict::Retry,
     }
 }
 
-/// Whether a status says that the content is not wanted, rather than that the request came at a bad time or was not let in.
-fn is_refusal(status: StatusCode) -> bool {
+/// Whether an answer says that the content is not wanted, rather than that the request came at a bad time or was not let in.
+fn is_refusal(error: &RemoteError) -> bool {
+    match error {
+        // A size is judged by any proxy on the way.
+        RemoteError::Status { status, errcode, .. } => {
+            is_about_content(*status)
+                && !error.is_unrecognized()
+                && (!errcode.is_empty() || *status == StatusCode::PAYLOAD_TOO_LARGE)
+        }
+        _ => false,
+    }
+}
+
+/// Whether the events may be to blame for an answer, or something that passes: a server that fails, or one, or a proxy before
+/// it, that refuses without one of Matrix's error codes.
+pub(super) fn may_be_about_events(error: &RemoteError) -> bool {
+    match error {
+        RemoteError::Status { status, errcode, .. } => {
+            is_own_error(*status)
+                || (is_about_content(*status) && errcode.is_empty() && !error.is_unrecognized() && !is_refusal(error))
+        }
+        _ => false,
+    }
+}
+
+fn is_about_content(status: StatusCode) -> bool {
     let about_request = [
         StatusCode::UNAUTHORIZED,
         StatusCode::METHOD_NOT_ALLOWED,
@@ -70,7 +99,7 @@ fn is_refusal(status: StatusCode) -> bool {
 }
 
 /// Whether a status comes from the server itself, rather than from a proxy in front of one that is away.
-pub(super) fn is_own_error(status: StatusCode) -> bool {
+fn is_own_error(status: StatusCode) -> bool {
     let from_proxy = [StatusCode::BAD_GATEWAY, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
     status.is_server_error() && !from_proxy.contains(&status)
 }
@@ -106,7 +135,11 @@ mod tests {
             error: String::new(),
             retry_after: None,
         };
-        judge(&Failure { error: &error, events, linearized, tries })
+        let lasting = if linearized { PATIENCE_LINEARIZED } else { PATIENCE };
+        let soon = judge(&Failure { error: &error, events, linearized, tries, lasting: Duration::from_secs(60) });
+        let late = judge(&Failure { error: &error, events, linearized, tries, lasting });
+        assert!(soon == late || (soon, late) == (Verdict::Retry, Verdict::GiveUp), "{soon:?} {late:?}");
+        late
     }
 
     #[test]
@@ -133,12 +166,22 @@ mod tests {
             (401, "M_UNAUTHORIZED", 1, true, 1000, Retry),
             (404, "", 1, true, 1000, Retry),
             (404, "M_UNRECOGNIZED", 1, true, 1000, Retry),
+            // A proxy's word on an event is not believed at once.
+            (403, "", 50, false, 1, Retry),
+            (403, "", 50, false, TRIES_LINEARIZED, Split),
+            (403, "", 1, false, TRIES_LINEARIZED, Retry),
+            (403, "", 1, false, TRIES, GiveUp),
+            (400, "", 1, true, 1, Retry),
+            (400, "", 1, true, TRIES_LINEARIZED, GiveUp),
             (302, "", 1, true, 1000, Retry),
         ] {
             assert_eq!(verdict(status, errcode, events, linearized, tries), expected, "{status} {errcode} {events}");
         }
         let away = RemoteError::Unreachable(String::new());
-        assert_eq!(judge(&Failure { error: &away, events: 1, linearized: true, tries: 1000 }), Retry);
+        assert_eq!(
+            judge(&Failure { error: &away, events: 1, linearized: true, tries: 1000, lasting: PATIENCE }),
+            Retry
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::compose::{Composed, Composer, Part, Transaction, part_rows};
 use super::slot::{News, Slot};
-use super::verdict::{Failure, Verdict, asked_for, backoff, is_own_error, judge};
+use super::verdict::{Failure, Verdict, asked_for, backoff, judge, may_be_about_events};
 use super::wire::Envelope;
 use super::{Feed, Shared, lock};
 use crate::event::Object;
@@ -33,8 +33,9 @@ pub(super) struct Worker<'a> {
     slot: &'a Slot,
     stop: &'a CancellationToken,
     failures: i64,
-    /// How often the transaction was answered with an error of the server's own.
+    /// How often the transaction was answered in a way that may be about its events, and since when.
     tries: u32,
+    tried_since: Option<Instant>,
     /// How many events are still to be sent one by one, because the batch that they were in was refused.
     singles: usize,
     /// What was in a transaction that was split, of which some may have arrived.
@@ -63,6 +64,7 @@ impl<'a> Worker<'a> {
             stop,
             failures: 0,
             tries: 0,
+            tried_since: None,
             singles: 0,
             doubtful,
             done: None,
@@ -302,13 +304,13 @@ impl<'a> Worker<'a> {
         error: RemoteError,
     ) -> Result<Option<Transaction>, StoreError> {
         let mut linearized = false;
-        if let RemoteError::Status { status, .. } = &error
-            && is_own_error(*status)
-        {
+        if may_be_about_events(&error) {
             self.tries = self.tries.saturating_add(1);
+            self.tried_since.get_or_insert_with(Instant::now);
             linearized = self.shared.wire.is_linearized(self.destination).await;
         }
-        let verdict = judge(&Failure { error: &error, events, linearized, tries: self.tries });
+        let lasting = self.tried_since.map_or(Duration::ZERO, |since| since.elapsed());
+        let verdict = judge(&Failure { error: &error, events, linearized, tries: self.tries, lasting });
         match verdict {
             Verdict::Retry => self.failed(transaction, error.to_string(), asked_for(&error)).await,
             Verdict::Split => {
@@ -345,7 +347,7 @@ impl<'a> Worker<'a> {
         self.slot.forget_places();
         self.slot.put_back(transaction.parts.into_iter().map(|part| part.feed));
         self.singles = events;
-        self.tries = 0;
+        (self.tries, self.tried_since) = (0, None);
         Ok(())
     }
 
@@ -355,7 +357,7 @@ impl<'a> Worker<'a> {
             tracing::info!(server = %self.destination, failures = self.failures, "the destination is back");
             self.recovered = true;
         }
-        (self.failures, self.tries) = (0, 0);
+        (self.failures, self.tries, self.tried_since) = (0, 0, None);
         let done = part_rows(&transaction.parts);
         for doubtful in &mut self.doubtful {
             let through = done.iter().filter(|part| same_feed(part, doubtful)).map(|part| part.through).max();
