@@ -11,12 +11,13 @@ use ruma::{EventId, OwnedEventId, RoomId, ServerName};
 use super::Lm;
 use super::finished::{Bad, Finished};
 use super::intake::Taking;
+use super::join_check::{Claim, Seen, forbidden, without_forbidden};
 use super::peers::prev_events;
-use super::rooms::RoomCell;
+use super::rooms::{RoomCell, stored_pdu};
 use crate::event::Pdu;
 use crate::federation::RemoteError;
 use crate::refusal::Refusal;
-use crate::store::lm as stored;
+use crate::store::lm::{self as stored, Known};
 
 /// How many events one request for missing ones asks for.
 const PAGE: usize = 100;
@@ -223,9 +224,18 @@ impl Taking<'_> {
     async fn adopt_state_before(&mut self, event_id: &EventId) -> Result<(), Refusal> {
         let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
         match self.lm().peers().state(&hub, &room_id, event_id).await {
-            Ok(state) => {
-                let state = self.lm().check_finished(state, self.room().redaction).await;
-                self.adopt(state).await
+            Ok((state, chain)) => {
+                let redaction = self.room().redaction;
+                let state = self.lm().check_finished(state, redaction).await;
+                let chain = self.lm().check_finished(chain, redaction).await;
+                let forbidden = self.forbidden_here(&state, &chain).await?;
+                let (allowed, refused) = without_forbidden(state, &forbidden);
+                for (event_id, refusal) in refused {
+                    if !self.knows(&event_id).await? {
+                        self.complain(&event_id, &format!("left out of the state: {refusal}"));
+                    }
+                }
+                self.adopt(allowed).await
             }
             Err(error) => {
                 tracing::warn!(room = %room_id, %hub, %error, "the hub does not give its state");
@@ -234,8 +244,34 @@ impl Taking<'_> {
         }
     }
 
-    /// Puts state events that the hub vouches for into the log as they are: what allowed them is not known here, and they
-    /// are facts at the hub.
+    /// Those of the events that cannot be state of the room by what is known of it here.
+    async fn forbidden_here(
+        &self,
+        state: &[Result<Finished, Bad>],
+        chain: &[Result<Finished, Bad>],
+    ) -> Result<BTreeMap<OwnedEventId, Refusal>, Refusal> {
+        let (store, room) = (&self.lm().context().store, self.room());
+        let named = chain.iter().chain(state).filter_map(event_of);
+        let named: BTreeSet<&EventId> =
+            named.flat_map(|pdu| pdu.auth_events.iter().chain([&pdu.event_id])).map(|id| &**id).collect();
+        let ids: Vec<&EventId> = named.iter().copied().collect();
+        // What has just been put into the batch is not stored yet.
+        let current = room.state().iter().map(|(_, _, event)| &**event);
+        let current = current.filter(|event| named.contains(&*event.event_id)).cloned();
+        let mut log: BTreeMap<OwnedEventId, Pdu> = current.map(|event| (event.event_id.clone(), event)).collect();
+        for row in stored::events_by_id(store, &ids).await? {
+            if row.room_id == room.facts.room_id {
+                log.insert(row.event_id.clone(), stored_pdu(row, room.redaction)?);
+            }
+        }
+        let known = stored::known_of(store, &room.facts.room_id, &ids).await?;
+        let settled = known.into_iter().filter(|(id, known)| *known == Known::Settled && !log.contains_key(id));
+        let refused = settled.map(|(id, _)| id).collect();
+        Ok(forbidden(Claim { state, chain, seen: Seen::Inside { room, log: &log, refused } }))
+    }
+
+    /// Puts state events that the hub vouches for into the log as they are: they are facts at the hub, and nothing is known
+    /// that forbids them.
     pub async fn adopt(&mut self, state: Vec<Result<Finished, Bad>>) -> Result<(), Refusal> {
         for event in state {
             match event {

@@ -1,7 +1,8 @@
-//! Whether the state that a hub gives with a join can be what it says: each event is put through the rules on the events that
-//! it names as those that allow it.
+//! Whether the state that a hub gives, with a join or instead of what is missing of its log, can be what it says: each event is
+//! put through the rules on the events that it names as those that allow it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use ruma::{EventId, OwnedEventId, UserId};
 
@@ -15,34 +16,82 @@ type Checked = [Result<Finished, Bad>];
 
 /// State without which the room cannot be judged here as it is at its hub.
 pub(super) fn is_critical(event: &Pdu, joiner: &UserId) -> bool {
-    match event.kind.as_str() {
-        "m.room.create" | "m.room.power_levels" | "m.room.join_rules" | "m.room.history_visibility" => {
-            event.state_key.as_deref() == Some("")
-        }
-        "m.room.member" => {
-            let is_ban = event.content().get("membership").and_then(serde_json::Value::as_str) == Some("ban");
-            is_ban || event.state_key.as_deref() == Some(joiner.as_str())
-        }
-        _ => false,
+    if event.kind != "m.room.member" {
+        return is_deciding(event);
     }
+    let is_ban = event.content().get("membership").and_then(serde_json::Value::as_str) == Some("ban");
+    is_ban || event.state_key.as_deref() == Some(joiner.as_str())
 }
 
-/// Those of the events that the rules forbid, and why. What allows an event is looked for in the state and in `chain`; an
-/// event of which not all of that is there is not judged: it is a fact at the hub.
-pub(super) fn forbidden(facts: Facts, state: &Checked, chain: &Checked) -> BTreeMap<OwnedEventId, Refusal> {
-    let events = || chain.iter().chain(state).flatten().map(|event| &event.pdu);
-    let known: BTreeMap<&EventId, &Pdu> = events().map(|event| (&*event.event_id, event)).collect();
+/// State by which all of a room is judged.
+pub(super) fn is_deciding(event: &Pdu) -> bool {
+    let kinds = ["m.room.create", "m.room.power_levels", "m.room.join_rules", "m.room.history_visibility"];
+    kinds.contains(&event.kind.as_str()) && event.state_key.as_deref() == Some("")
+}
+
+/// What a hub says a room's state is.
+pub(super) struct Claim<'a> {
+    pub state: &'a Checked,
+    /// The events that allow it, and those that allow these, as far as the hub gives them.
+    pub chain: &'a Checked,
+    pub seen: Seen<'a>,
+}
+
+/// What a claim is judged by, beside itself.
+pub(super) enum Seen<'a> {
+    /// Nothing: the room is being joined.
+    Outside(Facts),
+    /// What is known of the room here.
+    Inside {
+        room: &'a Snapshot,
+        /// Those of the events, and of those that they name, that are in the log here: they were judged in their place.
+        log: &'a BTreeMap<OwnedEventId, Pdu>,
+        /// Those that were refused before.
+        refused: BTreeSet<OwnedEventId>,
+    },
+}
+
+/// Those of the events that the rules forbid, and why. What allows an event is looked for in the claim and in the log here.
+/// An event of which not all of that is there is judged by the room as it is here; by one that comes with a join nobody can:
+/// it is a fact at the hub.
+pub(super) fn forbidden(claim: Claim<'_>) -> BTreeMap<OwnedEventId, Refusal> {
+    let Claim { state, chain, seen } = claim;
+    let proved = || chain.iter().chain(state).flatten().map(|event| &event.pdu);
+    let unproved = chain.iter().chain(state).filter_map(|event| match event {
+        Err(Bad::Unproved(pdu, _)) => Some(&**pdu),
+        _ => None,
+    });
+    let mut known: BTreeMap<&EventId, &Pdu> = proved().map(|event| (&*event.event_id, event)).collect();
+    let unproved: BTreeMap<&EventId, &Pdu> = unproved.map(|event| (&*event.event_id, event)).collect();
+    let mut judged = known.clone();
+    judged.extend(&unproved);
     let mut refused = BTreeMap::new();
+    let (room, create, here) = match seen {
+        Seen::Outside(facts) => {
+            let create = state.iter().flatten().map(|event| &event.pdu).find(|event| event.kind == "m.room.create");
+            let Some(create) = create.cloned().map(Arc::new) else { return refused };
+            let mut room = Snapshot::empty(facts, Redaction::Draft);
+            room.apply(&create);
+            (room, create, None)
+        }
+        Seen::Inside { room, log, refused: before } => {
+            let Some(create) = room.state_event("m.room.create", "").cloned() else { return refused };
+            for id in before {
+                let problem = format!("{id} was refused before");
+                refused.insert(id, Refusal::LmRule { rule: "4.2", problem });
+            }
+            known.extend(log.iter().map(|(id, event)| (&**id, event)));
+            judged.retain(|id, _| !log.contains_key(*id));
+            (room.clone(), create, Some(log))
+        }
+    };
+    let judge = Judge { room, create: &create, known, unproved, here };
     let mut allows: BTreeMap<&EventId, Vec<&Pdu>> = BTreeMap::new();
-    let create = state.iter().flatten().map(|event| &event.pdu).find(|event| event.kind == "m.room.create");
-    let Some(create) = create else { return refused };
-    let mut room = Snapshot::empty(facts, Redaction::Draft);
-    room.apply(&std::sync::Arc::new(create.clone()));
-    for event in known.values().filter(|event| event.event_id != create.event_id) {
+    for event in judged.values().filter(|event| event.event_id != create.event_id) {
         for id in &event.auth_events {
             allows.entry(id).or_default().push(event);
         }
-        if let Err(refusal) = judge(&room, create, event, &known) {
+        if let Err(refusal) = judge.judge(event) {
             refused.insert(event.event_id.clone(), refusal);
         }
     }
@@ -62,29 +111,81 @@ pub(super) fn forbidden(facts: Facts, state: &Checked, chain: &Checked) -> BTree
     refused
 }
 
-fn judge(room: &Snapshot, create: &Pdu, event: &Pdu, known: &BTreeMap<&EventId, &Pdu>) -> Result<(), Refusal> {
-    if event.kind == "m.room.create" || event.room_id != create.room_id {
-        let problem = format!("{} of {}, beside {}", event.event_id, event.room_id, create.event_id);
-        return Err(Refusal::LmRule { rule: "1", problem });
+struct Judge<'a> {
+    room: Snapshot,
+    create: &'a Pdu,
+    known: BTreeMap<&'a EventId, &'a Pdu>,
+    /// Events of which it is not proved that they are their senders': nothing that is proved stands on them.
+    unproved: BTreeMap<&'a EventId, &'a Pdu>,
+    /// Those of the known that are in the log here.
+    here: Option<&'a BTreeMap<OwnedEventId, Pdu>>,
+}
+
+impl Judge<'_> {
+    fn judge(&self, event: &Pdu) -> Result<(), Refusal> {
+        let (room, create) = (&self.room, self.create);
+        if event.kind == "m.room.create" || event.room_id != create.room_id {
+            let problem = format!("{} of {}, beside {}", event.event_id, event.room_id, create.event_id);
+            return Err(Refusal::LmRule { rule: "1", problem });
+        }
+        let subject = Subject::of(event);
+        let mut slots = Vec::with_capacity(event.auth_events.len());
+        let mut content: BTreeMap<(&str, &str), &Pdu> = BTreeMap::new();
+        for id in &event.auth_events {
+            let claimed = || self.unproved.get(&**id).filter(|_| self.unproved.contains_key(&*event.event_id));
+            let Some(allowing) = self.known.get(&**id).or_else(claimed) else {
+                return match self.here {
+                    Some(_) => room.judge(&subject, &room.auth_events(&subject).0),
+                    None => Ok(()),
+                };
+            };
+            let state_key = allowing.state_key.as_deref().unwrap_or_default();
+            slots.push(Slot { kind: &allowing.kind, state_key });
+            content.insert((&allowing.kind, state_key), allowing);
+        }
+        let of = |kind: &'static str| content.get(&(kind, "")).copied();
+        self.follows_levels(event, of("m.room.power_levels"))?;
+        let membership = |user: &str| content.get(&("m.room.member", user))?.content().get("membership")?.as_str();
+        let before = Before {
+            creator: Some(&create.sender),
+            follows_create: event.prev_events.first() == Some(&create.event_id) && event.prev_events.len() == 1,
+            power_levels: of("m.room.power_levels").map(Pdu::content),
+            join_rules: of("m.room.join_rules").map(Pdu::content),
+            sender_membership: membership(event.sender.as_str()),
+            target_membership: event.state_key.as_deref().and_then(membership),
+        };
+        room.judge_after(&subject, &slots, before)
     }
-    let mut slots = Vec::with_capacity(event.auth_events.len());
-    let mut content: BTreeMap<(&str, &str), &Pdu> = BTreeMap::new();
-    for id in &event.auth_events {
-        let Some(allowing) = known.get(&**id) else { return Ok(()) };
-        let state_key = allowing.state_key.as_deref().unwrap_or_default();
-        slots.push(Slot { kind: &allowing.kind, state_key });
-        content.insert((&allowing.kind, state_key), allowing);
+
+    /// New power levels follow those that hold here, or others that are new: not those under which their sender once was
+    /// somebody.
+    fn follows_levels(&self, event: &Pdu, before: Option<&Pdu>) -> Result<(), Refusal> {
+        let (Some(here), "m.room.power_levels") = (self.here, event.kind.as_str()) else { return Ok(()) };
+        let now = self.room.state_event("m.room.power_levels", "").map(|now| &now.event_id);
+        let before = before.map(|before| &before.event_id);
+        if before == now || before.is_some_and(|before| !here.contains_key(before)) {
+            return Ok(());
+        }
+        let problem = format!("power levels that follow {before:?}, where {now:?} hold");
+        Err(Refusal::LmRule { rule: "4.2", problem })
     }
-    let subject = Subject::of(event);
-    let of = |kind: &'static str| content.get(&(kind, "")).map(|event| event.content());
-    let membership = |user: &str| content.get(&("m.room.member", user))?.content().get("membership")?.as_str();
-    let before = Before {
-        creator: Some(&create.sender),
-        follows_create: event.prev_events.first() == Some(&create.event_id) && event.prev_events.len() == 1,
-        power_levels: of("m.room.power_levels"),
-        join_rules: of("m.room.join_rules"),
-        sender_membership: membership(event.sender.as_str()),
-        target_membership: event.state_key.as_deref().and_then(membership),
-    };
-    room.judge_after(&subject, &slots, before)
+}
+
+/// State in two parts: what may be taken, and what was found to be forbidden.
+pub(super) fn without_forbidden(
+    state: Vec<Result<Finished, Bad>>,
+    forbidden: &BTreeMap<OwnedEventId, Refusal>,
+) -> (Vec<Result<Finished, Bad>>, Vec<(OwnedEventId, Refusal)>) {
+    let mut refused = Vec::new();
+    let mut allowed = state;
+    allowed.retain(|event| {
+        let id = match event {
+            Ok(event) => Some(&event.pdu.event_id),
+            Err(bad) => bad.event_id(),
+        };
+        let Some((id, refusal)) = id.and_then(|id| forbidden.get_key_value(id)) else { return true };
+        refused.push((id.clone(), refusal.clone()));
+        false
+    });
+    (allowed, refused)
 }

@@ -14,7 +14,7 @@ use super::actor::What;
 use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
 use super::intake::Taking;
-use super::join_check::{forbidden, is_critical};
+use super::join_check::{Claim, Seen, forbidden, is_critical, without_forbidden};
 use super::peers::prev_events;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
@@ -224,15 +224,13 @@ impl Lm {
         }
         let state = without(state, &joined.pdu.event_id);
         let facts = facts_of(hub, &lpdu.room_id, &lpdu.sender, &state)?;
-        let forbidden = forbidden(facts.clone(), &state, &chain);
+        let forbidden = forbidden(Claim { state: &state, chain: &chain, seen: Seen::Outside(facts.clone()) });
         for event in state.iter().flatten().map(|event| &event.pdu) {
             if let Some(refusal) = forbidden.get(&event.event_id).filter(|_| is_critical(event, &lpdu.sender)) {
                 return Err(bad(format!("{} in the answer to a join: {refusal}", event.kind)));
             }
         }
-        let (allowed, refused): (Vec<_>, Vec<_>) = state
-            .into_iter()
-            .partition(|event| !event.as_ref().is_ok_and(|event| forbidden.contains_key(&event.pdu.event_id)));
+        let (allowed, refused) = without_forbidden(state, &forbidden);
         let known = self.rooms().find(&lpdu.room_id).await?;
         let turn = match &known {
             Some(cell) => Some(cell.intake.lock().await),
@@ -244,9 +242,8 @@ impl Lm {
         };
         let mut taking = Taking::new(self, batch);
         taking.adopt(allowed).await?;
-        for event in refused.into_iter().flatten() {
-            let id = &event.pdu.event_id;
-            taking.settle(id, &forbidden.get(id).map(ToString::to_string).unwrap_or_default());
+        for (event_id, refusal) in refused {
+            taking.settle(&event_id, &refusal.to_string());
         }
         let room = &taking.batch.after;
         let subject = Subject::of(&joined.pdu);

@@ -119,20 +119,21 @@ impl Peers {
         limit: usize,
     ) -> Result<Vec<Object>, RemoteError> {
         let path = format!("backfill/{}?v={}&limit={limit}", encode(room_id), encode(from));
-        let answer = self.named(server, "v2", &path, Call::get).await?;
-        events(answer, "pdus")
+        let mut answer = self.named(server, "v2", &path, Call::get).await?;
+        events(&mut answer, "pdus")
     }
 
-    /// `GET state`: the state before an event.
+    /// `GET state`: the state before an event, and the events that allow it, as far as they are given.
     pub async fn state(
         &self,
         server: &ServerName,
         room_id: &RoomId,
         before: &EventId,
-    ) -> Result<Vec<Object>, RemoteError> {
+    ) -> Result<(Vec<Object>, Vec<Object>), RemoteError> {
         let uri = format!("/_matrix/federation/v1/state/{}?event_id={}", encode(room_id), encode(before));
-        let answer = self.call(server, Call::get(uri).with_state()).await?;
-        events(answer, "pdus")
+        let mut answer = self.call(server, Call::get(uri).with_state()).await?;
+        let state = events(&mut answer, "pdus")?;
+        Ok((state, events(&mut answer, "auth_chain").unwrap_or_default()))
     }
 
     /// `GET query/directory`
@@ -210,7 +211,7 @@ fn encode(segment: impl AsRef<str>) -> String {
     utf8_percent_encode(segment.as_ref(), ENCODED).to_string()
 }
 
-fn events(mut answer: Object, name: &str) -> Result<Vec<Object>, RemoteError> {
+fn events(answer: &mut Object, name: &str) -> Result<Vec<Object>, RemoteError> {
     let Some(Value::Array(events)) = answer.remove(name) else {
         return Err(RemoteError::BadAnswer(format!("{name} is missing or no array")));
     };

@@ -11,6 +11,8 @@ use super::batch::Committed;
 use super::finished::{Bad, Finished};
 use super::holes::{BOUNDS, LAST_TRY, first_try};
 use super::intake::Taking;
+use super::join_check::is_deciding;
+use super::room::Subject;
 use super::rooms::RoomCell;
 use crate::event::Pdu;
 use crate::refusal::Refusal;
@@ -169,8 +171,12 @@ impl Taking<'_> {
                         Ok(event) => self.is_replaced(&event.pdu).await?,
                         Err(_) => false,
                     };
-                    if !replaced {
-                        self.adopt(vec![event]).await?;
+                    // What allowed it was perhaps not proved either.
+                    let forbidden = event.as_ref().ok().and_then(|event| self.forbids_deciding(&event.pdu));
+                    match forbidden {
+                        Some(refusal) => self.complain(&hole.event_id, &format!("left out of the state: {refusal}")),
+                        None if replaced => {}
+                        None => self.adopt(vec![event]).await?,
                     }
                 }
             }
@@ -178,6 +184,13 @@ impl Taking<'_> {
         }
         self.waits.late = None;
         Ok(())
+    }
+
+    /// Why the room as it is here forbids an event by which others are judged.
+    fn forbids_deciding(&self, pdu: &Pdu) -> Option<Refusal> {
+        let subject = Subject::of(pdu);
+        let room = self.room();
+        is_deciding(pdu).then(|| room.judge(&subject, &room.auth_events(&subject).0).err()).flatten()
     }
 
     /// An event that can be judged now; else what the hub is told.

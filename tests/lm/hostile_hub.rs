@@ -397,3 +397,69 @@ async fn a_join_waits_for_the_keys_of_who_made_the_power_levels_but_not_of_who_m
         assert!(id(&here).is_some() && id(&here) == id(&there), "{kind}");
     }
 }
+
+/// A hub that does not give what is missing is asked for its state, which is judged like the rest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_state_that_is_taken_instead_of_what_is_missing_obeys_the_rules() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    let (bot, user) = (hub.user("bot"), hub.user("nobody"));
+    let levels = |users: Value| draft(&user, "m.room.power_levels", Some(""), json!({ "users": users }));
+    hub.send(&room, member(&user, &user, "join")).await.unwrap();
+    // It was somebody once.
+    for users in [json!({ bot.clone(): 100, user.clone(): 99 }), json!({ bot.clone(): 100 })] {
+        hub.send(&room, draft(&bot, "m.room.power_levels", Some(""), json!({ "users": users }))).await.unwrap();
+    }
+    let log = hub.log(&room).await;
+    part.wait(&room, "all of it", |copy| copy.len() == log.len()).await;
+    let allowed = ["m.room.create", "m.room.power_levels", "m.room.member"];
+    let create = json!({ "room_version": "org.matrix.i-d.ralston-mimi-linearized-matrix.02" });
+    let mine = json!({ user.clone(): 99 });
+    let before_demoted = &log[..log.len() - 1];
+    let last = Some(log.last().unwrap().event.event_id.clone());
+    let unknown = OwnedEventId::try_from(format!("${}", "a".repeat(43))).unwrap();
+    let build = |draft: &Draft, auth_events: Vec<OwnedEventId>, prev: Option<OwnedEventId>| {
+        let completion = Completion { auth_events, prev_event: prev };
+        Pdu::build(template(&room, draft), completion, &hub.name, &hub.context.signing_key).unwrap()
+    };
+    let forbidden = [
+        finished(&hub, &room, &log, &draft(&user, "m.room.create", Some(""), create), &[]),
+        finished(&hub, &room, &log, &levels(mine.clone()), &allowed),
+        finished(&hub, &room, before_demoted, &levels(mine.clone()), &allowed),
+        build(&levels(mine), vec![unknown.clone()], last.clone()),
+    ];
+    let of_bot = |kind: &&str| {
+        let found = log.iter().rev().find(|event| event.event.kind == *kind && event.event.sender == bot);
+        found.unwrap().event.event_id.clone()
+    };
+    let auth_events: Vec<_> = allowed.iter().map(of_bot).collect();
+    let topic = build(&draft(&bot, "m.room.topic", Some(""), json!({ "topic": "x" })), auth_events.clone(), last);
+    let after = build(&message(&bot, "after"), auth_events, Some(unknown));
+    let given: Vec<Object> = forbidden.iter().chain([&topic]).map(|event| event.json.clone()).collect();
+    hub.meddle(move |request, next| {
+        let (path, given) = (request.uri().path().to_owned(), given.clone());
+        async move {
+            if path.contains("/backfill/") {
+                return super::log_hub::respond(http::StatusCode::NOT_FOUND, json!({ "errcode": "M_NOT_FOUND" }));
+            }
+            match path.contains("/state/") {
+                true => super::log_hub::respond(http::StatusCode::OK, json!({ "pdus": given, "auth_chain": [] })),
+                false => next.run(request).await,
+            }
+        }
+    });
+    let before = part.lm.state(&room).await.unwrap();
+    assert_eq!(give(&part, &hub, &after.json).await.result, Ok(()));
+    let now = part.lm.state(&room).await.unwrap();
+    for kind in ["m.room.create", "m.room.power_levels"] {
+        let id = |state: &isthmus::lm::State| state.get(kind, "").unwrap().event_id.clone();
+        assert_eq!(id(&now), id(&before), "{kind}");
+    }
+    assert_eq!(now.get("m.room.topic", "").unwrap().event_id, topic.event_id);
+    let (complaints, log) = (complaints(&part, &room).await, part.log(&room).await);
+    for event in &forbidden {
+        assert!(complaints.iter().any(|complaint| complaint.contains(event.event_id.as_str())), "{complaints:?}");
+        assert!(!ids(&log).contains(&event.event_id));
+    }
+    assert_eq!(bodies(&log), ["after"]);
+}
