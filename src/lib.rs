@@ -11,6 +11,7 @@ pub mod doctor;
 pub mod event;
 pub mod federation;
 pub mod gateway;
+pub(crate) mod guard;
 pub mod identity;
 pub mod lm;
 pub mod refusal;

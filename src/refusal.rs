@@ -168,6 +168,9 @@ pub enum Refusal {
         /// What it did.
         problem: String,
     },
+    /// This gateway has a fault that shows with this event, each time it comes.
+    #[error("this gateway fails on {0}")]
+    Fails(String),
     /// Something failed here; worth another try later.
     #[error("internal error: {0}")]
     Internal(String),
@@ -207,6 +210,7 @@ impl Refusal {
             Self::ServerAcl(_) => "server_acl",
             Self::NotBridged(_) => "not_bridged",
             Self::Remote { .. } => "remote",
+            Self::Fails(_) => "fails",
             Self::Internal(_) => "internal",
         }
     }

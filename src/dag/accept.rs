@@ -14,6 +14,7 @@ use super::pdu::{Verified, create_of_room};
 use super::room::Tip;
 use super::snapshot::{Snapshot, StateKey};
 use super::stored::{Groups, Status, Stored};
+use crate::guard::trip;
 use crate::refusal::Refusal;
 use crate::seam::Membership;
 use crate::store::dag::OutboxRow;
@@ -238,6 +239,7 @@ impl Batch {
                 self.tell_ended_membership(event, before).await?;
             }
         }
+        trip("apply", &pdu.kind);
         let states = self.core.tips.iter().map(|tip| tip.after.clone()).collect();
         let current = self.merge(states).await?;
         self.set_current(current).await?;

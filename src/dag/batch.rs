@@ -14,6 +14,7 @@ use super::snapshot::{Change, Snapshot};
 use super::stored::Stored;
 use crate::event::RoomVersion;
 use crate::federation::{Feed, FeedKind, OutboundQueues};
+use crate::guard::trip;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{EffectsOf, EventEffect, write_effects};
@@ -229,6 +230,7 @@ impl Batch {
         if self.is_empty() {
             return Ok(());
         }
+        self.staged.values().for_each(|event| trip("commit", &event.pdu.kind));
         let Self { shared, room_id, core, staged, groups, changes, inbox, effects, once, redacted, .. } = self;
         let store = shared.context.store.clone();
         let row = room.row(&core);

@@ -17,6 +17,7 @@ use super::room::Room;
 use super::snapshot::{Change, Snapshot};
 use crate::event::{Object, RoomVersion, parse_event_id};
 use crate::federation::Call;
+use crate::guard::guarded;
 use crate::refusal::Refusal;
 
 /// How often the events in between are asked for, each time further back.
@@ -234,7 +235,8 @@ impl Filling<'_> {
                     let mut new = false;
                     for event in events {
                         let before = batch.savepoint();
-                        match batch.accept_outlier(event).await {
+                        let event_id = event.pdu().event_id.clone();
+                        match guarded(&event_id, batch.accept_outlier(event)).await {
                             Ok(event) => new |= event.is_some(),
                             Err(_) => batch.roll_back(before),
                         }
@@ -324,7 +326,8 @@ impl Filling<'_> {
                         tracing::warn!(room = %room_id, event = %event.pdu().event_id, lost = lost.len(), %first,
                             "a gap is closed with a state of which some events cannot be had");
                     }
-                    batch.accept(event, &Source::Received, Some(before)).await
+                    let event_id = event.pdu().event_id.clone();
+                    guarded(&event_id, batch.accept(event, &Source::Received, Some(before))).await
                 })
             })
             .await

@@ -1,12 +1,10 @@
 //! The PDUs of transactions: parsed, their signatures checked in parallel, and given to their rooms' tasks.
 
 use std::collections::{BTreeMap, HashMap};
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
-use futures::FutureExt as _;
 use futures::future::join_all;
-use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId, ServerName};
+use ruma::{OwnedEventId, OwnedServerName, RoomId, ServerName};
 use serde_json::Value;
 
 use super::accept::{Outcome, Source};
@@ -16,6 +14,7 @@ use super::pdu::{Unverified, Verified};
 use super::room::Room;
 use super::{Dag, Shared};
 use crate::event::parse_object;
+use crate::guard::{fails_on, guarded, trip};
 use crate::refusal::Refusal;
 use crate::seam::{Raw, Received};
 
@@ -53,7 +52,7 @@ impl Dag {
     }
 
     async fn intake(&self, origin: &ServerName, raw: &str) -> Intake {
-        match self.try_intake(origin, raw).await {
+        match guarded(&"an event", self.try_intake(origin, raw)).await {
             Ok(intake) => intake,
             Err(refusal) => Intake::Done(Received { event_id: None, result: Err(refusal) }),
         }
@@ -144,7 +143,7 @@ impl Shared {
         }
         let mut verified = Vec::new();
         for (event_id, task) in tasks {
-            match task.await.unwrap_or_else(|_| Err(panicked(&room.room_id, &event_id))) {
+            match task.await.unwrap_or_else(|_| Err(fails_on(&event_id))) {
                 Ok(event) => verified.push(event),
                 Err(refusal) => refusals.push((event_id, refusal)),
             }
@@ -154,6 +153,7 @@ impl Shared {
 
     /// Checks one event's signatures, with keys that were valid when it says it was made.
     pub(super) async fn verify(&self, event: Unverified) -> Result<Verified, Refusal> {
+        trip("verify", &event.pdu().kind);
         let signers: Vec<OwnedServerName> = event.signers()?.into_iter().collect();
         let ts = event.pdu().origin_server_ts;
         let keys = self.context.keyring.keys_for_event(&event.signatures(), &signers, ts).await?;
@@ -173,22 +173,13 @@ impl Shared {
     }
 }
 
-/// An event on which this gateway fails is refused alone: it would fail again whenever it is sent again, and hold up all
-/// that its server sends.
-fn panicked(room_id: &RoomId, event_id: &EventId) -> Refusal {
-    tracing::error!(room = %room_id, event = %event_id, "this gateway failed on an event");
-    Refusal::MatrixRule(format!("this gateway fails on {event_id}"))
-}
-
 async fn accept_each(batch: &mut Batch, events: Vec<Verified>, source: Source) -> Result<Outcomes, Refusal> {
     let mut outcomes = Outcomes::new();
-    let room = batch.room_id.clone();
     batch.look_up(&events.iter().map(|event| event.pdu().event_id.clone()).collect::<Vec<_>>()).await?;
     for event in events {
         let event_id = event.pdu().event_id.clone();
         let before = batch.savepoint();
-        let accepted = AssertUnwindSafe(batch.accept(event, &source, None)).catch_unwind().await;
-        let outcome = accepted.unwrap_or_else(|_| Err(panicked(&room, &event_id)));
+        let outcome = guarded(&event_id, batch.accept(event, &source, None)).await;
         if outcome.is_err() {
             batch.roll_back(before);
         }

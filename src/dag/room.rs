@@ -309,12 +309,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::clock::ManualClock;
     use crate::dag::{Dag, NewRoom};
-    use crate::federation::{Client, ClientOptions, Context, OutboundQueues};
-    use crate::identity::{Keyring, SigningKey};
-    use crate::seam::{Alone, Draft, Outgoing};
-    use crate::store::Store;
+    use crate::federation::{Context, KeysOf};
+    use crate::seam::{Alone, Draft, Outgoing, Raw};
 
     struct Panicking;
 
@@ -326,22 +323,30 @@ mod tests {
         fn finish(self: Box<Self>, _: Result<(), Refusal>) {}
     }
 
+    const NOW: i64 = 1_704_067_200_000;
+
     async fn context(directory: &tempfile::TempDir) -> Context {
-        let store = Store::open(&format!("sqlite://{}", directory.path().join("db").display())).await.unwrap();
-        let own: OwnedServerName = "gateway.example".try_into().unwrap();
-        let (clock, key) = (ManualClock::new(1_704_067_200_000), Arc::new(SigningKey::generate()));
-        let client = Client::new(own.clone(), key.clone(), ClientOptions::default()).unwrap();
-        let keyring = Keyring::new(own.clone(), key.clone(), Arc::new(client.clone()), store.clone(), clock.clone());
-        Context {
-            outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
-            config: Arc::new(serde_json::from_value(json!({ "server_name": own })).unwrap()),
-            server_name: own,
-            signing_key: key,
-            keyring,
-            store,
-            clock,
-            client,
-        }
+        Context::of_test(directory, "gateway.example", Arc::<KeysOf>::default()).await
+    }
+
+    fn draft(kind: &str, body: &str) -> Draft {
+        let content = json!({ "body": body }).as_object().unwrap().clone();
+        Draft { sender: bot(), kind: kind.to_owned(), state_key: None, content, origin_server_ts: NOW }
+    }
+
+    /// Events as another server relays them.
+    async fn relayed(dag: &Dag, room_id: &RoomId, drafts: Vec<Draft>) -> Vec<Raw> {
+        let room = dag.shared.room(room_id).await.unwrap();
+        let building = dag.shared.run(&room, move |batch| {
+            Box::pin(async move {
+                let mut events = Vec::new();
+                for draft in &drafts {
+                    events.push(batch.build(draft).await?.into_pdu().raw);
+                }
+                Ok(events)
+            })
+        });
+        building.await.unwrap().into_iter().map(|raw| serde_json::from_str(raw.get()).unwrap()).collect()
     }
 
     async fn room_of(dag: &Dag) -> OwnedRoomId {
@@ -354,13 +359,7 @@ mod tests {
     }
 
     async fn say(dag: &Dag, room_id: &RoomId, body: &str) -> Result<OwnedEventId, Refusal> {
-        let draft = Draft {
-            sender: bot(),
-            kind: "m.room.message".to_owned(),
-            state_key: None,
-            content: json!({ "body": body }).as_object().unwrap().clone(),
-            origin_server_ts: 1_704_067_200_000,
-        };
+        let draft = draft("m.room.message", body);
         let sent = dag.send(room_id, vec![Outgoing { draft, effect: None }]).await.remove(0)?;
         Ok(sent.event_id.clone())
     }
@@ -393,6 +392,54 @@ mod tests {
         let sent = say(&dag, &room_id, "again").await.unwrap();
         let sent = dag.event(&sent).await.unwrap().unwrap();
         assert_eq!(sent.prev_events, [lost]);
+        dag.shared.context.store.close().await;
+    }
+
+    #[tokio::test]
+    async fn an_event_on_which_the_gateway_fails_is_refused_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let dag = Dag::new(context(&directory).await, Arc::new(Alone));
+        let room_id = room_of(&dag).await;
+        let kinds = ["m.one", "test.panic.apply", "test.panic.verify", "m.two"];
+        let events = relayed(&dag, &room_id, kinds.map(|kind| draft(kind, "body")).into()).await;
+        for _ in 0..2 {
+            let received = dag.receive(ruma::server_name!("other.example"), events.clone()).await;
+            let fails: Vec<bool> = received
+                .iter()
+                .map(|received| match &received.result {
+                    Ok(()) => false,
+                    Err(refusal) => matches!(refusal, Refusal::Fails(_)) || panic!("{refusal:?}"),
+                })
+                .collect();
+            // It is no failure of the transaction, which would be repeated.
+            assert_eq!(fails, [false, true, true, false]);
+        }
+        let tips = dag.shared.room(&room_id).await.unwrap().core().tips.len();
+        assert_eq!(tips, 2, "the two others");
+        dag.shared.context.store.close().await;
+    }
+
+    #[tokio::test]
+    async fn a_room_is_read_anew_after_a_commit_panicked() {
+        let directory = tempfile::tempdir().unwrap();
+        let dag = Dag::new(context(&directory).await, Arc::new(Alone));
+        let room_id = room_of(&dag).await;
+        let origin = ruma::server_name!("other.example");
+        let kinds = ["m.one", "test.panic.commit"].map(|kind| draft(kind, "body"));
+        let events = relayed(&dag, &room_id, kinds.into()).await;
+        let before = dag.shared.room(&room_id).await.unwrap();
+        let tips = |room: &Room| room.core().tips.iter().map(|tip| tip.event_id.clone()).collect::<Vec<_>>();
+        // Nothing of the batch was committed, and nothing is said of its events: they are sent again.
+        for received in dag.receive(origin, events.clone()).await {
+            assert!(matches!(received.result, Err(Refusal::Internal(_))), "{received:?}");
+        }
+        before.jobs.closed().await;
+        let after = dag.shared.room(&room_id).await.unwrap();
+        assert!(!Arc::ptr_eq(&before, &after));
+        assert_eq!(tips(&after), tips(&before));
+        let received = dag.receive(origin, events[..1].to_vec()).await.remove(0);
+        assert_eq!(received.result, Ok(()));
+        assert_eq!(tips(&after), [received.event_id.unwrap()]);
         dag.shared.context.store.close().await;
     }
 }

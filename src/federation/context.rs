@@ -30,3 +30,46 @@ pub struct Context {
     /// The configuration.
     pub config: Arc<Config>,
 }
+
+#[cfg(test)]
+impl Context {
+    /// A context over an empty store that hears nothing of the network; keys of others come from `keys`.
+    pub(crate) async fn of_test(
+        directory: &tempfile::TempDir,
+        name: &str,
+        keys: Arc<dyn crate::identity::KeyFetcher>,
+    ) -> Self {
+        let store = Store::open(&format!("sqlite://{}", directory.path().join(name).display())).await.unwrap();
+        let own: OwnedServerName = name.try_into().unwrap();
+        let clock = crate::clock::ManualClock::new(1_704_067_200_000);
+        let key = Arc::new(SigningKey::generate());
+        let client = Client::new(own.clone(), key.clone(), super::ClientOptions::default()).unwrap();
+        let keyring = Keyring::new(own.clone(), key.clone(), keys, store.clone(), clock.clone());
+        Self {
+            outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
+            config: Arc::new(serde_json::from_value(serde_json::json!({ "server_name": own })).unwrap()),
+            server_name: own,
+            signing_key: key,
+            keyring,
+            store,
+            clock,
+            client,
+        }
+    }
+}
+
+/// The keys of servers that have a context in the same test.
+#[cfg(test)]
+#[derive(Default)]
+pub(crate) struct KeysOf(pub std::sync::Mutex<Vec<Context>>);
+
+#[cfg(test)]
+#[async_trait::async_trait]
+impl crate::identity::KeyFetcher for KeysOf {
+    async fn fetch_keys(&self, server: &ruma::ServerName) -> Result<crate::event::Object, crate::refusal::Refusal> {
+        let contexts = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let context = contexts.iter().find(|context| context.server_name == server);
+        let unknown = || crate::refusal::Refusal::NotFound(server.to_string());
+        context.map(|context| context.keyring.own_keys()).ok_or_else(unknown)
+    }
+}

@@ -14,6 +14,8 @@ mod x_matrix;
 
 pub use self::client::{Call, Client, ClientOptions, RemoteError};
 pub use self::context::Context;
+#[cfg(test)]
+pub(crate) use self::context::KeysOf;
 pub use self::dialler::crypto_provider;
 pub use self::limits::{ByteBudget, Counted, LineLimits, Lines, Reserved, Turn, Underway};
 pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, OutboundQueues, QueueStatus};

@@ -2,9 +2,11 @@
 //! busy room costs one transaction for many events, and it ends when nothing comes.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use ruma::{EventId, OwnedEventId};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
@@ -14,6 +16,7 @@ use super::room::{Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
 use super::{Appended, Lm};
 use crate::event::{Completion, Object, Pdu, VerifiedLpdu};
+use crate::guard::guarded_now;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, EventEffect};
 use crate::store::lm as stored;
@@ -68,6 +71,17 @@ pub(super) enum Outcome {
     Moved(Option<EventEffect>),
 }
 
+impl What {
+    /// Under what its maker knows it.
+    fn id(&self) -> String {
+        match self {
+            Self::Lpdu(lpdu) => lpdu.lpdu_id.to_string(),
+            Self::Own(draft) => format!("an event of type {:?}", draft.kind),
+            Self::Signed { pdu, .. } => pdu.event_id.to_string(),
+        }
+    }
+}
+
 impl Item {
     /// An item and where its outcome is told.
     pub fn new(what: What, origin: Origin) -> (Self, oneshot::Receiver<Outcome>) {
@@ -86,7 +100,7 @@ impl Lm {
                     Some(sender) => sender.clone(),
                     None => {
                         let (sender, inbox) = mpsc::channel(QUEUE);
-                        tokio::spawn(run(self.clone(), cell.clone(), inbox));
+                        tokio::spawn(watched(self.clone(), cell.clone(), inbox));
                         jobs.insert(sender).clone()
                     }
                 }
@@ -110,6 +124,15 @@ impl Lm {
             answers.push(outcome.await.unwrap_or_else(|_| lost()));
         }
         answers
+    }
+}
+
+/// A room's task. After a panic outside of the check of any event the room is read anew from the store, by the next task:
+/// what is in memory may be more, or less, than what was committed.
+async fn watched(lm: Lm, cell: Arc<RoomCell>, inbox: mpsc::Receiver<Job>) {
+    if AssertUnwindSafe(run(lm, cell.clone(), inbox)).catch_unwind().await.is_err() {
+        tracing::error!(room = %cell.room_id, "a room's task panicked; the room is read anew");
+        cell.forget();
     }
 }
 
@@ -203,7 +226,11 @@ async fn try_batch(lm: &Lm, cell: &Arc<RoomCell>, items: Vec<Item>) -> Result<Ve
         let again = may_fail.then(|| (what.clone(), Origin { effect: None, ..origin_of(&origin) }));
         let verdict = match already_there(&what, &known, &placed) {
             Some(verdict) => verdict,
-            None => place(lm, &mut batch, &mut placed, what, &mut origin),
+            None => {
+                let id = what.id();
+                let placed = guarded_now(&id, || Ok(place(lm, &mut batch, &mut placed, what, &mut origin)));
+                placed.unwrap_or_else(Verdict::Refused)
+            }
         };
         judged.push((verdict, again, origin.effect.take(), reply));
     }

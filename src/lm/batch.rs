@@ -12,6 +12,7 @@ use super::rooms::RoomCell;
 use super::{Appended, Lm, Position};
 use crate::event::{Pdu, Redaction};
 use crate::federation::{Feed, FeedKind, OutboundQueues};
+use crate::guard::trip;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{EffectsOf, EventEffect, write_effects_until_one_fails};
@@ -72,9 +73,12 @@ impl Batch {
     /// Adds the next event, which was found to be allowed, and returns its index.
     pub fn push(&mut self, pdu: Pdu, origin: Origin) -> usize {
         let pdu = Arc::new(pdu);
-        let moved = self.after.apply(&pdu);
-        let (position, bytes) = (self.after.head, pdu.to_bytes());
+        // On a copy: should this fail half-way, nothing of it was done.
+        let mut after = self.after.clone();
+        let moved = after.apply(&pdu);
+        let (position, bytes) = (after.head, pdu.to_bytes());
         self.entries.push(Entry { pdu, position, bytes, origin, moved });
+        self.after = after;
         self.entries.len().saturating_sub(1)
     }
 
@@ -92,6 +96,7 @@ impl Batch {
         if self.is_empty() {
             return Ok(Committed { appended: Vec::new(), failed: None, untried: Vec::new() });
         }
+        self.entries.iter().for_each(|entry| trip("commit", &entry.pdu.kind));
         let context = lm.context();
         let room_id = self.after.facts.room_id.clone();
         let is_hub = self.after.facts.hub == context.server_name;

@@ -7,6 +7,7 @@ use ruma::{OwnedEventId, OwnedServerName};
 
 use super::Lm;
 use crate::event::{HashCheck, Object, Pdu, Redaction, VerifyKeys, verify_signatures};
+use crate::guard::{guarded, guarded_now, trip};
 use crate::refusal::Refusal;
 
 /// How many servers are asked for their keys at once.
@@ -55,12 +56,12 @@ impl Lm {
         redaction: Redaction,
     ) -> Vec<Result<Finished, Bad>> {
         let parsed: Vec<Result<Pdu, Refusal>> =
-            objects.into_iter().map(|object| Pdu::parse(object, redaction)).collect();
+            objects.into_iter().map(|object| guarded_now(&"an event", || Pdu::parse(object, redaction))).collect();
         self.fetch_keys(parsed.iter().flatten()).await;
         let mut with_keys = Vec::with_capacity(parsed.len());
         for pdu in parsed {
             with_keys.push(match pdu {
-                Ok(pdu) => match self.keys_of(&pdu).await {
+                Ok(pdu) => match guarded(&pdu.event_id, self.keys_of(&pdu)).await {
                     Ok(keys) => Ok((pdu, keys)),
                     Err(refusal @ Refusal::KeysUnavailable { .. }) => Err(Bad::Unproved(Box::new(pdu), refusal)),
                     Err(refusal @ Refusal::Internal(_)) => Err(Bad::Dropped(refusal)),
@@ -75,10 +76,15 @@ impl Lm {
             .zip(verified)
             .map(|(event, verified)| {
                 let (pdu, keys) = event?;
-                match verified {
-                    Ok(()) => Ok(finish(pdu, redaction)),
-                    Err(refusal) => try_other(pdu, &keys, other(redaction), refusal),
-                }
+                let id = pdu.event_id.clone();
+                let finished = guarded_now(&id, || {
+                    Ok(match verified {
+                        Ok(()) => Ok(finish(pdu, redaction)),
+                        Err(refusal @ Refusal::Fails(_)) => Err(Bad::Dropped(refusal)),
+                        Err(refusal) => try_other(pdu, &keys, other(redaction), refusal),
+                    })
+                });
+                finished.unwrap_or_else(|refusal| Err(Bad::Dropped(refusal)))
             })
             .collect()
     }
@@ -112,7 +118,10 @@ fn verify_together(events: &[Result<(Pdu, VerifyKeys), Bad>], redaction: Redacti
     let (mut checks, mut owners) = (Vec::new(), Vec::new());
     for (index, event) in events.iter().enumerate() {
         let own = match event {
-            Ok((pdu, keys)) => pdu.signature_checks(keys, redaction),
+            Ok((pdu, keys)) => guarded_now(&pdu.event_id, || {
+                trip("verify", &pdu.kind);
+                pdu.signature_checks(keys, redaction)
+            }),
             Err(bad) => Err(bad.refusal().clone()),
         };
         answers.push(own.map(|own| {

@@ -6,9 +6,11 @@
 //! ([`super::waits`]); after that only what its own server sends, and what the rules forbid as long as it is not there.
 
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use ruma::{OwnedEventId, RoomId};
 use tokio::sync::Notify;
 
@@ -71,7 +73,12 @@ impl Lm {
         };
         if begin {
             let (lm, cell) = (self.clone(), cell.clone());
-            tokio::spawn(async move { lm.look_after(&cell).await });
+            tokio::spawn(async move {
+                while AssertUnwindSafe(lm.look_after(&cell)).catch_unwind().await.is_err() {
+                    tracing::error!(room = %cell.room_id, "looking after what is missing panicked");
+                    tokio::time::sleep(LONGEST_SLEEP).await;
+                }
+            });
         }
     }
 

@@ -15,6 +15,7 @@ use super::room::{Facts, Snapshot, Subject};
 use super::rooms::RoomCell;
 use super::{Appended, Lm, NewRoom, Role, Sent};
 use crate::event::{Lpdu, Object, Redaction, VerifiedLpdu, VerifyKeys, event_id, parse_object, reference_hash};
+use crate::guard::{guarded, guarded_now, trip};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Handshake, Membership, Outgoing, Raw, Received, Stage};
@@ -74,7 +75,7 @@ impl Lm {
         let mut by_room: BTreeMap<OwnedRoomId, Vec<(usize, Object)>> = BTreeMap::new();
         for raw in &pdus {
             let place = answers.len();
-            let parsed = parse(raw);
+            let parsed = guarded_now(&"an event", || parse(raw));
             answers.push(received(None, parsed.as_ref().map(drop).map_err(Clone::clone)));
             if let Ok((room_id, object)) = parsed {
                 by_room.entry(room_id).or_default().push((place, object));
@@ -134,7 +135,7 @@ impl Lm {
         let mut results: Vec<Received> = Vec::with_capacity(objects.len());
         let mut parsed = Vec::with_capacity(objects.len());
         for object in objects {
-            let lpdu = match Lpdu::parse(object) {
+            let lpdu = match guarded_now(&"an LPDU", || Lpdu::parse(object)) {
                 Ok(lpdu) => lpdu,
                 Err(refusal) => {
                     results.push(received(None, Err(refusal)));
@@ -154,7 +155,7 @@ impl Lm {
                 Ok(lpdu) if is_join(&lpdu) => {
                     // What comes before it in the transaction may decide whether it is allowed.
                     self.flush(cell, &mut waiting, &mut results).await;
-                    self.pass_gate(cell, &lpdu).await.map(|()| lpdu)
+                    guarded(&lpdu.lpdu_id, self.pass_gate(cell, &lpdu)).await.map(|()| lpdu)
                 }
                 other => other,
             };
@@ -224,7 +225,7 @@ impl Lm {
         let mut results = Vec::with_capacity(lpdus.len());
         let mut groups: Vec<(VerifyKeys, Vec<usize>, Vec<Lpdu>)> = Vec::new();
         for (place, lpdu) in lpdus {
-            match self.keys(origin, &lpdu).await {
+            match guarded(&lpdu.lpdu_id, self.keys(origin, &lpdu)).await {
                 Ok(keys) => match groups.iter_mut().find(|(of_group, ..)| *of_group == keys) {
                     Some((_, places, lpdus)) => {
                         places.push(place);
@@ -289,8 +290,18 @@ impl Lm {
 
 /// Checks hashes and signatures, of many events on all cores and away from the threads that serve requests.
 async fn verify_all(keys: VerifyKeys, mut lpdus: Vec<Lpdu>) -> Vec<Result<VerifiedLpdu, Refusal>> {
+    let check = |lpdus: Vec<Lpdu>, keys: &VerifyKeys| {
+        let check = |lpdu: Lpdu| {
+            let id = lpdu.lpdu_id.clone();
+            guarded_now(&id, || {
+                trip("verify", &lpdu.kind);
+                lpdu.verify(keys)
+            })
+        };
+        lpdus.into_iter().map(check).collect()
+    };
     if lpdus.len() < SPREAD {
-        return Lpdu::verify_all(lpdus, &keys);
+        return check(lpdus, &keys);
     }
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let share = lpdus.len().div_ceil(cores).max(SPREAD / 2);
@@ -300,7 +311,7 @@ async fn verify_all(keys: VerifyKeys, mut lpdus: Vec<Lpdu>) -> Vec<Result<Verifi
         let later = lpdus.split_off(share.min(lpdus.len()));
         let (events, keys) = (std::mem::replace(&mut lpdus, later), keys.clone());
         let count = events.len();
-        shares.push((count, tokio::task::spawn_blocking(move || Lpdu::verify_all(events, &keys))));
+        shares.push((count, tokio::task::spawn_blocking(move || check(events, &keys))));
     }
     let mut results = Vec::new();
     for (count, share) in shares {
@@ -372,8 +383,11 @@ fn parse(raw: &Raw) -> Result<(OwnedRoomId, Object), Refusal> {
 }
 
 fn id_as_received(raw: &Raw) -> Option<OwnedEventId> {
-    let object = parse_object(raw.get().as_bytes()).ok()?;
-    event_id(&format!("${}", reference_hash(&object, Redaction::Draft)))
+    let id = || {
+        let object = parse_object(raw.get().as_bytes())?;
+        Ok(event_id(&format!("${}", reference_hash(&object, Redaction::Draft))))
+    };
+    guarded_now(&"the ID of an event", id).ok()?
 }
 
 fn new_room_id(own: &ServerName) -> Result<OwnedRoomId, Refusal> {

@@ -1,8 +1,10 @@
 //! What a participant takes from its hub: finished events, in the hub's order, each checked at its place.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures::FutureExt as _;
 use ruma::{EventId, OwnedEventId, ServerName};
 
 use super::Lm;
@@ -15,6 +17,7 @@ use super::rooms::{RoomCell, lock, stored_pdu};
 use super::rules::Slot;
 use super::waits::{Waits, slot_of};
 use crate::event::{Object, Pdu};
+use crate::guard::fails_on;
 use crate::refusal::Refusal;
 use crate::seam::Received;
 use crate::store::lm::{self as stored, Complaint, Known};
@@ -163,8 +166,19 @@ impl<'a> Taking<'a> {
         self.place(event).await
     }
 
-    /// Takes an event whose predecessors are there, or cannot be had.
+    /// Takes an event whose predecessors are there, or cannot be had. One on which this gateway fails is refused for good.
     pub async fn place(&mut self, event: Finished) -> Result<Result<(), Refusal>, Refusal> {
+        let event_id = event.pdu.event_id.clone();
+        let Ok(placed) = AssertUnwindSafe(self.judge_and_place(event)).catch_unwind().await else {
+            let refusal = fails_on(&event_id);
+            self.settle(&event_id, &refusal.to_string());
+            self.fresh.insert(event_id);
+            return Ok(Err(refusal));
+        };
+        placed
+    }
+
+    async fn judge_and_place(&mut self, event: Finished) -> Result<Result<(), Refusal>, Refusal> {
         let Finished { pdu, redaction, redacted } = event;
         if pdu.room_id != self.room().facts.room_id {
             return Ok(Err(Refusal::malformed(
@@ -226,8 +240,9 @@ impl<'a> Taking<'a> {
 
     /// Puts an event at the end of the batch.
     pub fn append(&mut self, pdu: Pdu) {
-        self.fresh.insert(pdu.event_id.clone());
+        let event_id = pdu.event_id.clone();
         self.batch.push(pdu, Origin { foreign: true, ..Origin::default() });
+        self.fresh.insert(event_id);
     }
 
     /// The rules, and that the hub chose the right events to allow this one.

@@ -33,6 +33,8 @@ mod rooms;
 pub mod rules;
 mod served;
 mod state;
+#[cfg(test)]
+mod tests;
 mod visibility;
 mod waits;
 

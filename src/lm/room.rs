@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::State;
 use super::rules::{Before, Judged, Slot, check, selected_slots};
 use crate::event::{Object, Pdu, Redaction, RoomVersion};
+use crate::guard::trip;
 use crate::refusal::Refusal;
 
 /// What of a room never changes.
@@ -167,6 +168,7 @@ impl Snapshot {
         auth_events: &[Slot<'_>],
         before: Before<'_>,
     ) -> Result<(), Refusal> {
+        trip("judge", &event.kind);
         check(&Judged {
             version: self.facts.version,
             room_id: &self.facts.room_id,
@@ -186,6 +188,7 @@ impl Snapshot {
     pub fn apply(&mut self, pdu: &Arc<Pdu>) -> Option<Move> {
         self.head = self.head.saturating_add(1);
         self.last = Some(pdu.clone());
+        trip("apply", &pdu.kind);
         self.place(pdu)
     }
 
