@@ -19,6 +19,9 @@ use crate::refusal::Refusal;
 use crate::seam::Membership;
 use crate::store::dag::OutboxRow;
 
+/// How many forward extremities a room may have.
+const MAX_BRANCHES: usize = 50;
+
 /// How an event came.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
@@ -112,7 +115,13 @@ impl Batch {
             }
         };
         let mut event = Stored::new(pdu);
-        let verdict = self.judge(&event, &known, &before, &now).await?;
+        let verdict = match self.judge(&event, &known, &before, &now).await? {
+            Verdict::Accepted if *source == Source::Received && self.is_one_branch_too_many(&event) => {
+                let limit = MAX_BRANCHES;
+                Verdict::SoftFailed(Refusal::TooManyEvents { what: "set of events that nothing follows", limit })
+            }
+            verdict => verdict,
+        };
         let after = match (&verdict, event.key()) {
             (Verdict::Accepted | Verdict::SoftFailed(_), Some(key)) => {
                 self.derive(&before, &[(key, Some(event.pdu.event_id.clone()))])?
@@ -156,6 +165,13 @@ impl Batch {
             (event.status, event.reason) = (Status::Rejected, Some(refusal.to_string()));
         }
         Ok(Some(self.stage(event)))
+    }
+
+    /// Whether a room in which the gateway cannot join branches ([`Batch::join_branches`]) would get more than it looks at.
+    /// What follows such an event and a branch that is known brings it back.
+    fn is_one_branch_too_many(&self, event: &Stored) -> bool {
+        let tips = &self.core.tips;
+        tips.len() >= MAX_BRANCHES && !tips.iter().any(|tip| event.pdu.prev_events.contains(&tip.event_id))
     }
 
     fn stage(&mut self, event: Stored) -> Arc<Stored> {

@@ -48,6 +48,8 @@ pub struct Batch {
     pub(super) once: Vec<(OwnedServerName, i64)>,
     /// Events that were redacted: their new JSON.
     pub(super) redacted: Vec<Arc<Stored>>,
+    /// Whether none of the gateway's users may join the room's branches.
+    pub(super) cannot_join_branches: bool,
 }
 
 /// Where a batch can be rolled back to.
@@ -74,6 +76,7 @@ impl Batch {
             effects: EffectsOf::new(),
             once: Vec::new(),
             redacted: Vec::new(),
+            cannot_join_branches: false,
         }
     }
 

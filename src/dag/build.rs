@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::accept::Source;
 use super::batch::Batch;
 use super::pdu::{Pdu, Verified};
+use super::room::Tip;
 use super::snapshot::Snapshot;
 use super::stored::Stored;
 use super::version::rules_of;
@@ -21,8 +22,15 @@ use crate::identity::SigningKey;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
 
-/// How many forward extremities an event is built on; other servers refuse more than 20.
+/// How many forward extremities an event is built on.
 const MAX_PREV_EVENTS: usize = 10;
+/// From how many forward extremities on an event joins the oldest of them, as many as other servers take: each event costs
+/// what its room has branches.
+const MAX_BRANCHES: usize = 20;
+/// As how many of the gateway's users that is tried.
+const JOINERS: usize = 3;
+/// The type of that event, which other homeservers use for the same. It has no content, and clients do not show it.
+const DUMMY: &str = "org.matrix.dummy_event";
 /// The largest integer of canonical JSON.
 const MAX_DEPTH: i64 = (1 << 53) - 1;
 
@@ -50,7 +58,17 @@ impl Batch {
     /// Builds, checks and takes in an event of the gateway. When it is refused nothing changes.
     pub async fn send(&mut self, outgoing: Outgoing) -> Result<Arc<Stored>, Refusal> {
         let before = self.savepoint();
-        let event = match self.build(&outgoing.draft).await {
+        let built = self.build(&outgoing.draft).await;
+        self.take_built(built, outgoing.effect, before).await
+    }
+
+    async fn take_built(
+        &mut self,
+        built: Result<Verified, Refusal>,
+        effect: Option<crate::seam::EventEffect>,
+        before: super::batch::Savepoint,
+    ) -> Result<Arc<Stored>, Refusal> {
+        let event = match built {
             Ok(event) => event,
             Err(refusal) => {
                 self.roll_back(before);
@@ -59,7 +77,36 @@ impl Batch {
         };
         // It follows the newest events, so that it is new.
         self.absent.insert(event.pdu().event_id.clone());
-        self.take_own(event, outgoing.effect, before).await
+        self.take_own(event, effect, before).await
+    }
+
+    /// Joins the oldest branches of the room where there are too many, as one of the gateway's users who may.
+    pub(super) async fn join_branches(&mut self) {
+        if self.core.tips.len() <= MAX_BRANCHES || self.cannot_join_branches {
+            return;
+        }
+        let own = self.shared.context.server_name.clone();
+        let users = self.core.joined.iter().filter(|user| user.server_name() == own);
+        let users: Vec<_> = users.take(JOINERS).cloned().collect();
+        for sender in users {
+            let before = self.savepoint();
+            let draft = Draft {
+                sender,
+                kind: DUMMY.to_owned(),
+                state_key: None,
+                content: Object::new(),
+                origin_server_ts: self.shared.context.clock.now_ms(),
+            };
+            let oldest: Vec<Tip> = self.core.tips.iter().take(MAX_BRANCHES).cloned().collect();
+            let built = self.build_on(&draft, oldest).await;
+            match self.take_built(built, None, before).await {
+                Ok(_) => return,
+                Err(refusal) => {
+                    tracing::info!(room = %self.room_id, %refusal, "the branches of a room were not joined")
+                }
+            }
+        }
+        self.cannot_join_branches = true;
     }
 
     /// Takes in an event that was built, and perhaps countersigned by somebody.
@@ -86,20 +133,31 @@ impl Batch {
 
     /// An event of the gateway, signed, built on the newest forward extremities.
     pub async fn build(&mut self, draft: &Draft) -> Result<Verified, Refusal> {
+        self.build_on(draft, self.newest_tips()).await
+    }
+
+    async fn build_on(&mut self, draft: &Draft, tips: Vec<Tip>) -> Result<Verified, Refusal> {
         let own = &self.shared.context.server_name;
         if draft.sender.server_name() != own {
             return Err(Refusal::Forbidden(format!("{} is not a user of {own}", draft.sender)));
         }
-        let template = self.template(draft).await?;
+        let template = self.template_on(draft, tips).await?;
         let context = &self.shared.context;
         sign_canonical(template, self.version, context.server_name.as_str(), &context.signing_key)
     }
 
     /// The event without hashes and signatures; also what `make_join` and the like answer.
     pub async fn template(&mut self, draft: &Draft) -> Result<CanonicalJsonObject, Refusal> {
+        self.template_on(draft, self.newest_tips()).await
+    }
+
+    fn newest_tips(&self) -> Vec<Tip> {
         let skip = self.core.tips.len().saturating_sub(MAX_PREV_EVENTS);
-        let tips: Vec<_> = self.core.tips.iter().skip(skip).cloned().collect();
-        let before = if skip == 0 {
+        self.core.tips.iter().skip(skip).cloned().collect()
+    }
+
+    async fn template_on(&mut self, draft: &Draft, tips: Vec<Tip>) -> Result<CanonicalJsonObject, Refusal> {
+        let before = if tips.len() == self.core.tips.len() {
             self.core.current.clone()
         } else {
             self.merge(tips.iter().map(|tip| tip.after.clone()).collect()).await?

@@ -182,6 +182,8 @@ async fn accept_each(batch: &mut Batch, events: Vec<Verified>, source: Source) -
         let outcome = guarded(&event_id, batch.accept(event, &source, None)).await;
         if outcome.is_err() {
             batch.roll_back(before);
+        } else {
+            batch.join_branches().await;
         }
         outcomes.insert(event_id, outcome);
     }

@@ -105,13 +105,89 @@ async fn own_events_are_built_on_the_ten_newest_extremities() {
     let alice = peer.user("alice");
     let view = peer.join(&gateway, &room, &alice).await.unwrap();
     let mut tips = Vec::new();
-    for number in 0..25 {
+    for number in 0..15 {
         let (id, event) = view.clone().say(&peer, &alice, &format!("{number}"));
         assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_ok());
         tips.push(id);
     }
     let reply = gateway.send(&room, message(&bot(), "reply")).await.unwrap();
-    assert_eq!(gateway.dag.event(&reply).await.unwrap().unwrap().prev_events, tips[15..]);
+    assert_eq!(gateway.dag.event(&reply).await.unwrap().unwrap().prev_events, tips[5..]);
     let reply = gateway.send(&room, message(&bot(), "reply")).await.unwrap();
-    assert_eq!(gateway.dag.event(&reply).await.unwrap().unwrap().prev_events.len(), 10);
+    assert_eq!(gateway.dag.event(&reply).await.unwrap().unwrap().prev_events.len(), 6);
+}
+
+/// What nothing follows, as it is stored.
+async fn extremities(gateway: &Gateway, room: &RoomId) -> Vec<OwnedEventId> {
+    isthmus::store::dag::room(&gateway.context.store, room).await.unwrap().unwrap().tips
+}
+
+#[tokio::test]
+async fn the_branches_of_a_room_are_joined_before_they_are_many() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    for version in VERSIONS {
+        let levels = state(
+            "m.room.power_levels",
+            "",
+            json!({ "users_default": 50,
+            "users": if version == RoomVersion::V12 { json!({}) } else { json!({ (bot().as_str()): 100 }) } }),
+        );
+        let public = state("m.room.join_rules", "", json!({ "join_rule": "public" }));
+        let room = gateway.room_with(version, vec![levels, public]).await;
+        let alice = peer.user("alice");
+        let view = peer.join(&gateway, &room, &alice).await.unwrap();
+        let mut forks = Vec::new();
+        for number in 0..100 {
+            // Each with another state.
+            let content = json!({ "topic": format!("{number}") });
+            forks.push(view.clone().add(&peer, &alice, "m.room.topic", Some(&format!("{}", number % 7)), content));
+            if forks.len() % 50 == 0 {
+                let events: Vec<_> = forks[number - 49..].iter().map(|(_, event)| event).collect();
+                assert!(peer.put(&gateway.dag, &events).await.iter().all(|received| received.result.is_ok()));
+                let there = extremities(&gateway, &room).await.len();
+                assert!(there <= 20, "{there} branches");
+            }
+        }
+        // All of them are behind what is there now.
+        let mut ahead = extremities(&gateway, &room).await;
+        let mut behind: std::collections::BTreeSet<OwnedEventId> = ahead.iter().cloned().collect();
+        while let Some(id) = ahead.pop() {
+            let event = gateway.dag.event(&id).await.unwrap().unwrap();
+            assert!(event.prev_events.len() <= 20);
+            ahead.extend(event.prev_events.iter().filter(|id| behind.insert((*id).clone())).cloned());
+        }
+        assert!(forks.iter().all(|(id, _)| behind.contains(id)));
+        // Nothing of the joining crosses.
+        assert_eq!(gateway.inbox(&room).await.len(), 1 + forks.len());
+    }
+}
+
+#[tokio::test]
+async fn a_room_in_which_the_gateway_may_not_speak_has_bounded_branches_too() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let alice = peer.user("alice");
+    let public = state("m.room.join_rules", "", json!({ "join_rule": "public" }));
+    let muted = json!({ "users": { alice.as_str(): 100 }, "events_default": 50 });
+    let room = gateway.room_with(RoomVersion::V11, vec![public, state("m.room.power_levels", "", muted)]).await;
+    let view = peer.join(&gateway, &room, &alice).await.unwrap();
+    let mut forks = Vec::new();
+    for number in 0..60 {
+        let (id, event) = view.clone().say(&peer, &alice, &format!("{number}"));
+        assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_ok());
+        forks.push((id, event));
+    }
+    assert_eq!(extremities(&gateway, &room).await.len(), 50);
+    let (left_out, event) = forks.last().unwrap();
+    assert!(!gateway.inbox(&room).await.contains(left_out));
+    // What follows it and a branch that is known brings it back.
+    let mut view = view;
+    view.note(forks[0].0.clone(), &forks[0].1);
+    let mut next = view.next(&alice, "m.room.message", None, json!({ "body": "all" }));
+    next["prev_events"] = json!([forks[0].0, left_out]);
+    next["depth"] = json!(event["depth"].as_i64().unwrap() + 1);
+    let (id, next) = peer.sign(RoomVersion::V11, next);
+    assert!(peer.put(&gateway.dag, &[&next]).await[0].result.is_ok());
+    assert!(gateway.inbox(&room).await.contains(&id));
+    assert_eq!(extremities(&gateway, &room).await.len(), 50);
 }
