@@ -1,25 +1,27 @@
 //! The inbox of one direction in memory: the rows that wait, with their events; what need not cross is sorted out when it is
-//! read.
+//! read. Rows that others pass are held without their content, and only so many of anybody ([`super::left`]).
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ruma::OwnedEventId;
+use ruma::{OwnedEventId, UserId};
 
 use super::core::Core;
-use super::linearize::Waiting;
+use super::left::Left;
+use super::linearize::{Hold, Waiting};
 use super::portal::Portal;
 use super::registry::Entry;
 use super::side::Event;
 use super::users::Who;
 use super::{access, carry, effect, ends, repair, translate};
+use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::store::images;
 use crate::store::inbox::{self, InboxRow};
 
-/// How many rows are held in memory at once.
+/// How many rows are held in memory at once, besides those that others pass.
 const WINDOW: usize = 500;
 /// The longest pause between two tries.
 const MAX_PAUSE: Duration = Duration::from_secs(300);
@@ -39,6 +41,10 @@ pub(super) struct Item {
     pub(super) asks_server: bool,
     /// How often it has failed in a row.
     pub(super) failures: u32,
+    /// Whether others pass it.
+    passed: bool,
+    /// Whether the event is here without its content.
+    without_content: bool,
 }
 
 /// What waits, in the order of acceptance.
@@ -48,6 +54,7 @@ pub(super) struct Inbox {
     cursor: i64,
     /// Whether the last look found everything.
     exhausted: bool,
+    left: Left,
 }
 
 impl Inbox {
@@ -59,19 +66,27 @@ impl Inbox {
         portal: &Arc<Portal>,
         source: Side,
     ) -> Result<bool, Refusal> {
-        let room = WINDOW.saturating_sub(self.items.len());
+        let again = self.left.due();
+        let was_again = again.is_some();
+        let room = match &again {
+            Some(_) => WINDOW,
+            None => WINDOW.saturating_sub(self.items.iter().filter(|item| !item.passed).count()),
+        };
         if room == 0 {
             return Ok(false);
         }
         let limit = i64::try_from(room).unwrap_or(1);
         let store = &core.context.store;
-        let rows = inbox::waiting(store, source, portal.room(source), self.cursor, limit).await?;
+        let after = again.as_ref().map_or(self.cursor, |again| again.after);
+        let rows = inbox::waiting(store, source, portal.room(source), after, limit).await?;
         let exhausted = rows.len() < room;
-        let Some(last) = rows.last().map(|row| row.seq) else {
-            self.exhausted = true;
-            return Ok(false);
+        let last = rows.last().map(|row| row.seq);
+        let rows = match again {
+            Some(_) => rows.into_iter().filter(|row| row.seq <= self.cursor && self.place(row.seq).is_none()).collect(),
+            None => rows,
         };
-        let mut sorted = sort(core, portal, source, rows).await?;
+        let mut sorted =
+            sort(core, portal, source, rows, |seq, sender| self.left.takes(seq, sender, again.as_ref())).await?;
         effect::sorted_out(core, portal, source, sorted.out).await?;
         if sorted.may_end {
             repair::soon(core, entry);
@@ -85,13 +100,61 @@ impl Inbox {
             entry.direction(source.other()).wake.notify_one();
         }
         self.items.append(&mut sorted.items);
-        (self.cursor, self.exhausted) = (last, exhausted);
+        match again {
+            Some(again) => {
+                self.items.make_contiguous().sort_by_key(|item| item.row.seq);
+                self.left.was_read(&again, last.filter(|last| !exhausted && *last < self.cursor));
+            }
+            None => {
+                self.exhausted = exhausted;
+                self.cursor = last.unwrap_or(self.cursor);
+            }
+        }
+        Ok(last.is_some() || was_again)
+    }
+
+    /// Takes down what the rows hold back that do not go now.
+    pub(super) fn held(&mut self, holds: &[Option<Hold>]) {
+        for (item, hold) in self.items.iter_mut().zip(holds) {
+            item.passed = hold.is_some_and(|hold| hold < Hold::Descendants);
+            if item.passed {
+                item.event.content = Object::new();
+                item.without_content = true;
+            }
+        }
+        self.left.count(self.items.iter().filter(|item| item.passed).map(|item| &*item.event.sender));
+    }
+
+    /// Reads the content of an event again that was held without it. False when the event is gone.
+    pub(super) async fn complete(&mut self, core: &Core, source: Side, seq: i64) -> Result<bool, Refusal> {
+        let Some(item) = self.get_mut(seq) else { return Ok(false) };
+        if item.without_content {
+            let Some(event) = core.sides()?.rooms(source).event(&item.row.event_id).await? else { return Ok(false) };
+            (item.event, item.without_content) = (event, false);
+        }
         Ok(true)
+    }
+
+    /// Those of `events` that still wait and are not in memory.
+    pub(super) async fn passed_over(
+        &self,
+        core: &Core,
+        source: Side,
+        events: &[OwnedEventId],
+    ) -> Result<HashSet<OwnedEventId>, Refusal> {
+        if self.left.is_empty() || events.is_empty() {
+            return Ok(HashSet::new());
+        }
+        let mut waiting = inbox::those_that_wait(&core.context.store, source, events).await?;
+        for item in &self.items {
+            waiting.remove(&item.row.event_id);
+        }
+        Ok(waiting)
     }
 
     /// Whether there may be more rows although nobody says so.
     pub(super) fn may_have_more(&self) -> bool {
-        !self.exhausted
+        !self.exhausted || self.left.due().is_some()
     }
 
     /// The next look finds what came since the last one.
@@ -104,10 +167,23 @@ impl Inbox {
         self.items.len() >= WINDOW.min(limit)
     }
 
+    /// An item.
+    pub(super) fn get(&self, seq: i64) -> Option<&Item> {
+        self.items.get(self.place(seq)?)
+    }
+
+    fn place(&self, seq: i64) -> Option<usize> {
+        self.items.binary_search_by_key(&seq, |item| item.row.seq).ok()
+    }
+
+    fn get_mut(&mut self, seq: i64) -> Option<&mut Item> {
+        let place = self.place(seq)?;
+        self.items.get_mut(place)
+    }
+
     /// Takes an item out.
     pub(super) fn take(&mut self, seq: i64) -> Option<Item> {
-        let index = self.items.iter().position(|item| item.row.seq == seq)?;
-        self.items.remove(index)
+        self.items.remove(self.place(seq)?)
     }
 
     /// Forgets an item that is done.
@@ -117,7 +193,7 @@ impl Inbox {
 
     /// Puts an item off.
     pub(super) fn later(&mut self, seq: i64, now: i64, pause: Duration, first: bool) {
-        if let Some(item) = self.items.iter_mut().find(|item| item.row.seq == seq) {
+        if let Some(item) = self.get_mut(seq) {
             item.retry_at = now.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
             item.failures = if first { 0 } else { item.failures.saturating_add(1) };
         }
@@ -125,14 +201,14 @@ impl Inbox {
 
     /// Puts an item off until it is heard of.
     pub(super) fn wait(&mut self, seq: i64) {
-        if let Some(item) = self.items.iter_mut().find(|item| item.row.seq == seq) {
+        if let Some(item) = self.get_mut(seq) {
             item.retry_at = i64::MAX;
         }
     }
 
     /// How often an item has failed.
     pub(super) fn failures(&self, seq: i64) -> u32 {
-        self.items.iter().find(|item| item.row.seq == seq).map_or(0, |item| item.failures)
+        self.get(seq).map_or(0, |item| item.failures)
     }
 
     /// Puts an item off that failed: a second, then twice as long each time.
@@ -143,7 +219,7 @@ impl Inbox {
             _ => Duration::from_secs(1_u64.checked_shl(failures).unwrap_or(u64::MAX)),
         };
         let pause = pause.min(MAX_PAUSE);
-        if let Some(item) = self.items.iter_mut().find(|item| item.row.seq == seq) {
+        if let Some(item) = self.get_mut(seq) {
             item.over_budget = matches!(refusal, Refusal::Budget { .. });
         }
         self.later(seq, now, pause, false);
@@ -172,7 +248,14 @@ struct Sorted {
     may_loop: bool,
 }
 
-async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -> Result<Sorted, Refusal> {
+/// What is to be done with rows, as far as `takes` takes them.
+async fn sort(
+    core: &Core,
+    portal: &Portal,
+    source: Side,
+    rows: Vec<InboxRow>,
+    mut takes: impl FnMut(i64, &UserId) -> bool,
+) -> Result<Sorted, Refusal> {
     let store = &core.context.store;
     let rooms = core.sides()?.rooms(source);
     let mut events = Vec::with_capacity(rows.len());
@@ -201,6 +284,9 @@ async fn sort(core: &Core, portal: &Portal, source: Side, rows: Vec<InboxRow>) -
         }
         sorted.may_loop |= ends::may_loop(&event, core.users.bot());
         sorted.may_end |= ends::may_end(&event, core.users.bot());
+        if !takes(row.seq, &event.sender) {
+            continue;
+        }
         match core.users.who(store, source, &event.sender).await? {
             // INV-7: what the gateway itself made is never translated back.
             Who::Ghost { .. } | Who::Bot => {
@@ -243,8 +329,18 @@ fn item(core: &Core, row: InboxRow, event: Event) -> Item {
         order: event.order,
         needs: translate::references(&event).needs,
         member: membership.map(|(target, _)| target),
-        held: false,
-        overtaken: false,
+        hold: None,
     };
-    Item { row, event, waiting, retry_at: 0, blocked_since: None, over_budget: false, asks_server, failures: 0 }
+    Item {
+        row,
+        event,
+        waiting,
+        retry_at: 0,
+        blocked_since: None,
+        over_budget: false,
+        asks_server,
+        failures: 0,
+        passed: false,
+        without_content: false,
+    }
 }

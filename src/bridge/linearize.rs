@@ -1,8 +1,9 @@
 //! The order in which accepted events of a room cross. Rows come in the order of acceptance, which is a linear extension of
 //! the graph (or the log itself). A row that cannot go yet holds back the later rows of its sender, those that relate to it,
-//! and whatever may descend from it, so that ancestors stay before descendants (INV-2). Pure.
+//! and whatever may descend from it, so that ancestors stay before descendants (INV-2); one that has waited long, or waits for
+//! somebody who is not sure to answer, holds back less ([`Hold`]). Pure.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use ruma::{OwnedEventId, OwnedUserId};
 
@@ -17,53 +18,74 @@ pub(super) struct Waiting {
     pub(super) needs: Vec<OwnedEventId>,
     /// The user whose membership it changes.
     pub(super) member: Option<OwnedUserId>,
-    /// Whether it cannot go now, whatever is before it: it failed and is tried again later, or what it needs is on its way.
-    pub(super) held: bool,
-    /// Whether it has waited so long, or waits for somebody so uncertain (an invited user's server), that only what
-    /// depends on it by name waits with it. Without this one dead server would stop a room.
-    pub(super) overtaken: bool,
+    /// Whether it cannot go now, whatever is before it, and what it holds back meanwhile.
+    pub(super) hold: Option<Hold>,
+}
+
+/// What a row that cannot go holds back, each more than the one before. What waits for it alone holds back as much and no
+/// more: a row that others may pass would else stop the room by the next thing that its sender says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Hold {
+    /// What names it, and what is about or by the user whose membership it changes. For an invite that another server has
+    /// to sign: it may never answer, and nobody is to be mute for that.
+    Named,
+    /// Its sender's later rows too. For what has waited long, or waits for its server's budget: one dead or flooding
+    /// server would else stop a room.
+    Sender,
+    /// All that may descend from it too.
+    Descendants,
 }
 
 /// The largest depth that an event can have; among these a descendant is no deeper than its ancestor.
 const DEEPEST: i64 = (1 << 53) - 1;
 
-/// Which of `rows`, in the order of acceptance, may go now, in that order. What goes is carried over in this order; when
-/// one of them fails after all, the rest is asked for again.
-pub(super) fn ready<'a>(rows: impl IntoIterator<Item = &'a Waiting>) -> Vec<usize> {
+/// Which of `rows`, in the order of acceptance, may go now (none), and what the others hold back. What goes is carried over
+/// in this order; when one of them fails after all, the rest is asked for again.
+pub(super) fn holds<'a>(rows: impl IntoIterator<Item = &'a Waiting>) -> Vec<Option<Hold>> {
     let mut order = Order::default();
-    rows.into_iter().enumerate().filter(|(_, row)| order.take(row)).map(|(index, _)| index).collect()
+    rows.into_iter().map(|row| order.take(row)).collect()
 }
 
 /// What stays behind so far.
 #[derive(Default)]
 struct Order<'a> {
-    events: HashSet<&'a OwnedEventId>,
-    senders: HashSet<&'a OwnedUserId>,
-    members: HashSet<&'a OwnedUserId>,
+    events: HashMap<&'a OwnedEventId, Hold>,
+    senders: HashMap<&'a OwnedUserId, Hold>,
+    members: HashMap<&'a OwnedUserId, Hold>,
     /// The smallest order of a row that holds back its descendants.
     floor: Option<i64>,
 }
 
 impl<'a> Order<'a> {
-    /// Whether `row` may go; if not, it is remembered as staying behind.
-    fn take(&mut self, row: &'a Waiting) -> bool {
+    /// Nothing when `row` may go; if not, it is remembered as staying behind.
+    fn take(&mut self, row: &'a Waiting) -> Option<Hold> {
         let descends = self.floor.is_some_and(|floor| row.order > floor || row.order >= DEEPEST);
-        let waits = row.held
-            || descends
-            || self.senders.contains(&row.sender)
-            || self.members.contains(&row.sender)
-            || row.member.as_ref().is_some_and(|member| self.senders.contains(member) || self.members.contains(member))
-            || row.needs.iter().any(|need| self.events.contains(need));
-        if waits {
-            self.events.insert(&row.event_id);
-            self.senders.insert(&row.sender);
-            self.members.extend(&row.member);
-            if !row.overtaken {
-                self.floor = Some(self.floor.map_or(row.order, |floor| floor.min(row.order)));
-            }
+        let users = std::iter::once(&row.sender).chain(&row.member);
+        let hold = users
+            .flat_map(|user| [self.senders.get(user), self.members.get(user)])
+            .chain(row.needs.iter().map(|need| self.events.get(need)))
+            .flatten()
+            .copied()
+            .chain(row.hold)
+            .chain(descends.then_some(Hold::Descendants))
+            .max()?;
+        remember(&mut self.events, &row.event_id, hold);
+        if let Some(member) = &row.member {
+            remember(&mut self.members, member, hold);
         }
-        !waits
+        if hold >= Hold::Sender {
+            remember(&mut self.senders, &row.sender, hold);
+        }
+        if hold == Hold::Descendants {
+            self.floor = Some(self.floor.map_or(row.order, |floor| floor.min(row.order)));
+        }
+        Some(hold)
     }
+}
+
+fn remember<'a, K: std::hash::Hash + Eq>(held: &mut HashMap<&'a K, Hold>, key: &'a K, hold: Hold) {
+    let known = held.entry(key).or_insert(hold);
+    *known = hold.max(*known);
 }
 
 #[cfg(test)]
@@ -81,14 +103,18 @@ mod tests {
             order,
             needs: Vec::new(),
             member: None,
-            held: false,
-            overtaken: false,
+            hold: None,
         }
+    }
+
+    fn ready<'a>(rows: impl IntoIterator<Item = &'a Waiting>) -> Vec<usize> {
+        let holds = holds(rows).into_iter().enumerate();
+        holds.filter(|(_, hold)| hold.is_none()).map(|(index, _)| index).collect()
     }
 
     #[test]
     fn a_held_row_holds_what_depends_on_it_and_nothing_else() {
-        let held = Waiting { held: true, ..row("a", "alice", 5) };
+        let held = Waiting { hold: Some(Hold::Descendants), ..row("a", "alice", 5) };
         let rows = [
             held.clone(),
             row("b", "bob", 5),
@@ -99,29 +125,53 @@ mod tests {
         ];
         // b is no descendant of a; c names it; d may descend from it; e has its sender; f has the sender of c.
         assert_eq!(ready(&rows), [1]);
-        let overtaken = Waiting { overtaken: true, ..held };
+        let overtaken = Waiting { hold: Some(Hold::Sender), ..held };
         let rows: Vec<_> = std::iter::once(overtaken).chain(rows.into_iter().skip(1)).collect();
-        assert_eq!(ready(&rows), [1], "c was not overtaken, so d still waits for c");
+        assert_eq!(ready(&rows), [1, 3], "c and e wait for what others may pass, and so others pass them");
+        let firm = Waiting { hold: Some(Hold::Descendants), ..row("c", "carol", 4) };
+        let rows: Vec<_> =
+            rows.into_iter().map(|row| if *row.event_id == *firm.event_id { firm.clone() } else { row }).collect();
+        assert_eq!(ready(&rows), [1], "d may descend from c");
+    }
+
+    #[test]
+    fn an_invite_that_nobody_answers_holds_back_what_is_about_the_invited_alone() {
+        let about = |event: &str, sender: &str, member: &str, order| Waiting {
+            member: Some(format!("@{member}:h").try_into().unwrap()),
+            ..row(event, sender, order)
+        };
+        let invite = Waiting { hold: Some(Hold::Named), ..about("invite", "alice", "ghost", 1) };
+        let redaction = Waiting { needs: vec![invite.event_id.clone()], ..row("redaction", "carol", 5) };
+        let rows = [
+            invite,
+            row("a", "alice", 2),
+            about("kick", "alice", "ghost", 3),
+            about("again", "bob", "ghost", 4),
+            redaction,
+            about("other", "alice", "dave", 6),
+            row("b", "bob", 7),
+            row("c", "carol", 8),
+        ];
+        // The kick, the second invite and the redaction wait for the first one, and nobody waits for those.
+        assert_eq!(ready(&rows), [1, 5, 6, 7]);
+        let holds = holds(&rows);
+        assert!(holds.iter().flatten().all(|hold| *hold == Hold::Named), "{holds:?}");
     }
 
     #[test]
     fn a_sender_waits_for_its_membership_and_a_kick_for_what_was_said_before() {
-        let join = Waiting {
-            held: true,
-            overtaken: true,
-            member: Some("@bob:h".try_into().unwrap()),
-            ..row("join", "bob", 1)
-        };
+        let join =
+            Waiting { hold: Some(Hold::Sender), member: Some("@bob:h".try_into().unwrap()), ..row("join", "bob", 1) };
         let invite = Waiting { member: Some("@carol:h".try_into().unwrap()), ..join.clone() };
         assert_eq!(ready(&[join.clone(), row("b", "bob", 2), row("c", "carol", 2)]), [2]);
         assert_eq!(ready(&[invite, row("c", "carol", 2), row("d", "dave", 2)]), [2]);
         let kick = Waiting { member: Some("@bob:h".try_into().unwrap()), ..row("kick", "alice", 1) };
-        assert_eq!(ready(&[Waiting { held: true, overtaken: true, ..row("b", "bob", 1) }, kick]), Vec::<usize>::new());
+        assert_eq!(ready(&[Waiting { hold: Some(Hold::Sender), ..row("b", "bob", 1) }, kick]), Vec::<usize>::new());
     }
 
     #[test]
     fn hc_23_at_the_deepest_depth_order_is_kept_by_acceptance() {
-        let rows = [Waiting { held: true, ..row("a", "alice", DEEPEST) }, row("b", "bob", DEEPEST)];
+        let rows = [Waiting { hold: Some(Hold::Descendants), ..row("a", "alice", DEEPEST) }, row("b", "bob", DEEPEST)];
         assert_eq!(ready(&rows), Vec::<usize>::new());
     }
 
@@ -134,6 +184,8 @@ mod tests {
         held: Vec<u8>,
         /// How many more rows arrive before each round.
         arrivals: Vec<u8>,
+        /// What those hold back that are held.
+        hold: Hold,
     }
 
     fn plan() -> impl Strategy<Value = Plan> {
@@ -152,19 +204,22 @@ mod tests {
                 needs,
                 prop::collection::vec(prop_oneof![3 => Just(0_u8), 1 => 1_u8..4], count),
                 prop::collection::vec(1_u8..6, count),
+                prop_oneof![Just(Hold::Descendants), Just(Hold::Sender)],
             )
-                .prop_map(|(parents, senders, needs, held, arrivals)| Plan {
+                .prop_map(|(parents, senders, needs, held, arrivals, hold)| Plan {
                     parents,
                     senders,
                     needs,
                     held,
                     arrivals,
+                    hold,
                 })
         })
     }
 
     proptest! {
-        /// INV-2: whatever fails for a while, ancestors cross before descendants, and each sender's events in order.
+        /// INV-2: whatever fails for a while, ancestors cross before descendants, and each sender's events in order; these
+        /// also when others may pass.
         #[test]
         fn inv_2_what_crosses_is_a_linear_extension_of_the_graph(plan in plan()) {
             let count = plan.senders.len();
@@ -191,7 +246,7 @@ mod tests {
                 prop_assert!(rounds < 200, "nothing moves any more: {waiting:?}");
                 let rows: Vec<Waiting> = waiting.iter().map(|&index| Waiting {
                     needs: plan.needs[index].iter().map(|need| format!("$e{need}").try_into().unwrap()).collect(),
-                    held: held[index] > 0,
+                    hold: (held[index] > 0).then_some(plan.hold),
                     ..row(&format!("e{index}"), &format!("u{}", plan.senders[index]), depths[index])
                 }).collect();
                 let go: Vec<usize> = ready(&rows).into_iter().map(|place| waiting[place]).collect();
@@ -203,7 +258,7 @@ mod tests {
             }
             let place = |index: usize| crossed.iter().position(|&other| other == index).unwrap();
             for (index, above) in ancestors.iter().enumerate() {
-                for &ancestor in above {
+                for &ancestor in above.iter().filter(|_| plan.hold == Hold::Descendants) {
                     prop_assert!(place(ancestor) < place(index), "{ancestor} is an ancestor of {index}: {crossed:?}");
                 }
                 for earlier in (0..index).filter(|&earlier| plan.senders[earlier] == plan.senders[index]) {

@@ -19,6 +19,7 @@ mod from_lm;
 mod gate;
 mod home;
 mod inbox;
+mod left;
 mod linearize;
 mod member;
 mod notice;

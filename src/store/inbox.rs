@@ -1,6 +1,7 @@
 //! The bridge's inbox: accepted events of bridged rooms, written in the transaction that accepts them and taken out in the
 //! one that carries them over.
 
+use std::collections::HashSet;
 use std::sync::LazyLock;
 
 use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId};
@@ -126,6 +127,27 @@ pub async fn waits(store: &Store, side: Side, event_id: &EventId) -> Result<Opti
             .fetch_optional(store.reader())
             .await?;
     Ok(row.map(|(received_ts,)| received_ts))
+}
+
+/// Those of these events that wait.
+pub async fn those_that_wait(
+    store: &Store,
+    side: Side,
+    events: &[OwnedEventId],
+) -> Result<HashSet<OwnedEventId>, StoreError> {
+    let mut waiting = HashSet::new();
+    for chunk in chunks(events) {
+        let list = placeholders(1, chunk.len(), 1);
+        let sql = format!("SELECT event_id FROM bridge_inbox WHERE side = $1 AND event_id IN {list}");
+        let mut query = sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(side.as_str());
+        for event_id in chunk {
+            query = query.bind(event_id.as_str());
+        }
+        let rows: Vec<(String,)> = query.fetch_all(store.reader()).await?;
+        let known = chunk.iter().filter(|event| rows.iter().any(|(id,)| *id == event.as_str()));
+        waiting.extend(known.cloned());
+    }
+    Ok(waiting)
 }
 
 /// Takes out all that waits in one room.

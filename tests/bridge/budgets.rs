@@ -57,6 +57,60 @@ async fn who_is_over_the_budget_waits_and_nobody_waits_for_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_floods_a_room_does_not_keep_others_from_being_read() {
+    /// More than is read at once.
+    const FLOOD: usize = 800;
+    let (world, gateway) = World::new(json!({ "budgets": { "events_per_second": 2 } })).await;
+    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    let alice = world.matrix_user("alice");
+    world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    let other = world.other_server().await;
+    let mut peer = crate::dag::peer::Peer::start(super::world::OTHER).await;
+    peer.key = other.context.signing_key.clone();
+    let carol = peer.user("carol");
+    World::matrix_join_from(&peer, &gateway, matrix, &carol).await.unwrap();
+    world.lm_join(lm, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    let mut view = world.matrix_join(&gateway, matrix, &world.matrix_user("dave")).await.unwrap();
+    let mut events = Vec::new();
+    for number in 0..FLOOD {
+        let content = json!({ "msgtype": "m.text", "body": number.to_string() });
+        events.push(view.add(&world.peer, &alice, "m.room.message", None, content).1);
+    }
+    for chunk in events.chunks(50) {
+        for answer in world.peer.put(&gateway.dag, &chunk.iter().collect::<Vec<_>>()).await {
+            answer.result.unwrap();
+        }
+    }
+    let alices = ghost(Side::Matrix, "alice");
+    let heard = || async {
+        let bodies = gateway.node.bodies(lm).await;
+        bodies
+            .into_iter()
+            .filter(|(by, _)| *by == alices)
+            .filter_map(|(_, body)| body.parse().ok())
+            .collect::<Vec<usize>>()
+    };
+    so("a burst", || async { heard().await.len() >= 2 * BURST - 2 }).await;
+    for body in ["am I heard?", "and still?"] {
+        let content = json!({ "msgtype": "m.text", "body": body });
+        let (_, event) = view.add(&peer, &carol, "m.room.message", None, content);
+        peer.put(&gateway.dag, &[&event]).await.pop().unwrap().result.unwrap();
+        so("carol is heard", || async { gateway.node.bodies(lm).await.iter().any(|(_, said)| said == body) }).await;
+    }
+    assert!(heard().await.len() < FLOOD / 2);
+    // In time all come, in order.
+    for count in (1..=6).map(|minute| FLOOD.min((minute + 1) * 2 * BURST - 2)) {
+        world.advance(61_000);
+        so("more of it", || async { heard().await.len() >= count }).await;
+    }
+    so("all of it", || async { heard().await.len() == FLOOD }).await;
+    assert!(heard().await.is_sorted());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_so_many_new_ghosts_an_hour() {
     let (world, gateway) = World::new(json!({ "budgets": { "ghosts_per_hour": 2 } })).await;
     let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };

@@ -6,6 +6,7 @@ mod doors;
 mod ends;
 mod faults;
 mod from_lm;
+mod invites;
 mod loops;
 mod poison;
 mod world;

@@ -32,6 +32,8 @@ pub const LM: &str = "lm.example";
 pub const MATRIX: &str = "matrix.example";
 /// One more server, which runs when a test asks for it: an LM server, or a second gateway.
 pub const OTHER: &str = "other.example";
+/// A server that is gone for good: nothing listens there.
+pub const DEAD: &str = "dead.example";
 
 /// Time that goes on from the moment that the homeserver lives in, and that can be moved on.
 struct Ticking(Instant, AtomicI64, Panics);
@@ -102,6 +104,7 @@ impl World {
             let url = format!("http://{}", listener.local_addr().unwrap());
             resolve.insert(ServerName::parse(name).unwrap(), url.parse().unwrap());
         }
+        resolve.insert(ServerName::parse(DEAD).unwrap(), "http://127.0.0.1:1".parse().unwrap());
         let [own, other, spare] = listeners;
         let context = context(directory.path(), LM, &resolve, clock.clone(), &json!({})).await;
         let between: SharedBetween = Arc::new(Alone);

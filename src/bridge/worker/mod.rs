@@ -5,7 +5,7 @@
 mod decide;
 mod send;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use self::decide::Decision;
 use super::carry::{Crossing, Outcome};
 use super::core::Core;
 use super::inbox;
-use super::linearize;
+use super::linearize::{self, Hold};
 use super::portal::Portal;
 use super::registry::Entry;
 use super::{budget, effect, repair};
@@ -35,8 +35,8 @@ const ECHO_PATIENCE_MS: i64 = 120_000;
 const OVERTAKE_AFTER_MS: i64 = 30_000;
 /// How often it is counted how much waits.
 const COUNT_EVERY_MS: i64 = 2_000;
-/// How often a row is tried that fails here before it is refused, with pauses of a second to five minutes: a quarter of an
-/// hour in all.
+/// How often a row is tried that fails here, or that a server does not answer, before it is refused, with pauses of a second
+/// to five minutes: a quarter of an hour in all.
 const TRIES: u32 = 10;
 /// How long a task that panicked rests before it starts again, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -140,21 +140,26 @@ impl Worker {
             self.finish(&portal, seq, Done::Refused(refusal)).await?;
         }
         self.mark(now).await?;
-        let go = linearize::ready(self.inbox.items.iter().map(|item| &item.waiting));
-        if go.is_empty() {
+        let holds = linearize::holds(self.inbox.items.iter().map(|item| &item.waiting));
+        self.inbox.held(&holds);
+        let items = self.inbox.items.iter().zip(&holds).filter(|(_, hold)| hold.is_none());
+        let seqs: Vec<i64> = items.take(BATCH).map(|(item, _)| item.row.seq).collect();
+        if seqs.is_empty() && loaded {
+            return Ok(Progress::More);
+        }
+        if seqs.is_empty() {
             let next = self.inbox.items.iter().map(|item| item.retry_at).filter(|at| *at > now).min();
             let wait = next.and_then(|at| u64::try_from(at.saturating_sub(now)).ok()).map(Duration::from_millis);
             return Ok(Progress::Wait(wait.unwrap_or(POLL).min(POLL)));
         }
-        let seqs: Vec<i64> =
-            go.iter().take(BATCH).filter_map(|index| self.inbox.items.get(*index)).map(|item| item.row.seq).collect();
         self.carry(&portal, &seqs).await?;
         Ok(Progress::More)
     }
 
-    /// Marks what cannot go now, and what others need not wait for any longer.
+    /// Marks what cannot go now, and what it holds back.
     async fn mark(&mut self, now: i64) -> Result<(), Refusal> {
-        let needs: Vec<OwnedEventId> = self.inbox.items.iter().flat_map(|item| item.waiting.needs.clone()).collect();
+        let needs: BTreeSet<&OwnedEventId> = self.inbox.items.iter().flat_map(|item| &item.waiting.needs).collect();
+        let needs: Vec<OwnedEventId> = needs.into_iter().cloned().collect();
         let images = match self.source {
             // Only what went to a foreign hub can be on its way.
             Side::Matrix if !needs.is_empty() => {
@@ -162,21 +167,27 @@ impl Worker {
             }
             _ => HashMap::new(),
         };
+        let passed_over = self.inbox.passed_over(&self.core, self.source, &needs).await?;
         for item in &mut self.inbox.items {
             let pending = item.waiting.needs.iter().any(|need| {
                 let image = images.get(need);
                 image.is_some_and(|image| image.pending && now.saturating_sub(image.made_ts) < ECHO_PATIENCE_MS)
             });
-            item.waiting.held = pending || item.retry_at > now;
-            item.blocked_since = match item.waiting.held {
+            let held = pending || item.retry_at > now;
+            item.blocked_since = match held {
                 true => Some(item.blocked_since.unwrap_or(now)),
                 // That it is about to be tried again does not mean that it will go.
                 false if item.failures > 0 => item.blocked_since,
                 false => None,
             };
             let long = item.blocked_since.is_some_and(|since| now.saturating_sub(since) > OVERTAKE_AFTER_MS);
-            // A server over its budget would else stop the room for all others.
-            item.waiting.overtaken = long || item.asks_server || (item.waiting.held && item.over_budget);
+            item.waiting.hold = match held {
+                true if item.asks_server => Some(Hold::Named),
+                true if long || item.over_budget => Some(Hold::Sender),
+                true => Some(Hold::Descendants),
+                false if item.waiting.needs.iter().any(|need| passed_over.contains(need)) => Some(Hold::Sender),
+                false => None,
+            };
         }
         Ok(())
     }
@@ -234,18 +245,26 @@ impl Worker {
         }
         let mut batch: Vec<(i64, Crossing)> = Vec::new();
         for &seq in seqs {
-            let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
+            let Some(item) = self.inbox.get(seq) else { continue };
             let server = item.event.sender.server_name();
             let budgets = &self.core.context.config.budgets;
             if self.core.budgets.over(budgets, entry.number, server, self.core.now_ms()).is_err() {
                 break;
             }
+            if !self.inbox.complete(&self.core, self.source, seq).await? {
+                tracing::error!(portal = portal.portal_id, seq, "an event that waited is not in the store");
+                effect::drop_row(&self.core, seq).await?;
+                self.inbox.drop_item(seq);
+                continue;
+            }
+            let Some(item) = self.inbox.get(seq) else { continue };
+            let server = item.event.sender.server_name();
             self.core.budgets.spend(entry.number, server, budget::size(&item.event.content));
             let single = item.event.state_key.is_some();
             if single && !batch.is_empty() && !self.flush(portal, std::mem::take(&mut batch)).await? {
                 return Ok(());
             }
-            let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
+            let Some(item) = self.inbox.get(seq) else { continue };
             let decided = AssertUnwindSafe(self.decide(portal, &item.event)).catch_unwind().await;
             let Decision { outcome, unsure, over } =
                 match decided.unwrap_or_else(|_| Err(Refusal::Internal("deciding on it panicked".to_owned()))) {
@@ -253,8 +272,7 @@ impl Worker {
                     // It fails alone: nobody else waits for what may never be better.
                     Err(refusal) => {
                         if self.flush(portal, std::mem::take(&mut batch)).await? {
-                            let done = self.stuck(seq, refusal);
-                            self.finish(portal, seq, done).await?;
+                            self.finish(portal, seq, Done::Later(refusal)).await?;
                         }
                         return Ok(());
                     }
@@ -273,7 +291,7 @@ impl Worker {
                     }
                     let done = match self.single(portal, seq, outcome).await {
                         Ok(done) => done,
-                        Err(refusal) => self.stuck(seq, refusal),
+                        Err(refusal) => Done::Later(refusal),
                     };
                     if unsure {
                         repair::soon(&self.core, &self.entry);
@@ -288,26 +306,33 @@ impl Worker {
         Ok(())
     }
 
-    /// A row that failed here is tried again, but not for ever. That its row is looked for before it is put off keeps an
-    /// outage of the database from counting.
-    fn stuck(&self, seq: i64, refusal: Refusal) -> Done {
-        match self.inbox.failures(seq) {
-            failures if failures >= TRIES => {
-                Done::Refused(Refusal::Internal(format!("given up after {failures} tries: {refusal}")))
+    /// What is put off: not for ever. That its row is looked for before it is put off keeps an outage of the database from
+    /// counting.
+    fn later(&self, seq: i64, refusal: Refusal) -> Done {
+        let Some(item) = self.inbox.get(seq) else { return Done::Gone };
+        let waited = self.core.now_ms().saturating_sub(item.row.received_ts);
+        match refusal {
+            Refusal::Budget { .. } if waited > budget::PATIENCE_MS => Done::Refused(refusal),
+            Refusal::Budget { .. } => Done::Later(refusal),
+            _ if item.failures < TRIES => Done::Later(refusal),
+            Refusal::Remote { server, problem } => {
+                let problem = format!("given up after {} tries: {problem}", item.failures);
+                Done::Refused(Refusal::Remote { server, problem })
             }
-            _ => Done::Later(refusal),
+            refusal => Done::Refused(Refusal::Internal(format!("given up after {} tries: {refusal}", item.failures))),
         }
     }
 
     /// Records what became of an item; false when the rest must be looked at again.
     async fn finish(&mut self, portal: &Arc<Portal>, seq: i64, done: Done) -> Result<bool, Refusal> {
         let now = self.core.now_ms();
-        let received =
-            self.inbox.items.iter().find(|item| item.row.seq == seq).map_or(now, |item| item.row.received_ts);
         let done = match done {
-            Done::Later(refusal @ Refusal::Budget { .. }) if now.saturating_sub(received) > budget::PATIENCE_MS => {
-                Done::Refused(refusal)
+            Done::Later(_) if !effect::row_waits(&self.core, self.source, portal, seq).await? => {
+                // It was carried over after all, by somebody who did not get to say so.
+                self.inbox.drop_item(seq);
+                return Ok(false);
             }
+            Done::Later(refusal) => self.later(seq, refusal),
             done => done,
         };
         match done {
@@ -324,11 +349,6 @@ impl Worker {
                 return Ok(false);
             }
             Done::Later(refusal) => {
-                if !effect::row_waits(&self.core, self.source, portal, seq).await? {
-                    // It was carried over after all, by somebody who did not get to say so.
-                    self.inbox.drop_item(seq);
-                    return Ok(false);
-                }
                 let wait = self.inbox.failed(seq, now, &refusal);
                 tracing::warn!(
                     portal = portal.portal_id, side = self.source.as_str(), %refusal, ?wait, "an event waits to cross"
@@ -336,8 +356,10 @@ impl Worker {
                 return Ok(false);
             }
             Done::Refused(refusal) => {
+                let Some(item) = self.inbox.get(seq) else { return Ok(false) };
+                // Should this fail, it is still there to be tried again.
+                effect::refused(&self.core, portal, self.source, item, &refusal).await?;
                 let Some(item) = self.inbox.take(seq) else { return Ok(false) };
-                effect::refused(&self.core, portal, self.source, &item, &refusal).await?;
                 metrics::image_refused(self.source.other(), &refusal);
                 self.core.notices.tell(&self.core, portal, self.source, &item.event, &refusal);
                 if item.event.state_key.is_some() {

@@ -1,8 +1,10 @@
 //! Doing what was decided: images are sent together with what is written with them, in batches where nothing must come
 //! first.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures::FutureExt as _;
 use ruma::OwnedEventId;
 
 use super::{Done, ECHO_PATIENCE_MS, Worker};
@@ -24,7 +26,7 @@ impl Worker {
         }
         let (mut drafts, mut seqs, mut items) = (Vec::new(), Vec::new(), Vec::new());
         for (seq, crossing) in batch {
-            let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { continue };
+            let Some(item) = self.inbox.get(seq) else { continue };
             drafts.push(crossing.image);
             seqs.push(seq);
             items.push((item, crossing.note));
@@ -54,7 +56,7 @@ impl Worker {
 
     /// Does with one event what is to be done with it.
     pub(super) async fn single(&mut self, portal: &Arc<Portal>, seq: i64, outcome: Outcome) -> Result<Done, Refusal> {
-        let Some(item) = self.inbox.items.iter().find(|item| item.row.seq == seq) else { return Ok(Done::Gone) };
+        let Some(item) = self.inbox.get(seq) else { return Ok(Done::Gone) };
         Ok(match outcome {
             Outcome::Cross(crossing) => self.cross(portal, item, *crossing).await?,
             Outcome::Refuse(refusal) => Done::Refused(refusal),
@@ -121,10 +123,11 @@ impl Worker {
         let (seq, asked) = (item.row.seq, self.asked.clone());
         self.core.spawn(async move {
             let outgoing = Outgoing { draft: invite, effect };
-            let invited = match core.sides() {
-                Ok(sides) => sides.rooms(source.other()).invite(portal.room(source.other()), outgoing).await,
-                Err(refusal) => Err(refusal),
-            };
+            let inviting =
+                async { core.sides()?.rooms(source.other()).invite(portal.room(source.other()), outgoing).await };
+            // Whatever happens, the item must hear of it.
+            let invited = AssertUnwindSafe(inviting).catch_unwind().await;
+            let invited = invited.unwrap_or_else(|_| Err(Refusal::Internal("inviting panicked".to_owned())));
             let done = match invited {
                 Ok(_) => Done::Crossed,
                 Err(refusal) if refusal.is_transient() => Done::Later(refusal),
