@@ -88,6 +88,7 @@ struct Findings {
     server_name: OwnedServerName,
     now_ms: i64,
     store: Result<Overview, String>,
+    write_lasts: Duration,
     queues: Result<Vec<QueueStatus>, StoreError>,
     homeserver: Option<HomeserverStatus>,
 }
@@ -108,6 +109,7 @@ impl Admin {
             server_name: context.server_name.clone(),
             now_ms: context.clock.now_ms(),
             store,
+            write_lasts: context.store.write_lasts(),
             queues,
             homeserver: self.appservice.as_ref().map(|appservice| appservice.status()),
         };
@@ -133,6 +135,9 @@ fn judge(findings: Findings) -> Health {
         problems.push(format!("the store does not answer: {error}"));
         Overview::default()
     });
+    if findings.write_lasts >= PATIENCE {
+        problems.push(format!("the store has not ended a write for {} s", findings.write_lasts.as_secs()));
+    }
     let queues = findings.queues.unwrap_or_else(|error| {
         problems.push(format!("the outbound queues cannot be read: {error}"));
         Vec::new()
@@ -201,6 +206,7 @@ mod tests {
             server_name: "g.example".try_into().unwrap(),
             now_ms: 10_000_000,
             store: Ok(Overview { inbox_waiting: 2, inbox_oldest_ts: Some(9_999_000), ..Overview::default() }),
+            write_lasts: Duration::ZERO,
             queues: Ok(Vec::new()),
             homeserver: Some(HomeserverStatus { reachable: true, ..HomeserverStatus::default() }),
         }
@@ -224,6 +230,7 @@ mod tests {
         let down = HomeserverStatus { error: Some("502".to_owned()), ..HomeserverStatus::default() };
         for (findings, problem) in [
             (Findings { store: Err("gone".to_owned()), ..good() }, "the store does not answer: gone"),
+            (Findings { write_lasts: Duration::from_secs(12), ..good() }, "has not ended a write for 12 s"),
             (Findings { queues: Err(StoreError::Closed), ..good() }, "the outbound queues cannot be read"),
             (Findings { store: Ok(old), ..good() }, "has waited 11 minutes"),
             (Findings { store: Ok(lost), ..good() }, "took 90 minutes ago did not come back"),

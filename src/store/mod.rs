@@ -62,6 +62,9 @@ pub enum StoreError {
     /// A write job found that what it was to do must not be done, and took its changes back.
     #[error("withdrawn: {0}")]
     Withdrawn(&'static str),
+    /// The database did not answer; whether it did what it was told is not known.
+    #[error("the database did not answer within {} s", .0.as_secs())]
+    Silent(Duration),
     /// A write job ended in a panic; its part of the transaction was rolled back.
     #[error("a write job panicked")]
     Panicked,
@@ -108,6 +111,10 @@ impl Store {
     /// Opens the database at `url` (`sqlite://PATH` or `postgres://…`), creating a SQLite file that is absent, and brings
     /// its schema up to date.
     pub async fn open(url: &str) -> Result<Self, StoreError> {
+        Self::open_with(url, writer::PATIENCE).await
+    }
+
+    async fn open_with(url: &str, patience: Duration) -> Result<Self, StoreError> {
         sqlx::any::install_default_drivers();
         let backend = if url.starts_with("sqlite:") { Backend::Sqlite } else { Backend::Postgres };
         let url = match backend {
@@ -120,7 +127,7 @@ impl Store {
         let readers = pool_options(backend, READERS).connect_with(options).await?;
         let ids = Arc::new(Ids::default());
         ids.reserve(&mut *writers.acquire().await?).await?;
-        let writer = Writer::start(writers, readers.clone(), backend, ids.clone());
+        let writer = Writer::start(writers, readers.clone(), backend, ids.clone(), patience);
         Ok(Self { readers, writer, backend, ids })
     }
 
@@ -143,6 +150,11 @@ impl Store {
         F: for<'c> FnOnce(&'c mut Tx) -> TxFuture<'c, T> + Send + 'static,
     {
         self.writer.write(job).await
+    }
+
+    /// For how long the write that is under way has been so; zero when none is.
+    pub fn write_lasts(&self) -> Duration {
+        self.writer.busy_for()
     }
 
     /// The next of a sequence of numbers that grows for ever, across restarts too. Asked for inside write jobs, the numbers

@@ -19,6 +19,10 @@ use crate::admin::metrics;
 const GROUP: usize = 256;
 /// How many jobs may wait before those who submit more wait too.
 const QUEUE: usize = 4096;
+/// How long a transaction may take. A database that has vanished without a word would never answer.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+/// How long the connection of a transaction that failed may take to close.
+const CLOSING: Duration = Duration::from_secs(5);
 /// How long what was written waits for its checkpoint.
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(500);
 
@@ -26,6 +30,20 @@ const CHECKPOINT_EVERY: Duration = Duration::from_millis(500);
 pub(super) struct Writer {
     jobs: mpsc::Sender<Message>,
     task: Arc<Mutex<Option<JoinHandle<()>>>>,
+    busy_since: Busy,
+}
+
+/// When the transaction began that is under way.
+type Busy = Arc<std::sync::Mutex<Option<Instant>>>;
+
+/// What the writer's task works with.
+struct Workshop {
+    pool: AnyPool,
+    readers: AnyPool,
+    backend: Backend,
+    ids: Arc<Ids>,
+    patience: Duration,
+    busy_since: Busy,
 }
 
 enum Message {
@@ -74,10 +92,17 @@ where
 }
 
 impl Writer {
-    pub(super) fn start(pool: AnyPool, readers: AnyPool, backend: Backend, ids: Arc<Ids>) -> Self {
+    pub(super) fn start(pool: AnyPool, readers: AnyPool, backend: Backend, ids: Arc<Ids>, patience: Duration) -> Self {
         let (jobs, inbox) = mpsc::channel(QUEUE);
-        let task = tokio::spawn(run(pool, readers, backend, ids, inbox));
-        Self { jobs, task: Arc::new(Mutex::new(Some(task))) }
+        let busy_since = Busy::default();
+        let workshop = Workshop { pool, readers, backend, ids, patience, busy_since: busy_since.clone() };
+        let task = tokio::spawn(run(workshop, inbox));
+        Self { jobs, task: Arc::new(Mutex::new(Some(task))), busy_since }
+    }
+
+    /// For how long the transaction that is under way has been so.
+    pub(super) fn busy_for(&self) -> Duration {
+        lock(&self.busy_since).map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     pub(super) async fn write<T, F>(&self, work: F) -> Result<T, StoreError>
@@ -99,9 +124,10 @@ impl Writer {
     }
 }
 
-async fn run(pool: AnyPool, readers: AnyPool, backend: Backend, ids: Arc<Ids>, mut inbox: mpsc::Receiver<Message>) {
+async fn run(workshop: Workshop, mut inbox: mpsc::Receiver<Message>) {
     let written = Arc::new(Notify::new());
-    let checkpoints = (backend == Backend::Sqlite).then(|| tokio::spawn(checkpoints(readers, written.clone())));
+    let checkpoints = (workshop.backend == Backend::Sqlite)
+        .then(|| tokio::spawn(checkpoints(workshop.readers.clone(), written.clone())));
     let mut stopping = false;
     while !stopping {
         let mut group = Vec::new();
@@ -120,7 +146,9 @@ async fn run(pool: AnyPool, readers: AnyPool, backend: Backend, ids: Arc<Ids>, m
             }
         }
         let start = Instant::now();
-        let committed = commit(&pool, backend, &ids, &mut group).await;
+        *lock(&workshop.busy_since) = Some(start);
+        let committed = workshop.commit(&mut group).await;
+        *lock(&workshop.busy_since) = None;
         metrics::store_group(group.len(), start.elapsed());
         written.notify_one();
         if let Err(error) = &committed {
@@ -133,7 +161,7 @@ async fn run(pool: AnyPool, readers: AnyPool, backend: Backend, ids: Arc<Ids>, m
     if let Some(task) = checkpoints {
         task.abort();
     }
-    pool.close().await;
+    workshop.pool.close().await;
 }
 
 /// Brings what was committed from SQLite's write-ahead log into its file, beside the writer and not in the middle of a commit.
@@ -150,18 +178,24 @@ async fn checkpoints(readers: AnyPool, written: Arc<Notify>) {
     }
 }
 
-async fn commit(pool: &AnyPool, backend: Backend, ids: &Ids, group: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
-    let mut connection = pool.acquire().await?;
-    ids.reserve(&mut connection).await?;
-    let done = match (backend, group) {
-        (Backend::Sqlite, [job]) => alone(&mut connection, &mut **job).await,
-        (_, jobs) => together(&mut connection, backend, jobs).await,
-    };
-    if done.is_err() {
-        // What state the connection is in is not known any more; a closed one has no open transaction.
-        let _ = connection.close().await;
+impl Workshop {
+    async fn commit(&self, group: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
+        let mut connection = self.pool.acquire().await?;
+        let transaction = async {
+            self.ids.reserve(&mut connection).await?;
+            match (self.backend, group) {
+                (Backend::Sqlite, [job]) => alone(&mut connection, &mut **job).await,
+                (_, jobs) => together(&mut connection, self.backend, jobs).await,
+            }
+        };
+        let done = tokio::time::timeout(self.patience, transaction).await;
+        let done = done.unwrap_or(Err(StoreError::Silent(self.patience)));
+        if done.is_err() {
+            // What state the connection is in is not known any more; a closed one has no open transaction.
+            let _ = tokio::time::timeout(CLOSING, connection.close()).await;
+        }
+        done
     }
-    done
 }
 
 /// A job that fails takes the whole transaction back, which is its own. Not with PostgreSQL, where a commit after an error that
@@ -188,6 +222,10 @@ async fn together(tx: &mut AnyConnection, backend: Backend, jobs: &mut [Box<dyn 
         control(tx, backend, next).await?;
     }
     Ok(())
+}
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 async fn control(tx: &mut AnyConnection, backend: Backend, sql: &'static str) -> Result<(), StoreError> {
@@ -350,6 +388,23 @@ mod tests {
             assert_eq!(things(&other).await, [1, 2]);
             second.await.unwrap().unwrap();
             other.close().await;
+            store.close().await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_transaction_that_does_not_end_is_given_up_and_seen_meanwhile() {
+        both_databases(|url| async move {
+            let store = Store::open_with(&url, Duration::from_millis(300)).await.unwrap();
+            table(&store).await;
+            assert_eq!(store.write_lasts(), Duration::ZERO);
+            let (_release, stuck) = hold(&store).await;
+            assert!(store.write_lasts() > Duration::ZERO);
+            let behind = submit(&store, |tx| Box::pin(insert(tx, 1))).await;
+            assert!(matches!(stuck.await.unwrap(), Err(StoreError::Silent(_))));
+            behind.await.unwrap().unwrap();
+            assert_eq!(things(&store).await, [1]);
             store.close().await;
         })
         .await;
