@@ -120,6 +120,8 @@ impl Batch {
                 let limit = MAX_BRANCHES;
                 Verdict::SoftFailed(Refusal::TooManyEvents { what: "set of events that nothing follows", limit })
             }
+            // Whoever has nobody in the room leaves nothing behind: it costs them nothing to make such events.
+            Verdict::Rejected(refusal) if !self.core.has_server(event.pdu.sender.server_name()) => return Err(refusal),
             verdict => verdict,
         };
         let after = match (&verdict, event.key()) {

@@ -112,11 +112,12 @@ impl Dag {
         let mut batch = Batch::new(self.shared.clone(), &room);
         let template = batch.template(&draft).await?;
         let event = Verified::own(&template, room.version)?;
-        if let Err(refusal) = batch.accept(event, &Source::Received, None).await?.accepted() {
-            return Err(match membership {
-                Membership::Join => self.restricted(&room, user_id).await?.unwrap_or(refusal),
-                _ => refusal,
-            });
+        let judged = batch.accept(event, &Source::Received, None).await;
+        match judged.and_then(|outcome| outcome.accepted().map(drop)) {
+            Err(refusal @ Refusal::MatrixRule(_)) if membership == Membership::Join => {
+                return Err(self.restricted(&room, user_id).await?.unwrap_or(refusal));
+            }
+            judged => judged?,
         }
         self.gate(&room, user_id, membership, Stage::Make, Object::new()).await?;
         let event = serde_json::to_value(&template).map_err(|error| Refusal::Internal(error.to_string()))?;

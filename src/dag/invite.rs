@@ -7,7 +7,7 @@ use ruma::events::TimelineEventType;
 use ruma::{EventId, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
-use super::accept::Source;
+use super::accept::{Outcome, Source};
 use super::batch::Batch;
 use super::build::{countersign, sign};
 use super::fetch::segment;
@@ -131,10 +131,20 @@ impl Dag {
         };
         let event = Unverified::from_object(event, version)?;
         let target = check_invite(event.pdu(), origin, room_id, event_id, &self.shared.context.server_name)?;
-        if let Some(room) = self.shared.find(room_id).await? {
-            self.shared.check_acl(&room, origin).await?;
+        let own = &self.shared.context.server_name;
+        let room = self.shared.find(room_id).await?;
+        if let Some(room) = &room {
+            self.shared.check_acl(room, origin).await?;
         }
+        let resident = room.filter(|room| room.core().has_server(own));
         let event = self.shared.verify(event).await?;
+        if let Some(room) = &resident {
+            // What the room would not take is not signed. What cannot be judged yet, because other events come first, is.
+            let mut trial = Batch::new(self.shared.clone(), room);
+            if let known @ Outcome::Known(_) = trial.accept(event.clone(), &Source::Received, None).await? {
+                known.accepted()?;
+            }
+        }
         let pdu = event.into_pdu();
         let stripped = match body.remove("invite_room_state") {
             Some(Value::Array(state)) => state,
@@ -153,13 +163,18 @@ impl Dag {
         self.shared.between.invited(invite).await?;
         let context = &self.shared.context;
         let signed = countersign(&pdu, context.server_name.as_str(), &context.signing_key)?;
-        let row = InviteRow {
-            version: version.as_str().to_owned(),
-            via: origin.to_owned(),
-            json: signed.to_string().into_bytes(),
-        };
-        let room_id = room_id.to_owned();
-        context.store.write(move |tx| Box::pin(async move { put_invite(tx, &room_id, &target, &row).await })).await?;
+        // Of a room that is here, the invite comes again as one of its events.
+        if resident.is_none() {
+            let row = InviteRow {
+                version: version.as_str().to_owned(),
+                via: origin.to_owned(),
+                json: signed.to_string().into_bytes(),
+            };
+            let room_id = room_id.to_owned();
+            let write =
+                context.store.write(move |tx| Box::pin(async move { put_invite(tx, &room_id, &target, &row).await }));
+            write.await?;
+        }
         Ok(json!({ "event": signed }))
     }
 }

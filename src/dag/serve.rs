@@ -18,6 +18,8 @@ use crate::seam::Membership;
 const MAX_PAGE: usize = 100;
 /// How many missing events are given at once, at most.
 const MAX_MISSING: usize = 50;
+/// How many events that were rejected are passed on the way at most.
+const MAX_REJECTED: usize = 1000;
 
 impl Dag {
     /// `GET v1/event`
@@ -141,6 +143,8 @@ impl Dag {
             wanted = event.pdu.prev_events.clone();
             if event.status != Status::Rejected {
                 events.push(event);
+            } else if seen.len() > limit.saturating_add(MAX_REJECTED) {
+                return Ok(events);
             }
         }
     }

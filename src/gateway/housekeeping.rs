@@ -6,7 +6,7 @@ use crate::federation::Context;
 use crate::store::pruning::{self, Prune};
 
 /// How often it is looked.
-const EVERY: Duration = Duration::from_secs(6 * 3_600);
+const EVERY: Duration = Duration::from_secs(3_600);
 const DAY_MS: i64 = 86_400_000;
 /// After how many days the keys of a server are forgotten with which no room is shared any more. What it signed and is in a
 /// room here was checked long ago; when it says something again its keys are fetched again.

@@ -115,13 +115,19 @@ async fn take(
     match state.transactions.begin(origin, endpoint, transaction.segment("txn_id")).await? {
         Begun::Answered(answer) => Ok((answer, false)),
         Begun::Process(processing) => {
-            let answer = receive(state, transaction, dialect).await?;
-            Ok((processing.finish(answer).await?, true))
+            let (answer, said_something) = receive(state, transaction, dialect).await?;
+            // One in which nothing was taken and nothing refused gives the same answer whenever it comes again.
+            Ok((if said_something { processing.finish(answer).await? } else { answer }, true))
         }
     }
 }
 
-async fn receive(state: &Federation, transaction: &SignedTransaction, dialect: Dialect) -> Answer {
+/// The answer, and whether it says anything of an event.
+async fn receive(
+    state: &Federation,
+    transaction: &SignedTransaction,
+    dialect: Dialect,
+) -> Result<(Value, bool), Refusal> {
     let (pdus, _edus) = parse(&transaction.body, &transaction.origin)?;
     if dialect == Dialect::Lm && state.between.paused(&transaction.origin) {
         let what = format!("events of {} that wait", transaction.origin);
@@ -135,7 +141,8 @@ async fn receive(state: &Federation, transaction: &SignedTransaction, dialect: D
     }) {
         return Err(failure);
     }
-    Ok(answer(outcomes, dialect))
+    let said_something = outcomes.iter().any(|outcome| outcome.event_id.is_some() || outcome.result.is_err());
+    Ok((answer(outcomes, dialect), said_something))
 }
 
 fn parse(raw: &[u8], signer: &ServerName) -> Result<(Vec<Raw>, Vec<Raw>), Refusal> {

@@ -9,6 +9,8 @@ use super::{Store, StoreError, Tx};
 const STAY: i64 = 100;
 /// How many there are at most.
 const MOST: i64 = 10_000;
+/// Of how many transactions of a server the answers are kept; they go after a day in any case.
+const ANSWERS: i64 = 50_000;
 
 /// What goes.
 #[derive(Debug, Clone)]
@@ -42,6 +44,7 @@ pub async fn prune(store: &Store, prune: Prune) -> Result<u64, StoreError> {
             store.write(move |tx| Box::pin(async move { complaints.prune(tx, Of::Room(&room_id), before).await }));
         gone = gone.saturating_add(write.await?);
     }
+    gone = gone.saturating_add(super::transactions::prune_surplus(store, ANSWERS).await?);
     let rest = store.write(move |tx| {
         Box::pin(async move {
             let work = sqlx::query("DELETE FROM appservice_work WHERE failed IS NOT NULL AND due_ts < $1")

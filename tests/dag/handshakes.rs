@@ -192,6 +192,30 @@ async fn a_knock_is_taken_and_answered_with_the_rooms_face() {
 }
 
 #[tokio::test]
+async fn an_invite_into_a_room_that_is_here_is_judged_before_it_is_signed() {
+    let (peer, stranger) = (Peer::start("peer.example").await, Peer::start("stranger.example").await);
+    let gateway = Gateway::start(&[&peer, &stranger]).await;
+    for version in VERSIONS {
+        let room = gateway.room(version, "public").await;
+        let view = peer.join(&gateway, &room, &peer.user("alice")).await.unwrap();
+        let bob = ghost("bob");
+        let invite = async |from: &Peer, user: &OwnedUserId| {
+            let event = view.next(user, "m.room.member", Some(bob.as_str()), json!({ "membership": "invite" }));
+            let (id, event) = from.sign(version, event);
+            let body = object(json!({ "room_version": version.as_str(), "event": event, "invite_room_state": [] }));
+            gateway.dag.invited(&from.name, &room, &id, body).await
+        };
+        let refused = invite(&stranger, &stranger.user("mallory")).await.unwrap_err();
+        assert_eq!(refused.code(), "matrix_rule", "{refused}");
+        assert!(gateway.between.invites.lock().unwrap().is_empty());
+        let answer = invite(&peer, &peer.user("alice")).await.unwrap();
+        assert!(answer["event"]["signatures"].get(OWN).is_some());
+        assert_eq!(gateway.between.invites.lock().unwrap().pop().unwrap().target, bob);
+        assert_eq!(gateway.dag.decline(&room, &bob, None).await.unwrap_err().code(), "not_found", "it is kept twice");
+    }
+}
+
+#[tokio::test]
 async fn a_user_of_the_gateway_is_invited_elsewhere() {
     let peer = Peer::start("peer.example").await;
     let gateway = Gateway::start(&[&peer]).await;

@@ -2,6 +2,7 @@
 
 use isthmus::event::RoomVersion;
 use isthmus::seam::Received;
+use isthmus::store::dag as stored;
 use serde_json::json;
 
 use super::peer::{Peer, View};
@@ -173,6 +174,25 @@ async fn hc_42_leaving_out_the_power_levels_does_not_help() {
         event["auth_events"] = json!(auth);
         let (_, event) = scene.peer.sign(version, event);
         assert!(scene.put(&event).await.result.is_ok());
+    }
+}
+
+#[tokio::test]
+async fn servers_that_are_not_in_a_room_leave_nothing_in_it() {
+    let (peer, stranger) = (Peer::start("peer.example").await, Peer::start("stranger.example").await);
+    let gateway = Gateway::start(&[&peer, &stranger]).await;
+    for version in VERSIONS {
+        let room = gateway.room(version, "public").await;
+        let alice = peer.user("alice");
+        let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
+        let (id, event) = view.clone().say(&stranger, &stranger.user("mallory"), "spam");
+        let refused = stranger.put(&gateway.dag, &[&event]).await.remove(0).result.unwrap_err();
+        assert_eq!(refused.code(), "matrix_rule", "{refused}");
+        assert_eq!(stored::events(&gateway.context.store, &[id]).await.unwrap().len(), 0);
+        // What somebody in the room does against its rules is remembered: others may refer to it.
+        let (id, event) = view.add(&peer, &alice, "m.room.name", Some(""), json!({ "name": "mine" }));
+        assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_err());
+        assert_eq!(stored::events(&gateway.context.store, &[id]).await.unwrap().len(), 1);
     }
 }
 
