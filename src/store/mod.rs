@@ -18,6 +18,8 @@ mod rows;
 pub mod server_keys;
 #[cfg(test)]
 pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 pub mod text;
 pub mod transactions;
 mod writer;

@@ -317,28 +317,34 @@ async fn of_two_portals_made_at_once_with_one_alias_one_is_refused_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hc_51_nobody_is_asked_for_the_profile_of_a_user_who_was_never_met() {
+async fn hc_51_hc_54_nobody_learns_more_of_a_user_than_that_the_gateway_has_met_them() {
     let (world, gateway) = World::new(json!({})).await;
     let portal = public(&gateway).await;
     let own: ruma::OwnedServerName = crate::dag::OWN.try_into().unwrap();
-    let ask = |of: String| {
+    let get = |path: &str, of: &str| {
         let (context, own) = (world.server.context.clone(), own.clone());
-        async move {
-            let uri = format!("/_matrix/federation/v1/query/profile?user_id={of}");
-            context.client.call(&own, isthmus::federation::Call::get(uri), false).await
-        }
+        let call = isthmus::federation::Call::get(format!("/_matrix/federation/v1/{path}{of}"));
+        async move { context.client.call(&own, call, false).await }
     };
-    let (alices, bobs) = (ghost(Side::Matrix, "alice"), ghost(Side::Lm, "bob"));
-    for of in [&alices, &bobs] {
-        // Her homeserver would say what she is called.
-        let refused = ask(of.clone()).await.unwrap_err();
-        assert!(refused.to_string().starts_with("404"), "{of}: {refused}");
+    let ask = |of: &str| get("query/profile?user_id=", of);
+    let (alices, bobs) = (&*ghost(Side::Matrix, "alice"), &*ghost(Side::Lm, "bob"));
+    // Their servers would say what they are called, and what devices they have.
+    let (alice, bob) = (world.matrix_user("alice"), world.lm_user("bob"));
+    for of in [alices, bobs, alice.as_str(), bob.as_str()] {
+        for path in ["query/profile?user_id=", "user/devices/"] {
+            let refused = get(path, of).await.unwrap_err();
+            assert!(refused.to_string().starts_with("404"), "{path}{of}: {refused}");
+        }
     }
     world.matrix_join(&gateway, &portal.matrix_room_id, &world.matrix_user("alice")).await.unwrap();
     world.lm_join(&portal.lm_room_id, "bob").await.unwrap();
     so("all members everywhere", || gateway.in_step(&portal)).await;
     assert_eq!(ask(alices).await.unwrap()["displayname"], "ALICE");
     assert_eq!(ask(bobs).await.unwrap()["displayname"], "BOB");
+    assert_eq!(get("user/devices/", bobs).await.unwrap()["devices"], json!([]));
+    for of in [alice, bob] {
+        assert!(get("user/devices/", of.as_str()).await.is_err(), "{of} is not the gateway's");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -20,7 +20,7 @@ fn sorted(mut bodies: Vec<String>) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_gateways_of_one_lm_room_do_not_echo_each_others_images() {
+async fn inv_7_hc_66_two_gateways_of_one_lm_room_do_not_echo_each_others_images() {
     let (world, one) = World::new(json!({})).await;
     let two = world.other_gateway().await;
     let lm = room(&world, "public").await;

@@ -3,6 +3,7 @@
 mod budgets;
 mod created;
 mod doors;
+mod encrypted;
 mod ends;
 mod faults;
 mod from_lm;

@@ -1,14 +1,18 @@
 //! IDs and texts that no database, or not every one, can hold: nothing that a peer says stops what is said after it. On SQLite
 //! and on PostgreSQL, whose TEXT refuses U+0000.
 
-use isthmus::bridge::NewPortal;
+use std::sync::Arc;
+
+use isthmus::bridge::{NewPortal, Portal};
 use isthmus::federation::{Call, RemoteError};
 use isthmus::identity::Side;
+use ruma::OwnedUserId;
 use serde_json::{Value, json};
 
-use super::world::{MATRIX, World, draft, ghost, object, so};
+use super::world::{Gateway, LM, MATRIX, World, draft, ghost, object, so};
 use crate::dag::OWN;
 use crate::dag::databases::both_databases;
+use crate::dag::peer::View;
 
 /// No event ID: U+0000, as it is and as a link hides it, and a length that no index takes.
 fn no_ids() -> Vec<String> {
@@ -58,44 +62,136 @@ fn contents() -> Vec<(&'static str, Value)> {
     contents
 }
 
+/// A portal of which users of the homeserver are members, and bob of the LM server, who may send state.
+struct Scene<const N: usize> {
+    world: World,
+    gateway: Gateway,
+    portal: Arc<Portal>,
+    users: [OwnedUserId; N],
+    /// The Matrix room, as the homeserver sees it.
+    view: View,
+}
+
+async fn scene<const N: usize>(settings: Value, names: [&str; N]) -> Scene<N> {
+    let (world, gateway) = World::new(settings).await;
+    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let users = names.map(|name| world.matrix_user(name));
+    let mut view = None;
+    for user in &users {
+        view = Some(world.matrix_join(&gateway, &portal.matrix_room_id, user).await.unwrap());
+    }
+    let mut view = view.expect("at least one user");
+    world.lm_join(&portal.lm_room_id, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    gateway.bridge.set_power(&portal.portal_id, &world.lm_user("bob"), 50).await.unwrap();
+    so("bob's power everywhere", || gateway.in_step(&portal)).await;
+    world.refresh(&gateway, &mut view).await;
+    Scene { world, gateway, portal, users, view }
+}
+
+impl<const N: usize> Scene<N> {
+    /// The first user and bob say something, and each is heard on the other side.
+    async fn last_words(&mut self) {
+        let (matrix, lm) = (&self.portal.matrix_room_id, &self.portal.lm_room_id);
+        self.world.matrix_say(&self.gateway, &mut self.view, &self.users[0], "last of alice").await;
+        self.world.lm_say(lm, "bob", "last of bob").await;
+        let alices = (ghost(Side::Matrix, "alice"), "last of alice".to_owned());
+        let bobs = (ghost(Side::Lm, "bob"), "last of bob".to_owned());
+        so("alice's last word in the log", || async { self.world.server.bodies(lm).await.contains(&alices) }).await;
+        so("bob's last word in the graph", || async { self.gateway.matrix_bodies(matrix).await.contains(&bobs) }).await;
+        so("both states in step", || self.gateway.in_step(&self.portal)).await;
+        let refusals = self.gateway.bridge.health(&self.portal.portal_id).await.unwrap().refusals;
+        assert!(refusals.iter().all(|refused| refused.code != "internal"), "{refusals:?}");
+    }
+
+    /// Sends from both sides: what alice and bob say.
+    async fn send_both(&mut self, kind: &str, content: Value) {
+        let alice = &self.users[0];
+        self.world.matrix_send(&self.gateway, &mut self.view, alice, kind, None, content.clone()).await;
+        let draft = draft(&self.world.lm_user("bob"), kind, None, content);
+        self.world.lm_send_unjudged(&self.portal.lm_room_id, draft).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hc_19_no_id_and_no_text_stops_what_is_said_after_it() {
     both_databases(|url| async move {
-        let (world, gateway) = World::new(json!({ "database": { "url": url } })).await;
-        let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-        let portal = gateway.bridge.create_portal(new).await.unwrap();
-        let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
-        let (alice, bob) = (world.matrix_user("alice"), world.lm_user("bob"));
-        let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
-        world.lm_join(lm, "bob").await.unwrap();
-        so("all members everywhere", || gateway.in_step(&portal)).await;
-        world.refresh(&gateway, &mut view).await;
-
+        let mut scene = scene(json!({ "database": { "url": url } }), ["alice"]).await;
         for (kind, content) in contents() {
-            world.matrix_send(&gateway, &mut view, &alice, kind, None, content.clone()).await;
-            world.lm_send_unjudged(lm, draft(&bob, kind, None, content)).await;
+            scene.send_both(kind, content).await;
         }
+        let (alice, bob, lm) = (scene.users[0].clone(), scene.world.lm_user("bob"), &scene.portal.lm_room_id);
         let name = json!({ "name": "\u{0}" });
         let member =
             json!({ "membership": "join", "displayname": "\u{0}bob", "avatar_url": "\u{0}", "reason": "\u{0}" });
+        let world = &scene.world;
         world.lm_send_unjudged(lm, draft(&bob, "m.room.member", Some(bob.as_str()), member.clone())).await;
         world.lm_send_unjudged(lm, draft(&bob, "m.room.name", Some(""), name)).await;
-        world.matrix_send(&gateway, &mut view, &alice, "m.room.member", Some(alice.as_str()), member).await;
-        world.matrix_say(&gateway, &mut view, &alice, "last of alice").await;
-        world.lm_say(lm, "bob", "last of bob").await;
+        let (gateway, view) = (&scene.gateway, &mut scene.view);
+        world.matrix_send(gateway, view, &alice, "m.room.member", Some(alice.as_str()), member).await;
+        scene.last_words().await;
+        scene.gateway.node.context.store.close().await;
+    })
+    .await;
+}
 
-        let (alices, bobs) = (ghost(Side::Matrix, "alice"), ghost(Side::Lm, "bob"));
-        so("alice's last word in the log", || async {
-            world.server.bodies(lm).await.contains(&(alices.clone(), "last of alice".to_owned()))
-        })
-        .await;
-        so("bob's last word in the graph", || async {
-            gateway.matrix_bodies(matrix).await.contains(&(bobs.clone(), "last of bob".to_owned()))
-        })
-        .await;
-        so("both states in step", || gateway.in_step(&portal)).await;
-        let refusals = gateway.bridge.health(&portal.portal_id).await.unwrap().refusals;
-        assert!(refusals.iter().all(|refused| refused.code != "internal"), "{refusals:?}");
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_84_statements_in_fields_are_text() {
+    const STATEMENTS: [&str; 5] = [
+        "'); DROP TABLE lm_events; --",
+        "'; DELETE FROM bridge_inbox; --",
+        "\" OR \"\"=\"",
+        "$1 ? :id @x {} %s %27",
+        "\\'; UPDATE portals SET state = 'ended'; /*",
+    ];
+    both_databases(|url| async move {
+        let mut scene = scene(json!({ "database": { "url": url } }), ["alice"]).await;
+        let (alice, bob, lm) = (scene.users[0].clone(), scene.world.lm_user("bob"), scene.portal.lm_room_id.clone());
+        let own: ruma::OwnedServerName = OWN.try_into().unwrap();
+        for text in STATEMENTS {
+            let mentions = json!({ "user_ids": [text] });
+            let relates = json!({ "rel_type": text, "event_id": format!("${text}"), "key": text });
+            let content = json!({ "msgtype": text, "body": text, "m.relates_to": relates, "m.mentions": mentions });
+            scene.send_both("m.room.message", content.clone()).await;
+            scene.send_both(text, json!({ text: text })).await;
+            scene.send_both("m.room.redaction", json!({ "redacts": format!("${text}"), "reason": text })).await;
+            let member = json!({ "membership": "join", "displayname": text, "avatar_url": text, "reason": text });
+            let Scene { world, gateway, view, .. } = &mut scene;
+            world.lm_send_unjudged(&lm, draft(&bob, "m.room.member", Some(bob.as_str()), member.clone())).await;
+            world.lm_send_unjudged(&lm, draft(&bob, "org.example.state", Some(text), json!({ "x": text }))).await;
+            world.lm_send_unjudged(&lm, draft(&bob, text, Some(text), json!({}))).await;
+            world.matrix_send(gateway, view, &alice, "m.room.member", Some(alice.as_str()), member).await;
+
+            // What is looked up by other servers, and the ID of a transaction.
+            let client = &world.server.context.client;
+            let encoded: String = text.bytes().map(|byte| format!("%{byte:02X}")).collect();
+            for path in [
+                format!("v1/query/directory?room_alias=%23{encoded}:{OWN}"),
+                format!("v1/query/profile?user_id=%40{encoded}:{OWN}"),
+                format!("v1/user/devices/%40{encoded}:{OWN}"),
+                format!("v1/event/%24{encoded}"),
+                format!("v1/state/%21{encoded}:{OWN}?event_id=%24{encoded}"),
+                format!("v1/make_join/{lm}/%40{encoded}:{LM}?ver={encoded}"),
+            ] {
+                let answer = client.call(&own, Call::get(format!("/_matrix/federation/{path}")), false).await;
+                let Err(RemoteError::Status { status, .. }) = answer else { panic!("{path}: {answer:?}") };
+                assert!(status.is_client_error(), "{path}: {status}");
+            }
+            let call = Call::put(format!("/_matrix/federation/v2/send/{encoded}"), object(json!({ "pdus": [] })));
+            client.call(&own, call, false).await.unwrap();
+        }
+        scene.last_words().await;
+        // They crossed as what they are.
+        let Scene { world, gateway, portal, .. } = &scene;
+        for text in STATEMENTS {
+            let said = |of| (ghost(of, if of == Side::Lm { "bob" } else { "alice" }), text.to_owned());
+            let (log, graph) = (world.server.bodies(&lm).await, gateway.matrix_bodies(&portal.matrix_room_id).await);
+            assert!(log.contains(&said(Side::Matrix)), "{text}: {log:?}");
+            assert!(graph.contains(&said(Side::Lm)), "{text}: {graph:?}");
+        }
+        let member = gateway.node.state(&lm, "m.room.member", &ghost(Side::Matrix, "alice")).await.unwrap();
+        assert_eq!(member["displayname"], STATEMENTS[4]);
         gateway.node.context.store.close().await;
     })
     .await;
@@ -145,16 +241,8 @@ async fn hc_19_requests_for_what_is_no_event_id_are_the_askers_fault() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hc_71_an_event_that_always_fails_is_refused_and_holds_nobody_up_for_ever() {
-    let (world, gateway) = World::new(json!({})).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
-    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
-    let [alice, carol] = ["alice", "carol"].map(|name| world.matrix_user(name));
-    world.matrix_join(&gateway, matrix, &alice).await.unwrap();
-    let mut view = world.matrix_join(&gateway, matrix, &carol).await.unwrap();
-    world.lm_join(lm, "bob").await.unwrap();
-    so("all members everywhere", || gateway.in_step(&portal)).await;
-    world.refresh(&gateway, &mut view).await;
+    let Scene { world, gateway, portal, users: [alice, carol], mut view } = scene(json!({}), ["alice", "carol"]).await;
+    let lm = &portal.lm_room_id;
 
     let broken = "INSERT INTO bridge_images (side, source_event_id, image_event_id, pending, portal, made_ts) \
                   VALUES ('matrix', '$broken', 'no event ID', 0, 0, 0)";
@@ -203,16 +291,8 @@ async fn hc_71_an_event_that_always_fails_is_refused_and_holds_nobody_up_for_eve
 async fn hc_71_a_task_that_panics_starts_again_and_a_row_that_makes_it_panic_is_refused_in_the_end() {
     // Functions are told by their files, since not all frames name them in full.
     const DECIDE: &str = "bridge/worker/decide.rs";
-    let (world, gateway) = World::new(json!({})).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
-    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
-    let [alice, carol] = ["alice", "carol"].map(|name| world.matrix_user(name));
-    world.matrix_join(&gateway, matrix, &alice).await.unwrap();
-    let mut view = world.matrix_join(&gateway, matrix, &carol).await.unwrap();
-    world.lm_join(lm, "bob").await.unwrap();
-    so("all members everywhere", || gateway.in_step(&portal)).await;
-    world.refresh(&gateway, &mut view).await;
+    let Scene { world, gateway, portal, users: [alice, carol], mut view } = scene(json!({}), ["alice", "carol"]).await;
+    let lm = &portal.lm_room_id;
     let heard = async |body: &str| {
         let said = (ghost(Side::Matrix, "carol"), body.to_owned());
         so("what carol says", || async { world.server.bodies(lm).await.contains(&said) }).await;

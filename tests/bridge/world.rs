@@ -145,6 +145,17 @@ impl World {
         Gateway { node, dag, bridge }
     }
 
+    /// The address of one more server that is to be somebody else's program.
+    pub fn give_up_other(&mut self) -> std::net::SocketAddr {
+        let spare = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        std::mem::replace(&mut self.spare, spare).local_addr().unwrap()
+    }
+
+    /// Where all servers are.
+    pub fn resolve(&self) -> BTreeMap<OwnedServerName, url::Url> {
+        self.resolve.clone()
+    }
+
     /// Breaks everything off where it is, and starts again over the same store.
     pub async fn kill(&self, gateway: Gateway) -> Gateway {
         let Gateway { node: Node { context, lm, listener, serving, stop, meddler: _ }, dag, bridge } = gateway;
@@ -245,7 +256,8 @@ impl World {
         let context = &self.server.context;
         let own: ruma::OwnedServerName = OWN.try_into().unwrap();
         let lpdu = Lpdu::build(template, &own, &context.server_name, &context.signing_key).unwrap();
-        let uri = "/_matrix/federation/v2/send/unjudged";
+        // Under the ID of a transaction that was answered nothing is looked at.
+        let uri = format!("/_matrix/federation/v2/send/{}", lpdu.lpdu_id.as_str().trim_start_matches('$'));
         let answer = context.client.call(&own, Call::put(uri, object(json!({ "pdus": [lpdu.json] }))), false).await;
         assert_eq!(answer.unwrap()["failed_pdus"], json!({}));
     }

@@ -265,3 +265,27 @@ async fn a_user_of_the_gateway_is_invited_elsewhere() {
     assert_ne!(own(), peer.name);
     assert_eq!(Membership::parse("invite"), Some(Membership::Invite));
 }
+
+#[tokio::test]
+async fn hc_24_of_a_malformed_stripped_state_is_kept_what_can_be_and_no_more() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let room: OwnedRoomId = "!there:peer.example".try_into().unwrap();
+    let odd = json!([null, 1, "x", [], {}, { "type": 7, "state_key": [], "content": "x", "sender": null }]);
+    let long = Value::Array(vec![json!({ "type": "m.room.name", "content": { "name": "x" } }); 1_000]);
+    for (index, (stripped, kept)) in
+        [(json!(null), 0), (json!("x"), 0), (json!({ "type": "m.room.create" }), 0), (odd, 2), (long, 100)]
+            .into_iter()
+            .enumerate()
+    {
+        let bob = ghost(&format!("bob{index}"));
+        let template = json!({ "type": "m.room.member", "sender": peer.user("alice"), "state_key": bob,
+            "room_id": room, "content": { "membership": "invite" }, "depth": 5, "origin_server_ts": NOW,
+            "prev_events": [format!("${}", "a".repeat(43))], "auth_events": [format!("${}", "b".repeat(43))] });
+        let (id, event) = peer.sign(RoomVersion::V11, template);
+        let body = json!({ "room_version": "11", "event": event, "invite_room_state": stripped });
+        gateway.dag.invited(&peer.name, &room, &id, object(body)).await.unwrap();
+        let invite = gateway.between.invites.lock().unwrap().pop().unwrap();
+        assert_eq!((invite.target, invite.stripped_state.len()), (bob, kept));
+    }
+}

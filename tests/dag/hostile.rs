@@ -394,3 +394,26 @@ async fn events_of_rooms_that_are_not_here_are_dropped_silently() {
     assert!(received.result.is_ok());
     assert!(scene.gateway.dag.event(&id).await.unwrap().is_none());
 }
+
+#[tokio::test]
+async fn hc_55_rejected_events_end_no_page() {
+    let mut scene = scene(RoomVersion::V11).await;
+    let (first, event) = scene.view.say(&scene.peer, &scene.alice, "first");
+    scene.put(&event).await.result.unwrap();
+    // More of them than any page has, each after the other: Alice may set no topic.
+    for number in 0..120 {
+        let topic = json!({ "topic": number });
+        let (_, event) = scene.view.add(&scene.peer, &scene.alice, "m.room.topic", Some(""), topic);
+        assert_eq!(scene.put(&event).await.result.unwrap_err().code(), "matrix_rule");
+    }
+    let (last, event) = scene.view.say(&scene.peer, &scene.alice, "last");
+    scene.put(&event).await.result.unwrap();
+    let (dag, origin) = (&scene.gateway.dag, &scene.peer.name);
+    let page = dag.backfill(origin, &scene.room, std::slice::from_ref(&last), 2).await.unwrap();
+    let bodies: Vec<_> = page["pdus"].as_array().unwrap().iter().map(|pdu| pdu["content"]["body"].clone()).collect();
+    assert_eq!(bodies, ["last", "first"]);
+    let missing = object(json!({ "latest_events": [last], "earliest_events": [], "limit": 1 }));
+    let missing = dag.get_missing_events(origin, &scene.room, missing).await.unwrap();
+    assert_eq!(missing["events"][0]["content"]["body"], "first");
+    assert_eq!(dag.event(&first).await.unwrap().unwrap().event_id, first);
+}

@@ -92,7 +92,7 @@ fn assert_refused((status, error): &Answered, expected: (u16, &str), how: &str) 
 const UNAUTHORIZED: (u16, &str) = (401, "M_FORBIDDEN");
 
 #[tokio::test]
-async fn no_endpoint_answers_without_a_signature_that_is_right() {
+async fn hc_01_hc_04_no_endpoint_answers_without_a_signature_that_is_right() {
     let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
     let stranger = SigningKey::generate();
     for Endpoint { method, path, takes, .. } in guarded() {
@@ -206,6 +206,32 @@ async fn hc_21_a_body_that_is_no_json_is_refused_whatever_it_is_called() {
             answers.push(response.await.unwrap().text().await.unwrap());
         }
         assert!(answers.iter().all(|answer| *answer == answers[0]), "{method} {path}: {answers:?}");
+    }
+}
+
+#[tokio::test]
+async fn hc_03_a_signature_is_over_what_the_body_says_and_not_over_how_it_is_written() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    for (Endpoint { method, path, .. }, _) in with_bodies() {
+        let uri = uri(&path, "!r:b.example");
+        let content = json!({ "b": "\u{e9}", "a": [1, { "y": 2, "x": 3 }] });
+        let authorization = signature(&a, &b, &a.context.signing_key, &method, &uri, Some(&content));
+        let ask = async |body: &str| ask(&b, &method, &uri, Some(&authorization), Some(body.as_bytes())).await;
+        for same in [
+            r#"{"a":[1,{"x":3,"y":2}],"b":"\u00e9"}"#,
+            " {\n\t\"b\" : \"\u{e9}\" , \"a\" : [ 1 , { \"y\" : 2 , \"x\" : 3 } ] }\r\n",
+        ] {
+            let (status, answer) = ask(same).await;
+            assert!(status != 401 && status < 500, "{method} {path} {same}: {status} {answer}");
+        }
+        for other in [
+            r#"{"a":[1,{"x":3,"y":2}],"b":"e"}"#,
+            r#"{"a":[{"x":3,"y":2},1],"b":"\u00e9"}"#,
+            r#"{"a":[1,{"x":3,"y":2}],"b":"\u00e9","c":null}"#,
+            r#"{"a":[1,{"x":3,"y":2}]}"#,
+        ] {
+            assert_refused(&ask(other).await, UNAUTHORIZED, &format!("{method} {path} {other}"));
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The linear side: hubs and participants that talk to each other over loopback HTTP, and what misbehaves there.
 
+mod edus;
 mod holes;
 mod hostile_hub;
 mod hostile_participant;

@@ -22,8 +22,12 @@ impl Inner {
         let join_rule = room.join_rule.as_deref().unwrap_or("public");
         let mut levels = object(json!({ "users": { creator.as_str(): 100 } }));
         levels.extend(room.power_levels);
+        let mut create = json!({ "room_version": ROOM_VERSION });
+        if let Some(encryption) = room.encryption {
+            create["encryption"] = encryption;
+        }
         let mut events = vec![
-            ("m.room.create", "", json!({ "room_version": ROOM_VERSION })),
+            ("m.room.create", "", create),
             ("m.room.member", creator.as_str(), json!({ "membership": "join" })),
             ("m.room.power_levels", "", Value::Object(levels)),
             ("m.room.join_rules", "", json!({ "join_rule": join_rule })),

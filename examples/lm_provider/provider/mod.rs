@@ -86,6 +86,8 @@ pub struct NewRoom {
     pub join_rule: Option<String>,
     /// Levels that differ from the default ones.
     pub power_levels: Object,
+    /// What its first event says of encryption.
+    pub encryption: Option<Value>,
 }
 
 /// A running provider; clones share it.

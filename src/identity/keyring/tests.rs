@@ -136,6 +136,34 @@ async fn hc_07_answers_that_prove_nothing_are_refused() {
 }
 
 #[tokio::test]
+async fn hc_08_what_one_server_says_of_another_overwrites_nothing() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let (key, forged) = (SigningKey::generate(), SigningKey::generate());
+        let evil = server_name!("evil.example");
+        servers.set(hub(), answer(hub(), &[&key], json!({}), NOW + DAY));
+        let ring = keyring(&servers, &store, &clock);
+        assert!(has(&ring, key.id(), Validity::Now).await);
+        // Signed by the key that it brings, and for longer.
+        servers.set(evil, answer(hub(), &[&forged], json!({}), NOW + 7 * DAY));
+        assert!(matches!(ring.server_keys(evil).await, Err(KeyringError::Rejected { .. })));
+        // The hub's name leads to somebody else, who cannot sign as the hub: once its keys are out of date it is asked again.
+        let mut unproved = answer(hub(), &[&key], json!({}), NOW + 7 * DAY);
+        unproved.insert("verify_keys".to_owned(), json!({ forged.id(): { "key": forged.public_base64() } }));
+        servers.set(hub(), unproved);
+        clock.advance(2 * DAY);
+        assert!(!has(&ring, forged.id(), Validity::Now).await);
+        // Neither in memory nor in the database anything has changed: what was signed in its time stays verifiable.
+        servers.take_down(hub());
+        for ring in [ring, keyring(&servers, &store, &clock)] {
+            assert!(has(&ring, key.id(), Validity::At(NOW)).await);
+            assert!(!has(&ring, forged.id(), Validity::At(NOW)).await);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn hc_09_leaked_keys_are_refused() {
     both_stores(|store| async move {
         let (servers, key) = (Arc::new(Servers::default()), SigningKey::generate());
