@@ -24,6 +24,7 @@ pub struct Plan {
     binary: PathBuf,
     directory: PathBuf,
     ports: [u16; 2],
+    log: String,
     settings: BTreeMap<String, Vec<String>>,
 }
 
@@ -53,6 +54,7 @@ impl Plan {
             binary: binary.to_owned(),
             directory: directory.to_owned(),
             ports,
+            log: std::env::var("ISTHMUS_TEST_LOG").unwrap_or_else(|_| "warn,isthmus=debug".to_owned()),
             settings: BTreeMap::new(),
         };
         plan.set("listen", "address", format!("127.0.0.1:{}", ports[0]));
@@ -63,6 +65,11 @@ impl Plan {
         plan.set_raw("federation", "custom_ca", &format!("[\"{}\"]", authority.file.display()));
         plan.set_raw("federation", "allow_private_networks", "true");
         Ok(plan)
+    }
+
+    /// Has it log what `directives` say instead of what the tests want; empty is what an admin gets.
+    pub fn log(&mut self, directives: &str) {
+        directives.clone_into(&mut self.log);
     }
 
     /// Sets a text value of the configuration.
@@ -129,10 +136,9 @@ impl Gateway {
     /// Starts it again after [`Gateway::kill`].
     pub async fn start(&mut self) -> Result<()> {
         let log = self.log_file();
-        let level = std::env::var("ISTHMUS_TEST_LOG").unwrap_or_else(|_| "warn,isthmus=debug".to_owned());
         let mut process = Program::new("isthmus", &self.plan.binary, &log)
             .args(["serve", "--config", "isthmus.toml"])
-            .env("RUST_LOG", level)
+            .env("RUST_LOG", &self.plan.log)
             .directory(&self.plan.directory)
             .start()?;
         let health = format!("{}/health", self.plan.admin_url);

@@ -104,6 +104,25 @@ async fn portals_are_made_listed_explained_and_removed_from_the_command_line() {
     assert_eq!(shown(&["portal", "create", "--alias", "tea"])["portal_id"], "p2");
 }
 
+/// Thousands of messages a second leave no space for a line about each.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_writes_no_line_into_the_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = Authority::new(directory.path()).unwrap();
+    let mut plan = gateway::Plan::new(&directory.path().join("g"), Path::new(BINARY), &authority).unwrap();
+    plan.log("");
+    let gateway = plan.start().await.unwrap();
+    gateway.plan().run(&["portal", "create", "--name", "Tea", "--config", "isthmus.toml"]).unwrap();
+    let log = || std::fs::read_to_string(gateway.log_file()).unwrap();
+    let before = log();
+    assert!(before.contains("\"INFO\"") && before.contains("room created"), "nothing is logged at all: {before}");
+    for _ in 0..3 {
+        let body = json!({ "body": "hello" });
+        gateway.admin(Method::POST, "/portals/p1/announce", Some(body)).await.unwrap();
+    }
+    assert_eq!(log().strip_prefix(&before), Some(""));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_says_when_there_is_no_gateway() {
     let directory = tempfile::tempdir().unwrap();
