@@ -27,7 +27,7 @@ pub use self::homeserver::{Homeserver, HomeserverError};
 pub use self::ping::HomeserverStatus;
 use self::ping::{Pinger, Status};
 use self::portals::{OfBridge, Portals};
-pub use self::registration::{Registered, Registration, RegistrationError, own_url, register};
+pub use self::registration::{Registered, Registration, RegistrationError, misses_tls, own_url, register};
 pub use self::token::{Bearer, Token};
 use self::worker::{Chats, Worker};
 use crate::bridge::Bridge;

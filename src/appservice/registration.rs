@@ -190,7 +190,7 @@ pub struct Registered {
 }
 
 /// Writes the registration that the configuration names. Tokens of a file that is there are kept, and so is its URL when none
-/// is given.
+/// is given, unless it is that of an own listener: whether the listener for other servers does TLS decides which of the two.
 pub fn register(config: &Config, url: Option<&Url>) -> Result<Registered, RegistrationError> {
     let Appservice { homeserver_name, registration: path, .. } =
         config.appservice.as_ref().ok_or(RegistrationError::NoAppservice)?;
@@ -203,7 +203,8 @@ pub fn register(config: &Config, url: Option<&Url>) -> Result<Registered, Regist
     let given = url.map(|url| url.as_str().trim_end_matches('/').to_owned());
     let mut registration = before.unwrap_or_else(|| Registration::new(homeserver_name, &own_url(config)));
     registration.describe(homeserver_name);
-    let url = given.or(registration.url).unwrap_or_else(|| own_url(config));
+    let is_own = |url: &String| own_urls(config).contains(url);
+    let url = given.or(registration.url.filter(|url| !is_own(url))).unwrap_or_else(|| own_url(config));
     registration.url = Some(url.clone());
     registration.save(path)?;
     Ok(Registered { path: path.clone(), url, kept })
@@ -213,15 +214,27 @@ pub fn register(config: &Config, url: Option<&Url>) -> Result<Registered, Regist
 /// other servers, or where that does TLS, over the admin listener, because Synapse checks certificates of appservices against
 /// the system's authorities alone.
 pub fn own_url(config: &Config) -> String {
-    let tls = config.listen.tls_certificate.is_some();
-    let mut address = if tls { config.admin.address } else { config.listen.address };
-    if address.ip().is_unspecified() {
-        address.set_ip(match address.ip() {
-            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-        });
-    }
-    format!("http://{address}")
+    let [listen, admin] = own_urls(config);
+    if config.listen.tls_certificate.is_some() { admin } else { listen }
+}
+
+/// What a URL without TLS is by which a program on this machine reaches the listener for other servers, and the admin listener.
+fn own_urls(config: &Config) -> [String; 2] {
+    [config.listen.address, config.admin.address].map(|mut address| {
+        if address.ip().is_unspecified() {
+            address.set_ip(match address.ip() {
+                IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+                IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            });
+        }
+        format!("http://{address}")
+    })
+}
+
+/// Whether the URL of a registration leads to the listener for other servers without TLS although that does TLS.
+pub fn misses_tls(config: &Config, url: &str) -> bool {
+    let [listen, _] = own_urls(config);
+    config.listen.tls_certificate.is_some() && url.trim_end_matches('/') == listen
 }
 
 /// A server name as a part of a regular expression.
@@ -301,5 +314,19 @@ mod tests {
         config.listen.tls_certificate = Some("tls.pem".into());
         config.admin.address = "[::]:9090".parse().unwrap();
         assert_eq!(own_url(&config), "http://[::1]:9090");
+    }
+
+    #[test]
+    fn its_own_url_is_renewed_when_the_listener_does_tls_and_when_it_no_longer_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = config(folder.path());
+        for (tls, url) in [(false, "http://127.0.0.1:8448"), (true, "http://127.0.0.1:9090"), (false, "http://127.0.0.1:8448")]
+        {
+            config.listen.tls_certificate = tls.then(|| "tls.pem".into());
+            assert_eq!(register(&config, None).unwrap().url, url);
+            assert!(!misses_tls(&config, url));
+        }
+        config.listen.tls_certificate = Some("tls.pem".into());
+        assert!(misses_tls(&config, "http://127.0.0.1:8448") && !misses_tls(&config, "https://127.0.0.1:8448"));
     }
 }

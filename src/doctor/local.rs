@@ -7,7 +7,7 @@ use std::time::Duration;
 use sqlx::{AnyConnection, Connection as _};
 
 use super::Finding;
-use crate::appservice::{Registration, RegistrationError};
+use crate::appservice::{Registration, RegistrationError, misses_tls};
 use crate::config::{self, Config};
 use crate::identity::SigningKey;
 
@@ -83,7 +83,11 @@ pub(super) async fn database(config: &Config) -> Finding {
 }
 
 /// What is to be said of the registration file, which could be read.
-pub(super) fn registration(settings: &config::Appservice, registration: &Registration) -> Vec<Finding> {
+pub(super) fn registration(
+    config: &Config,
+    settings: &config::Appservice,
+    registration: &Registration,
+) -> Vec<Finding> {
     const CHECK: &str = "registration";
     let path = settings.registration.display();
     let mut findings = Vec::new();
@@ -100,6 +104,9 @@ pub(super) fn registration(settings: &config::Appservice, registration: &Registr
         findings.push(Finding::fail(CHECK, format!("{path} was not written by this isthmus"), again));
     } else if patterns(&fresh).iter().any(|pattern| !patterns(registration).contains(pattern)) {
         let found = format!("{path} does not give the aliases #lm_…:{} to isthmus", settings.homeserver_name);
+        findings.push(Finding::fail(CHECK, found, again));
+    } else if let Some(url) = registration.url.as_deref().filter(|url| misses_tls(config, url)) {
+        let found = format!("{path} has Synapse call {url}, where isthmus does TLS and answers nothing else");
         findings.push(Finding::fail(CHECK, found, again));
     } else if findings.is_empty() {
         findings.push(Finding::pass(CHECK, format!("{path} can be read")));

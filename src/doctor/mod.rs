@@ -93,7 +93,7 @@ pub async fn examine(config: &Config, clock: SharedClock, mut report: impl FnMut
     if let Some(settings) = &config.appservice {
         match registration {
             Some(Ok(registration)) => {
-                local::registration(settings, &registration).into_iter().for_each(&mut note);
+                local::registration(config, settings, &registration).into_iter().for_each(&mut note);
                 homeserver::examine(config, settings, &registration, &witness, &clock, &mut note).await;
             }
             Some(Err(error)) => note(local::unusable(&error)),
