@@ -2,7 +2,7 @@
 
 mod cli;
 
-use std::io::IsTerminal as _;
+use std::io::{ErrorKind, IsTerminal as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -131,7 +131,14 @@ fn generate_config(arguments: GenerateConfig) -> anyhow::Result<()> {
     match &arguments.output {
         None => print!("{text}"),
         Some(path) => {
-            write_new(path, &text).with_context(|| format!("{} cannot be written", path.display()))?;
+            write_new(path, &text).map_err(|error| {
+                let advice = match error.kind() {
+                    ErrorKind::AlreadyExists => "delete it, or name another file with --output",
+                    ErrorKind::NotFound => "make its folder first",
+                    _ => "correct the path or its permissions",
+                };
+                anyhow::anyhow!("{} cannot be written ({error}): {advice}", path.display())
+            })?;
             eprintln!("wrote {}", path.display());
         }
     }

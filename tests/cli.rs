@@ -104,6 +104,30 @@ async fn portals_are_made_listed_explained_and_removed_from_the_command_line() {
     assert_eq!(shown(&["portal", "create", "--alias", "tea"])["portal_id"], "p2");
 }
 
+#[test]
+fn a_configuration_is_written_where_there_is_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("isthmus.toml");
+    let write = |file: &Path| {
+        let output = std::process::Command::new(BINARY)
+            .args(["generate-config", "--server-name", "lm.example.org", "--output"])
+            .arg(file)
+            .output()
+            .unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert!(write(&file).0);
+    std::fs::write(&file, "mine").unwrap();
+    for (file, advice) in [
+        (file.clone(), "): delete it, or name another file"),
+        (directory.path().join("a/b"), "): make its folder first"),
+    ] {
+        let (done, said) = write(&file);
+        assert!(!done && said.contains(advice), "{said}");
+    }
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "mine");
+}
+
 /// Thousands of messages a second leave no space for a line about each.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_message_writes_no_line_into_the_log() {

@@ -320,7 +320,8 @@ mod tests {
     fn its_own_url_is_renewed_when_the_listener_does_tls_and_when_it_no_longer_does() {
         let folder = tempfile::tempdir().unwrap();
         let mut config = config(folder.path());
-        for (tls, url) in [(false, "http://127.0.0.1:8448"), (true, "http://127.0.0.1:9090"), (false, "http://127.0.0.1:8448")]
+        for (tls, url) in
+            [(false, "http://127.0.0.1:8448"), (true, "http://127.0.0.1:9090"), (false, "http://127.0.0.1:8448")]
         {
             config.listen.tls_certificate = tls.then(|| "tls.pem".into());
             assert_eq!(register(&config, None).unwrap().url, url);

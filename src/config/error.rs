@@ -6,7 +6,7 @@ use figment::error::Kind;
 use figment::value::Value;
 use figment::{Figment, Metadata};
 
-use super::environment::{Environment, KEYS, variable};
+use super::environment::{Environment, KEYS, Kind as Expected, variable};
 
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -81,15 +81,43 @@ pub(super) fn explain(error: figment::Error, figment: &Figment, path: &std::path
             format!("is missing: add it, or set {} in the environment", variable(&key))
         }
         Kind::UnknownField(..) => {
-            let hint = similar(&key, KEYS.iter().map(|(known, _)| *known));
-            let hint = hint.map_or_else(|| "take it out".to_owned(), |hint| format!("did you mean `{hint}`?"));
+            let sections = KEYS.iter().filter_map(|(known, _)| Some(known.split_once('.')?.0));
+            let hint = match similar(&key, KEYS.iter().map(|(known, _)| *known).chain(sections)) {
+                None => "take it out".to_owned(),
+                Some(known) if KEYS.iter().any(|(key, _)| *key == known) => format!("did you mean `{known}`?"),
+                Some(section) => format!("did you mean the section [{section}]?"),
+            };
             format!("is not a key of the configuration: {hint}")
         }
         Kind::UnknownVariant(_, expected) => format!("{shown}, but it must be one of {}", expected.join(", ")),
-        Kind::InvalidType(_, expected) => format!("{shown}, but it must be {expected}"),
-        other => format!("{shown}, which is not valid: {}", other.to_string().replace('\n', " ")),
+        // What is expected is called by its type in Rust.
+        Kind::InvalidType(..) | Kind::InvalidValue(..) => format!("{shown}: {}", advice(&key)),
+        other => format!("{shown}, which is not valid ({}): {}", other.to_string().replace('\n', " "), advice(&key)),
     };
     ConfigError::Key { origin: origin(error.metadata.as_ref(), &key, path), key, problem }
+}
+
+/// What to write instead of a value that is none for its key.
+fn advice(key: &str) -> &'static str {
+    let is_in = |known: &str| key.strip_prefix(known).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    let Some((known, kind)) = KEYS.iter().find(|(known, _)| is_in(known)) else {
+        return "write it as a section, in brackets on a line of its own, and its keys in the lines below";
+    };
+    match (*known, kind) {
+        ("listen.address" | "admin.address", _) => {
+            "write \"IP:PORT\", as in \"127.0.0.1:8448\", with 0.0.0.0 for all addresses of this machine"
+        }
+        ("server_name" | "listen.well_known" | "appservice.homeserver_name", _) => {
+            "write a server name, as in \"lm.example.org\" or \"lm.example.org:8449\", without https://"
+        }
+        ("appservice.homeserver_url", _) => "write a URL, as in \"http://127.0.0.1:8008\"",
+        ("federation.resolve", _) => "write server names and URLs, as in \"hub.example\" = \"https://192.0.2.7:8448\"",
+        ("access.admins", _) => "write a list of user IDs, as in [\"@admin:example.org\"]",
+        (_, Expected::Number) => "write a whole number from 0 to 4294967295 without quotes",
+        (_, Expected::Switch) => "write true or false without quotes",
+        (_, Expected::List) => "write a list of texts, as in [\"one\", \"two\"]",
+        (_, Expected::Text | Expected::Table) => "write a text in quotes",
+    }
 }
 
 /// A key whose value was read and is no good.

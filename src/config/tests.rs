@@ -212,8 +212,41 @@ fn each_mistake_gets_one_sentence() {
             &[],
             "the configuration file isthmus.toml is not valid TOML: at line 1, column 15: expected",
         ),
-        ("server_name = \"a b\"", &[], "isthmus.toml: `server_name` is \"a b\", which is not valid: "),
-        ("server_name = 7", &[], "isthmus.toml: `server_name` is 7, "),
+        ("server_name = \"a b\"", &[], "isthmus.toml: `server_name` is \"a b\", which is not valid ("),
+        ("server_name = \"https://a\"", &[], "): write a server name, as in \"lm.example.org\""),
+        ("server_name = 7", &[], "isthmus.toml: `server_name` is 7: write a server name, as in \"lm.example.org\""),
+        (
+            "server_name = \"g\"\n[listn]",
+            &[],
+            "isthmus.toml: `listn` is not a key of the configuration: did you mean the section [listen]?",
+        ),
+        ("server_name = \"g\"\nlisten = 1", &[], "isthmus.toml: `listen` is 1: write it as a section, in brackets"),
+        ("server_name = \"g\"\nsigning_key = 1", &[], "isthmus.toml: `signing_key` is 1: write a text in quotes"),
+        (
+            "server_name = \"g\"\n[portals]\nnotices = \"yes\"",
+            &[],
+            "isthmus.toml: `portals.notices` is \"yes\": write true or false without quotes",
+        ),
+        (
+            "server_name = \"g\"\n[access]\nhubs = \"hub\"",
+            &[],
+            "isthmus.toml: `access.hubs` is \"hub\": write a list of texts, as in [\"one\", \"two\"]",
+        ),
+        (
+            "server_name = \"g\"\n[budgets]\nbacklog = -1",
+            &[],
+            "isthmus.toml: `budgets.backlog` is -1: write a whole number from 0 to 4294967295 without quotes",
+        ),
+        (
+            "server_name = \"g\"\n[federation.resolve]\n\"hub.example\" = \"192.0.2.7\"",
+            &[],
+            "): write server names and URLs, as in \"hub.example\" = \"https://192.0.2.7:8448\"",
+        ),
+        (
+            "server_name = \"g\"\n[appservice]\nhomeserver_url = \"h\"\nhomeserver_name = \"h\"\nregistration = \"r\"",
+            &[],
+            "): write a URL, as in \"http://127.0.0.1:8008\"",
+        ),
         (
             "server_name = \"g\"\n[listen]\nadress = \"x\"",
             &[],
@@ -234,17 +267,19 @@ fn each_mistake_gets_one_sentence() {
         (
             "server_name = \"g\"\n[listen]\naddress = \"localhost\"",
             &[],
-            "isthmus.toml: `listen.address` is \"localhost\", which is not valid: ",
+            "isthmus.toml: `listen.address` is \"localhost\", which is not valid (invalid socket address syntax): write \
+             \"IP:PORT\", as in \"127.0.0.1:8448\"",
         ),
         (
             "server_name = \"g\"",
             &[("ISTHMUS_LISTEN__ADDRESS", "8448")],
-            "ISTHMUS_LISTEN__ADDRESS: `listen.address` is \"8448\", which is not valid: ",
+            "ISTHMUS_LISTEN__ADDRESS: `listen.address` is \"8448\", which is not valid (invalid socket address syntax): write \
+             \"IP:PORT\"",
         ),
         (
             "server_name = \"g\"",
             &[("ISTHMUS_ACCESS__MAX_PORTALS", "many")],
-            "ISTHMUS_ACCESS__MAX_PORTALS: `access.max_portals` is \"many\", but it must be u32",
+            "ISTHMUS_ACCESS__MAX_PORTALS: `access.max_portals` is \"many\": write a whole number",
         ),
         (
             "server_name = \"g\"\n[access]\ncreate_by_alias = \"all\"",
@@ -319,7 +354,8 @@ fn each_mistake_gets_one_sentence() {
         (
             "server_name = \"g\"\n[access]\nadmins = [\"admin\"]",
             &[],
-            "isthmus.toml: `access.admins.0` is \"admin\", which is not valid: ",
+            "isthmus.toml: `access.admins.0` is \"admin\", which is not valid (leading sigil is incorrect or missing): write a \
+             list of user IDs, as in [\"@admin:example.org\"]",
         ),
         ("server_name = \"g\"\n[caches]\nrooms = 0", &[], "isthmus.toml: `caches.rooms` is 0, but a cache must hold"),
     ] {
