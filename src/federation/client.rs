@@ -13,7 +13,8 @@ use tokio::sync::Semaphore;
 use url::Url;
 
 use super::dialler::{self, Answer, Http, Itself, Reach};
-use super::discovery::{Dial, Network, Route, SrvTargets, discover};
+use super::discovery::{Dial, Network, Route, discover};
+use super::srv::SrvTargets;
 use super::x_matrix;
 use crate::event::{Object, canonical_json, parse_object};
 use crate::identity::{KeyFetcher, SigningKey};

@@ -3,17 +3,14 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use futures::future::BoxFuture;
-use hickory_resolver::TokioResolver;
-use hickory_resolver::proto::rr::RData;
 use moka::future::Cache;
 use moka::ops::compute::Op;
-use rand::Rng as _;
 use ruma::{OwnedServerName, ServerName};
 
-use super::dialler::{Http, TargetSource, Targets};
+use super::dialler::Http;
+use super::srv::SrvTargets;
 use super::well_known::{self, Entry};
 use crate::admin::metrics::CacheMeter;
 
@@ -80,13 +77,7 @@ async fn by_srv(host: &str, lookups: &impl Lookups) -> Route {
 }
 
 /// How many hosts are remembered.
-const CACHED: u64 = 20_000;
-/// For how long SRV records, or that there are none, are believed, whatever their own lifetime.
-const SRV_LIFETIME: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(3600));
-const NO_SRV_LIFETIME: Duration = Duration::from_secs(300);
-const SRV_TIMEOUT: Duration = Duration::from_secs(5);
-/// How many targets of SRV records are kept.
-const MAX_TARGETS: usize = 8;
+pub(super) const CACHED: u64 = 20_000;
 
 /// The look-ups of the real world, each host asked once at a time, and the answers remembered.
 #[derive(Clone)]
@@ -97,25 +88,20 @@ pub(super) struct Network {
     srv: SrvTargets,
 }
 
-/// SRV records.
-#[derive(Clone)]
-pub(super) struct SrvTargets {
-    resolver: Option<TokioResolver>,
-    cache: Cache<String, SrvEntry>,
-    meter: CacheMeter,
-}
-
-#[derive(Clone)]
-struct SrvEntry {
-    targets: Arc<Targets>,
-    ask_again: Instant,
-}
-
 impl Network {
     /// Look-ups that fetch `.well-known` through `http`.
     pub(super) fn new(http: Arc<Http>, srv: SrvTargets) -> Self {
         let well_known = Cache::new(CACHED);
         Self { http, well_known_meter: CacheMeter::watch("well_known", &well_known), well_known, srv }
+    }
+
+    /// Lets the time pass after which `host` is asked again.
+    #[cfg(test)]
+    pub(super) async fn outdate(&self, host: &str) {
+        if let Some(mut entry) = self.well_known.get(host).await {
+            entry.ask_again = Instant::now();
+            self.well_known.insert(host.to_owned(), entry).await;
+        }
     }
 }
 
@@ -145,91 +131,6 @@ impl Lookups for Network {
     async fn has_srv(&self, host: &str) -> bool {
         !self.srv.look_up(host).await.is_empty()
     }
-}
-
-impl SrvTargets {
-    /// SRV records by the system's resolver.
-    pub(super) fn new() -> Self {
-        let resolver = TokioResolver::builder_tokio().and_then(|mut builder| {
-            builder.options_mut().timeout = Duration::from_secs(2);
-            builder.options_mut().attempts = 2;
-            builder.build()
-        });
-        let resolver = resolver.inspect_err(|error| tracing::warn!(%error, "no SRV records will be looked up")).ok();
-        let cache = Cache::new(CACHED);
-        Self { resolver, meter: CacheMeter::watch("srv", &cache), cache }
-    }
-
-    async fn look_up(&self, host: &str) -> Arc<Targets> {
-        let host = host.to_ascii_lowercase();
-        let known = self.cache.get(&host).await.filter(|entry| entry.ask_again > Instant::now());
-        if let Some(entry) = self.meter.count(known) {
-            return entry.targets;
-        }
-        let asked = self
-            .cache
-            .entry_by_ref(&host)
-            .and_compute_with(async |entry| {
-                let fresh = entry.is_some_and(|entry| entry.value().ask_again > Instant::now());
-                if fresh { Op::Nop } else { Op::Put(self.ask(&host).await) }
-            })
-            .await;
-        asked.into_entry().map(|entry| entry.into_value().targets).unwrap_or_default()
-    }
-
-    async fn ask(&self, host: &str) -> SrvEntry {
-        for service in ["_matrix-fed", "_matrix"] {
-            let Some(resolver) = &self.resolver else { break };
-            let name = format!("{service}._tcp.{host}.");
-            let Ok(Ok(answer)) = tokio::time::timeout(SRV_TIMEOUT, resolver.srv_lookup(name)).await else { continue };
-            let records = answer.answers().iter().filter_map(|record| match &record.data {
-                RData::SRV(srv) => Some(Record {
-                    priority: srv.priority,
-                    weight: srv.weight,
-                    target: srv.target.to_utf8().trim_end_matches('.').to_owned(),
-                    port: srv.port,
-                }),
-                _ => None,
-            });
-            let targets = in_order(records.collect(), || rand::rngs::OsRng.r#gen());
-            if !targets.is_empty() {
-                let lifetime = answer.valid_until().saturating_duration_since(Instant::now());
-                let ask_again = Instant::now() + lifetime.clamp(SRV_LIFETIME.0, SRV_LIFETIME.1);
-                return SrvEntry { targets: Arc::new(targets), ask_again };
-            }
-        }
-        SrvEntry { targets: Arc::default(), ask_again: Instant::now() + NO_SRV_LIFETIME }
-    }
-}
-
-impl TargetSource for SrvTargets {
-    fn targets(&self, name: String) -> BoxFuture<'static, Targets> {
-        let this = self.clone();
-        Box::pin(async move { this.look_up(&name).await.to_vec() })
-    }
-}
-
-struct Record {
-    priority: u16,
-    weight: u16,
-    target: String,
-    port: u16,
-}
-
-/// The order in which targets are tried: by priority, and within one priority at random by weight
-/// (<https://www.rfc-editor.org/rfc/rfc2782>). The target `.` means that there is no such service.
-fn in_order(records: Vec<Record>, mut random: impl FnMut() -> f64) -> Targets {
-    let mut keyed: Vec<(u16, f64, Record)> = records
-        .into_iter()
-        .filter(|record| !record.target.is_empty() && record.port != 0)
-        .map(|record| {
-            // The smallest of exponentially distributed times: each wins in proportion to its weight.
-            let weight = f64::from(record.weight).max(0.001);
-            (record.priority, -random().max(f64::MIN_POSITIVE).ln() / weight, record)
-        })
-        .collect();
-    keyed.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-    keyed.into_iter().take(MAX_TARGETS).map(|(_, _, record)| (record.target, record.port)).collect()
 }
 
 #[cfg(test)]
@@ -308,26 +209,5 @@ mod tests {
         let route = discover(server_name!("2130706433"), &Fixed { delegates: &[], srv: &[] }).await;
         let url = url::Url::parse(&route.base).unwrap();
         assert_eq!(url.host_str(), Some("127.0.0.1"));
-    }
-
-    #[test]
-    fn hc_58_targets_are_tried_by_priority_and_weight() {
-        let record =
-            |priority, weight, target: &str, port| Record { priority, weight, target: target.to_owned(), port };
-        let records = || {
-            vec![
-                record(20, 5, "late", 1),
-                record(10, 0, "never", 2),
-                record(10, 50, "often", 3),
-                record(10, 1, "", 4),
-                record(5, 1, "no-port", 0),
-            ]
-        };
-        let hosts = |random: f64| -> Vec<String> {
-            in_order(records(), || random).into_iter().map(|(target, _)| target).collect()
-        };
-        assert_eq!(hosts(0.5), ["often", "never", "late"]);
-        let many = (0..100).map(|n| record(n, 1, "t", 1)).collect();
-        assert_eq!(in_order(many, || 0.5).len(), MAX_TARGETS);
     }
 }

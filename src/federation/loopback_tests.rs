@@ -19,6 +19,8 @@ use tempfile::TempDir;
 use url::Url;
 
 use super::dialler::{Http, Itself, Reach, TargetSource, Targets, tls_config};
+use super::discovery::{Lookups as _, Network};
+use super::srv::SrvTargets;
 use super::well_known::{Outcome, fetch_from};
 use super::x_matrix::tests::is_signed_request;
 use super::{Call, Client, ClientOptions, RemoteError, crypto_provider};
@@ -448,4 +450,40 @@ async fn hc_56_well_known_within_bounds() {
     let guarded = Http::new(tls, Reach::Public, Itself).unwrap();
     assert_eq!(fetch_from(&guarded, url("/metadata")).await, Outcome::Failed);
     assert_eq!(server.seen.lock().unwrap().len(), seen, "nothing private is dialled");
+}
+
+/// Every name is at this port of loopback.
+struct Loopback(u16);
+
+impl TargetSource for Loopback {
+    fn targets(&self, _: String) -> BoxFuture<'static, Targets> {
+        Box::pin(std::future::ready(vec![("localhost".to_owned(), self.0)]))
+    }
+}
+
+#[tokio::test]
+async fn hc_56_well_known_is_asked_for_once_until_it_is_outdated() {
+    let authority = Authority::new();
+    let server = Server::tls(&authority, &["one.example", "none.example"], |seen| {
+        match seen.headers[header::HOST].to_str().unwrap() {
+            "one.example" => axum::Json(json!({ "m.server": "fed.example:443" })).into_response(),
+            _ => StatusCode::NOT_FOUND.into_response(),
+        }
+    });
+    let tls = tls_config(&[authority.file()]).unwrap();
+    let http = Arc::new(Http::new(tls, Reach::Everything, Loopback(server.address.port())).unwrap());
+    let network = Network::new(http, SrvTargets::new());
+    let asked = || std::mem::take(&mut *server.seen.lock().unwrap()).len();
+    for (host, delegate) in [("one.example", Some(server_name!("fed.example:443").to_owned())), ("none.example", None)]
+    {
+        let hosts = [host.to_owned(), host.to_uppercase()];
+        for _ in 0..2 {
+            let answers = futures::future::join_all((0..10).map(|n| network.delegate(&hosts[n % 2]))).await;
+            assert!(answers.iter().all(|answer| *answer == delegate), "{answers:?}");
+        }
+        assert_eq!(asked(), 1, "{host}");
+        network.outdate(host).await;
+        assert_eq!(network.delegate(host).await, delegate);
+        assert_eq!(asked(), 1, "{host}");
+    }
 }

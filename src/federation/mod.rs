@@ -8,6 +8,7 @@ mod limits;
 #[cfg(test)]
 mod loopback_tests;
 mod outbound;
+mod srv;
 mod transactions;
 mod well_known;
 mod x_matrix;
