@@ -16,6 +16,8 @@ use crate::store::lm::{self as stored, EventRow};
 const BACKFILL: i64 = 100;
 /// How many events an auth chain is followed through.
 const AUTH_CHAIN: usize = 20_000;
+/// And how far back: each change of a user's name stands on the one before it.
+const AUTH_DEPTH: usize = 500;
 
 impl Lm {
     /// `GET event`
@@ -115,7 +117,10 @@ impl Lm {
         let mut seen: BTreeSet<OwnedEventId> = BTreeSet::new();
         let mut wanted = auth_events(events);
         let mut chain: Vec<EventRow> = Vec::new();
-        while !wanted.is_empty() && chain.len() < AUTH_CHAIN {
+        for _ in 0..AUTH_DEPTH {
+            if wanted.is_empty() || chain.len() >= AUTH_CHAIN {
+                break;
+            }
             seen.extend(wanted.iter().cloned());
             let ids: Vec<&EventId> = wanted.iter().map(|id| &**id).collect();
             let found = stored::events_by_id(&self.context().store, &ids).await?;

@@ -2,7 +2,7 @@
 //! says what is done with the others (they are served redacted) and leaves open which those are: it is as in Matrix, where
 //! state is never hidden, nor from a server what its own users said.
 
-use ruma::ServerName;
+use ruma::{ServerName, UserId};
 use serde_json::Value;
 
 use super::Lm;
@@ -29,11 +29,15 @@ enum Visibility {
 }
 
 impl Lm {
-    /// What a server sees of a log.
-    pub(super) async fn sight(&self, server: &ServerName, room: &Snapshot) -> Result<Sight, Refusal> {
+    /// What a server sees of a stretch of a log.
+    async fn sight(&self, server: &ServerName, room: &Snapshot, events: &[EventRow]) -> Result<Sight, Refusal> {
         let (store, room_id) = (&self.context().store, &room.facts.room_id);
         let mut sight = Sight { visibility: Vec::new(), stays: Vec::new(), invited: Vec::new() };
-        for row in stored::state_of_kind(store, room_id, "m.room.history_visibility", None).await? {
+        let Some(first) = events.first().map(|event| event.position) else { return Ok(sight) };
+        let kind = "m.room.history_visibility";
+        let mut rows = stored::state_of_kind_before(store, room_id, first, kind, "").await?;
+        rows.extend(of_kind(events, kind));
+        for row in rows {
             let (position, pdu) = (row.position, stored_pdu(row, room.redaction)?);
             if pdu.state_key.as_deref() == Some("") {
                 sight.visibility.push((position, visibility(pdu.content())));
@@ -45,11 +49,14 @@ impl Lm {
             sight.stays = stored::stays(store, room_id, server).await?;
         }
         if invited {
-            let rows = stored::state_of_kind(store, room_id, "m.room.member", Some(server)).await?;
+            // A server name holds neither of the two characters that have a meaning in a pattern.
+            let (kind, pattern) = ("m.room.member", format!("%:{server}"));
+            let mut rows = stored::state_of_kind_before(store, room_id, first, kind, &pattern).await?;
+            rows.extend(of_kind(events, kind));
             let mut waiting = std::collections::BTreeSet::new();
             for row in rows {
                 let (position, pdu) = (row.position, stored_pdu(row, room.redaction)?);
-                let Some(user) = pdu.state_key.clone() else { continue };
+                let Some(user) = pdu.state_key.clone().filter(|user| is_of(user, server)) else { continue };
                 match pdu.content().get("membership").and_then(Value::as_str) {
                     Some("invite") => waiting.insert(user),
                     _ => waiting.remove(&user),
@@ -60,14 +67,14 @@ impl Lm {
         Ok(sight)
     }
 
-    /// Events as a server sees them.
+    /// A stretch of the log as a server sees it.
     pub(super) async fn as_seen_by(
         &self,
         server: &ServerName,
         room: &Snapshot,
         events: &[EventRow],
     ) -> Result<Vec<Value>, Refusal> {
-        let sight = self.sight(server, room).await?;
+        let sight = self.sight(server, room, events).await?;
         events
             .iter()
             .map(|row| {
@@ -104,6 +111,24 @@ impl Sight {
     fn was_there(&self, position: i64) -> bool {
         self.stays.iter().any(|stay| stay.since < position && stay.until.is_none_or(|until| position <= until))
     }
+}
+
+/// The state events of a type among these.
+fn of_kind(events: &[EventRow], kind: &str) -> impl Iterator<Item = EventRow> {
+    #[derive(serde::Deserialize)]
+    struct Peek<'a> {
+        #[serde(borrow, rename = "type")]
+        kind: std::borrow::Cow<'a, str>,
+        state_key: Option<serde::de::IgnoredAny>,
+    }
+    let is_of_kind = move |event: &&EventRow| {
+        serde_json::from_slice(&event.json).is_ok_and(|peek: Peek<'_>| peek.kind == kind && peek.state_key.is_some())
+    };
+    events.iter().filter(is_of_kind).cloned()
+}
+
+fn is_of(user: &str, server: &ServerName) -> bool {
+    <&UserId>::try_from(user).is_ok_and(|user| user.server_name() == server)
 }
 
 fn before<T: Copy>(changes: &[(i64, T)], position: i64) -> Option<T> {

@@ -13,7 +13,7 @@ pub use self::holes::{
 };
 pub use self::read::{
     Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,
-    queued_lpdus, range, room, room_ids, state_before, state_now, state_of_kind, stays,
+    queued_lpdus, range, room, room_ids, state_before, state_now, state_of_kind_before, stays,
 };
 pub use self::write::{
     advance_head, append, complain, forget_lpdus, insert_room, queue_lpdu, server_joined, server_left, set_redaction,

@@ -73,45 +73,45 @@ pub async fn state_now(store: &Store, room_id: &RoomId) -> Result<Vec<EventRow>,
     rows.iter().map(event_row).collect()
 }
 
-/// The state before the event at `position`, in the order of the log.
+/// The state before the event at `position`, in the order of the log. Costs no more in a long log than in a short one: what
+/// is current leads to each type and state key, and an index from there to what stood in its place.
 pub async fn state_before(store: &Store, room_id: &RoomId, position: i64) -> Result<Vec<EventRow>, StoreError> {
-    let rows = sqlx::query(
-        "SELECT e.room_id, e.position, e.event_id, e.json FROM lm_events e \
-         WHERE e.room_id = $1 AND e.state_key IS NOT NULL AND e.position < $2 AND NOT EXISTS (\
-             SELECT 1 FROM lm_events later WHERE later.room_id = e.room_id AND later.kind = e.kind \
-             AND later.state_key = e.state_key AND later.state_key IS NOT NULL \
-             AND later.position > e.position AND later.position < $3) \
-         ORDER BY e.position",
-    )
-    .bind(room_id.as_str())
-    .bind(position)
-    .bind(position)
-    .fetch_all(store.reader())
-    .await?;
+    let rows = sqlx::query(AssertSqlSafe(format!("{STATE_BEFORE} ORDER BY e.position")))
+        .bind(room_id.as_str())
+        .bind(position)
+        .bind(position)
+        .fetch_all(store.reader())
+        .await?;
     rows.iter().map(event_row).collect()
 }
 
-/// All state events of a type that were ever in a log, in its order; where `of_users_of` is given, those whose state key is
-/// a user of that server.
-pub async fn state_of_kind(
+/// The same, of one type alone and of the state keys that a pattern matches.
+pub async fn state_of_kind_before(
     store: &Store,
     room_id: &RoomId,
+    position: i64,
     kind: &str,
-    of_users_of: Option<&ServerName>,
+    pattern: &str,
 ) -> Result<Vec<EventRow>, StoreError> {
-    // A server name holds neither of the two characters that have a meaning in a pattern.
-    let pattern = of_users_of.map_or_else(|| "%".to_owned(), |server| format!("%:{server}"));
-    let rows = sqlx::query(
-        "SELECT room_id, position, event_id, json FROM lm_events \
-         WHERE room_id = $1 AND kind = $2 AND state_key LIKE $3 ORDER BY position",
-    )
-    .bind(room_id.as_str())
-    .bind(text::encode(kind).into_owned())
-    .bind(pattern)
-    .fetch_all(store.reader())
-    .await?;
+    let sql = format!("{STATE_BEFORE} AND s.kind = $4 AND s.state_key LIKE $5 ORDER BY e.position");
+    let rows = sqlx::query(AssertSqlSafe(sql))
+        .bind(room_id.as_str())
+        .bind(position)
+        .bind(position)
+        .bind(text::encode(kind).into_owned())
+        .bind(pattern)
+        .fetch_all(store.reader())
+        .await?;
     rows.iter().map(event_row).collect()
 }
+
+const STATE_BEFORE: &str = "\
+    SELECT e.room_id, e.position, e.event_id, e.json FROM lm_state s \
+    JOIN lm_events e ON e.room_id = s.room_id AND e.position = CASE WHEN s.position < $2 THEN s.position ELSE (\
+        SELECT before.position FROM lm_events before WHERE before.room_id = s.room_id AND before.kind = s.kind \
+        AND before.state_key = s.state_key AND before.state_key IS NOT NULL AND before.position < $3 \
+        ORDER BY before.position DESC LIMIT 1) END \
+    WHERE s.room_id = $1";
 
 /// One event.
 pub async fn event(store: &Store, event_id: &EventId) -> Result<Option<EventRow>, StoreError> {

@@ -236,3 +236,32 @@ async fn holes_are_kept_in_order_and_within_bounds_until_they_are_closed() {
     })
     .await;
 }
+
+/// What a join, and everybody who asks for the state, costs must not grow with how often a name was changed.
+#[tokio::test]
+async fn reading_the_state_costs_no_more_in_a_long_log() {
+    const CHANGES: i64 = 30_000;
+    both_stores(|store| async move {
+        add_room(&store).await;
+        let room_id = room_id!("!room:hub.example");
+        let mut costs = Vec::new();
+        for (first, last) in [(0, 100), (100, CHANGES)] {
+            let member = |position| event(position, Some(("m.room.member", "@user:part.example")));
+            write(&store, (first..last).map(member).collect()).await.unwrap();
+            let mut best = std::time::Duration::MAX;
+            for _ in 0..10 {
+                let begin = std::time::Instant::now();
+                assert_eq!(positions(state_before(&store, room_id, last).await.unwrap()), [last - 1]);
+                assert_eq!(positions(state_before(&store, room_id, 70).await.unwrap()), [69]);
+                let of_server = state_of_kind_before(&store, room_id, 70, "m.room.member", "%:part.example").await;
+                assert_eq!(positions(of_server.unwrap()), [69]);
+                best = best.min(begin.elapsed());
+            }
+            costs.push(best);
+        }
+        assert!(costs[1] < costs[0] * 25, "{costs:?}");
+        let others = state_of_kind_before(&store, room_id, 70, "m.room.member", "%:other.example").await.unwrap();
+        assert_eq!(others, []);
+    })
+    .await;
+}
