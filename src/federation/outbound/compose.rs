@@ -7,7 +7,7 @@ use bytes::Bytes;
 use ruma::OwnedServerName;
 
 use super::slot::{News, Slot};
-use super::{Feed, FeedSource, Shared};
+use super::{Feed, FeedKind, FeedSource, Shared};
 use crate::identity::Side;
 use crate::store::StoreError;
 use crate::store::outbound::{self as rows, Cursor, InflightRow, PartRow};
@@ -68,7 +68,8 @@ impl Composer<'_> {
     pub(super) async fn compose(&self, single: bool, done: Option<&[PartRow]>) -> Result<Composed, StoreError> {
         let feeds = self.slot.take(MAX_FEEDS);
         let Some((first, _)) = feeds.first() else { return Ok(Composed::Nothing) };
-        let mut room = Room::new(first.kind.protocol(), single, feeds.len());
+        let one = single || self.takes_one_by_one(&feeds).await;
+        let mut room = Room::new(first.kind.protocol(), one, feeds.len());
         let mut parts = Vec::new();
         for (feed, news) in feeds {
             if room.is_full() {
@@ -84,6 +85,14 @@ impl Composer<'_> {
         }
         let (txn_id, composed_ts) = self.txn_id();
         Ok(Composed::Transaction(Transaction { txn_id, composed_ts, parts, uncertain: single }))
+    }
+
+    /// Whether the destination must not get several events of a log at once. One that does LM alone keeps those before the
+    /// first that it does not like, answers the whole with an error, and shows again what it is sent again. LPDUs are looked
+    /// for in its log before that, those may go together.
+    async fn takes_one_by_one(&self, feeds: &[(Feed, News)]) -> bool {
+        let is_log = |(feed, _): &(Feed, News)| feed.kind == FeedKind::Log;
+        feeds.iter().any(is_log) && self.shared.wire.is_linearized(self.destination).await
     }
 
     /// A fresh transaction ID, and when it was made.

@@ -126,8 +126,8 @@ async fn hc_20_one_bad_event_holds_up_no_other() {
 #[tokio::test]
 async fn a_linearized_server_that_breaks_at_a_batch_gets_its_events_one_by_one() {
     both_stores(|store| async move {
-        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
-        fill(&store, &feeds, &log, 1..5, &["eigen.example"]).await;
+        let (feeds, lpdus) = (Arc::new(Feeds::default()), feed(FeedKind::Lpdus, "!a:eigen.example"));
+        fill(&store, &feeds, &lpdus, 1..5, &["eigen.example"]).await;
         let mut world =
             World::new(
                 &store,
@@ -141,9 +141,35 @@ async fn a_linearized_server_that_breaks_at_a_batch_gets_its_events_one_by_one()
         let seen: Vec<_> = std::iter::from_fn(|| world.seen.try_recv().ok()).map(|seen| seen.numbers()).collect();
         assert_eq!(seen, [vec![1, 2, 3, 4], vec![1], vec![2], vec![3], vec![4]]);
         // Afterwards they are sent together again.
-        fill(&store, &feeds, &log, 5..6, &[]).await;
-        world.queues.wake(&log, &[name("eigen.example")]);
-        assert_eq!(world.next().await.numbers(), [5]);
+        fill(&store, &feeds, &lpdus, 5..7, &[]).await;
+        world.queues.wake(&lpdus, &[name("eigen.example")]);
+        assert_eq!(world.next().await.numbers(), [5, 6]);
+        world.queues.stop().await;
+    })
+    .await;
+}
+
+/// It would show again what it had taken of a transaction that it did not like.
+#[tokio::test]
+async fn a_linearized_participant_gets_a_log_one_event_at_a_time() {
+    both_stores(|store| async move {
+        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
+        fill(&store, &feeds, &log, 1..7, &["eigen.example", "part.example"]).await;
+        let (eigen, others) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
+        let (at_eigen, at_others) = (stops_at(3, 400, eigen.clone()), stops_at(0, 400, others.clone()));
+        let mut world = World::new(&store, &feeds, move |destination, uri, body| match destination.as_str() {
+            "eigen.example" => at_eigen(destination, uri, body),
+            _ => at_others(destination, uri, body),
+        });
+        world.queues.start().await.unwrap();
+        world.settled().await;
+        assert_eq!(*lock(&eigen), [1, 2, 4, 5, 6], "nothing twice");
+        assert_eq!(*lock(&others), [1, 2, 3, 4, 5, 6]);
+        let seen: Vec<_> = std::iter::from_fn(|| world.seen.try_recv().ok()).collect();
+        let to =
+            |name: &str| seen.iter().filter(|seen| seen.destination == *name).map(Seen::numbers).collect::<Vec<_>>();
+        assert_eq!(to("eigen.example"), [[1], [2], [3], [4], [5], [6]]);
+        assert_eq!(to("part.example"), [[1, 2, 3, 4, 5, 6]]);
         world.queues.stop().await;
     })
     .await;
