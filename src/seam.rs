@@ -155,8 +155,8 @@ pub trait Between: Send + Sync + 'static {
     /// Whether what is accepted in this room goes into the bridge's inbox. Called for every batch: from memory.
     fn watches(&self, side: Side, room_id: &RoomId) -> bool;
 
-    /// Whether a hub has to wait with what it sends. Called for every transaction: from memory.
-    fn paused(&self, _origin: &ServerName) -> bool {
+    /// Whether the hub of an LM room has to wait with what it sends there. Called for every event: from memory.
+    fn paused(&self, _room_id: &RoomId) -> bool {
         false
     }
 

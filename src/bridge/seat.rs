@@ -28,8 +28,9 @@ impl Between for Seat {
         self.0.registry.watches(side, room_id)
     }
 
-    fn paused(&self, origin: &ServerName) -> bool {
-        self.0.pauses.waits(origin)
+    fn paused(&self, room_id: &RoomId) -> bool {
+        let is_paused = || Some(self.0.pauses.is_paused(self.0.registry.of_room(Side::Lm, room_id)?.number));
+        self.0.pauses.any() && is_paused().unwrap_or_default()
     }
 
     fn accepted(&self, side: Side, room_id: &RoomId) {

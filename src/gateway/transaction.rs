@@ -129,17 +129,18 @@ async fn receive(
     dialect: Dialect,
 ) -> Result<(Value, bool), Refusal> {
     let (pdus, _edus) = parse(&transaction.body, &transaction.origin)?;
-    if dialect == Dialect::Lm && state.between.paused(&transaction.origin) {
-        let what = format!("events of {} that wait", transaction.origin);
-        return Err(Refusal::Budget { what, retry_after_ms: PAUSE_MS });
-    }
-    let outcomes = dispatch(state, &transaction.origin, pdus).await;
+    let (outcomes, waits) = dispatch(state, &transaction.origin, pdus).await;
     // What failed here is no verdict on the event: the whole is sent again, and what was taken is known then.
     if let Some(failure) = outcomes.iter().find_map(|outcome| match &outcome.result {
         Err(refusal @ Refusal::Internal(_)) => Some(refusal.clone()),
         _ => None,
     }) {
         return Err(failure);
+    }
+    // The same: what is of other rooms was taken.
+    if waits {
+        let what = format!("events of {} that wait", transaction.origin);
+        return Err(Refusal::Budget { what, retry_after_ms: PAUSE_MS });
     }
     let said_something = outcomes.iter().any(|outcome| outcome.event_id.is_some() || outcome.result.is_err());
     Ok((answer(outcomes, dialect), said_something))
@@ -160,14 +161,24 @@ fn parse(raw: &[u8], signer: &ServerName) -> Result<(Vec<Raw>, Vec<Raw>), Refusa
     Ok((pdus.map_or_else(Vec::new, |pdus| pdus.0), edus.map_or_else(Vec::new, |edus| edus.0)))
 }
 
-/// Hands the events over, those of one side together, and keeps their order within a side.
-async fn dispatch(state: &Federation, origin: &ServerName, pdus: Vec<Raw>) -> Vec<Received> {
-    let (mut linear, mut graph, mut outcomes) = (Vec::new(), Vec::new(), Vec::new());
+/// Where an event goes.
+enum Way {
+    To(Side),
+    /// Its room is unknown here.
+    Nowhere,
+    /// Its room's hub has to wait with it.
+    Later,
+}
+
+/// Hands the events over, those of one side together, and keeps their order within a side. Also whether some have to wait.
+async fn dispatch(state: &Federation, origin: &ServerName, pdus: Vec<Raw>) -> (Vec<Received>, bool) {
+    let (mut linear, mut graph, mut outcomes, mut waits) = (Vec::new(), Vec::new(), Vec::new(), false);
     for pdu in pdus {
-        match side_of(state, &pdu).await {
-            Ok(Some(Side::Lm)) => linear.push(pdu),
-            Ok(Some(Side::Matrix)) => graph.push(pdu),
-            Ok(None) => tracing::debug!(%origin, "dropped an event of a room that is not known here"),
+        match way_of(state, &pdu).await {
+            Ok(Way::To(Side::Lm)) => linear.push(pdu),
+            Ok(Way::To(Side::Matrix)) => graph.push(pdu),
+            Ok(Way::Later) => waits = true,
+            Ok(Way::Nowhere) => tracing::debug!(%origin, "dropped an event of a room that is not known here"),
             Err(refusal) => outcomes.push(Received { event_id: None, result: Err(refusal) }),
         }
     }
@@ -177,7 +188,7 @@ async fn dispatch(state: &Federation, origin: &ServerName, pdus: Vec<Raw>) -> Ve
     if !graph.is_empty() {
         outcomes.extend(counted(Side::Matrix, state.dag.receive(origin, graph).await));
     }
-    outcomes
+    (outcomes, waits)
 }
 
 fn counted(side: Side, outcomes: Vec<Received>) -> Vec<Received> {
@@ -190,7 +201,7 @@ fn counted(side: Side, outcomes: Vec<Received>) -> Vec<Received> {
     outcomes
 }
 
-async fn side_of(state: &Federation, pdu: &RawValue) -> Result<Option<Side>, Refusal> {
+async fn way_of(state: &Federation, pdu: &RawValue) -> Result<Way, Refusal> {
     let size = pdu.get().len();
     if size > MAX_EVENT_TEXT {
         return Err(Refusal::TooLarge { what: "text of an event", size, limit: MAX_EVENT_TEXT });
@@ -199,12 +210,14 @@ async fn side_of(state: &Federation, pdu: &RawValue) -> Result<Option<Side>, Ref
         serde_json::from_str(pdu.get()).map_err(|error| Refusal::malformed("event", error.to_string()))?;
     let room_id = peek.room_id.ok_or_else(|| Refusal::malformed("room_id", "missing"))?;
     let room_id = <&RoomId>::try_from(&*room_id).map_err(|error| Refusal::malformed("room_id", error.to_string()))?;
-    if state.lm.knows(room_id).await? {
-        Ok(Some(Side::Lm))
+    if state.between.paused(room_id) {
+        Ok(Way::Later)
+    } else if state.lm.knows(room_id).await? {
+        Ok(Way::To(Side::Lm))
     } else if state.dag.knows(room_id).await? {
-        Ok(Some(Side::Matrix))
+        Ok(Way::To(Side::Matrix))
     } else {
-        Ok(None)
+        Ok(Way::Nowhere)
     }
 }
 

@@ -140,6 +140,8 @@ async fn a_hub_of_which_too_much_waits_is_told_to_wait_and_nothing_is_lost() {
     let lm = super::from_lm::room(&world, "public").await;
     let via = [super::world::LM.try_into().unwrap()];
     let portal = gateway.bridge.portal_from_lm(&lm, &via, None, isthmus::bridge::Cause::Admin).await.unwrap();
+    let other = super::from_lm::room(&world, "public").await;
+    let other_portal = gateway.bridge.portal_from_lm(&other, &via, None, isthmus::bridge::Cause::Admin).await.unwrap();
     let own: ruma::OwnedServerName = crate::dag::OWN.try_into().unwrap();
     let paused = || async { gateway.bridge.health(&portal.portal_id).await.unwrap().paused };
     for number in 0..3 * BURST {
@@ -150,6 +152,26 @@ async fn a_hub_of_which_too_much_waits_is_told_to_wait_and_nothing_is_lost() {
     so("the hub is told", || async {
         let queues = world.server.context.outbound.status().await.unwrap();
         queues.iter().any(|queue| queue.destination == own && queue.failures > 0)
+    })
+    .await;
+    // By no other way does it get more in, and what it sends into other rooms is taken.
+    let head = async || gateway.node.lm.room(&lm).await.unwrap().unwrap().head;
+    let before = head().await;
+    let last = |log: Vec<isthmus::lm::Appended>| json!(log.last().unwrap().event.json);
+    world.lm_say(&other, "hubert", "elsewhere").await;
+    let logs = [&lm, &other].map(|room| world.server.lm.log(room, isthmus::lm::Position(0), 1000));
+    let pdus: Vec<_> = futures::future::join_all(logs).await.into_iter().map(|log| last(log.unwrap())).collect();
+    for path in ["v1/send/a", "v2/send/b"] {
+        let body = json!({ "pdus": pdus, "origin": world.server.context.server_name, "origin_server_ts": 1 });
+        let call =
+            isthmus::federation::Call::put(format!("/_matrix/federation/{path}"), body.as_object().unwrap().clone());
+        let refused = world.server.context.client.call(&own, call, false).await.unwrap_err();
+        assert!(refused.to_string().contains("429"), "{path}: {refused}");
+        assert_eq!(head().await, before, "{path}");
+    }
+    so("the other room goes on", || async {
+        gateway.matrix_bodies(&other_portal.matrix_room_id).await
+            == [(ghost(Side::Lm, "hubert"), "elsewhere".to_owned())]
     })
     .await;
     // As time goes on, all of it comes, in order.
