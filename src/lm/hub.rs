@@ -110,10 +110,13 @@ impl Lm {
         let all = |result: Result<(), Refusal>| objects.iter().map(|_| received(None, result.clone())).collect();
         let (cell, snapshot) = match self.find(room_id).await {
             Ok(found) => found,
-            // Events of rooms that the gateway is not in are dropped, but those of a room that is being joined are kept.
+            // Events of rooms that the gateway is not in are dropped, but not those of a room that is being joined: nothing of
+            // it is stored yet, so they are to be sent again (INV-6).
             Err(Refusal::UnknownRoom(_)) => {
-                self.joining().keep(origin, room_id, &objects);
-                return all(Ok(()));
+                return all(match self.joining().keep(origin, room_id, &objects) {
+                    true => Err(Refusal::Internal(format!("{room_id} is being joined"))),
+                    false => Ok(()),
+                });
             }
             Err(refusal) => return all(Err(refusal)),
         };

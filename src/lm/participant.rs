@@ -49,15 +49,17 @@ impl Joining {
         lock(&self.0).contains_key(room_id)
     }
 
-    /// Keeps events until the room is known, if they come from a server through which it is being joined.
-    pub fn keep(&self, origin: &ServerName, room_id: &RoomId, objects: &[Object]) {
-        let Some(join) = lock(&self.0).get(room_id).cloned() else { return };
+    /// Keeps events until the room is known, if they come from a server through which it is being joined: false when they
+    /// do not. They are in memory alone, for a server that sends them once; another has to send them again.
+    pub fn keep(&self, origin: &ServerName, room_id: &RoomId, objects: &[Object]) -> bool {
+        let Some(join) = lock(&self.0).get(room_id).cloned() else { return false };
         if !lock(&join.asked).contains(origin) {
-            return;
+            return false;
         }
         let mut early = lock(&join.early);
         let space = EARLY.saturating_sub(early.len());
         early.extend(objects.iter().take(space).map(|object| (origin.to_owned(), object.clone())));
+        true
     }
 
     /// Ends a join that nobody else waits for; returns what came early.
@@ -406,12 +408,12 @@ mod tests {
         let (hub, evil) = (server_name!("hub.example"), server_name!("evil.example"));
         let join = joining.enter(room);
         lock(&join.asked).insert(hub.to_owned());
-        joining.keep(evil, room, &vec![Object::new(); EARLY]);
-        joining.keep(hub, room, &vec![Object::new(); EARLY + 1]);
+        assert!(!joining.keep(evil, room, &vec![Object::new(); EARLY]));
+        assert!(joining.keep(hub, room, &vec![Object::new(); EARLY + 1]));
         let early = joining.leave(room, join);
         assert_eq!(early.len(), EARLY);
         assert!(early.iter().all(|(origin, _)| origin == hub));
-        joining.keep(hub, room, &[Object::new()]);
+        assert!(!joining.keep(hub, room, &[Object::new()]));
         assert!(!joining.contains(room));
     }
 }

@@ -13,7 +13,7 @@ use isthmus::seam::{Membership, Outgoing, Stage};
 use ruma::RoomId;
 use serde_json::{Value, json};
 
-use super::world::{World, assert_dense, bodies, draft, ids, member, message};
+use super::world::{World, assert_dense, bodies, draft, ids, member, message, raw};
 use crate::support::between::Hook;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -463,4 +463,36 @@ async fn what_was_not_visible_to_a_server_is_served_redacted() {
         assert_eq!(served["content"].get("body").is_some(), expected[0], "{visibility:?}");
         assert_eq!(served["signatures"], first.event.json["signatures"]);
     }
+}
+
+/// A crash before the join is stored would lose it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_6_what_a_hub_sends_before_its_answer_to_a_join_is_not_acknowledged_and_not_lost() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    let (told, mut answers) = tokio::sync::mpsc::unbounded_channel();
+    let (at_hub, at_part, name, draft) =
+        (hub.lm.clone(), part.lm.clone(), hub.name.clone(), message(&hub.user("bot"), "early"));
+    let kept = room.clone();
+    hub.meddle(move |request, next| {
+        let (at_hub, at_part, name, draft) = (at_hub.clone(), at_part.clone(), name.clone(), draft.clone());
+        let (room, told) = (kept.clone(), told.clone());
+        async move {
+            let is_join = request.uri().path().contains("/send_join/");
+            let response = next.run(request).await;
+            if is_join {
+                let sent = at_hub.send(&room, vec![Outgoing { draft, effect: None }]).await.pop().unwrap().unwrap();
+                let Sent::Appended(early) = sent else { panic!("a hub appends") };
+                let _ = told.send(at_part.receive(&name, vec![raw(&early.event.json)]).await.pop().unwrap());
+            }
+            response
+        }
+    });
+    part.join(&room, "alice", &hub).await;
+    let told = answers.recv().await.unwrap();
+    assert!(matches!(told.result, Err(Refusal::Internal(_))), "{told:?}");
+    // Whether the hub sends it again or not.
+    part.wait_for_body(&room, "early").await;
+    hub.say(&room, "bot", "later").await;
+    assert_eq!(bodies(&part.wait_for_body(&room, "later").await), ["early", "later"]);
 }
