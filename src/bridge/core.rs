@@ -38,6 +38,8 @@ pub(super) struct Core {
     /// Ghosts whose join a handshake waits for: repair leaves them alone.
     pub(super) joining: Mutex<HashSet<(OwnedRoomId, OwnedUserId)>>,
     pub(super) negative: Negative,
+    /// What hubs said of their aliases.
+    pub(super) leads: resolve::Leads,
     pub(super) acls: Acls,
     pub(super) budgets: Budgets,
     pub(super) pauses: Pauses,
@@ -60,6 +62,7 @@ impl Core {
             tasks: TaskTracker::new(),
             sides: OnceLock::new(),
             negative: resolve::negative(),
+            leads: resolve::leads(),
             budgets: Budgets::default(),
             pauses: Pauses::default(),
             acls: acl::acls(context.config.caches.rooms),

@@ -2,8 +2,9 @@
 //! and every member's ghost joins it. Each step looks at what is there, so that it can be done again after a crash.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use ruma::{OwnedRoomId, OwnedUserId, UserId};
+use ruma::{OwnedRoomId, OwnedUserId, RoomId, ServerName, UserId};
 
 use super::core::Core;
 use super::create::save;
@@ -13,7 +14,7 @@ use super::rooms;
 use super::side::{MEMBER, State};
 use super::translate::member_content;
 use super::users::{Known, Who};
-use super::{access, acl, carry};
+use super::{access, acl, alias, carry};
 use crate::config::EncryptionPolicy;
 use crate::event::Object;
 use crate::identity::Side;
@@ -24,6 +25,8 @@ use crate::store::portals::PortalRow;
 
 /// How many ghosts join in one call.
 const BATCH: usize = 50;
+/// How long the hub may take to say where an alias leads.
+const DIRECTORY: Duration = Duration::from_secs(10);
 
 /// Makes what is still missing of the portal in `row`.
 pub(super) async fn make(core: &Arc<Core>, row: &mut PortalRow) -> Result<(), Refusal> {
@@ -49,6 +52,11 @@ async fn make_of(core: &Arc<Core>, row: &mut PortalRow, room_id: &OwnedRoomId) -
     };
     access::takes_part(&core.context.config.access, Side::Lm, &hub)?;
     refuse_encrypted(core, &state)?;
+    if row.alias.is_none()
+        && let Some(alias) = natural_alias(core, room_id, &hub, &state).await
+    {
+        save(core, row, |row| row.alias = Some(alias)).await?;
+    }
     let members: Vec<OwnedUserId> = users(&state);
     let known = core.users.all(&core.context.store, Side::Lm, &members).await?;
     core.users.keep(&core.context.store, Side::Lm, &members).await?;
@@ -67,6 +75,20 @@ async fn make_of(core: &Arc<Core>, row: &mut PortalRow, room_id: &OwnedRoomId) -
     let portal = Portal::from_row(&shadow, &core.context.server_name)?
         .ok_or_else(|| Refusal::Internal("a room of the portal is missing".to_owned()))?;
     join_ghosts(core, &portal, &state, &known).await
+}
+
+/// The alias at the gateway that stands for the LM room's own, if its hub knows that one and nobody has taken it here.
+async fn natural_alias(core: &Core, room_id: &RoomId, hub: &ServerName, state: &State) -> Option<String> {
+    let canonical = state.content("m.room.canonical_alias")?.get("alias")?.as_str()?;
+    let name = alias::localpart_at(canonical, hub)?;
+    let localpart = alias::of_alias(name, hub);
+    if alias::parse(&localpart).is_none() || core.registry.of_alias(&localpart).is_some() {
+        return None;
+    }
+    // Anybody may write any alias into a room's state.
+    let asked = core.sides().ok()?.lm.query_directory(hub, canonical);
+    let target = tokio::time::timeout(DIRECTORY, asked).await.ok()?.ok()?;
+    (target.room_id == *room_id).then_some(localpart)
 }
 
 /// The state of the LM room, which the bot has joined.

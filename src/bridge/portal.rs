@@ -120,14 +120,17 @@ impl Portal {
         let (Some(matrix_room_id), Some(lm_room_id)) = (row.matrix_room_id.clone(), row.lm_room_id.clone()) else {
             return Ok(None);
         };
+        let kind = PortalKind::parse(&row.kind).ok_or_else(|| StoreError::corrupt("portal kind", &row.kind))?;
+        // The LM room's ID leads to its portal in any case.
+        let by_room = if kind == PortalKind::FromLm { super::alias::of_room(&lm_room_id) } else { None };
         Ok(Some(Self {
             portal_id: format!("p{}", row.number),
-            kind: PortalKind::parse(&row.kind).ok_or_else(|| StoreError::corrupt("portal kind", &row.kind))?,
+            kind,
             state,
             matrix_room_id,
             lm_room_id,
             lm_hub: row.lm_hub.clone(),
-            alias: row.alias.as_ref().map(|localpart| format!("#{localpart}:{server_name}")),
+            alias: row.alias.clone().or(by_room).map(|localpart| format!("#{localpart}:{server_name}")),
             reason: row.reason.clone(),
         }))
     }

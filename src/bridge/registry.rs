@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use arc_swap::ArcSwap;
-use ruma::{OwnedRoomId, RoomId};
+use ruma::{OwnedRoomId, RoomId, ServerName};
 use tokio::sync::Notify;
 
 use super::portal::Portal;
@@ -135,6 +135,15 @@ impl Registry {
             let open = |entry: &&Arc<Entry>| entry.portal.load().state != super::portal::PortalState::Ended;
             tables.portals.values().filter(open).count()
         })
+    }
+
+    /// Whether a server is the hub of a portal that has not ended.
+    pub(super) fn has_hub(&self, server: &ServerName) -> bool {
+        let is_hub = |entry: &Arc<Entry>| {
+            let portal = entry.portal.load();
+            portal.lm_hub == *server && portal.state != super::portal::PortalState::Ended
+        };
+        self.lock(|tables| tables.portals.values().any(is_hub))
     }
 
     /// Where the localpart of an alias leads.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use moka::Expiry;
 use moka::future::Cache;
-use ruma::{RoomId, ServerName};
+use ruma::{OwnedRoomId, OwnedServerName, RoomId, ServerName};
 
 use super::alias::{self, Named};
 use super::core::Core;
@@ -22,6 +22,14 @@ const TRANSIENT: Duration = Duration::from_secs(30);
 
 /// Negative answers, by localpart.
 pub(super) type Negative = Cache<String, Refusal>;
+
+/// What hubs said of their aliases, by localpart.
+pub(super) type Leads = Cache<String, AliasTarget>;
+
+/// An empty cache of what hubs said.
+pub(super) fn leads() -> Leads {
+    Cache::builder().max_capacity(10_000).time_to_live(TRANSIENT).build()
+}
 
 /// An empty cache of negative answers.
 pub(super) fn negative() -> Negative {
@@ -97,37 +105,59 @@ async fn portal(core: &Arc<Core>, localpart: &str, cause: &Cause) -> Result<Arc<
         return Ok(entry.portal());
     }
     let named = alias::parse(localpart).ok_or_else(|| Refusal::NotFound(format!("the alias {localpart:?}")))?;
-    // Before the cache, so that one who may not ask does not spoil it for one who may.
-    access::may_create(&core.context.config.access, cause)?;
+    let (Named::Alias { server, .. } | Named::Room { server, .. }) = &named;
+    // Whoever may not have a portal made is still led to one that is there.
+    let may_create = access::may_create(&core.context.config.access, cause);
+    if !core.registry.has_hub(server) {
+        may_create.clone()?;
+    }
     if let Some(refusal) = core.negative.get(localpart).await {
         return Err(refusal);
     }
-    let made = make(core, localpart, named, cause).await;
-    if let Err(refusal) = &made {
+    let (room_id, via) = match lead(core, localpart, &named).await {
+        Ok(led) => led,
+        Err(refusal) => {
+            core.negative.insert(localpart.to_owned(), refusal.clone()).await;
+            return Err(refusal);
+        }
+    };
+    if core.registry.of_room(Side::Lm, &room_id).is_none() {
+        may_create.clone()?;
+    }
+    let made = create::portal_from_lm(core, &room_id, &via, Some(localpart), cause).await;
+    // One who may not ask does not spoil it for one who may.
+    if let (Err(refusal), Ok(())) = (&made, may_create) {
         core.negative.insert(localpart.to_owned(), refusal.clone()).await;
     }
     made
 }
 
-async fn make(core: &Arc<Core>, localpart: &str, named: Named, cause: &Cause) -> Result<Arc<Portal>, Refusal> {
-    let (Named::Alias { server, .. } | Named::Room { server, .. }) = &named;
+/// The LM room that is meant, and servers through which it can be joined.
+async fn lead(
+    core: &Arc<Core>,
+    localpart: &str,
+    named: &Named,
+) -> Result<(OwnedRoomId, Vec<OwnedServerName>), Refusal> {
+    let (Named::Alias { server, .. } | Named::Room { server, .. }) = named;
     if *server == core.context.server_name {
         return Err(Refusal::NotFound(format!("the alias {localpart:?}: there is no LM room of this gateway by it,")));
     }
     access::takes_part(&core.context.config.access, Side::Lm, server)?;
-    match &named {
-        Named::Room { room_id, server } => {
-            create::portal_from_lm(core, room_id, std::slice::from_ref(server), Some(localpart), cause).await
-        }
+    match named {
+        Named::Room { room_id, server } => Ok((room_id.clone(), vec![server.clone()])),
         Named::Alias { alias, server } => {
-            let target = core.sides()?.lm.query_directory(server, alias).await?;
+            // Not asked again at once where it leads to a room that the asker may not have bridged.
+            let answer = core
+                .leads
+                .try_get_with_by_ref(localpart, async { core.sides()?.lm.query_directory(server, alias).await });
+            let target = answer.await.map_err(|refusal| Refusal::clone(&refusal))?;
             let mut via = target.servers;
             if !via.contains(server) {
                 via.push(server.clone());
             }
             via.retain(|server| *server != core.context.server_name);
             via.truncate(10);
-            create::portal_from_lm(core, &target.room_id, &via, Some(localpart), cause).await
+            Ok((target.room_id, via))
         }
     }
 }

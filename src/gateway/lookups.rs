@@ -33,7 +33,13 @@ pub(super) async fn version() -> Json<Value> {
 /// The room that an alias leads to; of a portal's two the one on `side`, where that is certain.
 pub(super) async fn directory(federation: Federation, asked: Asked, side: Option<Side>) -> Answer {
     let alias = asked.value("room_alias").ok_or_else(|| Refusal::malformed("room_alias", "missing"))?;
-    let target = federation.between.alias(&alias, Some(&asked.origin), side).await?;
+    let target = federation.between.alias(&alias, Some(&asked.origin), side).await;
+    // Homeservers tell their users of any other refusal that the gateway is broken.
+    let target = target.map_err(|refusal| match refusal {
+        refusal @ Refusal::NotFound(_) => refusal,
+        refusal if refusal.is_transient() => refusal,
+        refusal => Refusal::NotFound(format!("the alias {alias}: {refusal};")),
+    })?;
     Ok(json!({ "room_id": target.room_id, "servers": target.servers }))
 }
 

@@ -1,6 +1,7 @@
 //! How users of a Synapse come into an LM room: by an alias of their own server through the appservice, or by one of the
 //! gateway over federation alone.
 
+use reqwest::Method;
 use serde_json::json;
 
 use crate::support::testbed::client::MatrixError;
@@ -46,7 +47,8 @@ fn a_synapse_without_registration_joins_over_federation_alone() {
 
         // By default such an alias makes no portal, for servers that nobody here answers for.
         let refused = carol.join(&alias, &[]).await.unwrap_err();
-        assert!(refused.downcast_ref::<MatrixError>().is_some(), "{refused:#}");
+        let refused = refused.downcast_ref::<MatrixError>().unwrap_or_else(|| panic!("{refused:#}"));
+        assert_eq!((refused.status.as_u16(), refused.errcode.as_str()), (404, "M_NOT_FOUND"), "{refused:?}");
 
         let alice = world.user(world.a, "alice-garden", "Alice").await;
         let room = alice.join(&world.alias("garden", &world.a.server_name), &[]).await.unwrap();
@@ -66,6 +68,24 @@ fn a_synapse_without_registration_joins_over_federation_alone() {
         let texts: Vec<_> =
             world.hub.log(&lm_room).iter().filter_map(|event| event.content().get("body").cloned()).collect();
         assert_eq!(texts, ["from Carol", "from Alice", "from Bob"]);
+    });
+}
+
+#[test]
+fn a_portal_that_an_admin_made_is_open_to_every_homeserver_by_its_natural_alias() {
+    on_both(async |world| {
+        let (_, lm_room) = world.lm_room("terrace");
+        let carol = world.user(world.b, "carol-terrace", "Carol").await;
+        let body = json!({ "kind": "from_lm", "lm_room_id": lm_room, "via": ["hub.example"] });
+        let made = world.gateway.admin(Method::POST, "/portals", Some(body)).await.unwrap();
+
+        // Nobody has named this alias yet, and Carol's server may not have portals made.
+        let room = carol.join(&world.alias("terrace", &world.gateway.server_name), &[]).await.unwrap();
+        assert_eq!(made["matrix_room_id"], room.as_str());
+        world.hub.wait_for_member(&lm_room, &world.ghost_of(&carol.user_id), "join").await.unwrap();
+        // The one that the admin was told leads there too.
+        let told = made["alias"].as_str().unwrap();
+        assert_eq!(carol.join(told, &[]).await.unwrap(), room, "{told}");
     });
 }
 
