@@ -170,11 +170,21 @@ pub(super) async fn refused(
     Ok(())
 }
 
-/// Whether a row is still in the inbox.
-pub(super) async fn row_waits(core: &Core, source: Side, portal: &Portal, seq: i64) -> Result<bool, Refusal> {
-    let before = seq.saturating_sub(1);
-    let rows = inbox::waiting(&core.context.store, source, portal.room(source), before, 1).await?;
-    Ok(rows.first().is_some_and(|row| row.seq == seq))
+/// Whether a row is still in the inbox, and what it holds has not crossed. The row of an LPDU that has crossed with another
+/// event, because its hub has appended it twice, ends.
+pub(super) async fn still_waits(core: &Core, source: Side, portal: &Portal, item: &Item) -> Result<bool, Refusal> {
+    let (store, seq) = (&core.context.store, item.row.seq);
+    let rows = inbox::waiting(store, source, portal.room(source), seq.saturating_sub(1), 1).await?;
+    if rows.first().is_none_or(|row| row.seq != seq) {
+        return Ok(false);
+    }
+    let Some(lpdu_id) = &item.event.lpdu_id else { return Ok(true) };
+    let crossed = images::of_lpdus(store, std::slice::from_ref(lpdu_id)).await?;
+    if crossed.is_empty() {
+        return Ok(true);
+    }
+    drop_row(core, seq).await?;
+    Ok(false)
 }
 
 /// Ends the rows that were sorted out when they were read, and tells the senders of what is refused.

@@ -85,8 +85,9 @@ impl Inbox {
             Some(_) => rows.into_iter().filter(|row| row.seq <= self.cursor && self.place(row.seq).is_none()).collect(),
             None => rows,
         };
-        let mut sorted =
-            sort(core, portal, source, rows, |seq, sender| self.left.takes(seq, sender, again.as_ref())).await?;
+        let lpdus: HashSet<OwnedEventId> = self.items.iter().filter_map(|item| item.event.lpdu_id.clone()).collect();
+        let takes = |seq: i64, sender: &UserId| self.left.takes(seq, sender, again.as_ref());
+        let mut sorted = sort(core, portal, source, rows, lpdus, takes).await?;
         effect::sorted_out(core, portal, source, sorted.out).await?;
         if sorted.may_end {
             repair::soon(core, entry);
@@ -248,12 +249,14 @@ struct Sorted {
     may_loop: bool,
 }
 
-/// What is to be done with rows, as far as `takes` takes them.
+/// What is to be done with rows, as far as `takes` takes them. `seen` are the LPDUs of those that wait already: a hub may
+/// have appended one twice, and it crosses once.
 async fn sort(
     core: &Core,
     portal: &Portal,
     source: Side,
     rows: Vec<InboxRow>,
+    mut seen: HashSet<OwnedEventId>,
     mut takes: impl FnMut(i64, &UserId) -> bool,
 ) -> Result<Sorted, Refusal> {
     let store = &core.context.store;
@@ -267,7 +270,6 @@ async fn sort(
     let lpdus: Vec<OwnedEventId> = events.iter().filter_map(|(_, event)| event.as_ref()?.lpdu_id.clone()).collect();
     let crossed = images::of_sources(store, source, &ids).await?;
     let twice = if lpdus.is_empty() { Default::default() } else { images::of_lpdus(store, &lpdus).await? };
-    let mut seen: HashSet<OwnedEventId> = HashSet::new();
     let mut sorted = Sorted { items: VecDeque::new(), out: Vec::new(), echoes: false, may_end: false, may_loop: false };
     for (row, event) in events {
         let Some(event) = event else {

@@ -231,3 +231,61 @@ async fn what_came_while_the_database_failed_is_carried_when_it_is_well_again() 
     world.advance(120_000);
     so("all carried, and nothing pending", || gateway.in_step(&portal)).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_5_an_lpdu_that_its_hub_appends_twice_while_it_waits_crosses_once_and_stops_nothing() {
+    use isthmus::event::{Completion, Lpdu, Object, Pdu, VerifyKey, VerifyKeys};
+    let (world, gateway) = World::new(json!({ "budgets": { "events_per_second": 1 } })).await;
+    let lm = super::from_lm::room(&world, "public").await;
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    let other = world.other_server().await;
+    let carol = ruma::UserId::parse(format!("@carol:{}", super::world::OTHER)).unwrap();
+    other.lm.join(&lm, &carol, &via, Object::new()).await.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    // Some of what carol says waits for her server's budget.
+    const COUNT: usize = 80;
+    for number in 0..COUNT {
+        let draft = super::world::message(&carol, &number.to_string());
+        let outgoing = isthmus::seam::Outgoing { draft, effect: None };
+        other.lm.send(&lm, vec![outgoing]).await.pop().unwrap().unwrap();
+    }
+    let waiting = || async { gateway.bridge.health(&portal.portal_id).await.unwrap().waiting[1].count };
+    so("all of it here", || async { gateway.node.bodies(&lm).await.len() == COUNT }).await;
+    so("what is within the budget", || async { (5..25).contains(&waiting().await) }).await;
+
+    // Her last words are appended again: another event, with the same LPDU.
+    let log = gateway.node.log(&lm).await;
+    let last = log.last().unwrap().event.clone();
+    let mut lpdu = last.json.clone();
+    for key in ["auth_events", "prev_events"] {
+        lpdu.remove(key).unwrap();
+    }
+    lpdu["hashes"].as_object_mut().unwrap().remove("sha256");
+    lpdu["signatures"].as_object_mut().unwrap().remove(LM).unwrap();
+    let auth = last.json["auth_events"].as_array().unwrap().iter().map(|id| id.as_str().unwrap().try_into().unwrap());
+    let completion = Completion { auth_events: auth.collect(), prev_event: Some(last.event_id.clone()) };
+    let (hub, key) = (&world.server.context.server_name, &world.server.context.signing_key);
+    let carols = &other.context.signing_key;
+    let of_carol = (carols.id().to_owned(), VerifyKey::from_base64(&carols.public_base64()).unwrap());
+    let keys = VerifyKeys::from([(other.context.server_name.clone(), [of_carol].into())]);
+    let lpdu = Lpdu::parse(lpdu).unwrap().verify(&keys).unwrap();
+    let twin = Pdu::complete(lpdu, completion, hub, key).unwrap();
+    assert!(twin.event_id != last.event_id && twin.lpdu_id == last.lpdu_id);
+    let received = gateway.node.lm.receive(hub, vec![crate::lm::world::raw(&twin.json)]).await.pop().unwrap();
+    assert_eq!(received.result, Ok(()));
+    assert_eq!(gateway.node.bodies(&lm).await.len(), COUNT + 1);
+    so("it is looked at", || async { gateway.bridge.explain(&twin.event_id).await.unwrap().is_some() }).await;
+
+    world.advance(61_000);
+    so("all carried", || gateway.in_step(&portal)).await;
+    let bodies: Vec<usize> = gateway
+        .matrix_bodies(&portal.matrix_room_id)
+        .await
+        .into_iter()
+        .map(|(_, body)| body.parse().unwrap())
+        .collect();
+    assert_eq!(bodies, (0..COUNT).collect::<Vec<_>>());
+    let refusals = gateway.bridge.health(&portal.portal_id).await.unwrap().refusals;
+    assert!(refusals.iter().all(|refused| refused.code == "not_bridged"), "{refusals:?}");
+}

@@ -327,12 +327,15 @@ impl Worker {
     async fn finish(&mut self, portal: &Arc<Portal>, seq: i64, done: Done) -> Result<bool, Refusal> {
         let now = self.core.now_ms();
         let done = match done {
-            Done::Later(_) if !effect::row_waits(&self.core, self.source, portal, seq).await? => {
-                // It was carried over after all, by somebody who did not get to say so.
-                self.inbox.drop_item(seq);
-                return Ok(false);
+            Done::Later(refusal) => {
+                let Some(item) = self.inbox.get(seq) else { return Ok(false) };
+                if !effect::still_waits(&self.core, self.source, portal, item).await? {
+                    // It was carried over after all, by somebody who did not get to say so.
+                    self.inbox.drop_item(seq);
+                    return Ok(false);
+                }
+                self.later(seq, refusal)
             }
-            Done::Later(refusal) => self.later(seq, refusal),
             done => done,
         };
         match done {

@@ -21,37 +21,53 @@ use crate::store::images;
 impl Worker {
     /// Sends a batch of images; false when one of them failed.
     pub(super) async fn flush(&mut self, portal: &Arc<Portal>, batch: Vec<(i64, Crossing)>) -> Result<bool, Refusal> {
-        if batch.is_empty() {
-            return Ok(true);
-        }
-        let (mut drafts, mut seqs, mut items) = (Vec::new(), Vec::new(), Vec::new());
-        for (seq, crossing) in batch {
-            let Some(item) = self.inbox.get(seq) else { continue };
-            drafts.push(crossing.image);
-            seqs.push(seq);
-            items.push((item, crossing.note));
-        }
-        let effects = effect::crossed_all(&self.core, portal, self.source, items);
-        let outgoing =
-            drafts.into_iter().zip(effects).map(|(draft, effect)| Outgoing { draft, effect: Some(effect) }).collect();
-        let far = self.source.other();
-        let results = self.core.sides()?.rooms(far).send(portal.room(far), outgoing).await;
-        let mut all = true;
-        for (seq, result) in seqs.into_iter().zip(results) {
-            match result {
-                Ok(_) => {
-                    self.finish(portal, seq, Done::Crossed).await?;
+        let results = self.send_together(portal, &batch).await?;
+        let (mut all, mut failed) = (true, false);
+        for ((seq, crossing), result) in batch.iter().zip(results) {
+            let result = match result {
+                // What comes after a failure that may pass is tried again after it.
+                Err(refusal) if refusal.is_transient() && failed => continue,
+                // One of them may have failed all of them. Which one it was it must show alone, or an innocent one would
+                // be put off for it, and it would never be given up.
+                Err(refusal) if refusal.is_transient() && batch.len() > 1 => {
+                    let alone = [(*seq, crossing.clone())];
+                    self.send_together(portal, &alone).await?.pop().unwrap_or(Err(refusal))
                 }
-                // What comes after a failure that may pass failed with it, and is tried again right after it.
-                Err(refusal) if refusal.is_transient() && !all => {}
+                result => result,
+            };
+            let done = match result {
+                Ok(()) => Done::Crossed,
                 Err(refusal) => {
                     all = false;
-                    let done = if refusal.is_transient() { Done::Later(refusal) } else { Done::Refused(refusal) };
-                    self.finish(portal, seq, done).await?;
+                    failed |= refusal.is_transient();
+                    if refusal.is_transient() { Done::Later(refusal) } else { Done::Refused(refusal) }
                 }
-            }
+            };
+            self.finish(portal, *seq, done).await?;
         }
         Ok(all)
+    }
+
+    /// Sends images in one call; what became of each.
+    async fn send_together(
+        &self,
+        portal: &Arc<Portal>,
+        batch: &[(i64, Crossing)],
+    ) -> Result<Vec<Result<(), Refusal>>, Refusal> {
+        let items: Option<Vec<_>> =
+            batch.iter().map(|(seq, crossing)| Some((self.inbox.get(*seq)?, crossing.note.clone()))).collect();
+        let items = items.ok_or_else(|| Refusal::Internal("an event is sent that does not wait".to_owned()))?;
+        if items.is_empty() {
+            return Ok(Vec::new());
+        }
+        let effects = effect::crossed_all(&self.core, portal, self.source, items);
+        let outgoing = batch.iter().zip(effects).map(|((_, crossing), effect)| {
+            let draft = crossing.image.clone();
+            Outgoing { draft, effect: Some(effect) }
+        });
+        let far = self.source.other();
+        let results = self.core.sides()?.rooms(far).send(portal.room(far), outgoing.collect()).await;
+        Ok(results.into_iter().map(|result| result.map(drop)).collect())
     }
 
     /// Does with one event what is to be done with it.
