@@ -157,6 +157,9 @@ pub enum Refusal {
     /// The room's server access control list does not allow the server.
     #[error("{0} is denied by the room's access control list")]
     ServerAcl(String),
+    /// Another gateway connects the same two rooms, and would carry the image back.
+    #[error("{0} connects the same two rooms: what its bot and its ghosts do does not cross")]
+    Loop(String),
     /// The event is of a kind that never crosses.
     #[error("{0} does not cross")]
     NotBridged(String),
@@ -208,6 +211,7 @@ impl Refusal {
             Self::Encryption(_) => "encryption",
             Self::Budget { .. } => "budget",
             Self::ServerAcl(_) => "server_acl",
+            Self::Loop(_) => "loop",
             Self::NotBridged(_) => "not_bridged",
             Self::Remote { .. } => "remote",
             Self::Fails(_) => "fails",

@@ -4,9 +4,10 @@
 use std::sync::Arc;
 
 use moka::future::Cache;
-use ruma::{OwnedEventId, ServerName};
+use ruma::{OwnedEventId, UserId};
 
 use super::core::Core;
+use super::loops;
 use super::side::{Event, State};
 use crate::dag::Acl;
 use crate::refusal::Refusal;
@@ -33,20 +34,21 @@ pub(super) async fn of(core: &Core, state: &State) -> Option<Arc<Acl>> {
     Some(acl)
 }
 
-/// Whether both rooms let a server take part.
-pub(super) async fn both(core: &Core, near: &State, far: &State, server: &ServerName) -> Result<(), Refusal> {
+/// Whether both rooms let a user's server take part, and nobody carries back what the user does.
+pub(super) async fn both(core: &Core, near: &State, far: &State, user: &UserId) -> Result<(), Refusal> {
+    let server = user.server_name();
     for state in [near, far] {
         if of(core, state).await.is_some_and(|acl| !acl.allows(server)) {
             return Err(Refusal::ServerAcl(server.to_string()));
         }
     }
-    Ok(())
+    loops::crosses(near, far, user)
 }
 
-/// Whether an event of a server may cross. Leaving is always possible.
+/// Whether an event may cross, as far as its sender's server goes. Leaving is always possible.
 pub(super) async fn crosses(core: &Core, near: &State, far: &State, event: &Event) -> Result<(), Refusal> {
     if event.membership().is_some_and(|(target, membership)| membership == "leave" && target == event.sender) {
         return Ok(());
     }
-    both(core, near, far, event.sender.server_name()).await
+    both(core, near, far, &event.sender).await
 }

@@ -7,11 +7,11 @@ use ruma::{OwnedEventId, OwnedUserId, RoomId, UserId};
 use serde_json::{Value, json};
 
 use super::acl::SERVER_ACL;
-use super::member;
 use super::power::{Action, POWER_LEVELS, Power};
 use super::side::{Event, Key, MEMBER, State};
 use super::translate::{self, Image, Lookups, SOURCE, StateRules};
 use super::users::{Known, Who};
+use super::{loops, member};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -113,14 +113,15 @@ pub(super) fn outcome(case: &Case<'_>) -> Outcome {
 pub(super) fn reads(event: &Event, users: &Known, bot: &UserId) -> (Vec<Key>, Vec<Key>) {
     let whole = |kind: &str| (kind.to_owned(), String::new());
     let member = |user: &UserId| (MEMBER.to_owned(), user.to_string());
+    let looped = loops::key(&event.sender);
     let own = event.state_key.clone().map(|key| (event.kind.clone(), key));
     let both = [whole("m.room.create"), whole(POWER_LEVELS), whole(SERVER_ACL)];
-    let near = both.clone().into_iter().chain([member(&event.sender)]).chain(own);
+    let near = both.clone().into_iter().chain([member(&event.sender)]).chain(own).chain(looped.clone());
     let rules = both.into_iter().chain([whole("m.room.join_rules"), member(bot)]);
     let target = event.membership().map(|(target, _)| target);
     let there = [Some(event.sender.clone()), target].into_iter().flatten();
     let there = there.filter_map(|user| translate::across(users, &user)).map(|user| member(&user));
-    let far = rules.chain(there).chain([whole(&event.kind)]);
+    let far = rules.chain(there).chain([whole(&event.kind)]).chain(looped);
     (near.collect(), far.collect())
 }
 

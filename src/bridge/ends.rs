@@ -13,7 +13,7 @@ use super::notice::{say, text};
 use super::portal::{Cause, Portal, PortalKind, PortalState};
 use super::registry::Entry;
 use super::side::{Event, MEMBER, State};
-use super::users::{BOT, Who};
+use super::users::Who;
 use super::{create, repair};
 use crate::event::Object;
 use crate::identity::Side;
@@ -131,30 +131,27 @@ pub(super) fn may_end(event: &Event, bot: &UserId) -> bool {
     bot_is_out || (event.state_key.as_deref() == Some("") && matches!(event.kind.as_str(), SERVER_ACL | TOMBSTONE))
 }
 
-/// Whether an event brings in the bot of another gateway, so that [`stop_loop`] must look.
-pub(super) fn may_loop(event: &Event, own: &UserId) -> bool {
-    let joined = event.membership().filter(|(_, membership)| *membership == "join");
-    joined.is_some_and(|(user, _)| user.localpart() == BOT && user != *own)
-}
-
-/// Suspends a portal that another gateway makes too: each would carry the other's images back. True when there is one.
-pub(super) async fn stop_loop(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool, Refusal> {
+/// Takes a suspended portal up again.
+pub(super) async fn resume(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<Arc<Portal>, Refusal> {
     let portal = entry.portal();
-    let matrix = core.sides()?.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
-    for entry_of in matrix.members() {
-        let Ok(user) = <&UserId>::try_from(entry_of.state_key) else { continue };
-        if user.localpart() != BOT || user == core.users.bot() || entry_of.membership() != "join" {
-            continue;
-        }
-        let key = (MEMBER.to_owned(), user.to_string());
-        let lm = core.sides()?.rooms(Side::Lm).pick(&portal.lm_room_id, &[key]).await?;
-        if lm.membership(user) == "join" {
-            let reason = format!("a loop: {} connects the same two rooms", user.server_name());
-            core.set_state(entry, PortalState::Suspended, Some(reason)).await?;
-            return Ok(true);
-        }
+    if portal.state.carries() {
+        return Ok(portal);
     }
-    Ok(false)
+    if portal.state != PortalState::Suspended {
+        return Err(Refusal::Forbidden(format!("the portal {} is {}", portal.portal_id, portal.state.as_str())));
+    }
+    let bot = core.users.bot();
+    if !is_in(core, &portal, Side::Matrix).await? {
+        core.send(&portal, Side::Matrix, core.member(bot, bot, "join")).await?;
+    }
+    if !is_in(core, &portal, Side::Lm).await? {
+        let via = [portal.lm_hub.clone()];
+        core.sides()?.lm.join(&portal.lm_room_id, bot, &via, Object::new()).await?;
+    }
+    core.set_state(entry, PortalState::Active, None).await?;
+    // What was said meanwhile is not carried; the states are.
+    repair::soon(core, entry);
+    Ok(entry.portal())
 }
 
 /// Ends or suspends a portal whose rooms say so by their state; true when they do.
@@ -189,7 +186,7 @@ pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool
             return Ok(true);
         }
     }
-    stop_loop(core, entry).await
+    Ok(false)
 }
 
 /// Why a portal is suspended whose bot somebody took out of a room.

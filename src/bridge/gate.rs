@@ -13,7 +13,7 @@ use super::registry::Entry;
 use super::side::{MEMBER, State};
 use super::translate::member_content;
 use super::users::Who;
-use super::{access, acl, repair};
+use super::{access, acl, loops, repair};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -47,12 +47,13 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
         Who::Ghost { .. } | Who::Bot | Who::Stranger => return Err(stranger(user)),
     };
     access::takes_part(&core.context.config.access, handshake.side, user.server_name())?;
-    let key = (acl::SERVER_ACL.to_owned(), String::new());
-    let near = core.sides()?.rooms(handshake.side).pick(&handshake.room_id, std::slice::from_ref(&key)).await?;
+    let mut keys = vec![(acl::SERVER_ACL.to_owned(), String::new())];
+    keys.extend(loops::key(user));
+    let near = core.sides()?.rooms(handshake.side).pick(&handshake.room_id, &keys).await?;
     let across = handshake.side.other();
-    let keys = [key, (MEMBER.to_owned(), ghost.to_string())];
+    keys.push((MEMBER.to_owned(), ghost.to_string()));
     let far = core.sides()?.rooms(across).pick(portal.room(across), &keys).await?;
-    acl::both(core, &near, &far, user.server_name()).await?;
+    acl::both(core, &near, &far, user).await?;
     let at_hub = portal.kind == PortalKind::FromLm && handshake.side == Side::Matrix && handshake.stage == Stage::Send;
     if handshake.membership == Membership::Join && far.member(&ghost).is_none() {
         let (limits, server) = (&core.context.config.budgets, user.server_name());

@@ -92,10 +92,6 @@ impl Inbox {
         if sorted.may_end {
             repair::soon(core, entry);
         }
-        if sorted.may_loop && ends::stop_loop(core, entry).await? {
-            // At once: in a loop the queues never empty.
-            return Ok(false);
-        }
         if sorted.echoes {
             // What waited for an echo is on the other direction.
             entry.direction(source.other()).wake.notify_one();
@@ -244,9 +240,8 @@ struct Sorted {
     items: VecDeque<Item>,
     out: Vec<(InboxRow, Out)>,
     echoes: bool,
-    /// Whether an event among them may end the portal, or shows another gateway.
+    /// Whether an event among them may end the portal.
     may_end: bool,
-    may_loop: bool,
 }
 
 /// What is to be done with rows, as far as `takes` takes them. `seen` are the LPDUs of those that wait already: a hub may
@@ -270,7 +265,7 @@ async fn sort(
     let lpdus: Vec<OwnedEventId> = events.iter().filter_map(|(_, event)| event.as_ref()?.lpdu_id.clone()).collect();
     let crossed = images::of_sources(store, source, &ids).await?;
     let twice = if lpdus.is_empty() { Default::default() } else { images::of_lpdus(store, &lpdus).await? };
-    let mut sorted = Sorted { items: VecDeque::new(), out: Vec::new(), echoes: false, may_end: false, may_loop: false };
+    let mut sorted = Sorted { items: VecDeque::new(), out: Vec::new(), echoes: false, may_end: false };
     for (row, event) in events {
         let Some(event) = event else {
             tracing::error!(portal = portal.portal_id, event = %row.event_id, "an accepted event is not in the store");
@@ -284,7 +279,6 @@ async fn sort(
             sorted.out.push((row, Out::Done));
             continue;
         }
-        sorted.may_loop |= ends::may_loop(&event, core.users.bot());
         sorted.may_end |= ends::may_end(&event, core.users.bot());
         if !takes(row.seq, &event.sender) {
             continue;

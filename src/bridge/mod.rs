@@ -21,6 +21,7 @@ mod home;
 mod inbox;
 mod left;
 mod linearize;
+mod loops;
 mod member;
 mod notice;
 mod pause;
@@ -159,6 +160,13 @@ impl Bridge {
     pub async fn remove_portal(&self, portal_id: &str, reason: &str) -> Result<Arc<Portal>, Refusal> {
         let entry = admin::entry(&self.core, portal_id)?;
         ends::end(&self.core, &entry, reason).await
+    }
+
+    /// Makes a portal that was suspended active again. The bot comes back into the rooms that it is not in, where it is let
+    /// in; of a portal that is active this does nothing.
+    pub async fn resume_portal(&self, portal_id: &str) -> Result<Arc<Portal>, Refusal> {
+        let entry = admin::entry(&self.core, portal_id)?;
+        ends::resume(&self.core, &entry).await
     }
 
     /// Does what is due by the clock: ghosts leave portals that have been suspended for an hour, portals that were

@@ -8,6 +8,7 @@ use ruma::OwnedUserId;
 use serde_json::json;
 
 use super::core::Core;
+use super::loops;
 use super::portal::Portal;
 use super::side::{Event, MEMBER};
 use super::translate::MAPPED_STATE;
@@ -40,7 +41,9 @@ impl Notices {
     /// Tells the sender of `event`, unless the configuration is against it, it is nothing that a person would miss, or they
     /// were told of late.
     pub(super) fn tell(&self, core: &Arc<Core>, portal: &Arc<Portal>, source: Side, event: &Event, refusal: &Refusal) {
-        let key = (portal.number(), event.sender.clone(), refusal.code());
+        // All of a second gateway are one: it carries the notices too.
+        let who = loops::bot_of(&event.sender).filter(|_| matches!(refusal, Refusal::Loop(_)));
+        let key = (portal.number(), who.unwrap_or_else(|| event.sender.clone()), refusal.code());
         if !core.context.config.portals.notices || !missed(event, refusal) || !self.due(key, core.now_ms()) {
             return;
         }

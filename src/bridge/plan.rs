@@ -25,7 +25,7 @@ pub(super) struct Plan<'a> {
     pub(super) bot: &'a UserId,
     /// Whether a user of the gateway on a side is left alone, because a handshake is under way.
     pub(super) spared: &'a dyn Fn(Side, &UserId) -> bool,
-    /// Whether a user's server, at home on a side, is kept out by the policy or by a room's access control list.
+    /// Whether a user, at home on a side, is kept out by the policy, by a room's access control list, or as part of a loop.
     pub(super) denied: &'a dyn Fn(Side, &UserId) -> bool,
     pub(super) now_ms: i64,
 }

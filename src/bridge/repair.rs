@@ -13,7 +13,7 @@ use super::portal::{Portal, PortalState};
 use super::registry::Entry;
 use super::side::State;
 use super::users::{Known, Who};
-use super::{access, acl, effect, ends};
+use super::{access, acl, effect, ends, loops};
 use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -208,6 +208,7 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
             let server = user.server_name();
             access::takes_part(&core.context.config.access, home, server).is_err()
                 || lists.iter().flatten().any(|list| !list.allows(server))
+                || loops::crosses(&leading, &following, user).is_err()
         },
         now_ms: core.now_ms(),
     });

@@ -63,6 +63,11 @@ pub enum Portal {
         /// Its ID, as in the list.
         portal_id: String,
     },
+    /// Take a suspended portal up again: the gateway's bot must be in both rooms, or be let in.
+    Resume {
+        /// Its ID, as in the list.
+        portal_id: String,
+    },
     /// Invite a user by the gateway's bot.
     Invite {
         /// The portal's ID.
@@ -103,6 +108,9 @@ impl Portal {
             }
             Self::Remove { portal_id } => {
                 print(&api.call(Method::DELETE, &format!("/portals/{}", segment(&portal_id)), None).await?)
+            }
+            Self::Resume { portal_id } => {
+                print(&api.call(Method::POST, &format!("/portals/{}/resume", segment(&portal_id)), None).await?)
             }
             Self::Invite { portal_id, user_id, side } => {
                 let path = format!("/portals/{}/invite", segment(&portal_id));

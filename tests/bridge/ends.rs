@@ -188,7 +188,14 @@ async fn ghosts_leave_a_suspended_portal_after_an_hour() {
     let hubert = gateway.matrix_member(&portal.matrix_room_id, &ghost(Side::Lm, "hubert")).await.unwrap();
     assert_eq!(hubert["membership"], "leave");
     assert_eq!(state(&gateway, &portal).await.0, PortalState::Suspended);
-    // What is left of it can be removed.
+    // An admin takes it up again: the bot is let in, and everybody's ghost comes back.
+    let resumed = gateway.bridge.resume_portal(&portal.portal_id).await.unwrap();
+    assert_eq!((resumed.state, resumed.reason.clone()), (PortalState::Active, None));
+    so("both states in step", || gateway.in_step(&portal)).await;
+    assert_eq!(world.server.membership(&lm, &alices).await, "join");
+    world.lm_say(&lm, "hubert", "welcome back").await;
+    so("what is said now", || async { gateway.matrix_bodies(&portal.matrix_room_id).await.len() == 1 }).await;
+    // It can be removed.
     gateway.bridge.remove_portal(&portal.portal_id, "enough").await.unwrap();
     so("nobody there", || deserted(&gateway, &portal)).await;
 }

@@ -99,31 +99,50 @@ async fn a_gateway_of_a_gateways_room_carries_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_portal_whose_rooms_another_gateway_connects_is_suspended() {
+async fn of_another_gateway_of_the_same_two_rooms_nothing_is_carried_back_and_nobody_else_is_stopped() {
     let (world, gateway) = World::new(json!({})).await;
     let other = world.other_server().await;
     // On the Matrix side the other gateway is this homeserver, with the same key.
     let mut peer = Peer::start(OTHER).await;
     peer.key = other.context.signing_key.clone();
-    let bot = UserId::parse(format!("@isthmus:{OTHER}")).unwrap();
+    let user = |localpart: &str| UserId::parse(format!("@{localpart}:{OTHER}")).unwrap();
+    let (bot, image, carol) = (user("isthmus"), user("mx_alice_matrix.example"), user("carol"));
     let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
     let portal = gateway.bridge.create_portal(new).await.unwrap();
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let alice = world.matrix_user("alice");
-    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
-    other.lm.join(lm, &bot, &[OWN.try_into().unwrap()], Default::default()).await.unwrap();
+    world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    for user in [&bot, &image, &carol] {
+        other.lm.join(lm, user, &[OWN.try_into().unwrap()], Default::default()).await.unwrap();
+    }
     so("both states in step", || gateway.in_step(&portal)).await;
-    let state = || async {
-        let portal = gateway.bridge.portal(&portal.portal_id).await.unwrap().unwrap();
-        (portal.state, portal.reason.clone())
+    let says = async |user: &UserId, body: &str| {
+        let outgoing = isthmus::seam::Outgoing { draft: super::world::message(user, body), effect: None };
+        other.lm.send(lm, vec![outgoing]).await.pop().unwrap().unwrap();
     };
-    assert_eq!(state().await.0, PortalState::Active, "in one of the rooms it is a user like others");
+    says(&image, "in one of the rooms it is a user like others").await;
+    so("a user like others", || async { said(&gateway, matrix).await.len() == 1 }).await;
 
-    World::matrix_join_from(&peer, &gateway, matrix, &bot).await.unwrap();
-    so("the suspension", || async { state().await.0 == PortalState::Suspended }).await;
-    assert_eq!(state().await.1, Some(format!("a loop: {OTHER} connects the same two rooms")));
-    world.matrix_say(&gateway, &mut view, &alice, "nobody hears me").await;
-    let health = gateway.bridge.health(&portal.portal_id).await.unwrap();
-    assert!(health.waiting.iter().all(|waiting| waiting.count == 0));
-    assert!(gateway.node.bodies(lm).await.is_empty());
+    let mut view = World::matrix_join_from(&peer, &gateway, matrix, &bot).await.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    says(&image, "carried back").await;
+    let refused = || async { gateway.bridge.health(&portal.portal_id).await.unwrap().refusals };
+    so("the refusal", || async { refused().await.iter().any(|refused| refused.code == "loop") }).await;
+    let late = World::matrix_join_from(&peer, &gateway, matrix, &user("lm_bob_lm.example")).await;
+    assert_eq!(late.map(drop).unwrap_err().code(), "loop");
+    // Everybody else goes on, also others of that server.
+    says(&carol, "and I?").await;
+    so("carol is heard", || async { said(&gateway, matrix).await.contains(&"and I?".to_owned()) }).await;
+    world.refresh(&gateway, &mut view).await;
+    world.matrix_say(&gateway, &mut view, &alice, "we go on").await;
+    so("alice is heard", || async { gateway.node.bodies(lm).await.iter().any(|(_, body)| body == "we go on") }).await;
+    assert!(!said(&gateway, matrix).await.contains(&"carried back".to_owned()));
+    assert_eq!(gateway.bridge.portal(&portal.portal_id).await.unwrap().unwrap().state, PortalState::Active);
+    // The other gateway goes, and what its ghosts say is nobody's echo any more.
+    let leave = json!({ "membership": "leave" });
+    let (_, event) = view.add(&peer, &bot, "m.room.member", Some(bot.as_str()), leave);
+    peer.put(&gateway.dag, &[&event]).await.pop().unwrap().result.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    says(&image, "a user again").await;
+    so("a user like others", || async { said(&gateway, matrix).await.contains(&"a user again".to_owned()) }).await;
 }

@@ -212,6 +212,15 @@ pub(super) async fn remove(State(admin): State<Admin>, Path(portal_id): Path<Str
     Ok(Json(Portal::from(&*portal)))
 }
 
+/// Makes a suspended portal active again. The gateway's bot must be in both rooms, or be let in.
+#[utoipa::path(
+    post, path = "/portals/{portal_id}/resume", params(("portal_id" = String, Path)),
+    responses((status = 200, body = Portal), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError))
+)]
+pub(super) async fn resume(State(admin): State<Admin>, Path(portal_id): Path<String>) -> Result<Json<Portal>, Refusal> {
+    Ok(Json(Portal::from(&*admin.bridge.resume_portal(&portal_id).await?)))
+}
+
 async fn found(admin: &Admin, portal_id: &str) -> Result<std::sync::Arc<bridge::Portal>, Refusal> {
     let portal = admin.bridge.portal(portal_id).await?;
     portal.ok_or_else(|| Refusal::NotFound(format!("the portal {portal_id}")))

@@ -144,6 +144,8 @@ async fn a_portal_is_made_listed_and_shown() {
     }
     let repaired = house.call(Method::POST, &format!("/portals/{portal_id}/repair"), Value::Null).await;
     assert_eq!(repaired, (200, json!({ "repairs": 0 })));
+    let resumed = house.call(Method::POST, &format!("/portals/{portal_id}/resume"), Value::Null).await;
+    assert_eq!((resumed.0, &resumed.1["state"]), (200, &json!("active")));
     assert_eq!(house.get("/servers").await, json!({ "servers": [] }));
 }
 
@@ -164,6 +166,7 @@ async fn what_is_wrong_with_a_request_is_said() {
         (Method::GET, "/portals/p77/log", Value::Null, 404, "the portal p77"),
         (Method::POST, "/portals/p77/invite", json!({ "user_id": "@a:b" }), 404, "the portal p77"),
         (Method::POST, "/portals/p77/invite", json!({ "user_id": "a" }), 400, "user_id"),
+        (Method::POST, "/portals/p77/resume", Value::Null, 404, "the portal p77"),
         (Method::PUT, "/portals/p77/power", json!({ "user_id": "@a:b", "level": 50 }), 404, "the portal p77"),
         (Method::PUT, "/portals/p77/power", json!({ "user_id": "@a:b", "level": "50" }), 400, "the body"),
         (Method::GET, "/events/%24nothing", Value::Null, 404, "the event $nothing"),
