@@ -4,6 +4,7 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use ruma::{OwnedRoomId, OwnedUserId, UserId};
 
 use super::carry::{is_public, stranger};
@@ -16,6 +17,7 @@ use super::users::Who;
 use super::{access, acl, loops, repair};
 use crate::event::Object;
 use crate::identity::Side;
+use crate::lm::Appended;
 use crate::refusal::Refusal;
 use crate::seam::{Handshake, Membership, Stage};
 
@@ -109,28 +111,53 @@ async fn join_at_hub(core: &Arc<Core>, entry: &Arc<Entry>, ghost: &UserId, conte
     }
     let content = member_content(content, "join");
     let (room_id, via, user) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
-    let joining = lm.clone();
-    let mut join = core.tasks.spawn(async move { joining.join(&room_id, &user, &via, content).await });
+    let join = core.tasks.spawn(async move { lm.join(&room_id, &user, &via, content).await });
+    // Whatever comes of it: who is refused here is not to stay there.
+    let late = Late { core: core.clone(), portal: portal.clone(), ghost: ghost.to_owned(), spared };
+    let mut join = join.map(|joined| {
+        joined.unwrap_or_else(|_| Err(Refusal::Internal("the join at the hub was broken off".to_owned())))
+    });
     match tokio::time::timeout(HUB_PATIENCE, &mut join).await {
-        Ok(Ok(joined)) => {
-            joined?;
-            look_back(core, entry, spared);
+        Ok(Ok(_)) => {
+            look_back(core, entry, late.spared);
             Ok(())
         }
-        Ok(Err(_)) => Err(Refusal::Internal("the join at the hub was broken off".to_owned())),
+        Ok(Err(refusal)) => {
+            let why = refusal.clone();
+            core.spawn(async move { late.leave_again(Err(why)).await });
+            Err(refusal)
+        }
         Err(_) => {
-            let (room_id, via, user) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
-            core.spawn(async move {
-                let _spared = spared;
-                if let Ok(Ok(_)) = join.await
-                    && let Err(refusal) = lm.leave(&room_id, &user, &via).await
-                {
-                    tracing::warn!(room = %room_id, %user, %refusal, "a late join could not be left again");
-                }
-            });
+            core.spawn(async move { late.leave_again(join.await).await });
             let waited = HUB_PATIENCE.as_secs();
             Err(Refusal::Forbidden(format!("the hub {} has not answered the join in {waited} s", portal.lm_hub)))
         }
+    }
+}
+
+/// A ghost's join for which nobody waits any more.
+struct Late {
+    core: Arc<Core>,
+    portal: Arc<Portal>,
+    ghost: OwnedUserId,
+    spared: Spared,
+}
+
+impl Late {
+    /// Has the ghost leave, unless it is certain that it has not come and will not. A leave goes the same way to the hub as
+    /// the join and after it, so that also one that is still on its way is left again.
+    async fn leave_again(self, joined: Result<Appended, Refusal>) {
+        let Self { core, portal, ghost, spared } = self;
+        if !joined.as_ref().is_err_and(|refusal| !refusal.is_transient()) {
+            let left = match core.sides() {
+                Ok(sides) => sides.lm.leave(&portal.lm_room_id, &ghost, std::slice::from_ref(&portal.lm_hub)).await,
+                Err(refusal) => Err(refusal),
+            };
+            if let Err(refusal) = left {
+                tracing::warn!(portal = portal.portal_id, %ghost, %refusal, "a late join could not be left again");
+            }
+        }
+        drop(spared);
     }
 }
 

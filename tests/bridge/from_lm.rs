@@ -1,6 +1,7 @@
 //! A portal of a room that another LM server keeps: the log has authority.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use isthmus::bridge::Cause;
 use isthmus::event::RoomVersion;
@@ -11,7 +12,8 @@ use isthmus::seam::Outgoing;
 use ruma::OwnedRoomId;
 use serde_json::{Value, json};
 
-use crate::lm::log_hub::Manners;
+use crate::dag::OWN;
+use crate::lm::log_hub::{Manners, respond};
 
 use super::world::{LM, World, draft, ghost, message, so, until};
 
@@ -182,4 +184,44 @@ async fn a_room_whose_hub_shares_graphs_is_refused_in_words_that_reach_who_asked
     let localpart = format!("lm_{}_{LM}", lm.as_str().split(':').next().unwrap());
     assert_eq!(gateway.bridge.resolve_alias(&localpart, Cause::Appservice).await, Err(refusal.clone()));
     assert_eq!(gateway.bridge.why_not(&localpart).await, Some(refusal));
+}
+
+/// Has the LM server take nothing from the gateway, and say so, until it is told otherwise.
+fn go_away(world: &World) -> Arc<AtomicBool> {
+    let away = Arc::new(AtomicBool::new(true));
+    let kept = away.clone();
+    *world.server.meddler.lock().unwrap() = Some(Arc::new(move |request, next| {
+        let away = kept.load(Ordering::SeqCst) && request.uri().path().contains("/send/");
+        Box::pin(async move {
+            match away {
+                true => respond(http::StatusCode::SERVICE_UNAVAILABLE, json!({})),
+                false => next.run(request).await,
+            }
+        })
+    }));
+    away
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_39_a_join_that_was_refused_because_the_hub_was_away_is_left_again_when_it_is_back() {
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = room(&world, "public").await;
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    let away = go_away(&world);
+    let refused = world.matrix_join(&gateway, &portal.matrix_room_id, &world.matrix_user("alice")).await.unwrap_err();
+    assert_eq!(refused.status().as_u16(), 403, "{refused}");
+    away.store(false, Ordering::SeqCst);
+    let alices = ghost(Side::Matrix, "alice");
+    let memberships = || async {
+        world.server.context.outbound.retry(&OWN.try_into().unwrap());
+        gateway.node.context.outbound.retry(&LM.try_into().unwrap());
+        let log = world.server.log(&lm).await;
+        let hers = log.into_iter().filter(|event| event.event.state_key.as_deref() == Some(&alices));
+        hers.map(|event| event.event.content()["membership"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    so("the late join and its end", || async { memberships().await == ["join", "leave"] }).await;
+    so("both states in step", || gateway.in_step(&portal)).await;
+    assert_eq!(gateway.matrix_member(&portal.matrix_room_id, world.matrix_user("alice").as_str()).await, None);
 }
