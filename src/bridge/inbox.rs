@@ -41,6 +41,8 @@ pub(super) struct Item {
     pub(super) asks_server: bool,
     /// How often it has failed in a row.
     pub(super) failures: u32,
+    /// Whether it waits for an echo.
+    pub(super) waits: bool,
     /// Whether others pass it.
     passed: bool,
     /// Whether the event is here without its content.
@@ -188,11 +190,12 @@ impl Inbox {
         drop(self.take(seq));
     }
 
-    /// Puts an item off.
-    pub(super) fn later(&mut self, seq: i64, now: i64, pause: Duration, first: bool) {
+    /// Puts an item off that waits for an echo: the longer it has waited, the less often it is looked.
+    pub(super) fn waits(&mut self, seq: i64, now: i64) {
         if let Some(item) = self.get_mut(seq) {
-            item.retry_at = now.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
-            item.failures = if first { 0 } else { item.failures.saturating_add(1) };
+            let waited = item.blocked_since.map_or(0, |since| now.saturating_sub(since));
+            item.retry_at = now.saturating_add((waited / 4).clamp(250, 5_000));
+            (item.failures, item.waits) = (0, true);
         }
     }
 
@@ -218,8 +221,9 @@ impl Inbox {
         let pause = pause.min(MAX_PAUSE);
         if let Some(item) = self.get_mut(seq) {
             item.over_budget = matches!(refusal, Refusal::Budget { .. });
+            item.retry_at = now.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
+            item.failures = item.failures.saturating_add(1);
         }
-        self.later(seq, now, pause, false);
         pause
     }
 }
@@ -336,6 +340,7 @@ fn item(core: &Core, row: InboxRow, event: Event) -> Item {
         over_budget: false,
         asks_server,
         failures: 0,
+        waits: false,
         passed: false,
         without_content: false,
     }

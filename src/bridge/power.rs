@@ -193,6 +193,7 @@ pub(super) mod tests {
                 state_key: Some((*state_key).to_owned()),
                 origin_server_ts: 1,
                 prev_events: Vec::new(),
+                auth_events: Vec::new(),
                 depth: 1,
                 content: content.as_object().unwrap().clone(),
                 redacts: None,

@@ -60,7 +60,9 @@ pub struct GraphEvent {
     pub origin_server_ts: i64,
     /// The events before it.
     pub prev_events: Vec<OwnedEventId>,
-    /// One more than the deepest of those.
+    /// The events that it names as allowing it: among them its sender's membership.
+    pub auth_events: Vec<OwnedEventId>,
+    /// One more than the deepest of those before it.
     pub depth: i64,
     /// `content`.
     pub content: Object,

@@ -116,6 +116,7 @@ impl Stored {
             state_key: pdu.state_key.clone(),
             origin_server_ts: pdu.origin_server_ts,
             prev_events: pdu.prev_events.clone(),
+            auth_events: pdu.auth_events.clone(),
             depth: pdu.depth,
             content: self.content(),
             redacts: pdu.redacts.clone(),

@@ -215,8 +215,8 @@ async fn hc_39_a_join_that_was_refused_because_the_hub_was_away_is_left_again_wh
     away.store(false, Ordering::SeqCst);
     let alices = ghost(Side::Matrix, "alice");
     let memberships = || async {
-        world.server.context.outbound.retry(&OWN.try_into().unwrap());
-        gateway.node.context.outbound.retry(&LM.try_into().unwrap());
+        world.server.context.outbound.retry(OWN.try_into().unwrap());
+        gateway.node.context.outbound.retry(LM.try_into().unwrap());
         let log = world.server.log(&lm).await;
         let hers = log.into_iter().filter(|event| event.event.state_key.as_deref() == Some(&alices));
         hers.map(|event| event.event.content()["membership"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
@@ -224,4 +224,42 @@ async fn hc_39_a_join_that_was_refused_because_the_hub_was_away_is_left_again_wh
     so("the late join and its end", || async { memberships().await == ["join", "leave"] }).await;
     so("both states in step", || gateway.in_step(&portal)).await;
     assert_eq!(gateway.matrix_member(&portal.matrix_room_id, world.matrix_user("alice").as_str()).await, None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_speaks_and_goes_while_the_hub_is_away_is_heard_when_it_is_back() {
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = room(&world, "public").await;
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    let [alice, carol] = ["alice", "carol"].map(|name| world.matrix_user(name));
+    let mut view = world.matrix_join(&gateway, &portal.matrix_room_id, &alice).await.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    world.refresh(&gateway, &mut view).await;
+    let away = go_away(&world);
+    // Her server is in the room, so nobody asks the gateway.
+    let is = |membership: &str| json!({ "membership": membership });
+    world.matrix_send(&gateway, &mut view, &carol, "m.room.member", Some(carol.as_str()), is("join")).await;
+    let message = world.matrix_say(&gateway, &mut view, &carol, "was here").await;
+    world.matrix_send(&gateway, &mut view, &carol, "m.room.member", Some(carol.as_str()), is("leave")).await;
+    let pending = || async { gateway.bridge.health(&portal.portal_id).await.unwrap().pending };
+    so("her join on its way", || async { pending().await == 1 }).await;
+    // Longer than one waits for an echo.
+    world.advance(180_000);
+    world.matrix_say(&gateway, &mut view, &alice, "others are not held up").await;
+    so("others on their way", || async { pending().await == 2 }).await;
+    let found = gateway.bridge.explain(&message).await.unwrap().unwrap();
+    assert_eq!(found.status, "waiting", "{:?}", found.refusal);
+    away.store(false, Ordering::SeqCst);
+    so("both states in step", || async {
+        gateway.node.context.outbound.retry(LM.try_into().unwrap());
+        gateway.in_step(&portal).await
+    })
+    .await;
+    let carols = ghost(Side::Matrix, "carol");
+    let hers = world.server.log(&lm).await.into_iter().filter(|event| event.event.sender.as_str() == carols);
+    let hers: Vec<String> = hers.map(|event| event.event.kind.clone()).collect();
+    assert_eq!(hers, ["m.room.member", "m.room.message", "m.room.member"]);
+    let refusals = gateway.bridge.health(&portal.portal_id).await.unwrap().refusals;
+    assert!(refusals.iter().all(|refused| refused.code == "not_bridged"), "{refusals:?}");
 }

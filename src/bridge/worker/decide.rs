@@ -8,6 +8,7 @@ use super::Worker;
 use crate::bridge::carry::{self, Case, Outcome};
 use crate::bridge::portal::Portal;
 use crate::bridge::side::{Event, MEMBER, State};
+use crate::bridge::users::{Known, Who};
 use crate::bridge::{acl, translate};
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -20,7 +21,12 @@ pub(super) struct Decision {
     pub(super) unsure: bool,
     /// The budget that it is over.
     pub(super) over: Option<Refusal>,
+    /// Whether this is decided only when the hub has answered a join.
+    pub(super) waits: bool,
 }
+
+/// How long a message waits for the hub's answer to its sender's join: longer than a hub is asked.
+const JOIN_PATIENCE_MS: i64 = 3_600_000;
 
 impl Worker {
     /// What is to be done with an event, with all that this depends on looked up.
@@ -49,7 +55,7 @@ impl Worker {
         let far_state = core.sides()?.rooms(far).pick(portal.room(far), &reads_far).await?;
         let unsure = self.source == portal.authority() && may_be_reset(&near_state, event);
         if let Err(refusal) = acl::crosses(core, &near_state, &far_state, event).await {
-            return Ok(Decision { outcome: Outcome::Refuse(refusal), unsure, over: None });
+            return Ok(Decision { outcome: Outcome::Refuse(refusal), unsure, over: None, waits: false });
         }
         let outcome = carry::outcome(&Case {
             event,
@@ -66,6 +72,8 @@ impl Worker {
             bot: core.users.bot(),
             now_ms: core.now_ms(),
         });
+        let refused = matches!(outcome, Outcome::Refuse(_));
+        let waits = refused && self.sender_is_on_its_way(event, &near_state, &far_state, &users).await?;
         let over = match makes_ghost(&outcome, &far_state) {
             true => {
                 let (limits, server) = (&core.context.config.budgets, event.sender.server_name());
@@ -73,7 +81,34 @@ impl Worker {
             }
             false => None,
         };
-        Ok(Decision { outcome, unsure, over })
+        Ok(Decision { outcome, unsure, over, waits })
+    }
+
+    /// Whether the sender, who has left, was in the room by a join whose image is on its way to the hub: what it said before
+    /// it left goes after that image, as it would if the hub were quicker.
+    async fn sender_is_on_its_way(
+        &self,
+        event: &Event,
+        near: &State,
+        far: &State,
+        users: &Known,
+    ) -> Result<bool, Refusal> {
+        let Some(Who::Native { ghost }) = users.get(&event.sender) else { return Ok(false) };
+        let left = near.membership(&event.sender) != "join" && far.membership(ghost) != "join";
+        if !left || self.source == Side::Lm || event.membership().is_some() {
+            return Ok(false);
+        }
+        let Some(said) = self.core.sides()?.dag.event(&event.event_id).await? else { return Ok(false) };
+        let now = self.core.now_ms();
+        let images = images::of_sources(&self.core.context.store, Side::Matrix, &said.auth_events).await?;
+        let on_their_way = |row: &&images::ImageRow| row.pending && now.saturating_sub(row.made_ts) < JOIN_PATIENCE_MS;
+        for row in images.values().filter(on_their_way) {
+            let named = self.core.sides()?.rooms(Side::Matrix).event(&row.source).await?;
+            if named.as_ref().and_then(Event::membership) == Some((event.sender.clone(), "join")) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 }
 

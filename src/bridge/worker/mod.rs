@@ -177,7 +177,7 @@ impl Worker {
             item.blocked_since = match held {
                 true => Some(item.blocked_since.unwrap_or(now)),
                 // That it is about to be tried again does not mean that it will go.
-                false if item.failures > 0 => item.blocked_since,
+                false if item.failures > 0 || item.waits => item.blocked_since,
                 false => None,
             };
             let long = item.blocked_since.is_some_and(|since| now.saturating_sub(since) > OVERTAKE_AFTER_MS);
@@ -266,7 +266,7 @@ impl Worker {
             }
             let Some(item) = self.inbox.get(seq) else { continue };
             let decided = AssertUnwindSafe(self.decide(portal, &item.event)).catch_unwind().await;
-            let Decision { outcome, unsure, over } =
+            let Decision { outcome, unsure, over, waits } =
                 match decided.unwrap_or_else(|_| Err(Refusal::Internal("deciding on it panicked".to_owned()))) {
                     Ok(decision) => decision,
                     // It fails alone: nobody else waits for what may never be better.
@@ -277,6 +277,12 @@ impl Worker {
                         return Ok(());
                     }
                 };
+            if waits {
+                if self.flush(portal, std::mem::take(&mut batch)).await? {
+                    self.finish(portal, seq, Done::Waits).await?;
+                }
+                return Ok(());
+            }
             if let Some(refusal) = over {
                 if self.flush(portal, std::mem::take(&mut batch)).await? {
                     self.finish(portal, seq, Done::Later(refusal)).await?;
@@ -348,7 +354,7 @@ impl Worker {
             }
             Done::Asked => self.inbox.wait(seq),
             Done::Waits => {
-                self.inbox.later(seq, now, Duration::from_millis(250), true);
+                self.inbox.waits(seq, now);
                 return Ok(false);
             }
             Done::Later(refusal) => {
