@@ -191,14 +191,15 @@ impl Filling<'_> {
 
     /// Fetches auth events, each alone when they are few, and those that they need in turn; true when something new came.
     async fn fetch_auth_events(&mut self, wanted: &BTreeSet<OwnedEventId>) -> Result<bool, Refusal> {
-        let mut found = Vec::new();
+        let (mut found, mut _held) = (Vec::new(), None);
         if wanted.len() > 3
             && let Some(event_id) = self.needs_auth()
         {
             let (room_id, event_id) = (segment(self.room.room_id.as_str()), segment(event_id.as_str()));
             let call = Call::get(format!("/_matrix/federation/v1/event_auth/{room_id}/{event_id}")).with_state();
-            if let Ok(mut answer) = self.shared.context.client.call(self.origin, call, false).await {
+            if let Ok((mut answer, held)) = self.shared.context.client.call_held(self.origin, call, false).await {
                 found = take_events(&mut answer, "auth_chain", MAX_ANSWER);
+                _held = Some(held);
             }
         }
         let mut events = self.verify(found).await?;
@@ -291,16 +292,17 @@ impl Filling<'_> {
         let all: Vec<_> = state.iter().chain(&chain).cloned().collect();
         let known = self.shared.events.get_many(&all).await?;
         let missing: Vec<_> = all.into_iter().filter(|id| !known.contains_key(id)).collect();
-        let mut fetched = Vec::new();
+        let (mut fetched, mut _held) = (Vec::new(), None);
         if missing.len() > MAX_SINGLE {
             let uri = format!("/_matrix/federation/v1/state/{room_id}?event_id={}", segment(edge.as_str()));
-            let mut answer = client
-                .call(self.origin, Call::get(uri).with_state(), false)
+            let (mut answer, held) = client
+                .call_held(self.origin, Call::get(uri).with_state(), false)
                 .await
                 .map_err(|error| error.into_refusal(self.origin))?;
             let mut events = take_events(&mut answer, "pdus", MAX_ANSWER);
             events.extend(take_events(&mut answer, "auth_chain", MAX_ANSWER));
             fetched = self.verify(events).await?;
+            _held = Some(held);
         } else {
             for id in &missing {
                 fetched.extend(self.fetch_event(id).await?);

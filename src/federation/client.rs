@@ -14,6 +14,7 @@ use url::Url;
 
 use super::dialler::{self, Answer, Http, Itself, Reach};
 use super::discovery::{Dial, Network, Route, discover};
+use super::limits::{Held, Shares};
 use super::srv::SrvTargets;
 use super::x_matrix;
 use crate::event::{Object, canonical_json, parse_object};
@@ -136,6 +137,11 @@ const ERROR_LIMIT: usize = 16 << 10;
 const KEYS_LIMIT: usize = 64 << 10;
 const KEYS_TIMEOUT: Duration = Duration::from_secs(20);
 const KEY_FETCHES: usize = 256;
+/// How many bytes of answers may be worked on at once, from when they arrive until whoever asked is done with them: what is
+/// made of them takes some five times as much.
+const ANSWERS: usize = 128 << 20;
+/// How many of one server: one answer with the state of the largest rooms.
+const ANSWERS_OF_ONE: usize = 64 << 20;
 
 impl Client {
     /// A client for the server `server_name`.
@@ -144,10 +150,20 @@ impl Client {
         signing_key: Arc<SigningKey>,
         options: ClientOptions,
     ) -> Result<Self, anyhow::Error> {
+        Self::within(server_name, signing_key, options, Shares::new(ANSWERS, ANSWERS_OF_ONE))
+    }
+
+    /// The same with another budget for answers.
+    pub(super) fn within(
+        server_name: OwnedServerName,
+        signing_key: Arc<SigningKey>,
+        options: ClientOptions,
+        answers: Shares,
+    ) -> Result<Self, anyhow::Error> {
         let tls = dialler::tls_config(&options.custom_ca)?;
         let reach = if options.allow_private_networks { Reach::Everything } else { Reach::Public };
         let srv = SrvTargets::new();
-        let to_host = Arc::new(Http::new(tls.clone(), reach, Itself)?);
+        let to_host = Arc::new(Http::new(tls.clone(), reach, Itself, answers.clone())?);
         let overrides = options.resolve.into_iter().map(|(name, base)| {
             let route = override_route(&name, &base)?;
             Ok::<_, anyhow::Error>((name, route))
@@ -159,8 +175,8 @@ impl Client {
                 signing_key,
                 network: Network::new(to_host.clone(), srv.clone()),
                 to_host,
-                to_srv: Http::new(tls.clone(), reach, srv)?,
-                to_trusted: Http::new(tls, Reach::Everything, Itself)?,
+                to_srv: Http::new(tls.clone(), reach, srv, answers.clone())?,
+                to_trusted: Http::new(tls, Reach::Everything, Itself, answers)?,
                 key_fetches: Semaphore::new(KEY_FETCHES),
             }),
         })
@@ -169,13 +185,23 @@ impl Client {
     /// Sends a signed request and returns the JSON object that came back with status 200. `linearized` says how a GET is
     /// signed: with `content: {}` for servers that say `m.linearized`, without for others.
     pub async fn call(&self, destination: &ServerName, call: Call, linearized: bool) -> Result<Object, RemoteError> {
+        Ok(self.call_held(destination, call, linearized).await?.0)
+    }
+
+    /// The same for an answer that may be large: it counts as held until the second part is dropped.
+    pub async fn call_held(
+        &self,
+        destination: &ServerName,
+        call: Call,
+        linearized: bool,
+    ) -> Result<(Object, Held), RemoteError> {
         let signing = if linearized { Signing::WithContent } else { Signing::WithoutContent };
         self.within_timeout(destination, call, signing).await
     }
 
     /// Sends a GET that is not signed and returns the JSON object that came back with status 200.
     pub async fn get_json(&self, destination: &ServerName, call: Call) -> Result<Object, RemoteError> {
-        self.within_timeout(destination, call, Signing::Unsigned).await
+        Ok(self.within_timeout(destination, call, Signing::Unsigned).await?.0)
     }
 
     async fn within_timeout(
@@ -183,7 +209,7 @@ impl Client {
         destination: &ServerName,
         call: Call,
         signing: Signing,
-    ) -> Result<Object, RemoteError> {
+    ) -> Result<(Object, Held), RemoteError> {
         let timeout = call.timeout;
         // Discovery is within the time too.
         match tokio::time::timeout(timeout, self.exchange(destination, call, signing)).await {
@@ -192,7 +218,12 @@ impl Client {
         }
     }
 
-    async fn exchange(&self, destination: &ServerName, call: Call, signing: Signing) -> Result<Object, RemoteError> {
+    async fn exchange(
+        &self,
+        destination: &ServerName,
+        call: Call,
+        signing: Signing,
+    ) -> Result<(Object, Held), RemoteError> {
         let inner = &*self.inner;
         let (url, route) = self.locate(destination, &call.uri).await?;
         let http = match route.dial {
@@ -222,7 +253,7 @@ impl Client {
         if let Some(content) = content {
             request = request.header(header::CONTENT_TYPE, "application/json").body(content);
         }
-        let answer = http.send(request, call.timeout, call.limit, ERROR_LIMIT).await;
+        let answer = http.send(destination.as_str(), request, call.timeout, call.limit, ERROR_LIMIT).await;
         let path = call.uri.split('?').next().unwrap_or_default();
         match &answer {
             Ok(answer) => {
@@ -277,9 +308,10 @@ fn override_route(name: &ServerName, base: &Url) -> Result<Route, anyhow::Error>
     Ok(Route { base, host: name.as_str().to_owned(), dial: Dial::Trusted })
 }
 
-fn read_answer(answer: Answer) -> Result<Object, RemoteError> {
+fn read_answer(answer: Answer) -> Result<(Object, Held), RemoteError> {
     if answer.status == StatusCode::OK {
-        return parse_object(&answer.body).map_err(|refusal| RemoteError::BadAnswer(refusal.to_string()));
+        let object = parse_object(&answer.body).map_err(|refusal| RemoteError::BadAnswer(refusal.to_string()))?;
+        return Ok((object, answer.held));
     }
     Err(failure(answer.status, &answer.headers, &answer.body))
 }

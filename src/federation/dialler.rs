@@ -17,7 +17,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use url::{Host, Url};
 
-use super::{ByteBudget, RemoteError, Reserved};
+use super::{Held, RemoteError, Shares};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -134,15 +134,12 @@ impl<T: TargetSource> Resolve for GuardedResolver<T> {
     }
 }
 
-/// How many bytes of answers may be held at once, from when they arrive until they are parsed.
-const ANSWERS: usize = 128 << 20;
-
 /// An HTTP client that follows no redirects, decodes nothing, keeps its connections, and reads within bounds.
 pub(super) struct Http {
     client: reqwest::Client,
     reach: Reach,
-    /// The bytes of answers that are being read.
-    answers: ByteBudget,
+    /// The bytes of answers that are being read, or not done with.
+    answers: Shares,
 }
 
 /// An answer whose body was read within its limit.
@@ -150,7 +147,8 @@ pub(super) struct Answer {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Bytes,
-    _reserved: Reserved,
+    /// The bytes of its body, for as long as somebody works on it.
+    pub held: Held,
 }
 
 impl Http {
@@ -158,6 +156,7 @@ impl Http {
         tls: rustls::ClientConfig,
         reach: Reach,
         targets: impl TargetSource,
+        answers: Shares,
     ) -> Result<Self, reqwest::Error> {
         let client = reqwest::Client::builder()
             .tls_backend_preconfigured(tls)
@@ -174,7 +173,7 @@ impl Http {
             .user_agent(concat!("isthmus/", env!("CARGO_PKG_VERSION")))
             .dns_resolver(Arc::new(GuardedResolver { targets, reach }))
             .build()?;
-        Ok(Self { client, reach, answers: ByteBudget::new(ANSWERS) })
+        Ok(Self { client, reach, answers })
     }
 
     /// Begins a request. Addresses that stand in the URL itself never reach the resolver, so they are checked here.
@@ -191,9 +190,10 @@ impl Http {
     }
 
     /// Sends a request and reads its answer: all of it within `timeout`, its body within `limit` bytes, or within
-    /// `error_limit` when the status is not 200.
+    /// `error_limit` when the status is not 200, and all bodies of `server` within its share of what is held of all.
     pub(super) async fn send(
         &self,
+        server: &str,
         request: reqwest::RequestBuilder,
         timeout: Duration,
         limit: usize,
@@ -202,14 +202,14 @@ impl Http {
         let exchange = async {
             let response = request.send().await.map_err(|error| unreachable(&error))?;
             let (status, headers) = (response.status(), response.headers().clone());
-            let mut reserved = self.answers.reserve();
+            let mut held = self.answers.hold(server);
             let body = if status == StatusCode::OK {
-                read(response, limit, &mut reserved).await?
+                read(response, limit, &mut held).await?
             } else {
                 // The status says enough when its explanation is too long or does not come.
-                read(response, error_limit, &mut reserved).await.unwrap_or_default()
+                read(response, error_limit, &mut held).await.unwrap_or_default()
             };
-            Ok(Answer { status, headers, body, _reserved: reserved })
+            Ok(Answer { status, headers, body, held })
         };
         match tokio::time::timeout(timeout, exchange).await {
             Ok(answer) => answer,
@@ -218,7 +218,7 @@ impl Http {
     }
 }
 
-async fn read(response: reqwest::Response, limit: usize, reserved: &mut Reserved) -> Result<Bytes, RemoteError> {
+async fn read(response: reqwest::Response, limit: usize, held: &mut Held) -> Result<Bytes, RemoteError> {
     let too_large = || RemoteError::BadAnswer(format!("its body is longer than {limit} bytes"));
     if response.content_length().is_some_and(|length| usize::try_from(length).map_or(true, |length| length > limit)) {
         return Err(too_large());
@@ -230,8 +230,9 @@ async fn read(response: reqwest::Response, limit: usize, reserved: &mut Reserved
         if body.len().saturating_add(chunk.len()) > limit {
             return Err(too_large());
         }
-        if !reserved.grow(chunk.len()) {
-            return Err(RemoteError::Unreachable("too many large answers are being read at once".to_owned()));
+        if !held.grow(chunk.len()) {
+            let problem = "its answers, or those of all servers, are too much to work on at once";
+            return Err(RemoteError::Unreachable(problem.to_owned()));
         }
         body.extend_from_slice(&chunk);
     }
@@ -357,7 +358,7 @@ mod tests {
     }
 
     fn http(reach: Reach) -> Http {
-        Http::new(tls_config(&[]).unwrap(), reach, Itself).unwrap()
+        Http::new(tls_config(&[]).unwrap(), reach, Itself, Shares::new(1 << 20, 1 << 20)).unwrap()
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@
 //! and the line is bounded.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ruma::{OwnedServerName, ServerName};
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
@@ -198,6 +198,51 @@ impl Reserved {
     }
 }
 
+/// A budget of bytes of which no server's answers get more than a share, so that one that sends much leaves room for others;
+/// clones share it.
+#[derive(Clone)]
+pub struct Shares {
+    all: ByteBudget,
+    each: usize,
+    of: Arc<Mutex<HashMap<String, Weak<Semaphore>>>>,
+}
+
+/// Bytes taken from a budget and from a server's share of it, given back when this is dropped.
+pub struct Held {
+    all: Reserved,
+    own: Reserved,
+}
+
+impl Shares {
+    /// A budget of so many bytes, of which a server gets `each` at most.
+    pub fn new(all: usize, each: usize) -> Self {
+        Self { all: ByteBudget::new(all), each, of: Arc::default() }
+    }
+
+    /// Nothing yet, to be grown.
+    pub fn hold(&self, server: &str) -> Held {
+        let mut of = lock(&self.of);
+        let own = of.get(server).and_then(Weak::upgrade);
+        let own = own.unwrap_or_else(|| {
+            if of.len() == of.capacity() {
+                of.retain(|_, blocks| blocks.strong_count() > 0);
+            }
+            let new = ByteBudget::new(self.each).blocks;
+            of.insert(server.to_owned(), Arc::downgrade(&new));
+            new
+        });
+        Held { all: self.all.reserve(), own: ByteBudget { blocks: own }.reserve() }
+    }
+}
+
+impl Held {
+    /// Takes `bytes` more; false when the budget or the server's share of it does not have them. Then this is of no more use.
+    #[must_use]
+    pub fn grow(&mut self, bytes: usize) -> bool {
+        self.own.grow(bytes) && self.all.grow(bytes)
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is inside is whole between any two statements, so a panic elsewhere does not spoil it.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -262,6 +307,22 @@ mod tests {
         assert!(first.grow(1));
         drop(first);
         assert!(budget.reserve().grow(3 * BLOCK) && !budget.reserve().grow(usize::MAX));
+    }
+
+    #[test]
+    fn no_server_gets_more_than_its_share_and_all_together_no_more_than_there_is() {
+        let shares = Shares::new(5 * BLOCK, 2 * BLOCK);
+        let (mut first, mut again) = (shares.hold("a"), shares.clone().hold("a"));
+        assert!(first.grow(BLOCK) && again.grow(BLOCK) && !shares.hold("a").grow(1));
+        let mut others = [shares.hold("b"), shares.hold("c")];
+        assert!(others[0].grow(2 * BLOCK) && !others[1].grow(2 * BLOCK), "one block is left");
+        drop((first, again));
+        assert!(shares.hold("a").grow(2 * BLOCK));
+        drop(others);
+        for server in 0..1000 {
+            drop(shares.hold(&server.to_string()));
+        }
+        assert!(lock(&shares.of).len() < 10, "who holds nothing is forgotten");
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub use self::context::Context;
 #[cfg(test)]
 pub(crate) use self::context::KeysOf;
 pub use self::dialler::crypto_provider;
-pub use self::limits::{ByteBudget, Counted, LineLimits, Lines, Reserved, Turn, Underway};
+pub use self::limits::{ByteBudget, Counted, Held, LineLimits, Lines, Reserved, Shares, Turn, Underway};
 pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, OutboundQueues, QueueStatus};
 pub use self::transactions::{Begun, Processing, Transactions};
 pub use self::x_matrix::{Authenticated, Claimed, authenticate, authorization_header};

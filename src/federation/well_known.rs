@@ -83,7 +83,7 @@ async fn follow(http: &Http, mut url: Url) -> Result<Outcome, RemoteError> {
     for _ in 0..=MAX_REDIRECTS {
         // Every hop passes the dialler's checks anew.
         let request = http.request(Method::GET, url.clone())?;
-        let answer = http.send(request, TIMEOUT, MAX_SIZE, 0).await?;
+        let answer = http.send(url.host_str().unwrap_or_default(), request, TIMEOUT, MAX_SIZE, 0).await?;
         if answer.status == StatusCode::OK {
             return Ok(read(&answer.headers, &answer.body));
         }

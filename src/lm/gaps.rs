@@ -224,7 +224,7 @@ impl Taking<'_> {
     async fn adopt_state_before(&mut self, event_id: &EventId) -> Result<(), Refusal> {
         let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
         match self.lm().peers().state(&hub, &room_id, event_id).await {
-            Ok((state, chain)) => {
+            Ok((state, chain, _held)) => {
                 let redaction = self.room().redaction;
                 let state = self.lm().check_finished(state, redaction).await;
                 let chain = self.lm().check_finished(chain, redaction).await;

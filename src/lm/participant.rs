@@ -180,7 +180,7 @@ impl Lm {
         // Of the template nothing is needed: what the join says is ours.
         let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned() };
         let lpdu = self.sign(&facts, draft)?;
-        let answer = self.peers().send(server, "join", &lpdu.lpdu_id, &lpdu.json).await.map_err(failed)?;
+        let (answer, _held) = self.peers().send(server, "join", &lpdu.lpdu_id, &lpdu.json).await.map_err(failed)?;
         self.take_join(server, &lpdu, answer).await
     }
 

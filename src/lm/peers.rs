@@ -8,7 +8,7 @@ use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
 use crate::event::{Family, Object, RoomVersion, event_id};
-use crate::federation::{Call, Client, RemoteError};
+use crate::federation::{Call, Client, Held, RemoteError};
 use crate::identity::{Keyring, KeyringError};
 use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
@@ -68,16 +68,16 @@ impl Peers {
         Ok(self.keyring.server_keys(server).await?.linearized)
     }
 
-    /// `POST send_join`, `send_leave` or `send_knock`.
+    /// `POST send_join`, `send_leave` or `send_knock`; the answer may be large.
     pub async fn send(
         &self,
         server: &ServerName,
         change: &str,
         lpdu_id: &EventId,
         lpdu: &Object,
-    ) -> Result<Object, RemoteError> {
+    ) -> Result<(Object, Held), RemoteError> {
         let call = |uri| Call::post(uri, lpdu.clone()).with_state();
-        self.named(server, "v3", &format!("send_{change}/{}", encode(lpdu_id)), call).await
+        self.named_held(server, "v3", &format!("send_{change}/{}", encode(lpdu_id)), call).await
     }
 
     /// `PUT send` of one LPDU that no queue has, outside any room that is known here.
@@ -129,11 +129,11 @@ impl Peers {
         server: &ServerName,
         room_id: &RoomId,
         before: &EventId,
-    ) -> Result<(Vec<Object>, Vec<Object>), RemoteError> {
+    ) -> Result<(Vec<Object>, Vec<Object>, Held), RemoteError> {
         let uri = format!("/_matrix/federation/v1/state/{}?event_id={}", encode(room_id), encode(before));
-        let mut answer = self.call(server, Call::get(uri).with_state()).await?;
+        let (mut answer, held) = self.call_held(server, Call::get(uri).with_state()).await?;
         let state = events(&mut answer, "pdus")?;
-        Ok((state, events(&mut answer, "auth_chain").unwrap_or_default()))
+        Ok((state, events(&mut answer, "auth_chain").unwrap_or_default(), held))
     }
 
     /// `GET query/directory`
@@ -171,20 +171,30 @@ impl Peers {
         path: &str,
         call: impl Fn(String) -> Call,
     ) -> Result<Object, RemoteError> {
+        Ok(self.named_held(server, version, path, call).await?.0)
+    }
+
+    async fn named_held(
+        &self,
+        server: &ServerName,
+        version: &str,
+        path: &str,
+        call: impl Fn(String) -> Call,
+    ) -> Result<(Object, Held), RemoteError> {
         let unstable = || call(format!("{UNSTABLE}/{path}"));
         let stable = || call(format!("/_matrix/federation/{version}/{path}"));
         if self.stable.contains_key(server) {
-            return match self.call(server, stable()).await {
+            return match self.call_held(server, stable()).await {
                 Err(error) if error.is_unrecognized() => {
                     self.stable.invalidate(server).await;
-                    self.call(server, unstable()).await
+                    self.call_held(server, unstable()).await
                 }
                 answer => answer,
             };
         }
-        match self.call(server, unstable()).await {
+        match self.call_held(server, unstable()).await {
             Err(error) if error.is_unrecognized() => {
-                let answer = self.call(server, stable()).await;
+                let answer = self.call_held(server, stable()).await;
                 if !matches!(&answer, Err(error) if error.is_unrecognized()) {
                     self.stable.insert(server.to_owned(), ()).await;
                 }
@@ -195,9 +205,13 @@ impl Peers {
     }
 
     async fn call(&self, server: &ServerName, call: Call) -> Result<Object, RemoteError> {
+        Ok(self.call_held(server, call).await?.0)
+    }
+
+    async fn call_held(&self, server: &ServerName, call: Call) -> Result<(Object, Held), RemoteError> {
         // How a GET is signed depends on what the server is; where that cannot be known, as Matrix does it.
         let linearized = self.is_linearized(server).await.unwrap_or(false);
-        self.client.call(server, call, linearized).await
+        self.client.call_held(server, call, linearized).await
     }
 }
 
