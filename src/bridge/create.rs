@@ -33,7 +33,6 @@ pub(super) async fn create_portal(core: &Arc<Core>, new: NewPortal) -> Outcome {
     if let Some(alias) = &alias {
         check_alias(core, alias)?;
     }
-    room_for_one_more(core)?;
     let row = PortalRow {
         number: 0,
         kind: PortalKind::Created.as_str().to_owned(),
@@ -80,7 +79,6 @@ pub(super) async fn portal_from_lm(
     if let Some(alias) = alias {
         check_alias(core, alias)?;
     }
-    room_for_one_more(core)?;
     let outcome = {
         let mut running = lock(core);
         match running.get(lm_room_id) {
@@ -179,11 +177,16 @@ fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Shared<Box
     async move { waiting.in_task(task).await }.boxed().shared()
 }
 
-/// Writes down what is to be made. Its alias is its own from now on.
+/// Writes down what is to be made, if there is room for it. Its alias is its own from now on.
 async fn begin(core: &Core, row: PortalRow) -> Result<PortalRow, Refusal> {
     let stored = row.clone();
+    let limit = core.context.config.access.max_portals;
     let write = core.context.store.write(move |tx| {
         Box::pin(async move {
+            // Here those are counted too that are being made.
+            if let Err(refusal) = one_more_of(portals::count_open(&mut *tx).await?, limit) {
+                return Ok(Err(refusal));
+            }
             let Some(alias) = &stored.alias else { return Ok(Ok(portals::insert(tx, &stored).await?)) };
             if let Some(other) = portals::alias_owner(tx, alias).await? {
                 return Ok(Err(taken(alias, other)));
@@ -355,10 +358,13 @@ fn taken(localpart: &str, number: i64) -> Refusal {
     Refusal::AliasTaken { alias: localpart.to_owned(), portal_id: format!("p{number}") }
 }
 
-pub(super) fn room_for_one_more(core: &Core) -> Result<(), Refusal> {
-    let limit = core.context.config.access.max_portals;
-    let count = core.registry.count();
-    if u32::try_from(count).is_ok_and(|count| count < limit) {
+/// Refuses what [`begin`] would, before anything is done for it.
+pub(super) async fn room_for_one_more(core: &Core) -> Result<(), Refusal> {
+    one_more_of(portals::count_open(core.context.store.reader()).await?, core.context.config.access.max_portals)
+}
+
+fn one_more_of(count: i64, limit: u32) -> Result<(), Refusal> {
+    if count < i64::from(limit) {
         return Ok(());
     }
     Err(Refusal::Policy(format!("there are {count} portals, max_portals is {limit}")))

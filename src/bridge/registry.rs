@@ -129,14 +129,6 @@ impl Registry {
         self.lock(|tables| tables.portals.range(from..).take(limit).map(|(_, entry)| entry.clone()).collect())
     }
 
-    /// How many portals have not ended.
-    pub(super) fn count(&self) -> usize {
-        self.lock(|tables| {
-            let open = |entry: &&Arc<Entry>| entry.portal.load().state != super::portal::PortalState::Ended;
-            tables.portals.values().filter(open).count()
-        })
-    }
-
     /// Whether a server is the hub of a portal that has not ended.
     pub(super) fn has_hub(&self, server: &ServerName) -> bool {
         let is_hub = |entry: &Arc<Entry>| {
@@ -267,7 +259,6 @@ mod tests {
         registry.put(2, portal(2, "!m2:g", "!l:g", PortalState::Active));
         registry.put(1, portal(1, "!m:g", "!l:g", PortalState::Ended));
         assert_eq!(registry.of_room(Side::Lm, lm).unwrap().number, 2);
-        assert_eq!(registry.count(), 1);
         assert_eq!(registry.after(1, 10).len(), 1);
         registry.remove_aliases(2);
         assert!(registry.of_alias("a").is_some());

@@ -90,7 +90,7 @@ async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
             let cause = Cause::Invite(invite.sender.clone());
             access::may_create(policy, &cause)?;
             if core.registry.of_room(Side::Lm, &invite.room_id).is_none() {
-                create::room_for_one_more(core)?;
+                create::room_for_one_more(core).await?;
                 core.budgets.portal(&core.context.config.budgets, server, core.now_ms())?;
             }
             // What an admin has made stays, whether it is used or not.

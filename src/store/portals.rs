@@ -63,6 +63,13 @@ pub async fn insert(tx: &mut Tx, row: &PortalRow) -> Result<i64, StoreError> {
     Ok(number)
 }
 
+/// How many portals there are or are being made.
+pub async fn count_open<'e>(at: impl sqlx::Executor<'e, Database = sqlx::Any>) -> Result<i64, StoreError> {
+    let row: (i64,) =
+        sqlx::query_as("SELECT COUNT(*) FROM bridge_portals WHERE state <> 'ended'").fetch_one(at).await?;
+    Ok(row.0)
+}
+
 /// Writes everything of a portal that changes: its rooms, hub, state and reason.
 pub async fn update(tx: &mut Tx, row: &PortalRow) -> Result<(), StoreError> {
     sqlx::query(

@@ -317,6 +317,32 @@ async fn of_two_portals_made_at_once_with_one_alias_one_is_refused_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn portals_that_are_being_made_count() {
+    both_databases(|url| async move {
+        let settings = json!({ "database": { "url": url }, "access": { "max_portals": 2 } });
+        let (world, gateway) = World::new(settings).await;
+        let make = || gateway.bridge.create_portal(NewPortal::default());
+        let made = futures::future::join_all((0..6).map(|_| make())).await;
+        let (made, refused): (Vec<_>, Vec<_>) = made.into_iter().partition(Result::is_ok);
+        assert_eq!((made.len(), refused.len()), (2, 4));
+        for refusal in refused.into_iter().map(Result::unwrap_err) {
+            assert!(refusal.code() == "policy" && refusal.to_string().contains("max_portals is 2"), "{refusal}");
+        }
+        // One that has ended makes room.
+        let id = &made[0].as_ref().unwrap().portal_id;
+        gateway.bridge.remove_portal(id, "enough").await.unwrap();
+        so("the end", || async {
+            gateway.bridge.portal(id).await.unwrap().unwrap().state == isthmus::bridge::PortalState::Ended
+        })
+        .await;
+        make().await.unwrap();
+        drop(world);
+        gateway.node.context.store.close().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hc_51_hc_54_nobody_learns_more_of_a_user_than_that_the_gateway_has_met_them() {
     let (world, gateway) = World::new(json!({})).await;
     let portal = public(&gateway).await;
