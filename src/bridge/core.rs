@@ -25,7 +25,7 @@ use crate::federation::Context;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
-use crate::store::{StoreError, inbox, portals};
+use crate::store::{StoreError, dag, inbox, portals};
 
 /// What every part of the bridge holds.
 pub(super) struct Core {
@@ -176,6 +176,7 @@ impl Core {
                         inbox::clear(tx, Side::Matrix, &stored.matrix_room_id).await?;
                         inbox::clear(tx, Side::Lm, &stored.lm_room_id).await?;
                     }
+                    dag::set_listed(tx, &stored.matrix_room_id, state.carries()).await?;
                     portals::set_state(tx, number, stored.state.as_str(), stored.reason.as_deref(), leave).await
                 })
             })

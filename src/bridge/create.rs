@@ -66,10 +66,11 @@ pub(super) async fn portal_from_lm(
         if *cause == Cause::Admin {
             ends::keep(core, entry.number).await?;
         }
-        if let Some(alias) = alias {
-            add_alias(core, alias, entry.number).await?;
-        }
-        return Ok(entry.portal());
+        let Some(alias) = alias else { return Ok(entry.portal()) };
+        add_alias(core, alias, entry.number).await?;
+        // Of several aliases who asked is told the own one.
+        let alias = Some(format!("#{alias}:{}", core.context.server_name));
+        return Ok(Arc::new(Portal { alias, ..entry.portal().as_ref().clone() }));
     }
     access::may_create(&core.context.config.access, cause)?;
     let Some(hub) = via.iter().find(|server| **server != core.context.server_name) else {
@@ -234,10 +235,6 @@ async fn make_both(core: &Arc<Core>, row: &mut PortalRow) -> Result<(), Refusal>
         let room_id = sides.dag.create_room(both.matrix()?).await?;
         save(core, row, |row| row.matrix_room_id = Some(room_id)).await?;
     }
-    let listed = request.join_rule.as_deref() == Some("public");
-    if let (true, Some(room_id)) = (listed, &row.matrix_room_id) {
-        sides.dag.set_listed(room_id, true).await?;
-    }
     Ok(())
 }
 
@@ -266,6 +263,9 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Outcome {
     let write = core.context.store.write(move |tx| {
         Box::pin(async move {
             portals::update(tx, &stored).await?;
+            if let Some(room) = &stored.matrix_room_id {
+                crate::store::dag::set_listed(tx, room, true).await?;
+            }
             let mut own = Vec::new();
             for alias in aliases {
                 // An admin may have given the name of the LM room to another portal.

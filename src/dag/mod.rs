@@ -35,6 +35,7 @@ pub use self::acl::Acl;
 use self::batch::Batch;
 use self::events::Events;
 use self::outbox::Outbox;
+pub use self::query::DirectoryQuery;
 use self::room::Rooms;
 use self::snapshot::Snapshot;
 use crate::admin::metrics::CacheMeter;
@@ -77,8 +78,6 @@ pub struct Room {
     pub room_id: OwnedRoomId,
     /// Its version.
     pub version: RoomVersion,
-    /// Whether it is listed in the public directory.
-    pub listed: bool,
 }
 
 /// The current, resolved state of a room, by type and state key. Clones share structure.
@@ -144,11 +143,7 @@ impl Dag {
 
     /// What is known of a room; none when the gateway is not in it.
     pub async fn room(&self, room_id: &RoomId) -> Result<Option<Room>, Refusal> {
-        Ok(self.shared.find(room_id).await?.map(|room| Room {
-            room_id: room.room_id.clone(),
-            version: room.version,
-            listed: room.is_listed(),
-        }))
+        Ok(self.shared.find(room_id).await?.map(|room| Room { room_id: room.room_id.clone(), version: room.version }))
     }
 
     /// Sends events of the gateway's users into a room, in order: each is built on the newest forward extremities (at
@@ -264,18 +259,15 @@ impl Dag {
         Ok(event.map(|event| event.to_graph_event()))
     }
 
-    /// Lists the room in the public directory, or takes it out.
+    /// Lists the room in the public directory while it is public, or takes it out.
     pub async fn set_listed(&self, room_id: &RoomId, listed: bool) -> Result<(), Refusal> {
-        let room = self.shared.room(room_id).await?;
         let id = room_id.to_owned();
         let write = self
             .shared
             .context
             .store
             .write(move |tx| Box::pin(async move { crate::store::dag::set_listed(tx, &id, listed).await }));
-        write.await?;
-        room.set_listed(listed);
-        Ok(())
+        Ok(write.await?)
     }
 
     /// What other servers are sent, as the outbound queues read it.

@@ -12,10 +12,38 @@ use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
 use crate::store::dag::listed_rooms;
 
-/// How many rooms a page of the public directory has at most.
+/// How many rooms a page of the public directory has at most, and how many are looked at for it.
 const MAX_ROOMS: i64 = 500;
 /// How many servers are taken from a directory's answer.
 const MAX_SERVERS: usize = 20;
+
+/// What another server asks of the public directory.
+#[derive(Debug, Clone, Default)]
+pub struct DirectoryQuery {
+    /// How many rooms at most.
+    pub limit: Option<i64>,
+    /// The `next_batch` of the page before.
+    pub since: Option<String>,
+    /// What the name, the topic or the alias must hold.
+    pub term: Option<String>,
+    /// The types that are wanted; none of them is that of rooms without a type.
+    pub room_types: Option<Vec<Option<String>>>,
+}
+
+impl DirectoryQuery {
+    fn wants(&self, listing: &Value) -> bool {
+        let text = |key: &str| listing.get(key).and_then(Value::as_str);
+        let holds = |term: &str| {
+            let texts = ["name", "topic", "canonical_alias"].into_iter().filter_map(text);
+            term.is_empty() || texts.into_iter().any(|text| text.to_lowercase().contains(term))
+        };
+        self.term.as_ref().is_none_or(|term| holds(&term.to_lowercase()))
+            && self
+                .room_types
+                .as_ref()
+                .is_none_or(|types| types.iter().any(|kind| kind.as_deref() == text("room_type")))
+    }
+}
 
 impl Dag {
     /// Asks `server` where an alias leads.
@@ -35,30 +63,39 @@ impl Dag {
         client.call(server, Call::get(uri), false).await.map_err(|error| error.into_refusal(server))
     }
 
-    /// `GET` and `POST v1/publicRooms`: the rooms that are listed.
-    pub async fn public_rooms(&self, limit: Option<i64>, since: Option<&str>) -> Result<Value, Refusal> {
-        let limit = limit.unwrap_or(MAX_ROOMS).clamp(0, MAX_ROOMS);
-        let rows = listed_rooms(&self.shared.context.store, since.unwrap_or_default(), limit).await?;
-        let full = i64::try_from(rows.len()).is_ok_and(|count| count == limit && count > 0);
-        let next = rows.last().filter(|_| full).map(|row| row.room_id.clone());
-        let mut chunk = Vec::new();
+    /// `GET` and `POST v1/publicRooms`: of the rooms that are listed those that anybody may join or ask to join now.
+    pub async fn public_rooms(&self, asked: &DirectoryQuery) -> Result<Value, Refusal> {
+        let limit = usize::try_from(asked.limit.unwrap_or(MAX_ROOMS).clamp(0, MAX_ROOMS)).unwrap_or(0);
+        let since = asked.since.as_deref().unwrap_or_default();
+        let rows = listed_rooms(&self.shared.context.store, since, MAX_ROOMS).await?;
+        let mut more = i64::try_from(rows.len()).is_ok_and(|count| count == MAX_ROOMS);
+        let (mut chunk, mut last) = (Vec::new(), None);
         for row in rows {
+            if chunk.len() == limit {
+                more = true;
+                break;
+            }
             let room = self.shared.room(&row.room_id).await?;
-            chunk.push(self.listing(&room).await?);
+            chunk.extend(self.listing(&room).await?.filter(|listing| asked.wants(listing)));
+            last = Some(row.room_id);
         }
         let mut answer = json!({ "total_room_count_estimate": chunk.len(), "chunk": chunk });
-        if let (Some(next), Some(answer)) = (next, answer.as_object_mut()) {
-            answer.insert("next_batch".to_owned(), json!(next));
+        if let (true, Some(last), Some(answer)) = (more, last, answer.as_object_mut()) {
+            answer.insert("next_batch".to_owned(), json!(last));
         }
         Ok(answer)
     }
 
-    async fn listing(&self, room: &Room) -> Result<Value, Refusal> {
+    async fn listing(&self, room: &Room) -> Result<Option<Value>, Refusal> {
+        let rule = self.content_field(room, "m.room.join_rules", "join_rule").await?;
+        if !rule.as_deref().is_some_and(|rule| matches!(rule, "public" | "knock" | "knock_restricted")) {
+            return Ok(None);
+        }
         let name = self.content_field(room, "m.room.name", "name").await?;
         let topic = self.content_field(room, "m.room.topic", "topic").await?;
         let avatar = self.content_field(room, "m.room.avatar", "url").await?;
         let alias = self.content_field(room, "m.room.canonical_alias", "alias").await?;
-        let rule = self.content_field(room, "m.room.join_rules", "join_rule").await?;
+        let kind = self.content_field(room, "m.room.create", "type").await?;
         let visibility = self.content_field(room, "m.room.history_visibility", "history_visibility").await?;
         let guests = self.content_field(room, "m.room.guest_access", "guest_access").await?;
         let mut listing = json!({
@@ -67,14 +104,20 @@ impl Dag {
             "world_readable": visibility.as_deref() == Some("world_readable"),
             "guest_can_join": guests.as_deref() == Some("can_join"),
         });
-        let optional =
-            [("name", name), ("topic", topic), ("avatar_url", avatar), ("canonical_alias", alias), ("join_rule", rule)];
+        let optional = [
+            ("name", name),
+            ("topic", topic),
+            ("avatar_url", avatar),
+            ("canonical_alias", alias),
+            ("join_rule", rule),
+            ("room_type", kind),
+        ];
         for (key, value) in optional {
             if let (Some(value), Some(listing)) = (value, listing.as_object_mut()) {
                 listing.insert(key.to_owned(), json!(value));
             }
         }
-        Ok(listing)
+        Ok(Some(listing))
     }
 
     async fn content_field(&self, room: &Room, kind: &str, field: &str) -> Result<Option<String>, Refusal> {

@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -92,7 +91,6 @@ pub struct Room {
     pub rules: &'static RoomVersionRules,
     /// Held by who fetches what is missing here, so that it is fetched once.
     pub filling: tokio::sync::Mutex<()>,
-    listed: AtomicBool,
     core: ArcSwap<Core>,
     jobs: mpsc::UnboundedSender<Box<dyn Work>>,
     permits: Arc<Semaphore>,
@@ -104,15 +102,6 @@ impl Room {
         self.core.load_full()
     }
 
-    /// Whether it is in the public directory.
-    pub fn is_listed(&self) -> bool {
-        self.listed.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn set_listed(&self, listed: bool) {
-        self.listed.store(listed, Ordering::Relaxed);
-    }
-
     pub(super) fn set_core(&self, core: Core) {
         self.core.store(Arc::new(core));
     }
@@ -122,7 +111,6 @@ impl Room {
         RoomRow {
             room_id: self.room_id.clone(),
             version: self.version.as_str().to_owned(),
-            listed: self.is_listed(),
             current: core.current.id,
             tips: core.tips.iter().map(|tip| tip.event_id.clone()).collect(),
             head: core.head,
@@ -204,7 +192,6 @@ impl Shared {
             core.set_joined(&user, true);
         }
         let room = self.start(room_id.to_owned(), version, core)?;
-        room.set_listed(row.listed);
         Ok(Some(room))
     }
 
@@ -221,7 +208,6 @@ impl Shared {
             version,
             rules,
             filling: tokio::sync::Mutex::default(),
-            listed: AtomicBool::new(false),
             core: ArcSwap::from_pointee(core),
             jobs,
             permits: Arc::new(Semaphore::new(QUEUE)),

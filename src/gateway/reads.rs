@@ -4,9 +4,13 @@ use serde_json::Value;
 
 use super::routes::{Answer, Federation, side_of};
 use super::signed::{Asked, Given};
-use crate::event::parse_event_id;
+use crate::dag::DirectoryQuery;
+use crate::event::{Object, parse_event_id};
 use crate::identity::Side;
 use crate::refusal::Refusal;
+
+/// How many types of rooms a search of the directory may name.
+const ROOM_TYPES: usize = 50;
 
 /// An event of a graph.
 pub(super) async fn event(federation: Federation, asked: Asked) -> Answer {
@@ -55,19 +59,77 @@ pub(super) async fn missing_events(federation: Federation, given: Given) -> Answ
 
 /// The public rooms, as the query asks for them.
 pub(super) async fn public_rooms(federation: Federation, asked: Asked) -> Answer {
-    federation.dag.public_rooms(asked.number("limit")?, asked.value("since").as_deref()).await
+    let asked =
+        DirectoryQuery { limit: asked.number("limit")?, since: asked.value("since"), ..DirectoryQuery::default() };
+    federation.dag.public_rooms(&asked).await
 }
 
 /// The same, as the body asks for them.
 pub(super) async fn search_public_rooms(federation: Federation, given: Given) -> Answer {
-    let wrong = |what, problem| move |value: &Value| Refusal::malformed(what, format!("{value} {problem}"));
-    let limit = given.body.get("limit");
-    let limit = limit.map(|limit| limit.as_i64().ok_or_else(|| wrong("limit", "is not an integer")(limit)));
-    let since = given.body.get("since");
-    let since = since.map(|since| since.as_str().ok_or_else(|| wrong("since", "is not a string")(since)));
-    federation.dag.public_rooms(limit.transpose()?, since.transpose()?).await
+    federation.dag.public_rooms(&directory_query(&given.body)?).await
+}
+
+fn directory_query(body: &Object) -> Result<DirectoryQuery, Refusal> {
+    let wrong = |what: &str, value: &Value, kind| Refusal::malformed(what, format!("{value} is not {kind}"));
+    let given = |within: &Object, key: &str| within.get(key).filter(|value| !value.is_null()).cloned();
+    let text = |within: &Object, key: &str| match given(within, key) {
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text)),
+        Some(other) => Err(wrong(key, &other, "a string")),
+    };
+    let limit = given(body, "limit").map(|limit| limit.as_i64().ok_or_else(|| wrong("limit", &limit, "an integer")));
+    let filter = match given(body, "filter") {
+        None => Object::new(),
+        Some(Value::Object(filter)) => filter,
+        Some(other) => return Err(wrong("filter", &other, "an object")),
+    };
+    let room_types = match given(&filter, "room_types") {
+        None => None,
+        Some(Value::Array(types)) => {
+            let types = types.into_iter().take(ROOM_TYPES).map(|kind| match kind {
+                Value::Null => Ok(None),
+                Value::String(kind) => Ok(Some(kind)),
+                other => Err(wrong("room_types", &other, "a string or null")),
+            });
+            Some(types.collect::<Result<_, _>>()?)
+        }
+        Some(other) => return Err(wrong("room_types", &other, "an array")),
+    };
+    let term = text(&filter, "generic_search_term")?;
+    Ok(DirectoryQuery { limit: limit.transpose()?, since: text(body, "since")?, term, room_types })
 }
 
 fn missing(what: &str) -> Refusal {
     Refusal::malformed(what, "missing")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_is_asked_of_the_directory_is_read_or_refused() {
+        let query = |body: Value| directory_query(body.as_object().unwrap());
+        let synapses = query(json!({ "filter": null, "include_all_networks": false, "limit": 101 })).unwrap();
+        assert_eq!((synapses.limit, synapses.term, synapses.room_types), (Some(101), None, None));
+        let all = query(json!({
+            "since": "!r:g", "filter": { "generic_search_term": "tea", "room_types": [null, "m.space"] }
+        }));
+        let all = all.unwrap();
+        assert_eq!((all.since.as_deref(), all.term.as_deref()), (Some("!r:g"), Some("tea")));
+        assert_eq!(all.room_types, Some(vec![None, Some("m.space".to_owned())]));
+        for (body, what) in [
+            (json!({ "limit": "7" }), "limit"),
+            (json!({ "since": 7 }), "since"),
+            (json!({ "filter": [] }), "filter"),
+            (json!({ "filter": { "generic_search_term": {} } }), "generic_search_term"),
+            (json!({ "filter": { "room_types": "m.space" } }), "room_types"),
+            (json!({ "filter": { "room_types": [7] } }), "room_types"),
+        ] {
+            let refusal = query(body).unwrap_err();
+            assert!(refusal.to_string().starts_with(&format!("{what}: ")), "{refusal}");
+        }
+    }
 }

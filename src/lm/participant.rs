@@ -143,18 +143,21 @@ impl Lm {
         draft: &Draft,
         via: &[OwnedServerName],
     ) -> Result<Appended, Refusal> {
-        let mut last = Refusal::NotFound(format!("a server through which {room_id} can be joined"));
+        let mut told: Option<Refusal> = None;
         for server in self.candidates(room_id, via).await {
             lock(&join.asked).insert(server.clone());
             match self.join_through(&server, room_id, draft).await {
                 Ok(joined) => return Ok(joined),
                 Err(refusal) => {
                     tracing::info!(room = %room_id, %server, %refusal, "not joined through this server");
-                    last = refusal;
+                    // The first that decides it is worth more than one that only could not be asked.
+                    if told.as_ref().is_none_or(|told| told.is_transient() && !refusal.is_transient()) {
+                        told = Some(refusal);
+                    }
                 }
             }
         }
-        Err(last)
+        Err(told.unwrap_or_else(|| Refusal::NotFound(format!("a server through which {room_id} can be joined"))))
     }
 
     /// `via`, then the hub of a room that was known before, then the server that the room's ID names; each once and not

@@ -54,8 +54,6 @@ pub struct RoomRow {
     pub room_id: OwnedRoomId,
     /// Its version.
     pub version: String,
-    /// Whether it is in the public directory.
-    pub listed: bool,
     /// The group of the current state.
     pub current: i64,
     /// The forward extremities, oldest first.
@@ -210,12 +208,11 @@ async fn write_room(tx: &mut Tx, room: &RoomRow) -> Result<(), StoreError> {
     let tips = serde_json::to_vec(&room.tips).map_err(|error| StoreError::corrupt("list of extremities", error))?;
     sqlx::query(
         "INSERT INTO dag_rooms (room_id, version, listed, current_group, tips, outbox_head) \
-         VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (room_id) DO UPDATE SET \
+         VALUES ($1, $2, 0, $3, $4, $5) ON CONFLICT (room_id) DO UPDATE SET \
          current_group = excluded.current_group, tips = excluded.tips, outbox_head = excluded.outbox_head",
     )
     .bind(room.room_id.as_str())
     .bind(room.version.as_str())
-    .bind(i64::from(room.listed))
     .bind(room.current)
     .bind(tips.as_slice())
     .bind(room.head)
@@ -443,7 +440,6 @@ fn room_row(row: AnyRow) -> Result<RoomRow, StoreError> {
     Ok(RoomRow {
         room_id: parse(row.try_get("room_id")?, "room ID")?,
         version: row.try_get("version")?,
-        listed: row.try_get::<i64, _>("listed")? != 0,
         current: row.try_get("current_group")?,
         tips: serde_json::from_slice(&tips).map_err(|error| StoreError::corrupt("list of extremities", error))?,
         head: row.try_get("outbox_head")?,

@@ -406,6 +406,15 @@ impl Node {
     }
 }
 
+/// Runs a scenario with Matrix rooms of each version that the gateway makes.
+pub async fn in_each_version(scenario: impl AsyncFn(World, Gateway)) {
+    for version in ["10", "11", "12"] {
+        eprintln!("Matrix room version {version}");
+        let (world, gateway) = World::new(json!({ "portals": { "matrix_room_version": version } })).await;
+        scenario(world, gateway).await;
+    }
+}
+
 /// Waits until `found` finds something.
 pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut found: impl FnMut() -> F) -> T {
     let waiting = async {

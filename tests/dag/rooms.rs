@@ -1,5 +1,6 @@
 //! Making rooms, and what is known of them.
 
+use isthmus::dag::DirectoryQuery;
 use isthmus::event::RoomVersion;
 use isthmus::refusal::Refusal;
 use serde_json::{Value, json};
@@ -62,7 +63,7 @@ async fn a_room_lives_on_either_database() {
         assert_eq!(state[&("org.example.odd".to_owned(), strange.to_owned())], odd);
         assert_eq!(gateway.inbox(&room).await[1..], [one, two]);
         assert!(!gateway.dag.joined(&room).await.unwrap().contains(&alice));
-        assert_eq!(gateway.dag.public_rooms(None, None).await.unwrap()["chunk"].as_array().unwrap().len(), 1);
+        assert_eq!(listed(&gateway, DirectoryQuery::default()).await, [json!(room)]);
     })
     .await;
 }
@@ -85,23 +86,53 @@ async fn rooms_that_the_rules_forbid_are_not_made() {
 #[tokio::test]
 async fn listed_rooms_are_in_the_public_directory() {
     let gateway = Gateway::start(&[]).await;
+    let rule = |rule: &str| state("m.room.join_rules", "", json!({ "join_rule": rule }));
     let mut rooms = Vec::new();
-    for number in 0..3 {
+    for number in 0..4 {
         let name = state("m.room.name", "", json!({ "name": format!("Room {number}") }));
-        let room = gateway.room_with(RoomVersion::V12, vec![name]).await;
+        let topic = state("m.room.topic", "", json!({ "topic": "Über alles Grüne" }));
+        let room = gateway.room_with(RoomVersion::V12, vec![name, topic, rule("public")]).await;
         if number > 0 {
             gateway.dag.set_listed(&room, true).await.unwrap();
             rooms.push(room);
         }
     }
     rooms.sort();
-    let page = gateway.dag.public_rooms(Some(1), None).await.unwrap();
-    assert_eq!(page["chunk"][0]["room_id"], json!(rooms[0]));
-    let next = page["next_batch"].as_str().unwrap();
-    let page = gateway.dag.public_rooms(Some(5), Some(next)).await.unwrap();
-    let ids: Vec<&Value> = page["chunk"].as_array().unwrap().iter().map(|room| &room["room_id"]).collect();
-    assert_eq!(ids, [&json!(rooms[1])]);
-    assert_eq!(page["chunk"][0]["num_joined_members"], 1);
-    gateway.dag.set_listed(&rooms[1], false).await.unwrap();
-    assert_eq!(gateway.dag.public_rooms(None, None).await.unwrap()["chunk"].as_array().unwrap().len(), 1);
+    let page = |limit, since: Option<&str>| {
+        let asked = DirectoryQuery { limit: Some(limit), since: since.map(str::to_owned), ..DirectoryQuery::default() };
+        let gateway = &gateway;
+        async move { gateway.dag.public_rooms(&asked).await.unwrap() }
+    };
+    let first = page(1, None).await;
+    assert_eq!(first["chunk"][0]["room_id"], json!(rooms[0]));
+    assert_eq!(first["chunk"][0]["num_joined_members"], 1);
+    let rest = page(2, first["next_batch"].as_str()).await;
+    assert_eq!(ids(&rest), [json!(rooms[1]), json!(rooms[2])]);
+    assert_eq!(rest["next_batch"], Value::Null);
+
+    let search = |term: &str| DirectoryQuery { term: Some(term.to_owned()), ..DirectoryQuery::default() };
+    assert_eq!(listed(&gateway, search("rOOM 2")).await.len(), 1);
+    assert_eq!(listed(&gateway, search("room 0")).await, [json!(0); 0], "what is not listed is not found");
+    assert_eq!(listed(&gateway, search("grüne")).await.len(), 3);
+    assert_eq!(listed(&gateway, search("coffee")).await, [json!(0); 0]);
+    let kinds = |kinds| DirectoryQuery { room_types: Some(kinds), ..DirectoryQuery::default() };
+    assert_eq!(listed(&gateway, kinds(vec![None])).await.len(), 3);
+    assert_eq!(listed(&gateway, kinds(vec![Some("m.space".to_owned())])).await, [json!(0); 0]);
+
+    // What counts is the rule of now.
+    gateway.send(&rooms[0], rule("invite")).await.unwrap();
+    gateway.send(&rooms[1], rule("knock")).await.unwrap();
+    gateway.dag.set_listed(&rooms[2], false).await.unwrap();
+    assert_eq!(listed(&gateway, DirectoryQuery::default()).await, [json!(rooms[1])]);
+    gateway.send(&rooms[0], rule("public")).await.unwrap();
+    assert_eq!(listed(&gateway, DirectoryQuery::default()).await, [json!(rooms[0]), json!(rooms[1])]);
+}
+
+/// The rooms that the public directory answers.
+async fn listed(gateway: &Gateway, asked: DirectoryQuery) -> Vec<Value> {
+    ids(&gateway.dag.public_rooms(&asked).await.unwrap())
+}
+
+fn ids(page: &Value) -> Vec<Value> {
+    page["chunk"].as_array().unwrap().iter().map(|room| room["room_id"].clone()).collect()
 }

@@ -3,6 +3,7 @@
 mod alias_join;
 mod created;
 mod crossing;
+mod directory;
 mod eigen;
 mod ends;
 mod fork;
