@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::dag::databases::both_databases;
 
-use super::world::{Gateway, World, draft, ghost, so, until};
+use super::world::{Gateway, World, draft, ghost, in_each_version, so, until};
 
 async fn public(gateway: &Gateway) -> std::sync::Arc<Portal> {
     let new = NewPortal {
@@ -20,7 +20,10 @@ async fn public(gateway: &Gateway) -> std::sync::Arc<Portal> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_messages_and_names_cross_both_ways() {
-    let (world, gateway) = World::new(json!({})).await;
+    in_each_version(members_messages_and_names).await;
+}
+
+async fn members_messages_and_names(world: World, gateway: Gateway) {
     let portal = public(&gateway).await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let alice = world.matrix_user("alice");
@@ -80,7 +83,10 @@ async fn members_messages_and_names_cross_both_ways() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leaves_kicks_and_bans_cross_both_ways() {
-    let (world, gateway) = World::new(json!({})).await;
+    in_each_version(leaves_kicks_and_bans).await;
+}
+
+async fn leaves_kicks_and_bans(world: World, gateway: Gateway) {
     let portal = public(&gateway).await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let (alice, carol) = (world.matrix_user("alice"), world.matrix_user("carol"));
@@ -134,7 +140,10 @@ async fn leaves_kicks_and_bans_cross_both_ways() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_4_what_the_authority_does_not_allow_is_refused_told_and_repaired() {
-    let (world, gateway) = World::new(json!({})).await;
+    in_each_version(repaired).await;
+}
+
+async fn repaired(world: World, gateway: Gateway) {
     let portal = public(&gateway).await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     world.matrix_join(&gateway, matrix, &world.matrix_user("alice")).await.unwrap();

@@ -17,7 +17,13 @@ struct Made {
 
 impl Made {
     async fn new(world: &'static World, alias: &str, join_rule: &str) -> Self {
-        let body = json!({ "kind": "create", "name": "Made", "alias": alias, "join_rule": join_rule });
+        Self::of_version(world, alias, join_rule, "12").await
+    }
+
+    async fn of_version(world: &'static World, alias: &str, join_rule: &str, version: &str) -> Self {
+        let body = json!({
+            "kind": "create", "name": "Made", "alias": alias, "join_rule": join_rule, "matrix_room_version": version
+        });
         let made = world.gateway.admin(Method::POST, "/portals", Some(body)).await.unwrap();
         let text = |key: &str| made[key].as_str().unwrap_or_else(|| panic!("no {key} in {made}")).to_owned();
         assert_eq!(made["lm_hub"], world.gateway.server_name.as_str(), "{made}");
@@ -72,14 +78,33 @@ fn users_of_both_sides_join_a_made_portal_by_the_same_alias() {
 }
 
 #[test]
-fn who_was_given_power_sets_the_topic_kicks_and_bans() {
+fn who_was_given_power_sets_the_topic_kicks_bans_and_redacts() {
+    who_has_power_uses_it("12");
+}
+
+#[test]
+fn who_was_given_power_uses_it_in_rooms_of_version_11() {
+    who_has_power_uses_it("11");
+}
+
+#[test]
+fn who_was_given_power_uses_it_in_rooms_of_version_10() {
+    who_has_power_uses_it("10");
+}
+
+fn who_has_power_uses_it(version: &str) {
     on_both(async |world| {
-        let made = Made::new(world, "forum", "public").await;
-        let alice = world.user(world.a, "alice-forum", "Alice").await;
-        let [eve, mallory] = ["eve-forum", "mallory-forum"].map(|name| world.spoke.user(&world.name(name)).unwrap());
-        alice.join(&made.alias("forum"), &[]).await.unwrap();
+        let forum = format!("forum-{version}");
+        let forum = forum.as_str();
+        let made = Made::of_version(world, forum, "public", version).await;
+        let alice = world.user(world.a, &format!("alice-{forum}"), "Alice").await;
+        let [eve, mallory] =
+            ["eve", "mallory"].map(|name| world.spoke.user(&world.name(&format!("{name}-{forum}"))).unwrap());
+        alice.join(&made.alias(forum), &[]).await.unwrap();
+        let create = alice.state(&made.room, "m.room.create", "").await.unwrap().unwrap();
+        assert_eq!(create["room_version"], version);
         for user in [&eve, &mallory] {
-            world.spoke.join(user, &made.alias("forum"), &[]).await.unwrap();
+            world.spoke.join(user, &made.alias(forum), &[]).await.unwrap();
             alice.wait_for_member(&made.room, &world.image_of(user), "join").await.unwrap();
         }
         assert!(alice.set_state(&made.room, "m.room.topic", "", json!({ "topic": "no" })).await.is_err());
@@ -95,10 +120,19 @@ fn who_was_given_power_sets_the_topic_kicks_and_bans() {
 
         alice.kick(&made.room, &world.image_of(&mallory), "out").await.unwrap();
         world.spoke.wait_for_member(&made.lm_room, mallory.as_str(), "leave").await.unwrap();
-        world.spoke.join(&mallory, &made.alias("forum"), &[]).await.unwrap();
+        world.spoke.join(&mallory, &made.alias(forum), &[]).await.unwrap();
         alice.ban(&made.room, &world.image_of(&mallory), "for good").await.unwrap();
         world.spoke.wait_for_member(&made.lm_room, mallory.as_str(), "ban").await.unwrap();
-        assert!(world.spoke.join(&mallory, &made.alias("forum"), &[]).await.is_err());
+        assert!(world.spoke.join(&mallory, &made.alias(forum), &[]).await.is_err());
+
+        world.spoke.send_text(&eve, &made.lm_room, "said in anger").unwrap();
+        let angry = alice.wait_for_text(&made.room, "said in anger").await.unwrap();
+        alice.redact(&made.room, angry["event_id"].as_str().unwrap(), "calm down").await.unwrap();
+        let source = world.spoke.wait_for_text(&made.lm_room, "said in anger").await.unwrap();
+        let redaction = |event: &Pdu| {
+            event.kind == "m.room.redaction" && event.content().get("redacts") == Some(&json!(source.event_id))
+        };
+        world.spoke.wait_for(&made.lm_room, "the redaction", redaction).await.unwrap();
 
         // The other way: an LM user with power, and a Matrix user without.
         let power = json!({ "user_id": eve, "level": 60 });
@@ -107,15 +141,27 @@ fn who_was_given_power_sets_the_topic_kicks_and_bans() {
             event.kind == "m.room.power_levels" && event.content()["users"].get(eve.as_str()) == Some(&json!(60))
         };
         world.spoke.wait_for(&made.lm_room, "the power", levels).await.unwrap();
-        let anna = world.user(world.a, "anna-forum", "Anna").await;
-        anna.join(&made.alias("forum"), &[]).await.unwrap();
+        let loud = alice.send_text(&made.room, "too loud").await.unwrap();
+        let image = world.spoke.wait_for_text(&made.lm_room, "too loud").await.unwrap();
+        let redacts = json!({ "redacts": image.event_id, "reason": "hush" });
+        world.spoke.send(&eve, &made.lm_room, "m.room.redaction", None, redacts).unwrap();
+        alice
+            .wait_for(&made.room, "the redaction", |event| {
+                event["type"] == "m.room.redaction" && event["sender"] == world.image_of(&eve)
+            })
+            .await
+            .unwrap();
+        assert_eq!(alice.event(&made.room, &loud).await.unwrap()["content"], json!({}), "redacted by Synapse too");
+
+        let anna = world.user(world.a, &format!("anna-{forum}"), "Anna").await;
+        anna.join(&made.alias(forum), &[]).await.unwrap();
         let ghost = world.ghost_of(&anna.user_id);
         world.spoke.wait_for_member(&made.lm_room, &ghost, "join").await.unwrap();
         let ghost = <&UserId>::try_from(ghost.as_str()).unwrap();
         world.spoke.set_membership(&eve, &made.lm_room, ghost, "ban", Some("noise")).unwrap();
         let banned = alice.wait_for_member(&made.room, &anna.user_id, "ban").await.unwrap();
         assert_eq!(banned["content"]["reason"], "noise");
-        assert!(anna.join(&made.alias("forum"), &[]).await.is_err());
+        assert!(anna.join(&made.alias(forum), &[]).await.is_err());
     });
 }
 

@@ -1,5 +1,5 @@
 //! The gateway dies by SIGKILL at random moments while many messages cross both ways: each arrives once, in order per sender
-//! (INV-5, INV-6).
+//! (INV-5, INV-6). It is a participant of the LM room, or its hub.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,7 +9,8 @@ use isthmus::event::Pdu;
 use isthmus::identity::Side;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
-use serde_json::Value;
+use reqwest::Method;
+use serde_json::{Value, json};
 
 use crate::support::provider::NewRoom;
 use crate::support::testbed::process::free_port;
@@ -18,7 +19,7 @@ use crate::support::world::{BINARY, ghost, provider, run, server, world};
 
 #[test]
 fn inv_5_each_message_arrives_once_and_in_order_although_the_gateway_is_killed_again_and_again() {
-    run(storm("sqlite", 500, 8, None));
+    run(storm("sqlite", 500, 8, None, Role::Participant));
 }
 
 #[test]
@@ -26,13 +27,35 @@ fn inv_5_the_same_with_postgresql() {
     run(async {
         let Some(postgres) = postgres::shared().unwrap() else { return };
         let url = postgres.create_database().await.unwrap();
-        storm("postgres", 100, 3, Some(&url)).await;
+        storm("postgres", 100, 3, Some(&url), Role::Participant).await;
         postgres.drop_database(&url).await.unwrap();
     });
 }
 
+#[test]
+fn inv_5_the_same_with_the_gateway_as_hub() {
+    run(storm("hub-sqlite", 500, 8, None, Role::Hub));
+}
+
+#[test]
+fn inv_5_the_same_with_the_gateway_as_hub_and_postgresql() {
+    run(async {
+        let Some(postgres) = postgres::shared().unwrap() else { return };
+        let url = postgres.create_database().await.unwrap();
+        storm("hub-postgres", 100, 3, Some(&url), Role::Hub).await;
+        postgres.drop_database(&url).await.unwrap();
+    });
+}
+
+/// What the gateway is in the LM room.
+#[derive(PartialEq)]
+enum Role {
+    Hub,
+    Participant,
+}
+
 /// A Matrix user and an LM user who send `messages` messages each, while the gateway between them is killed `kills` times.
-async fn storm(name: &str, messages: usize, kills: usize, database: Option<&str>) {
+async fn storm(name: &str, messages: usize, kills: usize, database: Option<&str>, role: Role) {
     let seed: u64 = std::env::var("ISTHMUS_TEST_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
     eprintln!("ISTHMUS_TEST_SEED={seed}");
     let mut random = StdRng::seed_from_u64(seed);
@@ -49,10 +72,19 @@ async fn storm(name: &str, messages: usize, kills: usize, database: Option<&str>
     let provider = provider("mortal.example", port, &world.authority.file, &resolve, None).await;
     let mut gateway = plan.start().await.unwrap();
     let bob = provider.user("bob").unwrap();
-    let new = NewRoom { alias: Some("storm".to_owned()), ..NewRoom::default() };
-    let lm_room = provider.create_room(&bob, new).unwrap();
     let carol = world.user(world.b, &format!("carol-{name}"), "Carol").await;
-    let room = carol.join(&format!("#lm_storm_mortal.example:{}", gateway.server_name), &[]).await.unwrap();
+    let (alias, lm_room) = if role == Role::Hub {
+        let made = json!({ "kind": "create", "alias": "storm", "join_rule": "public" });
+        gateway.admin(Method::POST, "/portals", Some(made)).await.unwrap();
+        let alias = format!("#storm:{}", gateway.server_name);
+        let lm_room = provider.join(&bob, &alias, &[]).await.unwrap();
+        (alias, lm_room)
+    } else {
+        let new = NewRoom { alias: Some("storm".to_owned()), ..NewRoom::default() };
+        let lm_room = provider.create_room(&bob, new).unwrap();
+        (format!("#lm_storm_mortal.example:{}", gateway.server_name), lm_room)
+    };
+    let room = carol.join(&alias, &[]).await.unwrap();
 
     let mut moments: Vec<usize> = (0..kills).map(|_| random.gen_range(0..messages)).collect();
     moments.sort_unstable();

@@ -1,10 +1,14 @@
 //! A homeserver or a hub that is down for a while gets everything when it is back, once and in order; others do not wait.
 
+use std::path::Path;
+use std::time::Duration;
+
 use serde_json::Value;
+use tokio::net::TcpListener;
 
 use crate::support::provider::NewRoom;
-use crate::support::testbed::synapse;
-use crate::support::world::{run, world};
+use crate::support::testbed::{gateway, synapse};
+use crate::support::world::{BINARY, run, world};
 
 #[test]
 fn a_synapse_that_was_down_catches_up_and_others_do_not_wait_for_it() {
@@ -62,5 +66,38 @@ fn a_hub_that_was_down_catches_up() {
         assert_eq!(risen["sender"], world.image_of(&bob).as_str());
         let is_refused = |event: &Value| event["content"]["msgtype"] == "m.notice";
         assert_eq!(alice.history(&room).await.unwrap().iter().filter(|event| is_refused(event)).count(), 0);
+    });
+}
+
+/// Synapse tries an appservice that fails again after 2, 4, 8, 16 … seconds; a ping makes it try at once.
+#[test]
+fn a_gateway_that_was_down_gets_what_waits_as_soon_as_it_starts() {
+    run(async {
+        let world = world().await;
+        let mut plan =
+            gateway::Plan::new(&world.directory.join("sleeper"), Path::new(BINARY), world.authority).unwrap();
+        let own = synapse::Plan::new(&world.directory.join("d")).unwrap();
+        let registration = plan.register_with(&own).unwrap();
+        let own = own.start(world.authority, Some(&registration)).await.unwrap();
+        let mut sleeper = plan.start().await.unwrap();
+        let alice = world.user(&own, "alice-sleeper", "Alice").await;
+        let bot = format!("@_isthmus:{}", own.server_name);
+        let chat = serde_json::json!({ "preset": "private_chat", "invite": [bot], "is_direct": true });
+        let room = alice.create_room(chat).await.unwrap();
+        let says = |event: &Value| event["sender"] == bot.as_str() && event["type"] == "m.room.message";
+        alice.wait_for(&room, "the greeting", says).await.unwrap();
+
+        sleeper.kill().unwrap();
+        let address = sleeper.plan().admin_url.strip_prefix("http://").unwrap().to_owned();
+        let silence = TcpListener::bind(&address).await.unwrap();
+        alice.send_text(&room, "!help").await.unwrap();
+        // The next try is 16 seconds after the fourth.
+        for _ in 0..4 {
+            drop(silence.accept().await.unwrap());
+        }
+        drop(silence);
+        sleeper.start().await.unwrap();
+        let answer = tokio::time::timeout(Duration::from_secs(8), alice.wait_for_many(&room, 2, says)).await;
+        answer.expect("the gateway did not ping when it started").unwrap();
     });
 }
