@@ -96,7 +96,9 @@ async fn the_doctor_names_each_cause() {
     let same = |text: String| text;
     let synapse = house.synapse(Some(&same)).await;
     let found = findings(&house.config()).await;
-    assert!(found.iter().all(|finding| finding.outcome == Outcome::Pass), "{}", shown(&found));
+    // Its only doubt is of the clock: all servers are on one machine.
+    let doubts: Vec<&Finding> = found.iter().filter(|finding| finding.outcome != Outcome::Pass).collect();
+    assert!(matches!(doubts[..], [Finding { check: "clock", outcome: Outcome::Warn, .. }]), "{}", shown(&found));
     let printed = house.gateway.run(&["doctor", "--config", "isthmus.toml"]).unwrap();
     assert!(printed.contains("pass  ping: ") && printed.contains("Nothing is wrong."), "{printed}");
 

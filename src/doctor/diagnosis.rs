@@ -12,6 +12,8 @@ const SKEW_WARN: i64 = 10_000;
 /// Clocks that differ by more than this break things.
 const SKEW_FAIL: i64 = 60_000;
 
+const CLOCK: &str = "clock";
+
 /// `GET /versions`.
 pub(super) fn reached(url: &str, answer: &Result<Option<String>, HomeserverError>) -> Finding {
     const CHECK: &str = "homeserver";
@@ -30,25 +32,34 @@ pub(super) fn reached(url: &str, answer: &Result<Option<String>, HomeserverError
     }
 }
 
-/// The homeserver's `Date` against this machine's clock.
-pub(super) fn clocks(date: Option<&str>, now_ms: i64) -> Finding {
-    const CHECK: &str = "clock";
+/// Another server's `Date` against this machine's clock.
+pub(super) fn clocks(server: &str, date: Option<&str>, now_ms: i64) -> Finding {
     let theirs = date.and_then(|date| httpdate::parse_http_date(date).ok());
     let theirs = theirs.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
     let Some(theirs) = theirs.and_then(|since| i64::try_from(since.as_millis()).ok()) else {
-        return Finding::warn(CHECK, "the homeserver's answer has no Date to compare with", "check it by hand");
+        return Finding::warn(CLOCK, format!("{server}'s answer has no Date to compare with"), "check it by hand");
     };
     // The Date has no fractions of a second.
     let skew = now_ms.saturating_sub(theirs.saturating_add(500));
     let seconds = skew.unsigned_abs() / 1000;
     let direction = if skew > 0 { "ahead of" } else { "behind" };
-    let found = format!("this machine's clock is {seconds} s {direction} the homeserver's");
+    let found = format!("this machine's clock is {seconds} s {direction} {server}'s");
     let fix = "synchronize both machines by NTP: events and keys with times in the future are refused by other servers";
     match skew.saturating_abs() {
-        skew if skew > SKEW_FAIL => Finding::fail(CHECK, found, fix),
-        skew if skew > SKEW_WARN => Finding::warn(CHECK, found, fix),
-        _ => Finding::pass(CHECK, "it agrees with the homeserver's"),
+        skew if skew > SKEW_FAIL => Finding::fail(CLOCK, found, fix),
+        skew if skew > SKEW_WARN => Finding::warn(CLOCK, found, fix),
+        _ => Finding::pass(CLOCK, format!("it agrees with {server}'s")),
     }
+}
+
+/// No server on another machine could be asked for its time.
+pub(super) fn clock_is_alone() -> Finding {
+    Finding::warn(
+        CLOCK,
+        "it was compared with no server on another machine, so nobody knows whether it is right",
+        "see to it that NTP keeps it (`timedatectl` says whether); servers that `federation.resolve`, `access.hubs` or \
+         `access.matrix_servers` name are asked for their time",
+    )
 }
 
 /// What is known when the as_token was tried.

@@ -31,7 +31,7 @@ pub(super) async fn examine(
     let there = homeserver.versions().await;
     note(diagnosis::reached(settings.homeserver_url.as_str(), &there));
     let Ok(date) = there else { return };
-    note(diagnosis::clocks(date.as_deref(), clock.now_ms()));
+    note(diagnosis::clocks("the homeserver", date.as_deref(), clock.now_ms()));
 
     let sender = match registration.sender(&settings.homeserver_name) {
         Ok(sender) => sender,

@@ -100,7 +100,13 @@ pub async fn examine(config: &Config, clock: SharedClock, mut report: impl FnMut
             None => {}
         }
     }
-    note(federation::own_name(config, key, &witness).await);
+    match federation::client(config, key.clone()) {
+        Ok(client) => {
+            federation::clock(config, &client, &clock).await.into_iter().for_each(&mut note);
+            note(federation::own_name(config, &client, key, &witness).await);
+        }
+        Err(finding) => note(finding),
+    }
     witness.dismiss().await;
     findings
 }

@@ -52,10 +52,10 @@ fn clocks_that_differ() {
         (i64::MAX, Outcome::Fail, "ahead of"),
         (i64::MIN, Outcome::Fail, "behind"),
     ] {
-        expect(&clocks(date, now), outcome, found);
+        expect(&clocks("the homeserver", date, now), outcome, found);
     }
-    expect(&clocks(None, same), Outcome::Warn, "no Date");
-    expect(&clocks(Some("yesterday"), same), Outcome::Warn, "no Date");
+    expect(&clocks("the homeserver", None, same), Outcome::Warn, "no Date");
+    expect(&clocks("the homeserver", Some("yesterday"), same), Outcome::Warn, "no Date");
 }
 
 #[test]

@@ -204,6 +204,15 @@ impl Client {
         Ok(self.within_timeout(destination, call, Signing::Unsigned).await?.0)
     }
 
+    /// What time it is at `destination`, as it writes into the `Date` of its answers.
+    pub async fn date(&self, destination: &ServerName) -> Option<String> {
+        let call = Call { timeout: KEYS_TIMEOUT, limit: KEYS_LIMIT, ..Call::get("/_matrix/federation/v1/version") };
+        let timeout = call.timeout;
+        let answer =
+            tokio::time::timeout(timeout, self.answer(destination, call, Signing::Unsigned)).await.ok()?.ok()?;
+        Some(answer.headers.get(header::DATE)?.to_str().ok()?.to_owned())
+    }
+
     async fn within_timeout(
         &self,
         destination: &ServerName,
@@ -224,6 +233,10 @@ impl Client {
         call: Call,
         signing: Signing,
     ) -> Result<(Object, Held), RemoteError> {
+        read_answer(self.answer(destination, call, signing).await?)
+    }
+
+    async fn answer(&self, destination: &ServerName, call: Call, signing: Signing) -> Result<Answer, RemoteError> {
         let inner = &*self.inner;
         let (url, route) = self.locate(destination, &call.uri).await?;
         let http = match route.dial {
@@ -261,7 +274,7 @@ impl Client {
             }
             Err(error) => tracing::debug!(server = %destination, method = %call.method, path, %error, "asked in vain"),
         }
-        read_answer(answer?)
+        answer
     }
 
     /// The URL of `uri` at `destination`. What is signed must be what goes over the wire, so a `uri` that a URL parser would

@@ -403,6 +403,15 @@ async fn hc_07_keys_are_fetched_within_64_kib() {
     assert_eq!(small.last().uri, "/_matrix/key/v2/server");
 }
 
+#[tokio::test]
+async fn a_server_is_asked_for_its_time_whatever_it_answers() {
+    for status in [StatusCode::OK, StatusCode::NOT_FOUND] {
+        let server =
+            Server::plain(move |_| (status, [(header::DATE, "Thu, 01 Jan 2026 00:00:00 GMT")]).into_response());
+        assert_eq!(server.client().date(peer()).await.as_deref(), Some("Thu, 01 Jan 2026 00:00:00 GMT"));
+    }
+}
+
 /// SRV records that all lead to one place, the first of them to nowhere.
 struct Srv(SocketAddr);
 
