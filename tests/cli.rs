@@ -1,7 +1,9 @@
 //! The commands that talk to a running gateway, over its admin listener.
 
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 
+use nix::sys::resource::{Resource, getrlimit};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -156,4 +158,38 @@ async fn a_command_says_when_there_is_no_gateway() {
     gateway.kill().unwrap();
     let error = gateway.plan().run(&["portal", "list", "--config", "isthmus.toml"]).unwrap_err().to_string();
     assert!(error.contains("start it with `isthmus serve`"), "{error}");
+}
+
+/// The binary, started with so many open files and, after the slash, so many that it may ask for.
+fn limited(directory: &Path, soft: u32, hard: u32) -> PathBuf {
+    let script = directory.join(format!("isthmus-{soft}-{hard}"));
+    let text = format!("#!/bin/sh\nulimit -Sn {soft} && ulimit -Hn {hard} && exec {BINARY} \"$@\"\n");
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    script
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn serve_asks_for_all_the_files_that_it_may_open_and_says_when_they_are_few() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = Authority::new(directory.path()).unwrap();
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let many = u32::try_from(most.min(4_096)).unwrap();
+    for (name, soft, hard, few) in [("few", 300, 1_000, true), ("many", 400, many, many < 4_096)] {
+        let binary = limited(directory.path(), soft, hard);
+        let plan = gateway::Plan::new(&directory.path().join(name), &binary, &authority).unwrap();
+        let gateway = plan.start().await.unwrap();
+        let log = std::fs::read_to_string(gateway.log_file()).unwrap();
+        let line = log.lines().find(|line| line.contains("connections may be open at once")).expect("a line of it");
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert_eq!((&line["fields"]["before"], &line["fields"]["limit"]), (&json!(soft), &json!(hard)));
+        assert_eq!(line["level"], if few { "WARN" } else { "INFO" });
+        let told = match gateway.plan().run(&["doctor", "--config", "isthmus.toml"]) {
+            Ok(told) => told,
+            // Something else is wrong with it.
+            Err(told) => told.to_string(),
+        };
+        assert_eq!(told.contains("WARN  open files: only 1000 "), few, "{told}");
+        assert_eq!(told.contains(&format!("pass  open files: a process may have {hard} ")), !few, "{told}");
+    }
 }

@@ -1,4 +1,5 @@
-//! What stands in `docker/` fits together: the compose file is YAML, names files that are there and sets keys that exist.
+//! What stands in `docker/` and `deploy/` fits together: the compose file is YAML, names files that are there and sets keys that
+//! exist; the unit starts the gateway as the command line has it.
 
 use std::path::Path;
 
@@ -59,4 +60,28 @@ fn the_image_runs_without_rights_and_says_how_it_is() {
     {
         assert!(last_stage.contains(part), "{part}");
     }
+}
+
+#[test]
+fn the_unit_starts_the_gateway_again_and_again_with_few_rights() {
+    let unit = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/isthmus.service"));
+    let text = std::fs::read_to_string(unit).unwrap();
+    let values = |key: &str| -> Vec<&str> {
+        text.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('=')).collect()
+    };
+    assert_eq!(values("ExecStart"), ["/usr/local/bin/isthmus serve --config isthmus.toml"]);
+    for (key, value) in [("Restart", "always"), ("LimitNOFILE", "16384"), ("ProtectSystem", "strict")] {
+        assert_eq!(values(key), [value], "{key}");
+    }
+    // Where there is a systemd, it is asked; it wants to see the program and the user.
+    let directory = tempfile::tempdir().unwrap();
+    let copy = directory.path().join("isthmus.service");
+    let text = text.replace("/usr/local/bin/isthmus", env!("CARGO_BIN_EXE_isthmus"));
+    std::fs::write(&copy, text.replace("User=isthmus", "User=daemon").replace("Group=isthmus", "Group=daemon"))
+        .unwrap();
+    let verify = std::process::Command::new("systemd-analyze").arg("verify").arg(&copy).output();
+    let Ok(verify) = verify else { return };
+    let told = String::from_utf8_lossy(&verify.stderr);
+    // What it says of other units of this machine is not about this one.
+    assert!(!told.contains("isthmus.service:"), "{told}");
 }

@@ -9,6 +9,7 @@ use sqlx::{AnyConnection, Connection as _};
 use super::Finding;
 use crate::appservice::{Registration, RegistrationError, misses_tls};
 use crate::config::{self, Config};
+use crate::gateway::descriptors;
 use crate::identity::SigningKey;
 
 /// How long the database may take.
@@ -79,6 +80,22 @@ pub(super) async fn database(config: &Config) -> Finding {
             let found = format!("{name} does not answer within {} s", PATIENCE.as_secs());
             Finding::fail(CHECK, found, "check that `database.url` names the right host and port")
         }
+    }
+}
+
+/// Whether a gateway that is started as this is may have as many connections open as it needs.
+pub(super) fn open_files() -> Finding {
+    const CHECK: &str = "open files";
+    let fix = "raise the limit for the gateway: LimitNOFILE=16384 under systemd, `ulimit -Hn` in a shell";
+    match descriptors::most() {
+        Ok(limit) if limit < descriptors::ENOUGH => {
+            let needed = descriptors::ENOUGH;
+            let found =
+                format!("only {limit} files and connections may be open at once, {needed} are the least for peers");
+            Finding::warn(CHECK, found, fix)
+        }
+        Ok(limit) => Finding::pass(CHECK, format!("a process may have {limit} files and connections open at once")),
+        Err(error) => Finding::warn(CHECK, format!("their limit is not known: {error}"), fix),
     }
 }
 

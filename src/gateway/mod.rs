@@ -1,5 +1,6 @@
 //! The composition root: builds the rooms of the house, gives each what it needs, and puts the listeners in front of them.
 
+pub(crate) mod descriptors;
 mod handshakes;
 mod housekeeping;
 mod listen;
@@ -189,6 +190,7 @@ impl Gateway {
 
 /// Runs the gateway until the process is told to stop (SIGINT or SIGTERM).
 pub async fn serve(config: Config) -> Result<(), GatewayError> {
+    descriptors::raise();
     let gateway = Gateway::start(config, Arc::new(SystemClock)).await?;
     let stop = CancellationToken::new();
     let asked = stop.clone();
