@@ -1,6 +1,5 @@
 //! A server that sends too much waits, and nobody waits for it.
 
-use isthmus::bridge::NewPortal;
 use isthmus::identity::Side;
 use serde_json::json;
 
@@ -12,8 +11,7 @@ const BURST: usize = 60;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_is_over_the_budget_waits_and_nobody_waits_for_them() {
     let (world, gateway) = World::new(json!({ "budgets": { "events_per_second": 1 } })).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let alice = world.matrix_user("alice");
     let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
@@ -61,8 +59,7 @@ async fn who_floods_a_room_does_not_keep_others_from_being_read() {
     /// More than is read at once.
     const FLOOD: usize = 800;
     let (world, gateway) = World::new(json!({ "budgets": { "events_per_second": 2 } })).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let alice = world.matrix_user("alice");
     world.matrix_join(&gateway, matrix, &alice).await.unwrap();
@@ -113,8 +110,7 @@ async fn who_floods_a_room_does_not_keep_others_from_being_read() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_so_many_new_ghosts_an_hour() {
     let (world, gateway) = World::new(json!({ "budgets": { "ghosts_per_hour": 2 } })).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     for name in ["one", "two"] {
         let user = world.matrix_user(name);

@@ -1,6 +1,6 @@
 //! Which servers take part: access control lists of the rooms, the policy; and rooms that are replaced.
 
-use isthmus::bridge::{Cause, NewPortal, PortalState};
+use isthmus::bridge::{Cause, PortalState};
 use isthmus::event::RoomVersion;
 use isthmus::identity::Side;
 use isthmus::lm::NewRoom;
@@ -14,8 +14,7 @@ use super::world::{LM, MATRIX, OTHER, World, draft, ghost, message, so, until};
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whom_a_rooms_list_keeps_out_does_not_come_in_behind_a_ghost() {
     let (world, gateway) = World::new(json!({})).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let alice = world.matrix_user("alice");
     let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();

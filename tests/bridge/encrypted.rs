@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use isthmus::bridge::{Cause, NewPortal};
+use isthmus::bridge::Cause;
 use isthmus::identity::Side;
 use serde_json::{Value, json};
 use tracing_subscriber::fmt::MakeWriter;
@@ -66,8 +66,7 @@ async fn inv_8_an_lm_room_that_is_encrypted_gets_no_portal() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_8_what_is_encrypted_does_not_cross_and_no_user_turns_encryption_on() {
     let (world, gateway) = World::new(json!({})).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let alice = world.matrix_user("alice");
     let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
@@ -140,8 +139,7 @@ async fn inv_8_nothing_that_is_said_is_in_the_log() {
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_ansi(false);
     let _logging = tracing::subscriber::set_default(subscriber.with_writer(logged.clone()).finish());
     let (world, gateway) = World::new(json!({})).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let alice = world.matrix_user("alice");
     let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();

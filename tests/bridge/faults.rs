@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use isthmus::bridge::{Cause, NewPortal};
+use isthmus::bridge::Cause;
 use serde_json::json;
 
 use super::world::{Gateway, LM, World, so};
@@ -28,8 +28,7 @@ fn assert_complete(side: &str, said: &[(String, String)], senders: &[String]) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_5_hc_82_nothing_is_lost_or_doubled_when_a_hub_is_broken_off() {
     let (world, gateway) = World::new(json!({})).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     world.lm_join(&portal.lm_room_id, "bob").await.unwrap();
     talk_and_break(&world, gateway, &portal).await;
 }
@@ -97,8 +96,7 @@ async fn inv_6_a_transaction_that_could_not_be_stored_is_not_acknowledged_and_co
     use isthmus::federation::Call;
     use isthmus::identity::Side;
     let (world, gateway) = World::new(json!({})).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     // A homeserver with a client of its own, to send a transaction over HTTP.
     let other = world.other_server().await;

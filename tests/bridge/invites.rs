@@ -1,6 +1,5 @@
 //! Invites of users whose server does not answer: nobody is mute for that, and in the end the inviter is told.
 
-use isthmus::bridge::NewPortal;
 use isthmus::identity::Side;
 use serde_json::json;
 
@@ -10,8 +9,7 @@ use crate::dag::OWN;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_invite_that_no_server_answers_mutes_nobody_and_is_refused_in_the_end() {
     let (world, gateway) = World::new(json!({})).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let [alice, carol] = ["alice", "carol"].map(|name| world.matrix_user(name));
     world.matrix_join(&gateway, matrix, &alice).await.unwrap();

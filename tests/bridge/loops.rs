@@ -1,6 +1,6 @@
 //! Two gateways: neither carries the other's images back, and a loop is stopped.
 
-use isthmus::bridge::{Cause, NewPortal, PortalState};
+use isthmus::bridge::{Cause, PortalState};
 use ruma::UserId;
 use serde_json::json;
 
@@ -81,8 +81,7 @@ async fn inv_7_hc_66_two_gateways_of_one_lm_room_do_not_echo_each_others_images(
 async fn a_gateway_of_a_gateways_room_carries_once() {
     let (world, one) = World::new(json!({})).await;
     let two = world.other_gateway().await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let first = one.bridge.create_portal(new).await.unwrap();
+    let first = one.public_portal().await;
     let via = [OWN.try_into().unwrap()];
     let second = two.bridge.portal_from_lm(&first.lm_room_id, &via, None, Cause::Admin).await.unwrap();
     let (alice, carol) = (world.matrix_user("alice"), world.matrix_user("carol"));
@@ -107,8 +106,7 @@ async fn of_another_gateway_of_the_same_two_rooms_nothing_is_carried_back_and_no
     peer.key = other.context.signing_key.clone();
     let user = |localpart: &str| UserId::parse(format!("@{localpart}:{OTHER}")).unwrap();
     let (bot, image, carol) = (user("isthmus"), user("mx_alice_matrix.example"), user("carol"));
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let alice = world.matrix_user("alice");
     world.matrix_join(&gateway, matrix, &alice).await.unwrap();

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use isthmus::bridge::{NewPortal, Portal};
+use isthmus::bridge::Portal;
 use isthmus::federation::{Call, RemoteError};
 use isthmus::identity::Side;
 use ruma::OwnedUserId;
@@ -74,8 +74,7 @@ struct Scene<const N: usize> {
 
 async fn scene<const N: usize>(settings: Value, names: [&str; N]) -> Scene<N> {
     let (world, gateway) = World::new(settings).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let users = names.map(|name| world.matrix_user(name));
     let mut view = None;
     for user in &users {
@@ -201,8 +200,7 @@ async fn hc_84_statements_in_fields_are_text() {
 async fn hc_19_requests_for_what_is_no_event_id_are_the_askers_fault() {
     both_databases(|url| async move {
         let (world, gateway) = World::new(json!({ "database": { "url": url } })).await;
-        let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-        let portal = gateway.bridge.create_portal(new).await.unwrap();
+        let portal = gateway.public_portal().await;
         world.lm_join(&portal.lm_room_id, "bob").await.unwrap();
         let context = &world.server.context;
         let own: ruma::OwnedServerName = OWN.try_into().unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use isthmus::bridge::{Bridge, Portal};
+use isthmus::bridge::{Bridge, NewPortal, Portal};
 use isthmus::clock::{Clock, SharedClock};
 use isthmus::config::Config;
 use isthmus::dag::Dag;
@@ -344,6 +344,12 @@ impl World {
 }
 
 impl Gateway {
+    /// A new portal whose rooms everybody may join.
+    pub async fn public_portal(&self) -> Arc<Portal> {
+        let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+        self.bridge.create_portal(new).await.unwrap()
+    }
+
     pub fn bot(&self) -> OwnedUserId {
         crate::dag::bot()
     }

@@ -88,14 +88,7 @@ async fn scenario(version: RoomVersion, steps: Vec<Step>, seeds: [Vec<u8>; 2], s
     let users = [peer.user("a"), peer.user("b"), peer.user("c")];
     let mut results = Vec::new();
     for seed in seeds {
-        let levels = state(
-            "m.room.power_levels",
-            "",
-            json!({ "users_default": 50,
-            "users": if version == RoomVersion::V12 { json!({}) } else { json!({ (bot().as_str()): 100 }) } }),
-        );
-        let public = state("m.room.join_rules", "", json!({ "join_rule": "public" }));
-        let room = gateway.room_with(version, vec![levels, public]).await;
+        let room = gateway.room_of_moderators(version).await;
         let mut base = None;
         for user in &users {
             base = Some(peer.join(&gateway, &room, user).await.unwrap());

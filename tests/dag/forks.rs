@@ -37,14 +37,7 @@ async fn topics_set_at_once_are_resolved_the_same_in_either_order() {
     for version in VERSIONS {
         let mut topics = Vec::new();
         let gateway = Gateway::start(&[&peer]).await;
-        let levels = state(
-            "m.room.power_levels",
-            "",
-            json!({ "users_default": 50,
-            "users": if version == RoomVersion::V12 { json!({}) } else { json!({ (bot().as_str()): 100 }) } }),
-        );
-        let public = state("m.room.join_rules", "", json!({ "join_rule": "public" }));
-        let room = gateway.room_with(version, vec![levels, public]).await;
+        let room = gateway.room_of_moderators(version).await;
         let (alice, carol) = (peer.user("alice"), peer.user("carol"));
         peer.join(&gateway, &room, &alice).await.unwrap();
         let base = peer.join(&gateway, &room, &carol).await.unwrap();
@@ -126,14 +119,7 @@ async fn the_branches_of_a_room_are_joined_before_they_are_many() {
     let peer = Peer::start("peer.example").await;
     let gateway = Gateway::start(&[&peer]).await;
     for version in VERSIONS {
-        let levels = state(
-            "m.room.power_levels",
-            "",
-            json!({ "users_default": 50,
-            "users": if version == RoomVersion::V12 { json!({}) } else { json!({ (bot().as_str()): 100 }) } }),
-        );
-        let public = state("m.room.join_rules", "", json!({ "join_rule": "public" }));
-        let room = gateway.room_with(version, vec![levels, public]).await;
+        let room = gateway.room_of_moderators(version).await;
         let alice = peer.user("alice");
         let view = peer.join(&gateway, &room, &alice).await.unwrap();
         let mut forks = Vec::new();

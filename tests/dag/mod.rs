@@ -89,6 +89,15 @@ impl Gateway {
         self.room_with(version, vec![state("m.room.join_rules", "", json!({ "join_rule": join_rule }))]).await
     }
 
+    /// A public room in which everybody may send state.
+    pub async fn room_of_moderators(&self, version: RoomVersion) -> OwnedRoomId {
+        // Of version 12 on, the levels do not name the creator.
+        let users = if version == RoomVersion::V12 { json!({}) } else { json!({ bot().as_str(): 100 }) };
+        let levels = state("m.room.power_levels", "", json!({ "users_default": 50, "users": users }));
+        let public = state("m.room.join_rules", "", json!({ "join_rule": "public" }));
+        self.room_with(version, vec![levels, public]).await
+    }
+
     /// A room with this state, made by the bot.
     pub async fn room_with(&self, version: RoomVersion, initial_state: Vec<Draft>) -> OwnedRoomId {
         self.dag.create_room(NewRoom { creator: bot(), version, initial_state }).await.unwrap()

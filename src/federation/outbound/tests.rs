@@ -151,16 +151,35 @@ impl World {
         feeds: &Arc<Feeds>,
         reply: impl Fn(&ServerName, &str, &Object) -> Reply + Send + Sync + 'static,
     ) -> Self {
+        Self::with_clock(store, feeds, Arc::new(SystemClock), reply)
+    }
+
+    /// The same, by a clock of the test's.
+    fn with_clock(
+        store: &Store,
+        feeds: &Arc<Feeds>,
+        clock: SharedClock,
+        reply: impl Fn(&ServerName, &str, &Object) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         let (sender, seen) = mpsc::unbounded_channel();
         let wire = Arc::new(Played { reply: Box::new(reply), seen: sender });
-        let queues =
-            OutboundQueues::over(store.clone(), Arc::new(SystemClock), server_name!("g.example").to_owned(), wire);
+        let queues = OutboundQueues::over(store.clone(), clock, server_name!("g.example").to_owned(), wire);
         queues.register(&[FeedKind::Log, FeedKind::Lpdus, FeedKind::Graph], feeds.clone());
         Self { queues, seen }
     }
 
     async fn next(&mut self) -> Seen {
         tokio::time::timeout(WAIT, self.seen.recv()).await.expect("nothing was sent").unwrap()
+    }
+
+    /// Waits until every worker has seen what it was woken for.
+    async fn taken(&self) {
+        let taken = async {
+            while !lock(&self.queues.handle.shared.slots).values().all(|slot| slot.is_clean()) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(WAIT, taken).await.expect("a worker did not take its news");
     }
 
     /// Waits until nothing is left to send, and nobody fails.
@@ -180,6 +199,13 @@ fn feed(kind: FeedKind, room_id: &str) -> Feed {
 
 fn name(text: &str) -> OwnedServerName {
     text.try_into().unwrap()
+}
+
+/// A log that is the only feed, filled as by [`fill`].
+async fn one_log(store: &Store, range: std::ops::Range<i64>, destinations: &[&str]) -> (Arc<Feeds>, Feed) {
+    let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
+    fill(store, &feeds, &log, range, destinations).await;
+    (feeds, log)
 }
 
 /// Adds the events `range` to a feed, and subscribes `destinations` from the one before the first.

@@ -5,8 +5,7 @@ use super::*;
 #[tokio::test]
 async fn hc_60_a_dead_destination_slows_no_other() {
     both_stores(|store| async move {
-        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
-        fill(&store, &feeds, &log, 1..11, &["dead.example", "gone.example", "live.example"]).await;
+        let (feeds, log) = one_log(&store, 1..11, &["dead.example", "gone.example", "live.example"]).await;
         let mut world = World::new(&store, &feeds, |destination, _, _| match destination.as_str() {
             "dead.example" => never(),
             "gone.example" => unreachable(),
@@ -46,8 +45,7 @@ async fn hc_60_a_dead_destination_slows_no_other() {
 #[tokio::test]
 async fn a_destination_that_asks_to_be_left_alone_is_even_when_it_is_heard_of() {
     both_stores(|store| async move {
-        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
-        fill(&store, &feeds, &log, 1..2, &["a.example"]).await;
+        let (feeds, _) = one_log(&store, 1..2, &["a.example"]).await;
         const ASKED: Duration = Duration::from_millis(1500);
         let asked = std::sync::atomic::AtomicBool::new(false);
         let mut world = World::new(&store, &feeds, move |_, _, _| {
@@ -73,8 +71,7 @@ async fn a_destination_that_asks_to_be_left_alone_is_even_when_it_is_heard_of() 
 #[tokio::test]
 async fn a_destination_that_is_heard_of_is_tried_at_once() {
     both_stores(|store| async move {
-        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
-        fill(&store, &feeds, &log, 1..2, &["a.example"]).await;
+        let (feeds, _) = one_log(&store, 1..2, &["a.example"]).await;
         let hours = SystemClock.now_ms() + 5 * 3_600_000;
         let row = rows::FailureRow {
             destination: "a.example".to_owned(),
@@ -178,8 +175,7 @@ async fn a_linearized_participant_gets_a_log_one_event_at_a_time() {
 #[tokio::test]
 async fn a_store_that_fails_for_a_while_loses_no_news() {
     both_stores(|store| async move {
-        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
-        fill(&store, &feeds, &log, 1..2, &["a.example"]).await;
+        let (feeds, log) = one_log(&store, 1..2, &["a.example"]).await;
         let mut world = World::new(&store, &feeds, |_, _, _| ok());
         world.queues.start().await.unwrap();
         assert_eq!(world.next().await.numbers(), [1]);
@@ -187,12 +183,7 @@ async fn a_store_that_fails_for_a_while_loses_no_news() {
         fill(&store, &feeds, &log, 2..3, &[]).await;
         rename(&store, "outbound_cursors", "gone").await;
         world.queues.wake(&log, &[name("a.example")]);
-        let taken = async {
-            while !lock(&world.queues.handle.shared.slots).values().all(|slot| slot.is_clean()) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        tokio::time::timeout(WAIT, taken).await.unwrap();
+        world.taken().await;
         // What is asked of the store after that fails too.
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert!(world.seen.try_recv().is_err());

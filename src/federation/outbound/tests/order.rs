@@ -5,8 +5,7 @@ use super::*;
 #[tokio::test]
 async fn all_events_arrive_in_order_and_in_few_transactions() {
     both_stores(|store| async move {
-        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
-        fill(&store, &feeds, &log, 1..121, &["a.example", "b.example"]).await;
+        let (feeds, log) = one_log(&store, 1..121, &["a.example", "b.example"]).await;
         let mut world = World::new(&store, &feeds, |_, _, _| ok());
         world.queues.start().await.unwrap();
         world.settled().await;
@@ -33,8 +32,7 @@ async fn all_events_arrive_in_order_and_in_few_transactions() {
 #[tokio::test]
 async fn what_is_committed_and_not_shown_yet_is_not_passed_over() {
     both_stores(|store| async move {
-        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
-        fill(&store, &feeds, &log, 1..2, &["a.example"]).await;
+        let (feeds, log) = one_log(&store, 1..2, &["a.example"]).await;
         let mut world = World::new(&store, &feeds, |_, _, _| ok());
         world.queues.start().await.unwrap();
         assert_eq!(world.next().await.numbers(), [1]);
@@ -91,8 +89,7 @@ async fn transactions_keep_within_bytes_and_protocols() {
 #[tokio::test]
 async fn what_is_not_for_a_destination_is_passed_over() {
     both_stores(|store| async move {
-        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
-        fill(&store, &feeds, &log, 1..201, &["a.example"]).await;
+        let (feeds, log) = one_log(&store, 1..201, &["a.example"]).await;
         for (n, event) in lock(&feeds.events).get_mut(&log).unwrap() {
             if *n != 150 {
                 *event = None;
@@ -111,8 +108,7 @@ async fn what_is_not_for_a_destination_is_passed_over() {
 #[tokio::test]
 async fn an_end_and_a_new_beginning() {
     both_stores(|store| async move {
-        let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
-        fill(&store, &feeds, &log, 1..11, &["left.example", "back.example"]).await;
+        let (feeds, log) = one_log(&store, 1..11, &["left.example", "back.example"]).await;
         let ended = log.clone();
         store
             .write(move |tx| {
@@ -171,30 +167,19 @@ async fn idle_rooms_and_idle_destinations_cost_nothing() {
     for n in 0..20 {
         fill(&store, &feeds, &feed(FeedKind::Log, &format!("!{n}:g.example")), 1..2, &["a.example"]).await;
     }
-    let clock = ManualClock::new(1);
-    let (sender, mut seen) = mpsc::unbounded_channel();
-    let wire = Arc::new(Played { reply: Box::new(|_, _, _| ok()), seen: sender });
-    let queues = OutboundQueues::over(store.clone(), clock, server_name!("g.example").to_owned(), wire);
-    queues.register(&[FeedKind::Log], feeds.clone());
-    queues.start().await.unwrap();
-    let first = tokio::time::timeout(WAIT, seen.recv()).await.unwrap().unwrap();
+    let mut world = World::with_clock(&store, &feeds, ManualClock::new(1), |_, _, _| ok());
+    world.queues.start().await.unwrap();
     // All twenty rooms share one transaction.
-    assert_eq!(first.numbers().len(), 20);
-    let idle = async {
-        while !lock(&queues.handle.shared.slots).values().all(|slot| slot.is_clean()) {
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::time::timeout(WAIT, idle).await.unwrap();
-    queues.stop().await;
+    assert_eq!(world.next().await.numbers().len(), 20);
+    world.taken().await;
+    world.queues.stop().await;
 }
 
 #[tokio::test]
 async fn the_name_of_the_endpoint_that_a_server_knows_is_remembered() {
     let directory = tempfile::tempdir().unwrap();
     let store = Store::open(&format!("sqlite://{}", directory.path().join("t.db").display())).await.unwrap();
-    let (feeds, log) = (Arc::new(Feeds::default()), feed(FeedKind::Log, "!a:g.example"));
-    fill(&store, &feeds, &log, 1..2, &["a.example"]).await;
+    let (feeds, log) = one_log(&store, 1..2, &["a.example"]).await;
     let mut world = World::new(&store, &feeds, |_, uri, _| {
         if uri.starts_with("/_matrix/federation/v2/send/") {
             return ok();
