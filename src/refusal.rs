@@ -174,6 +174,9 @@ pub enum Refusal {
     /// This gateway has a fault that shows with this event, each time it comes.
     #[error("this gateway fails on {0}")]
     Fails(String),
+    /// The store holds what this program would not have written: it fails until somebody repairs it.
+    #[error("internal error: the store holds a bad {0}")]
+    Corrupt(String),
     /// Something failed here; worth another try later.
     #[error("internal error: {0}")]
     Internal(String),
@@ -215,7 +218,7 @@ impl Refusal {
             Self::NotBridged(_) => "not_bridged",
             Self::Remote { .. } => "remote",
             Self::Fails(_) => "fails",
-            Self::Internal(_) => "internal",
+            Self::Corrupt(_) | Self::Internal(_) => "internal",
         }
     }
 
@@ -231,7 +234,7 @@ impl Refusal {
             Self::AliasTaken { .. } => "M_ROOM_IN_USE",
             Self::UnableToAuthoriseJoin { .. } => "M_UNABLE_TO_AUTHORISE_JOIN",
             Self::Budget { .. } => "M_LIMIT_EXCEEDED",
-            Self::Remote { .. } | Self::KeysUnavailable { .. } | Self::Internal(_) => "M_UNKNOWN",
+            Self::Remote { .. } | Self::KeysUnavailable { .. } | Self::Corrupt(_) | Self::Internal(_) => "M_UNKNOWN",
             _ => "M_FORBIDDEN",
         }
     }
@@ -250,20 +253,28 @@ impl Refusal {
             Self::AliasTaken { .. } => StatusCode::CONFLICT,
             Self::Budget { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::Remote { .. } | Self::KeysUnavailable { .. } => StatusCode::BAD_GATEWAY,
-            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Corrupt(_) | Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
             _ => StatusCode::FORBIDDEN,
         }
     }
 
     /// Whether the same thing may succeed later without anybody changing it.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::KeysUnavailable { .. } | Self::Remote { .. } | Self::Internal(_) | Self::Budget { .. })
+        self.is_failure() || matches!(self, Self::KeysUnavailable { .. } | Self::Remote { .. } | Self::Budget { .. })
+    }
+
+    /// Whether something failed here, which says nothing of what was to be done.
+    pub fn is_failure(&self) -> bool {
+        matches!(self, Self::Corrupt(_) | Self::Internal(_))
     }
 }
 
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
-        Self::Internal(error.to_string())
+        match error {
+            StoreError::Corrupt { what, problem } => Self::Corrupt(format!("{what}: {problem}")),
+            error => Self::Internal(error.to_string()),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use super::notice::{say, text};
 use super::portal::{Portal, number_of};
 use super::power::{POWER_LEVELS, USER_LIMIT};
 use super::registry::Entry;
+use super::side::Event;
 use super::users::Who;
 use crate::event::Object;
 use crate::identity::Side;
@@ -109,7 +110,8 @@ pub struct Explanation {
     pub kind: String,
     /// The portal of the room, when there is one.
     pub portal_id: Option<String>,
-    /// What has become of it, as one word: `image` (it is one), `crossed`, `pending`, `refused`, `waiting` or `local`.
+    /// What has become of it, as one word: `image` (it is one), `crossed`, `pending`, `refused`, `waiting`, `local`
+    /// (nothing is to become of it), or `unknown` (so old that the record of its refusal may be gone).
     pub status: &'static str,
     /// The event across: its image, or the source that it is the image of.
     pub across: Option<OwnedEventId>,
@@ -252,6 +254,7 @@ pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Ex
             (None, Some(_), ..) => "image",
             (None, None, _, Some(_)) => "waiting",
             (None, None, Some(_), None) => "refused",
+            (None, None, None, None) if may_be_forgotten(core, side, &event).await? => "unknown",
             (None, None, None, None) => "local",
         };
         let note = image.as_ref().and_then(|row| row.note.clone());
@@ -270,6 +273,15 @@ pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Ex
         }));
     }
     Ok(None)
+}
+
+/// Whether an event of which nothing is known may have been refused, and the record of that removed.
+async fn may_be_forgotten(core: &Core, side: Side, event: &Event) -> Result<bool, Refusal> {
+    // What the gateway's own users say was never refused here.
+    let own = event.sender.server_name() == core.context.server_name;
+    let Some(entry) = core.registry.of_room(side, &event.room_id).filter(|_| !own) else { return Ok(false) };
+    let gone_until = images::refusals_gone_until(&core.context.store, entry.number).await?;
+    Ok(gone_until.is_some_and(|until| event.origin_server_ts <= until))
 }
 
 impl From<RefusalRow> for Refused {

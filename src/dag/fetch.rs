@@ -63,7 +63,7 @@ impl Shared {
             }
         }
         filling.outcomes = outcomes;
-        match tokio::time::timeout(PATIENCE, filling.fill()).await {
+        match tokio::time::timeout(PATIENCE, Box::pin(filling.fill())).await {
             Ok(filled) => filled?,
             Err(_) => tracing::info!(room = %room.room_id, server = %origin, "filling a gap took too long"),
         }
@@ -226,6 +226,14 @@ impl Filling<'_> {
     }
 
     async fn take_outliers(&self, events: Vec<Verified>) -> Result<bool, Refusal> {
+        let events = match self.shared.new_outliers(self.room, self.origin, events).await {
+            Ok(events) => events,
+            Err(refusal @ Refusal::TooLarge { .. }) => {
+                tracing::warn!(room = %self.room.room_id, server = %self.origin, %refusal, "auth events were not taken");
+                return Ok(false);
+            }
+            Err(refusal) => return Err(refusal),
+        };
         if events.is_empty() {
             return Ok(false);
         }

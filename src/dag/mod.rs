@@ -14,6 +14,7 @@ mod handshake;
 mod invite;
 mod order;
 mod outbox;
+mod outliers;
 mod pdu;
 mod query;
 mod receive;
@@ -277,7 +278,11 @@ impl Dag {
 
     /// Whether this room is on the graph side here.
     pub async fn knows(&self, room_id: &RoomId) -> Result<bool, Refusal> {
-        Ok(self.shared.find(room_id).await?.is_some())
+        match self.shared.find(room_id).await {
+            // It is there, and whoever sends something of it is told.
+            Err(crate::store::StoreError::Corrupt { .. }) => Ok(true),
+            found => Ok(found?.is_some()),
+        }
     }
 
     /// The servers through which a room can be joined: this one.

@@ -286,7 +286,7 @@ fn public_keys(keys: &VerifyKeys) -> Result<PublicKeyMap, Refusal> {
     for (server, keys) in keys {
         let mut set = PublicKeySet::new();
         for (id, key) in keys {
-            let key = Base64::parse(key.to_base64()).map_err(|error| Refusal::Internal(error.to_string()))?;
+            let key = Base64::parse(key.to_base64()).map_err(|error| Refusal::malformed("key", error.to_string()))?;
             set.insert(id.clone(), key);
         }
         map.insert(server.to_string(), set);

@@ -54,7 +54,7 @@ impl Dag {
     async fn intake(&self, origin: &ServerName, raw: &str) -> Intake {
         match guarded(&"an event", self.try_intake(origin, raw)).await {
             Ok(intake) => intake,
-            Err(refusal) => Intake::Done(Received { event_id: None, result: Err(refusal) }),
+            Err(refusal) => Intake::Done(Received { event_id: None, result: Err(verdict(refusal)) }),
         }
     }
 
@@ -84,10 +84,11 @@ impl Dag {
     ) -> Vec<(OwnedEventId, Refusal)> {
         let ids: Vec<_> = events.iter().map(|event| event.pdu().event_id.clone()).collect();
         let result = self.try_take(origin, room, events).await;
-        match result {
+        let refusals = match result {
             Ok(refusals) => refusals,
             Err(refusal) => ids.into_iter().map(|id| (id, refusal.clone())).collect(),
-        }
+        };
+        refusals.into_iter().map(|(id, refusal)| (id, verdict(refusal))).collect()
     }
 
     async fn try_take(
@@ -111,6 +112,15 @@ impl Dag {
             }
         }
         Ok(refusals)
+    }
+}
+
+/// What the sender is told. What the store lost of a room is no reason to repeat a transaction for ever, with what it brings
+/// for other rooms: what is refused now can be fetched when somebody has repaired the store.
+fn verdict(refusal: Refusal) -> Refusal {
+    match refusal {
+        Refusal::Corrupt(what) => fails_on(&format!("the stored {what}")),
+        refusal => refusal,
     }
 }
 

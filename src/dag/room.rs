@@ -16,6 +16,7 @@ use tokio::sync::{OnceCell, Semaphore, mpsc, oneshot};
 use super::Shared;
 use super::actor::{self, End, Jobs, Work};
 use super::batch::Batch;
+use super::outliers::Outliers;
 use super::snapshot::Snapshot;
 use super::version::rules_of;
 use crate::event::RoomVersion;
@@ -91,6 +92,8 @@ pub struct Room {
     pub rules: &'static RoomVersionRules,
     /// Held by who fetches what is missing here, so that it is fetched once.
     pub filling: tokio::sync::Mutex<()>,
+    /// What was taken of auth events that came alone; none before it was asked for.
+    pub outliers: tokio::sync::Mutex<Option<Outliers>>,
     core: ArcSwap<Core>,
     jobs: mpsc::UnboundedSender<Box<dyn Work>>,
     permits: Arc<Semaphore>,
@@ -208,6 +211,7 @@ impl Shared {
             version,
             rules,
             filling: tokio::sync::Mutex::default(),
+            outliers: tokio::sync::Mutex::default(),
             core: ArcSwap::from_pointee(core),
             jobs,
             permits: Arc::new(Semaphore::new(QUEUE)),
@@ -402,6 +406,33 @@ mod tests {
         }
         let tips = dag.shared.room(&room_id).await.unwrap().core().tips.len();
         assert_eq!(tips, 2, "the two others");
+        dag.shared.context.store.close().await;
+    }
+
+    #[tokio::test]
+    async fn what_the_store_lost_of_a_room_is_no_failure_of_a_transaction() {
+        let directory = tempfile::tempdir().unwrap();
+        let context = context(&directory).await;
+        let dag = Dag::new(context.clone(), Arc::new(Alone));
+        let (bad, good) = (room_of(&dag).await, room_of(&dag).await);
+        let mut events = relayed(&dag, &bad, vec![draft("m.one", "body")]).await;
+        events.extend(relayed(&dag, &good, vec![draft("m.two", "body")]).await);
+        let of = bad.clone();
+        let spoil = context.store.write(move |tx| {
+            Box::pin(async move {
+                let sql = "UPDATE dag_events SET json = $1 WHERE room_id = $2";
+                sqlx::query(sql).bind(&b"{}"[..]).bind(of.as_str()).execute(tx).await?;
+                Ok(())
+            })
+        });
+        spoil.await.unwrap();
+        // Nothing of the room is in memory.
+        let dag = Dag::new(context, Arc::new(Alone));
+        assert_eq!(dag.knows(&bad).await, Ok(true));
+        let received = dag.receive(ruma::server_name!("other.example"), events).await;
+        let results: Vec<_> = received.into_iter().map(|received| received.result).collect();
+        assert!(results.contains(&Ok(())) && results.len() == 2, "{results:?}");
+        assert!(results.iter().any(|result| matches!(result, Err(Refusal::Fails(_)))), "{results:?}");
         dag.shared.context.store.close().await;
     }
 

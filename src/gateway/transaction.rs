@@ -132,7 +132,7 @@ async fn receive(
     let (outcomes, waits) = dispatch(state, &transaction.origin, pdus).await;
     // What failed here is no verdict on the event: the whole is sent again, and what was taken is known then.
     if let Some(failure) = outcomes.iter().find_map(|outcome| match &outcome.result {
-        Err(refusal @ Refusal::Internal(_)) => Some(refusal.clone()),
+        Err(refusal) if refusal.is_failure() => Some(refusal.clone()),
         _ => None,
     }) {
         return Err(failure);

@@ -64,7 +64,7 @@ impl Lm {
                 Ok(pdu) => match guarded(&pdu.event_id, self.keys_of(&pdu)).await {
                     Ok(keys) => Ok((pdu, keys)),
                     Err(refusal @ Refusal::KeysUnavailable { .. }) => Err(Bad::Unproved(Box::new(pdu), refusal)),
-                    Err(refusal @ Refusal::Internal(_)) => Err(Bad::Dropped(refusal)),
+                    Err(refusal) if refusal.is_failure() => Err(Bad::Dropped(refusal)),
                     Err(refusal) => Err(Bad::Forged(Box::new(pdu), refusal)),
                 },
                 Err(refusal) => Err(Bad::Dropped(refusal)),

@@ -111,7 +111,7 @@ impl Taking<'_> {
             Err(Bad::Forged(pdu, _) | Bad::Unproved(pdu, _)) => {
                 (Stayed::new(pdu, hole.noticed_ts, unproved), slot_of(pdu))
             }
-            Err(Bad::Dropped(refusal @ Refusal::Internal(_))) => return Err(refusal.clone()),
+            Err(Bad::Dropped(refusal)) if refusal.is_failure() => return Err(refusal.clone()),
             Err(Bad::Dropped(_)) => {
                 self.waits.closed.push(hole.event_id.clone());
                 return Ok(());
@@ -120,7 +120,8 @@ impl Taking<'_> {
         let before = self.waits.stayed.len();
         match self.admit(event) {
             Ok(event) => drop(self.take(event).await?),
-            Err(Err(Refusal::Internal(_)) | Ok(())) => {}
+            Err(Ok(())) => {}
+            Err(Err(refusal)) if refusal.is_failure() => {}
             // Proved to be wrong: it may come again and be right.
             Err(Err(_)) => self.waits.closed.push(hole.event_id.clone()),
         }
@@ -161,7 +162,11 @@ impl Taking<'_> {
         let checked = self.lm().check_finished(objects.collect::<Result<Vec<_>, _>>()?, self.room().redaction).await;
         for (hole, event) in given.into_iter().zip(checked) {
             match event {
-                Err(Bad::Unproved(_, refusal) | Bad::Dropped(refusal @ Refusal::Internal(_))) => {
+                Err(Bad::Unproved(_, refusal)) => {
+                    self.hinder(&hole.event_id, &refusal.to_string());
+                    continue;
+                }
+                Err(Bad::Dropped(refusal)) if refusal.is_failure() => {
                     self.hinder(&hole.event_id, &refusal.to_string());
                     continue;
                 }

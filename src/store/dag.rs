@@ -298,6 +298,18 @@ pub async fn events(store: &Store, ids: &[OwnedEventId]) -> Result<Vec<EventRow>
 
 const CHUNK: usize = 256;
 
+/// How many bytes the events of a room have of which no state is known.
+pub async fn bytes_of_outliers(store: &Store, room_id: &RoomId) -> Result<i64, StoreError> {
+    let row: (i64,) = sqlx::query_as(
+        "SELECT CAST(COALESCE(SUM(LENGTH(json)), 0) AS BIGINT) FROM dag_events \
+         WHERE room_id = $1 AND before_group IS NULL",
+    )
+    .bind(room_id.as_str())
+    .fetch_one(store.reader())
+    .await?;
+    Ok(row.0)
+}
+
 /// A state group and those that it stands on, down to the last whole state.
 pub async fn group_chain(store: &Store, id: i64) -> Result<Vec<GroupRow>, StoreError> {
     sqlx::query(

@@ -181,6 +181,18 @@ pub async fn refusal(store: &Store, side: Side, source: &EventId) -> Result<Opti
     row.as_ref().map(refusal_row).transpose()
 }
 
+/// Up to when refusals of a portal may have been removed: the time of the oldest that is there, if as many are there as
+/// always stay.
+pub async fn refusals_gone_until(store: &Store, portal: i64) -> Result<Option<i64>, StoreError> {
+    let row: (i64, Option<i64>) =
+        sqlx::query_as("SELECT COUNT(*), MIN(refused_ts) FROM bridge_refusals WHERE portal = $1")
+            .bind(portal)
+            .fetch_one(store.reader())
+            .await?;
+    let (count, oldest) = row;
+    Ok(oldest.filter(|_| count >= super::pruning::STAY))
+}
+
 /// The newest refusals of a portal.
 pub async fn refusals(store: &Store, portal: i64, limit: i64) -> Result<Vec<RefusalRow>, StoreError> {
     let rows = sqlx::query(sqlx::AssertSqlSafe(format!(

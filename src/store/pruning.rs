@@ -6,7 +6,7 @@ use super::{Store, StoreError, Tx};
 
 /// How many refusals of a portal, and complaints of a room, stay whatever their age: `portal show` shows the newest, and
 /// whether an event was complained of matters to the events right after it.
-const STAY: i64 = 100;
+pub const STAY: i64 = 100;
 /// How many there are at most.
 const MOST: i64 = 10_000;
 /// Of how many transactions of a server the answers are kept; they go after a day in any case.
@@ -87,19 +87,20 @@ impl Records {
         for (stay, before) in [(STAY, before), (MOST, i64::MAX)] {
             let Some(newest) = self.time_of(tx, of, stay).await? else { continue };
             let Self { table, of: key, time } = self;
-            let sql = format!("DELETE FROM {table} WHERE {key} = $1 AND {time} <= $2");
+            // Of the same time all or none, so that as many stay as are said to.
+            let sql = format!("DELETE FROM {table} WHERE {key} = $1 AND {time} < $2");
             let query = sqlx::query(sqlx::AssertSqlSafe(sql));
             let query = match of {
                 Of::Portal(portal) => query.bind(portal),
                 Of::Room(room_id) => query.bind(room_id),
             };
-            let done = query.bind(newest.min(before.saturating_sub(1))).execute(&mut *tx).await?;
+            let done = query.bind(newest.min(before)).execute(&mut *tx).await?;
             gone = gone.saturating_add(done.rows_affected());
         }
         Ok(gone)
     }
 
-    /// The time of the newest record after the first `stay`.
+    /// The time of the last of the newest `stay`.
     async fn time_of(self, tx: &mut Tx, of: Of<'_>, stay: i64) -> Result<Option<i64>, StoreError> {
         let Self { table, of: key, time } = self;
         let sql = format!("SELECT {time} FROM {table} WHERE {key} = $1 ORDER BY {time} DESC LIMIT 1 OFFSET $2");
@@ -108,7 +109,7 @@ impl Records {
             Of::Portal(portal) => query.bind(portal),
             Of::Room(room_id) => query.bind(room_id),
         };
-        let row: Option<(i64,)> = query.bind(stay).fetch_optional(tx).await?;
+        let row: Option<(i64,)> = query.bind(stay.saturating_sub(1)).fetch_optional(tx).await?;
         Ok(row.map(|(time,)| time))
     }
 }
