@@ -129,7 +129,7 @@ fn generate_config(arguments: GenerateConfig) -> anyhow::Result<()> {
         token: appservice::Token::generate().expose().to_owned(),
     });
     match &arguments.output {
-        None => print!("{text}"),
+        None => cli::say(text.trim_end()),
         Some(path) => {
             write_new(path, &text).map_err(|error| {
                 let advice = match error.kind() {
@@ -162,21 +162,18 @@ fn register(config: &Config, url: Option<&Url>) -> anyhow::Result<()> {
         registered.url
     );
     eprintln!("Add these lines to homeserver.yaml and restart Synapse:\n");
-    println!("app_service_config_files:\n  - {}", registered.path.display());
+    cli::say(format_args!("app_service_config_files:\n  - {}", registered.path.display()));
     Ok(())
 }
 
 fn doctor(config: &Config) -> anyhow::Result<ExitCode> {
-    let findings = runtime()?.block_on(doctor::examine(config, Arc::new(SystemClock), |finding| println!("{finding}")));
+    let findings = runtime()?.block_on(doctor::examine(config, Arc::new(SystemClock), |finding| cli::say(finding)));
     let failed = findings.iter().filter(|finding| finding.outcome == Outcome::Fail).count();
-    println!(
-        "\n{}",
-        if failed == 0 {
-            "Nothing is wrong.".to_owned()
-        } else {
-            format!("{failed} of {} checks failed.", findings.len())
-        }
-    );
+    cli::say(if failed == 0 {
+        "\nNothing is wrong.".to_owned()
+    } else {
+        format!("\n{failed} of {} checks failed.", findings.len())
+    });
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

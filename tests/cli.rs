@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use nix::sys::resource::{Resource, getrlimit};
 use reqwest::Method;
@@ -128,6 +129,53 @@ fn a_configuration_is_written_where_there_is_none() {
         assert!(!done && said.contains(advice), "{said}");
     }
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "mine");
+}
+
+/// Who reads a long answer may have seen enough.
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let mut child = std::process::Command::new(BINARY)
+        .args(["generate-config", "--server-name", "lm.example.org"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), String::from_utf8(output.stderr).unwrap().as_str()), (Some(0), ""));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_gateway_serves_from_a_database_that_others_cannot_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = Authority::new(directory.path()).unwrap();
+    let plan = gateway::Plan::new(&directory.path().join("g"), Path::new(BINARY), &authority).unwrap();
+    let gateway = plan.start().await.unwrap();
+    let mut looked_at = 0;
+    for entry in std::fs::read_dir(directory.path().join("g")).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_name().to_string_lossy().contains(".db") {
+            assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{entry:?}");
+            looked_at += 1;
+        }
+    }
+    assert!(looked_at >= 2, "the database and its log");
+    let refused = gateway.plan().run(&["serve", "--config", "isthmus.toml"]).unwrap_err().to_string();
+    assert!(refused.contains("another isthmus serves from this database: stop it first"), "{refused}");
+}
+
+#[test]
+fn a_database_that_is_away_is_named_with_what_to_do() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = "server_name = \"g.example\"\n[database]\nurl = \"postgres://u:p@127.0.0.1:1/x\"\n";
+    std::fs::write(directory.path().join("isthmus.toml"), config).unwrap();
+    let output = std::process::Command::new(BINARY).arg("serve").current_dir(directory.path()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        !output.status.success() && said.contains("refused") && said.contains("start PostgreSQL, or correct"),
+        "{said}"
+    );
+    assert!(!said.contains("u:p"), "{said}");
 }
 
 /// Thousands of messages a second leave no space for a line about each.

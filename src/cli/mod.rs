@@ -1,5 +1,6 @@
 //! Commands that talk to the admin API of a running gateway.
 
+use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -120,6 +121,13 @@ impl Portal {
     }
 }
 
+/// Writes a line to standard output. Who reads it may have seen enough, as `head` has; then nothing is left to do.
+pub fn say(line: impl std::fmt::Display) {
+    if writeln!(std::io::stdout(), "{line}").is_err() {
+        std::process::exit(0);
+    }
+}
+
 /// `isthmus explain EVENT_ID`
 pub async fn explain(config: &Config, event_id: &str) -> anyhow::Result<()> {
     let api = Api::new(config)?;
@@ -140,7 +148,7 @@ async fn list(api: &Api, json: bool) -> anyhow::Result<()> {
     if json {
         return print(&Value::Array(portals));
     }
-    print!("{}", table(&portals));
+    say(table(&portals).trim_end());
     Ok(())
 }
 
@@ -219,6 +227,6 @@ fn segment(text: &str) -> impl std::fmt::Display + '_ {
 }
 
 fn print(value: &Value) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
+    say(serde_json::to_string_pretty(value)?);
     Ok(())
 }

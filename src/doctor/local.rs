@@ -2,18 +2,15 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::time::Duration;
 
-use sqlx::{AnyConnection, Connection as _};
+use sqlx::Connection as _;
 
 use super::Finding;
 use crate::appservice::{Registration, RegistrationError, misses_tls};
 use crate::config::{self, Config};
 use crate::gateway::descriptors;
 use crate::identity::SigningKey;
-
-/// How long the database may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+use crate::store::{self, Backend, StoreError, sqlite_file};
 
 /// The key, when there is one, and what is to be said of its file.
 pub(super) fn signing_key(config: &Config) -> (Option<SigningKey>, Finding) {
@@ -53,33 +50,29 @@ pub(super) fn signing_key(config: &Config) -> (Option<SigningKey>, Finding) {
 pub(super) async fn database(config: &Config) -> Finding {
     const CHECK: &str = "database";
     let url = &config.database.url;
-    let name = if url.starts_with("sqlite:") { url.as_str() } else { "PostgreSQL" };
-    if let Some(file) = url.strip_prefix("sqlite://") {
-        let file = file.split('?').next().unwrap_or_default();
-        let file = percent_encoding::percent_decode_str(file).decode_utf8_lossy().into_owned();
-        if !Path::new(&file).exists() {
-            return Finding::pass(CHECK, format!("{file} is not there yet and is made at the first start"));
-        }
+    let backend = Backend::of(url);
+    let file = sqlite_file(url);
+    if backend == Backend::Sqlite && !file.exists() {
+        return Finding::pass(CHECK, format!("{} is not there yet and is made at the first start", file.display()));
     }
-    sqlx::any::install_default_drivers();
     let ask = async {
-        let mut connection = AnyConnection::connect(url).await?;
+        let mut connection = store::connect(url).await?;
         sqlx::query("SELECT 1").execute(&mut connection).await?;
-        connection.close().await
+        Ok::<_, StoreError>(connection.close().await?)
     };
-    match tokio::time::timeout(PATIENCE, ask).await {
-        Ok(Ok(())) => Finding::pass(CHECK, format!("{name} answers")),
-        Ok(Err(error)) => {
-            let fix = match url.starts_with("sqlite:") {
-                true => "make the file readable and writable for the gateway, or restore it from a backup",
-                false => "start PostgreSQL, or correct host, database, user and password in `database.url`",
-            };
-            Finding::fail(CHECK, format!("{name} cannot be opened: {error}"), fix)
+    match ask.await {
+        Ok(()) if backend == Backend::Sqlite && is_open_to_all(&file) => {
+            let found = format!("{} can be read by everybody on this machine, with all that is said", file.display());
+            Finding::warn(CHECK, found, format!("chmod 600 {}*", file.display()))
         }
-        Err(_) => {
-            let found = format!("{name} does not answer within {} s", PATIENCE.as_secs());
-            Finding::fail(CHECK, found, "check that `database.url` names the right host and port")
+        Ok(()) => Finding::pass(
+            CHECK,
+            if backend == Backend::Sqlite { format!("{url} answers") } else { "PostgreSQL answers".to_owned() },
+        ),
+        Err(StoreError::Unopened { problem, advice }) => {
+            Finding::fail(CHECK, format!("the database cannot be opened: {problem}"), advice)
         }
+        Err(error) => Finding::fail(CHECK, error.to_string(), backend.advice()),
     }
 }
 

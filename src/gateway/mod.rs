@@ -191,6 +191,7 @@ impl Gateway {
 /// Runs the gateway until the process is told to stop (SIGINT or SIGTERM).
 pub async fn serve(config: Config) -> Result<(), GatewayError> {
     descriptors::raise();
+    let _claim = crate::store::claim(&config.database.url).await?;
     let gateway = Gateway::start(config, Arc::new(SystemClock)).await?;
     let stop = CancellationToken::new();
     let asked = stop.clone();

@@ -4,6 +4,7 @@
 //! Rules for the SQL here: `$n` placeholders; columns TEXT, BIGINT and BYTEA; peer-chosen strings go through [`text`].
 
 pub mod appservice;
+mod claim;
 pub mod dag;
 pub mod ghosts;
 mod ids;
@@ -24,6 +25,9 @@ pub mod text;
 pub mod transactions;
 mod writer;
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::PathBuf;
 use std::str::FromStr as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +36,7 @@ use futures::future::BoxFuture;
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
 use sqlx::{AnyConnection, AnyPool, Connection as _, Executor as _};
 
+pub use self::claim::{Claim, claim};
 use self::ids::Ids;
 use self::writer::Writer;
 
@@ -64,6 +69,17 @@ pub enum StoreError {
     /// A write job found that what it was to do must not be done, and took its changes back.
     #[error("withdrawn: {0}")]
     Withdrawn(&'static str),
+    /// The database could not be opened.
+    #[error("the database cannot be opened ({problem}): {advice}")]
+    Unopened {
+        /// What happened.
+        problem: String,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// Another process serves from the same database.
+    #[error("another isthmus serves from this database: stop it first, or name another one in `database.url`")]
+    InUse,
     /// The database did not answer; whether it did what it was told is not known.
     #[error("the database did not answer within {} s", .0.as_secs())]
     Silent(Duration),
@@ -97,6 +113,54 @@ pub enum Backend {
     Postgres,
 }
 
+impl Backend {
+    /// Which database a URL names.
+    pub fn of(url: &str) -> Self {
+        if url.starts_with("sqlite:") { Self::Sqlite } else { Self::Postgres }
+    }
+
+    /// What to do when the database cannot be opened.
+    pub fn advice(self) -> &'static str {
+        match self {
+            Self::Sqlite => {
+                "make the file and its folder readable and writable for the gateway, or restore it from a backup"
+            }
+            Self::Postgres => "start PostgreSQL, or correct host, database, user and password in `database.url`",
+        }
+    }
+}
+
+/// How long a database may take to let itself be opened.
+const OPENING: Duration = Duration::from_secs(10);
+
+/// The file that a SQLite URL names.
+pub fn sqlite_file(url: &str) -> PathBuf {
+    let file = url.strip_prefix("sqlite://").unwrap_or(url);
+    let file = file.split('?').next().unwrap_or_default();
+    PathBuf::from(percent_encoding::percent_decode_str(file).decode_utf8_lossy().into_owned())
+}
+
+/// One connection, with the reason when there is none; a pool would try until its time is up, and say only that it is.
+pub(crate) async fn connect(url: &str) -> Result<AnyConnection, StoreError> {
+    sqlx::any::install_default_drivers();
+    let unopened = |problem: String| StoreError::Unopened { problem, advice: Backend::of(url).advice() };
+    match tokio::time::timeout(OPENING, AnyConnection::connect(url)).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) => Err(unopened(error.to_string())),
+        Err(_) => Err(unopened(format!("no answer within {} s", OPENING.as_secs()))),
+    }
+}
+
+/// Makes a SQLite file that is absent, for its owner's eyes only: it holds what people say to each other. What SQLite puts
+/// beside it gets the same permissions.
+fn make_private(url: &str) -> std::io::Result<()> {
+    let path = sqlite_file(url);
+    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        made => made.map(drop),
+    }
+}
+
 /// A handle to the store; clones share it.
 #[derive(Clone)]
 pub struct Store {
@@ -118,12 +182,16 @@ impl Store {
 
     async fn open_with(url: &str, patience: Duration) -> Result<Self, StoreError> {
         sqlx::any::install_default_drivers();
-        let backend = if url.starts_with("sqlite:") { Backend::Sqlite } else { Backend::Postgres };
-        let url = match backend {
-            Backend::Sqlite if !url.contains('?') => format!("{url}?mode=rwc"),
-            _ => url.to_owned(),
-        };
-        let options = AnyConnectOptions::from_str(&url)?;
+        let backend = Backend::of(url);
+        if backend == Backend::Sqlite {
+            let failed = |error: std::io::Error| StoreError::Unopened {
+                problem: format!("{}: {error}", sqlite_file(url).display()),
+                advice: backend.advice(),
+            };
+            make_private(url).map_err(failed)?;
+        }
+        connect(url).await?.close().await?;
+        let options = AnyConnectOptions::from_str(url)?;
         let writers = pool_options(backend, 1).connect_with(options.clone()).await?;
         migrate(&writers).await?;
         let readers = pool_options(backend, READERS).connect_with(options).await?;
