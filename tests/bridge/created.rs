@@ -413,3 +413,30 @@ async fn senders_are_told_why_something_did_not_cross_unless_that_is_off() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_names_an_event_of_another_portal_does_not_name_its_image() {
+    let (world, gateway) = World::new(json!({})).await;
+    let alice = world.matrix_user("alice");
+    let new = || NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    let one = gateway.bridge.create_portal(new()).await.unwrap();
+    let other = gateway.bridge.create_portal(new()).await.unwrap();
+    let mut in_one = world.matrix_join(&gateway, &one.matrix_room_id, &alice).await.unwrap();
+    let mut in_other = world.matrix_join(&gateway, &other.matrix_room_id, &alice).await.unwrap();
+    let said = world.matrix_say(&gateway, &mut in_one, &alice, "in one").await;
+    so("it crossed", || gateway.in_step(&one)).await;
+    let image = gateway.bridge.explain(&said).await.unwrap().unwrap().across.unwrap();
+    let reply =
+        json!({ "msgtype": "m.text", "body": "reply", "m.relates_to": { "m.in_reply_to": { "event_id": said } } });
+    world.matrix_send(&gateway, &mut in_other, &alice, "m.room.message", None, reply).await;
+    let redaction = json!({ "redacts": said });
+    let redaction = world.matrix_send(&gateway, &mut in_other, &alice, "m.room.redaction", None, redaction).await;
+    so("all is done", || gateway.in_step(&other)).await;
+    let log = gateway.node.log(&other.lm_room_id).await;
+    let bodies = log.iter().filter_map(|event| event.event.content().get("body")?.as_str());
+    assert!(bodies.into_iter().any(|body| body.contains("reply")));
+    for event in log {
+        assert!(!serde_json::to_string(&event.event.json).unwrap().contains(image.as_str()), "{:?}", event.event.json);
+    }
+    assert_eq!(gateway.bridge.explain(&redaction).await.unwrap().unwrap().status, "refused");
+}

@@ -39,10 +39,12 @@ impl Worker {
         let named: Vec<OwnedEventId> = references.events.into_iter().chain(references.needs).collect();
         let mut events = HashMap::new();
         if !named.is_empty() {
+            // What crossed in another portal is not in the room across.
+            let here = |row: &images::ImageRow| !row.pending && row.portal == self.entry.number;
             let images = images::of_sources(store, self.source, &named).await?;
-            events.extend(images.into_iter().filter(|(_, row)| !row.pending).map(|(source, row)| (source, row.image)));
+            events.extend(images.into_iter().filter(|(_, row)| here(row)).map(|(source, row)| (source, row.image)));
             let sources = images::of_images(store, self.source.other(), &named).await?;
-            events.extend(sources.into_iter().filter(|(_, row)| !row.pending).map(|(image, row)| (image, row.source)));
+            events.extend(sources.into_iter().filter(|(_, row)| here(row)).map(|(image, row)| (image, row.source)));
         }
         let redacted = match &event.redacts {
             Some(target) => core.sides()?.rooms(self.source).event(target).await?,
