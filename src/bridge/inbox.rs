@@ -24,7 +24,7 @@ use crate::store::inbox::{self, InboxRow};
 /// How many rows are held in memory at once, besides those that others pass.
 const WINDOW: usize = 500;
 /// The longest pause between two tries.
-const MAX_PAUSE: Duration = Duration::from_secs(300);
+pub(super) const MAX_PAUSE: Duration = Duration::from_secs(300);
 
 /// An event that waits.
 pub(super) struct Item {
@@ -178,6 +178,18 @@ impl Inbox {
     fn get_mut(&mut self, seq: i64) -> Option<&mut Item> {
         let place = self.place(seq)?;
         self.items.get_mut(place)
+    }
+
+    /// It is `now`. Nothing is put off for longer than the longest pause, also when the clock was set back.
+    pub(super) fn clock(&mut self, now: i64) {
+        let latest = now.saturating_add(i64::try_from(MAX_PAUSE.as_millis()).unwrap_or(i64::MAX));
+        for item in &mut self.items {
+            // What another server is asked for is told by the one who asks.
+            if item.retry_at > latest && item.retry_at != i64::MAX {
+                item.retry_at = now;
+            }
+            item.blocked_since = item.blocked_since.map(|since| since.min(now));
+        }
     }
 
     /// Takes an item out.

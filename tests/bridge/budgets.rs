@@ -55,6 +55,27 @@ async fn who_is_over_the_budget_waits_and_nobody_waits_for_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_82_what_is_put_off_does_not_wait_for_a_clock_that_was_set_back() {
+    let (world, gateway) = World::new(json!({ "budgets": { "events_per_second": 1 } })).await;
+    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    world.lm_join(lm, "bob").await.unwrap();
+    so("all members everywhere", || gateway.in_step(&portal)).await;
+    for number in 0..BURST + 20 {
+        world.lm_say(lm, "bob", &number.to_string()).await;
+    }
+    so("all accepted", || async { gateway.node.bodies(lm).await.len() == BURST + 20 }).await;
+    so("some wait", || async { gateway.bridge.health(&portal.portal_id).await.unwrap().waiting[1].count < 25 }).await;
+    world.advance(-86_400_000);
+    so("the rest", || async {
+        world.advance(1_000);
+        gateway.matrix_bodies(matrix).await.len() == BURST + 20
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_floods_a_room_does_not_keep_others_from_being_read() {
     /// More than is read at once.
     const FLOOD: usize = 800;

@@ -135,6 +135,7 @@ impl Worker {
             return Ok(if loaded { Progress::More } else { Progress::Empty });
         }
         let now = self.core.now_ms();
+        self.inbox.clock(now);
         self.count(&portal, now).await?;
         for (seq, refusal) in self.over_budget(now) {
             self.finish(&portal, seq, Done::Refused(refusal)).await?;
@@ -224,7 +225,8 @@ impl Worker {
             };
             item.over_budget = over.is_some();
             if let Some(refusal @ Refusal::Budget { retry_after_ms, .. }) = over {
-                let pause = i64::try_from(*retry_after_ms).unwrap_or(i64::MAX);
+                let pause = Duration::from_millis(*retry_after_ms).min(inbox::MAX_PAUSE);
+                let pause = i64::try_from(pause.as_millis()).unwrap_or(i64::MAX);
                 item.retry_at = now.saturating_add(pause);
                 if now.saturating_sub(item.row.received_ts) > budget::PATIENCE_MS {
                     expired.push((item.row.seq, refusal.clone()));
