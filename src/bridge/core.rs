@@ -1,9 +1,8 @@
 //! What the parts of the bridge share: the context, both sides, the portals, and the tasks that work for them.
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, UserId};
+use ruma::{OwnedEventId, RoomId, UserId};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -11,6 +10,7 @@ use super::acl::{self, Acls};
 use super::budget::Budgets;
 use super::create::Creations;
 use super::ends;
+use super::gate::Joining;
 use super::notice::Notices;
 use super::pause::Pauses;
 use super::portal::{Portal, PortalState};
@@ -36,7 +36,7 @@ pub(super) struct Core {
     pub(super) notices: Notices,
     pub(super) repairs: Repairs,
     /// Ghosts whose join a handshake waits for: repair leaves them alone.
-    pub(super) joining: Mutex<HashSet<(OwnedRoomId, OwnedUserId)>>,
+    pub(super) joining: Mutex<Joining>,
     pub(super) negative: Negative,
     /// What hubs said of their aliases.
     pub(super) leads: resolve::Leads,

@@ -1,6 +1,7 @@
 //! The gate of handshakes: a change of membership that passes through the gateway is asked of both sides before it is
 //! accepted, so that nobody is in one room of a portal whom the other would not have.
 
+use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -171,6 +172,9 @@ fn look_back(core: &Arc<Core>, entry: &Arc<Entry>, spared: Spared) {
     });
 }
 
+/// How many handshakes wait for a ghost's join to a room.
+pub(super) type Joining = HashMap<(OwnedRoomId, OwnedUserId), usize>;
+
 /// Keeps repair from a ghost as long as it lives.
 struct Spared {
     core: Arc<Core>,
@@ -180,13 +184,48 @@ struct Spared {
 impl Spared {
     fn new(core: &Arc<Core>, room_id: OwnedRoomId, ghost: OwnedUserId) -> Self {
         let key = (room_id, ghost);
-        core.joining.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone());
+        spare(&mut core.joining.lock().unwrap_or_else(PoisonError::into_inner), &key);
         Self { core: core.clone(), key }
     }
 }
 
 impl Drop for Spared {
     fn drop(&mut self) {
-        self.core.joining.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        spare_no_more(&mut self.core.joining.lock().unwrap_or_else(PoisonError::into_inner), &self.key);
+    }
+}
+
+fn spare(joining: &mut Joining, key: &(OwnedRoomId, OwnedUserId)) {
+    let count = joining.entry(key.clone()).or_default();
+    *count = count.saturating_add(1);
+}
+
+/// The last of several handshakes of one ghost ends it.
+fn spare_no_more(joining: &mut Joining, key: &(OwnedRoomId, OwnedUserId)) {
+    if let Some(count) = joining.get_mut(key) {
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            joining.remove(key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::{room_id, user_id};
+
+    use super::*;
+
+    #[test]
+    fn a_ghost_is_spared_until_the_last_of_its_handshakes_ends() {
+        let mut joining = Joining::new();
+        let key = (room_id!("!r:h").to_owned(), user_id!("@g:h").to_owned());
+        spare(&mut joining, &key);
+        spare(&mut joining, &key);
+        spare_no_more(&mut joining, &key);
+        assert!(joining.contains_key(&key));
+        spare_no_more(&mut joining, &key);
+        spare_no_more(&mut joining, &key);
+        assert!(joining.is_empty());
     }
 }

@@ -203,7 +203,7 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
         leading_users: &leading_users,
         following_users: &following_users,
         bot: core.users.bot(),
-        spared: &|side, user| joining.contains(&(portal.room(side).to_owned(), user.to_owned())),
+        spared: &|side, user| joining.contains_key(&(portal.room(side).to_owned(), user.to_owned())),
         denied: &|home, user| {
             let server = user.server_name();
             access::takes_part(&core.context.config.access, home, server).is_err()
