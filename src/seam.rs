@@ -179,8 +179,8 @@ pub trait Between: Send + Sync + 'static {
     /// The profile of a user of this gateway as the given side sees it: of ghosts of that side and of bots only.
     async fn profile(&self, side: Side, user_id: &UserId) -> Result<Profile, Refusal>;
 
-    /// A participant of an LM room is told how the hub judged an LPDU that it sent.
-    async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str);
+    /// A participant of an LM room is told how the hub judged an LPDU that it sent; again when it could not be recorded.
+    async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) -> Result<(), Refusal>;
 }
 
 /// The bridge as `lm` and `dag` hold it.
@@ -219,5 +219,7 @@ impl Between for Alone {
         Err(Refusal::NotFound(format!("user {user_id}")))
     }
 
-    async fn lpdu_refused(&self, _room_id: &RoomId, _lpdu_id: &OwnedEventId, _error: &str) {}
+    async fn lpdu_refused(&self, _room_id: &RoomId, _lpdu_id: &OwnedEventId, _error: &str) -> Result<(), Refusal> {
+        Ok(())
+    }
 }

@@ -54,10 +54,8 @@ impl Between for Seat {
         profile(&self.0, side, user_id).await
     }
 
-    async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) {
-        if let Err(refusal) = lpdu_refused(&self.0, room_id, lpdu_id, error).await {
-            tracing::error!(room = %room_id, lpdu = %lpdu_id, %refusal, "a hub's refusal could not be recorded");
-        }
+    async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) -> Result<(), Refusal> {
+        lpdu_refused(&self.0, room_id, lpdu_id, error).await
     }
 }
 

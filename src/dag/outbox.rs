@@ -57,13 +57,20 @@ impl FeedSource for Outbox {
         Ok(Vec::new())
     }
 
-    async fn answered(&self, feed: &Feed, destination: &ServerName, _positions: &[i64], answer: &Object) {
+    async fn answered(
+        &self,
+        feed: &Feed,
+        destination: &ServerName,
+        _positions: &[i64],
+        answer: &Object,
+    ) -> Result<(), Refusal> {
         let pdus = answer.get("pdus").and_then(serde_json::Value::as_object);
         for (event, result) in pdus.into_iter().flatten() {
             if let Some(error) = result.get("error") {
                 tracing::warn!(room = %feed.room_id, %event, server = %destination, %error, "event refused there");
             }
         }
+        Ok(())
     }
 }
 

@@ -52,8 +52,14 @@ impl FeedSource for Feeds {
         }
     }
 
-    async fn answered(&self, feed: &Feed, destination: &ServerName, positions: &[i64], answer: &Object) {
-        let Ok(lm) = self.lm() else { return };
+    async fn answered(
+        &self,
+        feed: &Feed,
+        destination: &ServerName,
+        positions: &[i64],
+        answer: &Object,
+    ) -> Result<(), Refusal> {
+        let lm = self.lm()?;
         match feed.kind {
             FeedKind::Lpdus => lm.lpdus_answered(&feed.room_id, destination, positions, answer).await,
             _ => {
@@ -61,6 +67,7 @@ impl FeedSource for Feeds {
                 if let Some(failed) = failed.filter(|failed| !failed.is_empty()) {
                     tracing::warn!(room = %feed.room_id, %destination, events = failed.len(), "a participant refused events");
                 }
+                Ok(())
             }
         }
     }

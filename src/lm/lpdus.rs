@@ -219,13 +219,7 @@ impl Lm {
     }
 
     /// The hub has answered: what it refused is told, and nothing waits any more.
-    pub(super) async fn lpdus_answered(&self, room_id: &RoomId, hub: &ServerName, positions: &[i64], answer: &Object) {
-        if let Err(refusal) = self.settle_lpdus(room_id, hub, positions, answer).await {
-            tracing::error!(room = %room_id, %hub, %refusal, "the hub's answer could not be recorded");
-        }
-    }
-
-    async fn settle_lpdus(
+    pub(super) async fn lpdus_answered(
         &self,
         room_id: &RoomId,
         hub: &ServerName,
@@ -247,7 +241,7 @@ impl Lm {
                 if let Some(cell) = &cell {
                     cell.settle(&lpdu.lpdu_id, &Err(Refusal::Forbidden(format!("{hub}: {why}"))));
                 }
-                self.between().lpdu_refused(room_id, &lpdu.lpdu_id, &why).await;
+                self.between().lpdu_refused(room_id, &lpdu.lpdu_id, &why).await?;
             }
         }
         let (room_id, positions) = (room_id.to_owned(), positions.to_vec());

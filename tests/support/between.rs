@@ -80,8 +80,9 @@ impl Between for Watcher {
         Ok(Profile { displayname: Some(user_id.localpart().to_owned()), avatar_url: None })
     }
 
-    async fn lpdu_refused(&self, _room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) {
+    async fn lpdu_refused(&self, _room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) -> Result<(), Refusal> {
         self.refused.lock().unwrap().push((lpdu_id.clone(), error.to_owned()));
         self.news.send_modify(|news| *news += 1);
+        Ok(())
     }
 }

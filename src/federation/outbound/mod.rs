@@ -139,8 +139,15 @@ pub trait FeedSource: Send + Sync + 'static {
 
     /// The destination answered 200 to a transaction with these positions, or refused the only event in it: the answer
     /// is then its error, with `errcode` and `error`. Positions that [`Self::already_delivered`] named are told too, with an
-    /// empty answer. After a crash in between this may be told twice.
-    async fn answered(&self, feed: &Feed, destination: &ServerName, positions: &[i64], answer: &Object);
+    /// empty answer. After a crash in between this may be told twice. What fails here is to be told again: until then the
+    /// transaction counts as one of unknown fate.
+    async fn answered(
+        &self,
+        feed: &Feed,
+        destination: &ServerName,
+        positions: &[i64],
+        answer: &Object,
+    ) -> Result<(), Refusal>;
 }
 
 /// The state of one destination's queue, for operators.

@@ -93,6 +93,8 @@ struct Feeds {
     hidden: Mutex<Vec<(OwnedServerName, std::ops::Range<i64>)>>,
     delivered: Mutex<Vec<i64>>,
     told: Mutex<Vec<(Vec<i64>, Object)>>,
+    /// Whether what their owner is told next cannot be recorded.
+    deaf: std::sync::atomic::AtomicBool,
     /// How often events were asked for.
     asked: std::sync::atomic::AtomicUsize,
 }
@@ -134,8 +136,18 @@ impl FeedSource for Feeds {
         Ok(positions.iter().copied().filter(|position| delivered.contains(position)).collect())
     }
 
-    async fn answered(&self, _feed: &Feed, _destination: &ServerName, positions: &[i64], answer: &Object) {
+    async fn answered(
+        &self,
+        _feed: &Feed,
+        _destination: &ServerName,
+        positions: &[i64],
+        answer: &Object,
+    ) -> Result<(), Refusal> {
+        if self.deaf.swap(false, Ordering::SeqCst) {
+            return Err(Refusal::Internal("the store fails".to_owned()));
+        }
         lock(&self.told).push((positions.to_vec(), answer.clone()));
+        Ok(())
     }
 }
 

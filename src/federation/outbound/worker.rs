@@ -17,6 +17,7 @@ use super::{Feed, Shared, lock};
 use crate::event::Object;
 use crate::federation::RemoteError;
 use crate::identity::Side;
+use crate::refusal::Refusal;
 use crate::store::StoreError;
 use crate::store::outbound::{self as rows, FailureRow, InflightRow, PartRow};
 
@@ -24,6 +25,8 @@ use crate::store::outbound::{self as rows, FailureRow, InflightRow, PartRow};
 const LINGER: Duration = Duration::from_secs(20);
 /// The shortest time between two tries of a destination that fails.
 const MIN_PAUSE: Duration = Duration::from_secs(1);
+/// How often an answer that cannot be recorded is had again.
+const TELLS: i64 = 10;
 /// How long is waited when the store fails.
 const STORE_PAUSE: Duration = Duration::from_secs(5);
 
@@ -236,7 +239,9 @@ impl<'a> Worker<'a> {
         let events = pdus.len();
         match self.send(&transaction, pdus).await {
             Ok(answer) => {
-                self.tell(&transaction, &answer).await;
+                if let Err(refusal) = self.tell(&transaction, &answer).await {
+                    return self.failed(transaction, refusal.to_string(), Duration::ZERO).await;
+                }
                 self.singles = self.singles.saturating_sub(events);
                 self.arrived(&transaction);
                 Ok(None)
@@ -258,7 +263,9 @@ impl<'a> Worker<'a> {
             let (gone, left): (Vec<i64>, Vec<i64>) =
                 part.positions.iter().partition(|position| delivered.contains(position));
             if !gone.is_empty() {
-                source.answered(&part.feed, self.destination, &gone, &Object::new()).await;
+                if let Err(refusal) = source.answered(&part.feed, self.destination, &gone, &Object::new()).await {
+                    return Ok(Err(refusal.to_string()));
+                }
                 (part.positions, part.events, changed) = (left, None, true);
             }
         }
@@ -289,12 +296,21 @@ impl<'a> Worker<'a> {
         }
     }
 
-    async fn tell(&self, transaction: &Transaction, answer: &Object) {
+    /// Tells the feeds' owners what was answered. An error when that could not be recorded, and is to be had again.
+    async fn tell(&self, transaction: &Transaction, answer: &Object) -> Result<(), Refusal> {
         for part in transaction.parts.iter().filter(|part| !part.positions.is_empty()) {
-            if let Ok(source) = self.composer().source(&part.feed) {
-                source.answered(&part.feed, self.destination, &part.positions, answer).await;
+            let source = self.composer().source(&part.feed)?;
+            match source.answered(&part.feed, self.destination, &part.positions, answer).await {
+                Err(refusal) if self.failures < TELLS => return Err(refusal),
+                // It is not the store alone, which would not have taken so many failures either.
+                Err(refusal) => {
+                    let (server, room) = (self.destination, &part.feed.room_id);
+                    tracing::error!(%server, %room, %refusal, "what was answered is not recorded");
+                }
+                Ok(()) => {}
             }
         }
+        Ok(())
     }
 
     async fn refused(
@@ -327,7 +343,9 @@ impl<'a> Worker<'a> {
                 } else {
                     tracing::warn!(server = %self.destination, ?room, ?position, %error, "an event was refused");
                 }
-                self.tell(&transaction, &error_object(&error)).await;
+                if let Err(refusal) = self.tell(&transaction, &error_object(&error)).await {
+                    return self.failed(transaction, refusal.to_string(), Duration::ZERO).await;
+                }
                 self.singles = self.singles.saturating_sub(events);
                 self.arrived(&transaction);
                 Ok(None)

@@ -123,3 +123,25 @@ async fn what_may_have_arrived_of_a_transaction_that_was_split_is_looked_for_aft
     })
     .await;
 }
+
+/// What was refused would be lost, and whoever waits for it would wait for ever.
+#[tokio::test]
+async fn an_answer_that_cannot_be_recorded_is_had_again() {
+    both_stores(|store| async move {
+        for code in [200, 400] {
+            let (feeds, lpdus) = (Arc::new(Feeds::default()), feed(FeedKind::Lpdus, &format!("!r{code}:hub.example")));
+            fill(&store, &feeds, &lpdus, 1..2, &["hub.example"]).await;
+            feeds.deaf.store(true, Ordering::SeqCst);
+            let mut world = World::new(&store, &feeds, move |_, _, _| if code == 200 { ok() } else { status(code) });
+            world.queues.start().await.unwrap();
+            let first = world.next().await;
+            assert_eq!(world.next().await.txn_id(), first.txn_id());
+            world.settled().await;
+            let told = lock(&feeds.told).clone();
+            let [(positions, answer)] = told.as_slice() else { panic!("{told:?}") };
+            assert_eq!((positions.as_slice(), answer.is_empty()), ([1].as_slice(), code == 200));
+            world.queues.stop().await;
+        }
+    })
+    .await;
+}
