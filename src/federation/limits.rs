@@ -109,9 +109,10 @@ impl Drop for Place {
 }
 
 /// How many requests other than transactions are worked on at once, of one server and of all; clones share the count.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Underway {
     counts: Arc<Mutex<HashMap<OwnedServerName, usize>>>,
+    limit: usize,
 }
 
 /// A request that is worked on until this is dropped.
@@ -123,16 +124,30 @@ pub struct Counted {
 
 /// How many requests of one server. A Synapse that catches up asks for some twenty events at once.
 const UNDERWAY: usize = 50;
+/// How many of one server that wait for a third one.
+const WAITING: usize = 30;
 /// How many of all servers.
 const ALL_UNDERWAY: usize = 1_000;
 
+impl Default for Underway {
+    fn default() -> Self {
+        Self { counts: Arc::default(), limit: UNDERWAY }
+    }
+}
+
 impl Underway {
+    /// A count for requests that wait for a third server, which may take its time: those who have many of them hold up no
+    /// others.
+    pub fn waiting() -> Self {
+        Self { limit: WAITING, ..Self::default() }
+    }
+
     /// Counts a request of `origin` in, or refuses it.
     pub fn enter(&self, origin: &ServerName) -> Result<Counted, Refusal> {
         let mut counts = lock(&self.counts);
         let own = counts.get(origin).copied().unwrap_or_default();
-        // Every count is at least one and at most UNDERWAY, so the sum is cheap and cannot overflow.
-        if own >= UNDERWAY || counts.values().sum::<usize>() >= ALL_UNDERWAY {
+        // Every count is at least one and at most the limit, so the sum is cheap and cannot overflow.
+        if own >= self.limit || counts.values().sum::<usize>() >= ALL_UNDERWAY {
             return Err(Refusal::Budget { what: format!("requests of {origin} under way"), retry_after_ms: 1_000 });
         }
         counts.insert(origin.to_owned(), own.saturating_add(1));

@@ -33,11 +33,12 @@ pub(super) async fn make(handshake: Handshake, federation: Federation, asked: As
 }
 
 /// `send_…` with the room and the event in its path, as Matrix has it.
-pub(super) async fn send(handshake: Handshake, federation: Federation, given: Given) -> Answer {
+pub(super) async fn send(handshake: Handshake, federation: Federation, mut given: Given) -> Answer {
     let (room_id, event_id) = (given.room_id()?, given.event_id()?);
     if side_of(&federation, &room_id).await? == Side::Lm {
         return send_lm(handshake, federation, given).await;
     }
+    given.waits(&federation)?;
     let omit_members = given.values("omit_members").any(|value| value == "true");
     let (origin, dag, event) = (&given.origin, &federation.dag, given.body);
     match handshake {
@@ -48,7 +49,8 @@ pub(super) async fn send(handshake: Handshake, federation: Federation, given: Gi
 }
 
 /// `send_…` with a transaction ID in its path, as the draft has it. The LPDU in the body says the room.
-pub(super) async fn send_lm(handshake: Handshake, federation: Federation, given: Given) -> Answer {
+pub(super) async fn send_lm(handshake: Handshake, federation: Federation, mut given: Given) -> Answer {
+    given.waits(&federation)?;
     let (origin, lm, lpdu) = (&given.origin, &federation.lm, given.body);
     match handshake {
         Handshake::Join => lm.send_join(origin, lpdu).await,
@@ -70,6 +72,7 @@ pub(super) async fn invite(federation: Federation, given: Given) -> Answer {
 }
 
 /// The same under the draft's own name.
-pub(super) async fn invite_lm(federation: Federation, given: Given) -> Answer {
+pub(super) async fn invite_lm(federation: Federation, mut given: Given) -> Answer {
+    given.waits(&federation)?;
     federation.lm.invited(&given.origin, given.body).await
 }

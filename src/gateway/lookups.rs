@@ -31,7 +31,8 @@ pub(super) async fn version() -> Json<Value> {
 }
 
 /// The room that an alias leads to; of a portal's two the one on `side`, where that is certain.
-pub(super) async fn directory(federation: Federation, asked: Asked, side: Option<Side>) -> Answer {
+pub(super) async fn directory(federation: Federation, mut asked: Asked, side: Option<Side>) -> Answer {
+    asked.waits(&federation)?;
     let alias = asked.value("room_alias").ok_or_else(|| Refusal::malformed("room_alias", "missing"))?;
     let target = federation.between.alias(&alias, Some(&asked.origin), side).await;
     // Homeservers tell their users of any other refusal that the gateway is broken.

@@ -39,6 +39,8 @@ pub struct Federation {
     pub unproved: ByteBudget,
     /// Other requests that are worked on.
     pub underway: Underway,
+    /// Those of them that wait for a third server.
+    pub waiting: Underway,
 }
 
 impl Federation {
@@ -54,6 +56,7 @@ impl Federation {
             lines: Lines::default(),
             unproved: ByteBudget::new(signed::UNPROVED_LIMIT),
             underway: Underway::default(),
+            waiting: Underway::waiting(),
         }
     }
 }

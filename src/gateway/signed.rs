@@ -33,7 +33,7 @@ pub(super) struct Signed<B> {
     pub body: B,
     path: RawPathParams,
     query: String,
-    _counted: Option<Counted>,
+    counted: Option<Counted>,
 }
 
 /// A request without a body.
@@ -49,6 +49,12 @@ impl<B> Signed<B> {
     /// The segment of the path that the route calls `name`.
     pub fn segment(&self, name: &str) -> &str {
         self.path.iter().find(|(known, _)| *known == name).map_or("", |(_, value)| value)
+    }
+
+    /// Says that the answer may wait for a third server: from now on the request counts among those alone.
+    pub fn waits(&mut self, state: &Federation) -> Result<(), Refusal> {
+        self.counted = Some(state.waiting.enter(&self.origin)?);
+        Ok(())
     }
 
     /// The room in the path.
@@ -155,7 +161,7 @@ async fn signed<B>(
         .await
         .map_err(|rejection| Refusal::malformed("path", rejection.body_text()))?;
     let query = parts.uri.query().unwrap_or_default().to_owned();
-    Ok(Signed { origin, body, path, query, _counted: counted })
+    Ok(Signed { origin, body, path, query, counted })
 }
 
 /// What the headers claim. It comes before the body is read, so that nobody unknown has one read.

@@ -294,6 +294,33 @@ async fn hc_39_an_invite_is_signed_only_for_whom_it_may_be() {
     assert!(matches!(&refused, Refusal::WrongOrigin { expected, .. } if expected == "hub.example"), "{refused}");
 }
 
+/// Who makes others wait for a third server takes away nobody's place who does not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn invites_that_hang_hold_up_no_other_request() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("invite").await;
+    let log = hub.log(&room).await;
+    *part.watcher.before_signing.lock().unwrap() = Some(Box::new(|| Box::pin(std::future::pending())));
+    let mut asking = tokio::task::JoinSet::new();
+    for number in 0..60 {
+        let invite = member(&hub.user("bot"), &part.user(&format!("user{number}")), "invite");
+        let event = finished(&hub, &room, &log, &invite, &["m.room.create", "m.room.power_levels"]).json;
+        let version = "org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+        let body = json!({ "event": event, "room_version": version, "invite_room_state": [] });
+        let call = isthmus::federation::Call::post(
+            format!("/_matrix/federation/v3/invite/{number}"),
+            body.as_object().unwrap().clone(),
+        );
+        let (client, name) = (hub.context.client.clone(), part.name.clone());
+        asking.spawn(async move { client.call(&name, call, false).await });
+    }
+    for _ in 0..10 {
+        let refused = asking.join_next().await.unwrap().unwrap().unwrap_err();
+        assert!(refused.to_string().contains("M_LIMIT_EXCEEDED"), "{refused}");
+    }
+    hub.get(&part, "/_matrix/federation/v1/query/profile?user_id=@user1:part.example").await.unwrap();
+}
+
 /// Has a hub answer joins with what a test makes of its answer.
 fn change_join(hub: &Node, change: impl Fn(&mut Value) + Send + Sync + 'static) {
     let change = std::sync::Arc::new(change);
