@@ -143,6 +143,7 @@ impl Batch {
             tracing::info!(room = %self.room_id, event = %event.pdu.event_id, status = ?event.status,
                 reason = event.reason, "event was not accepted");
         }
+        self.redact_late(&event).await?;
         Ok(Outcome::Known(event))
     }
 
@@ -166,7 +167,9 @@ impl Batch {
         if let Err(refusal) = self.check_by_auth_events(&event, &known) {
             (event.status, event.reason) = (Status::Rejected, Some(refusal.to_string()));
         }
-        Ok(Some(self.stage(event)))
+        let event = self.stage(event);
+        self.redact_late(&event).await?;
+        Ok(Some(event))
     }
 
     /// Whether a room in which the gateway cannot join branches ([`Batch::join_branches`]) would get more than it looks at.

@@ -19,7 +19,7 @@ use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{EffectsOf, EventEffect, write_effects};
 use crate::store::dag::Changes;
-use crate::store::{StoreError, dag, inbox};
+use crate::store::{StoreError, dag, inbox, redactions};
 
 /// The changes of a batch.
 pub struct Batch {
@@ -48,6 +48,8 @@ pub struct Batch {
     pub(super) once: Vec<(OwnedServerName, i64)>,
     /// Events that were redacted: their new JSON.
     pub(super) redacted: Vec<Arc<Stored>>,
+    /// Events that are not here, with accepted redactions of them.
+    pub(super) awaited: Vec<(OwnedEventId, OwnedEventId)>,
     /// Whether none of the gateway's users may join the room's branches.
     pub(super) cannot_join_branches: bool,
 }
@@ -55,7 +57,7 @@ pub struct Batch {
 /// Where a batch can be rolled back to.
 pub struct Savepoint {
     core: Core,
-    lengths: [usize; 10],
+    lengths: [usize; 11],
 }
 
 impl Batch {
@@ -76,6 +78,7 @@ impl Batch {
             effects: EffectsOf::new(),
             once: Vec::new(),
             redacted: Vec::new(),
+            awaited: Vec::new(),
             cannot_join_branches: false,
         }
     }
@@ -106,13 +109,15 @@ impl Batch {
                 self.effects.len(),
                 self.once.len(),
                 self.redacted.len(),
+                self.awaited.len(),
             ],
         }
     }
 
     /// Takes back what was changed since.
     pub fn roll_back(&mut self, savepoint: Savepoint) {
-        let [replaced, events, groups, joined, outbox, windows, inbox, effects, once, redacted] = savepoint.lengths;
+        let [replaced, events, groups, joined, outbox, windows, inbox, effects, once, redacted, awaited] =
+            savepoint.lengths;
         self.core = savepoint.core;
         for (event_id, before) in self.replaced.drain(replaced..).rev() {
             match before {
@@ -129,6 +134,7 @@ impl Batch {
         self.effects.truncate(effects);
         self.once.truncate(once);
         self.redacted.truncate(redacted);
+        self.awaited.truncate(awaited);
         let written: BTreeSet<i64> = self.changes.groups.iter().map(|group| group.id).collect();
         self.groups.retain(|id, _| written.contains(id));
     }
@@ -234,7 +240,7 @@ impl Batch {
             return Ok(());
         }
         self.staged.values().for_each(|event| trip("commit", &event.pdu.kind));
-        let Self { shared, room_id, core, staged, groups, changes, inbox, effects, once, redacted, .. } = self;
+        let Self { shared, room_id, core, staged, groups, changes, inbox, effects, once, redacted, awaited, .. } = self;
         let store = shared.context.store.clone();
         let row = room.row(&core);
         let feed = Feed { kind: FeedKind::Graph, room_id: room_id.clone() };
@@ -243,14 +249,17 @@ impl Batch {
         to_wake.extend(changes.windows.iter().map(|(server, ..)| server.clone()));
         let watched = !inbox.is_empty() && shared.between.watches(Side::Matrix, &room_id);
         let now = shared.context.clock.now_ms();
-        let redactions = redacted.clone();
+        let to_replace = redacted.clone();
         let writing = store.clone();
         let written = store
             .write(move |tx| {
                 Box::pin(async move {
                     dag::write(tx, &row, &changes).await?;
-                    for event in &redactions {
+                    for event in &to_replace {
                         dag::replace_json(tx, &event.pdu.event_id, event.pdu.raw.get().as_bytes()).await?;
+                    }
+                    for (target, redaction) in &awaited {
+                        redactions::wait(tx, &row.room_id, target, redaction).await?;
                     }
                     write_effects(tx, &effects).await?;
                     if watched {

@@ -9,6 +9,7 @@ use super::auth::AuthState;
 use super::batch::Batch;
 use super::stored::Stored;
 use crate::refusal::Refusal;
+use crate::store::redactions;
 
 impl Batch {
     /// Applies an accepted redaction, when its sender may redact its target and both are of this room.
@@ -18,9 +19,14 @@ impl Batch {
             return Ok(());
         }
         let found = self.shared.events.with_staged(std::slice::from_ref(&target_id), &self.staged).await?;
-        let Some(target) = found.get(&target_id).filter(|target| target.pdu.room_id == self.room_id) else {
+        let Some(target) = found.get(&target_id) else {
+            self.awaited.push((target_id, redaction.pdu.event_id.clone()));
+            self.core.awaits_targets = true;
             return Ok(());
         };
+        if target.pdu.room_id != self.room_id {
+            return Ok(());
+        }
         if !self.may_redact(redaction, target).await? {
             return Ok(());
         }
@@ -30,6 +36,21 @@ impl Batch {
             self.put_staged(redacted.clone());
         }
         self.redacted.push(redacted);
+        Ok(())
+    }
+
+    /// Applies the redactions that were accepted before this event came, late or by another way than they.
+    pub(super) async fn redact_late(&mut self, event: &Stored) -> Result<(), Refusal> {
+        if !self.core.awaits_targets {
+            return Ok(());
+        }
+        let event_id = &event.pdu.event_id;
+        let staged = self.awaited.iter().filter(|(target, _)| target == event_id);
+        let mut ids: Vec<_> = staged.map(|(_, redaction)| redaction.clone()).collect();
+        ids.extend(redactions::of(&self.shared.context.store, &self.room_id, event_id).await?);
+        for redaction in self.events(&ids).await?.into_values().filter(|redaction| redaction.is_accepted()) {
+            self.redact(&redaction).await?;
+        }
         Ok(())
     }
 

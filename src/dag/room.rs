@@ -22,7 +22,7 @@ use super::version::rules_of;
 use crate::event::RoomVersion;
 use crate::refusal::Refusal;
 use crate::store::dag::RoomRow;
-use crate::store::{StoreError, dag};
+use crate::store::{StoreError, dag, redactions};
 
 /// How many jobs may wait for one room before those who bring more wait too.
 const QUEUE: usize = 512;
@@ -51,6 +51,8 @@ pub struct Core {
     pub servers: OrdMap<OwnedServerName, usize>,
     /// The last position of the outbox.
     pub head: i64,
+    /// Whether redactions were accepted whose targets were not here.
+    pub awaits_targets: bool,
 }
 
 impl Core {
@@ -184,6 +186,7 @@ impl Shared {
         let version =
             RoomVersion::parse(&row.version).ok_or_else(|| StoreError::corrupt("room version", &row.version))?;
         let mut core = Core { current: self.events.group(row.current).await?, head: row.head, ..Core::default() };
+        core.awaits_targets = redactions::any(&self.context.store, room_id).await?;
         let events = self.events.get_many(&row.tips).await?;
         for event_id in row.tips {
             let event = events.get(&event_id).ok_or_else(|| StoreError::corrupt("extremity", &event_id))?;

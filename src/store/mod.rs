@@ -15,6 +15,7 @@ pub mod outbound;
 pub mod overview;
 pub mod portals;
 pub mod pruning;
+pub mod redactions;
 mod rows;
 pub mod server_keys;
 #[cfg(test)]

@@ -417,3 +417,31 @@ async fn hc_55_rejected_events_end_no_page() {
     assert_eq!(missing["events"][0]["content"]["body"], "first");
     assert_eq!(dag.event(&first).await.unwrap().unwrap().event_id, first);
 }
+
+#[tokio::test]
+async fn hc_49_what_comes_after_its_redaction_comes_redacted() {
+    for version in VERSIONS {
+        let mut scene = scene(version).await;
+        let mut view = scene.view.clone();
+        // On branches of their own, of which the one with the redactions is here first.
+        let targets = ["one", "two"].map(|body| view.clone().say(&scene.peer, &scene.alice, body));
+        let others = scene.gateway.send(&scene.room, message(&bot(), "the bot's")).await.unwrap();
+        for target in [&targets[0].0, &targets[1].0, &others] {
+            let mut event = view.next(&scene.alice, "m.room.redaction", None, json!({ "redacts": target }));
+            event["redacts"] = json!(target);
+            let (id, event) = scene.peer.sign(version, event);
+            view.note(id, &event);
+            assert!(scene.put(&event).await.result.is_ok());
+        }
+        for (id, event) in &targets {
+            assert!(scene.put(event).await.result.is_ok());
+            let content = scene.gateway.dag.event(id).await.unwrap().unwrap().content.clone();
+            assert_eq!(content, json!({}).as_object().unwrap().clone());
+            let served = scene.gateway.dag.get_event(&scene.peer.name, id).await.unwrap();
+            assert_eq!(served["pdus"][0]["content"], json!({}));
+            scene.gateway = scene.gateway.restart(&[&scene.peer]);
+        }
+        let content = scene.gateway.dag.event(&others).await.unwrap().unwrap().content.clone();
+        assert_eq!(content["body"], "the bot's");
+    }
+}
