@@ -57,8 +57,7 @@ async fn who_is_over_the_budget_waits_and_nobody_waits_for_them() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hc_82_what_is_put_off_does_not_wait_for_a_clock_that_was_set_back() {
     let (world, gateway) = World::new(json!({ "budgets": { "events_per_second": 1 } })).await;
-    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
-    let portal = gateway.bridge.create_portal(new).await.unwrap();
+    let portal = gateway.public_portal().await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     world.lm_join(lm, "bob").await.unwrap();
     so("all members everywhere", || gateway.in_step(&portal)).await;
