@@ -9,6 +9,7 @@ mod provider;
 mod testbed;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -106,6 +107,8 @@ fn build_isthmus(show: &Show) -> Result<PathBuf> {
 
 /// All who take part.
 struct Stage {
+    /// Held while the demo's folder is in use.
+    _lock: File,
     synapse: synapse::Synapse,
     gateway: Gateway,
     provider: Provider,
@@ -124,6 +127,8 @@ struct Stage {
 
 impl Stage {
     async fn set(show: &Show, binary: &Path) -> Result<Self> {
+        let lock = File::create(target_dir()?.join("demo.lock"))?;
+        ensure!(lock.try_lock().is_ok(), "a demo is running already: end it first");
         let directory = target_dir()?.join("demo");
         if directory.exists() {
             std::fs::remove_dir_all(&directory)?;
@@ -161,7 +166,19 @@ impl Stage {
         show.step(&format!("Alice joins {alias}"));
         let matrix_room = alice.join(&alias, &[]).await?;
         let (said, seen_by_alice, seen_by_bob) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { synapse, gateway, provider, alice, bob, matrix_room, lm_room, said, seen_by_alice, seen_by_bob })
+        Ok(Self {
+            _lock: lock,
+            synapse,
+            gateway,
+            provider,
+            alice,
+            bob,
+            matrix_room,
+            lm_room,
+            said,
+            seen_by_alice,
+            seen_by_bob,
+        })
     }
 
     async fn talk(&mut self, show: &Show) -> Result<()> {

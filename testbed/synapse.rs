@@ -160,12 +160,6 @@ impl Synapse {
         Ok(())
     }
 
-    /// What its log says of `needle`, line by line.
-    pub fn log_lines(&self, needle: &str) -> Result<Vec<String>> {
-        let log = std::fs::read_to_string(self.plan.directory.join("homeserver.log"))?;
-        Ok(log.lines().filter(|line| line.contains(needle)).map(str::to_owned).collect())
-    }
-
     /// Fails when it is not running any more.
     pub fn check(&mut self) -> Result<()> {
         self.process.check()
