@@ -128,6 +128,8 @@ fn generate_config(arguments: GenerateConfig) -> anyhow::Result<()> {
         homeserver: arguments.homeserver_url.zip(arguments.homeserver_name),
         token: appservice::Token::generate().expose().to_owned(),
     });
+    // What `serve` would refuse is not written.
+    Config::from_text(Path::new("isthmus.toml"), &text, std::iter::empty())?;
     match &arguments.output {
         None => cli::say(text.trim_end()),
         Some(path) => {

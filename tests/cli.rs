@@ -178,6 +178,22 @@ fn a_database_that_is_away_is_named_with_what_to_do() {
     assert!(!said.contains("u:p"), "{said}");
 }
 
+#[test]
+fn no_configuration_is_written_that_would_be_refused() {
+    for (url, name, problem) in [
+        ("http://127.0.0.1:8008", "lm.example.org", "the same as `server_name`"),
+        ("ftp://x", "example.org", "must begin with http:// or https://"),
+    ] {
+        let output = std::process::Command::new(BINARY)
+            .args(["generate-config", "--server-name", "lm.example.org"])
+            .args(["--homeserver-url", url, "--homeserver-name", name])
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && output.stdout.is_empty() && said.contains(problem), "{said}");
+    }
+}
+
 /// Thousands of messages a second leave no space for a line about each.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_message_writes_no_line_into_the_log() {

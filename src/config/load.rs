@@ -27,7 +27,16 @@ impl Config {
             ErrorKind::NotFound => ConfigError::Absent { path: path.to_owned() },
             _ => ConfigError::Unreadable { path: path.to_owned(), problem: error.to_string() },
         })?;
-        let figment = Figment::from(Toml::string(&text)).merge(Environment::collect(variables)?);
+        Self::from_text(path, &text, variables)
+    }
+
+    /// Reads `text`, as if it stood in the file at `path`, and the variables given.
+    pub fn from_text(
+        path: &Path,
+        text: &str,
+        variables: impl Iterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigError> {
+        let figment = Figment::from(Toml::string(text)).merge(Environment::collect(variables)?);
         let mut config: Self = figment.extract().map_err(|error| explain(error, &figment, path))?;
         let base = std::path::absolute(path).ok().and_then(|path| path.parent().map(Path::to_owned));
         config.resolve_paths(&base.unwrap_or_default());
