@@ -153,11 +153,30 @@ fn who_has_power_uses_it(version: &str) {
             .unwrap();
         assert_eq!(alice.event(&made.room, &loud).await.unwrap()["content"], json!({}), "redacted by Synapse too");
 
+        for (kind, key) in [("m.room.name", "name"), ("m.room.topic", "topic")] {
+            world.spoke.send(&eve, &made.lm_room, kind, Some(""), json!({ key: "set by Eve" })).unwrap();
+            alice.wait_for_state(&made.room, kind, "", |content| content[key] == "set by Eve").await.unwrap();
+        }
         let anna = world.user(world.a, &format!("anna-{forum}"), "Anna").await;
         anna.join(&made.alias(forum), &[]).await.unwrap();
         let ghost = world.ghost_of(&anna.user_id);
         world.spoke.wait_for_member(&made.lm_room, &ghost, "join").await.unwrap();
+        anna.leave(&made.room).await.unwrap();
+        world.spoke.wait_for_member(&made.lm_room, &ghost, "leave").await.unwrap();
+        anna.join(&made.alias(forum), &[]).await.unwrap();
+        let is_join = |event: &Pdu| {
+            event.state_key.as_deref() == Some(ghost.as_str())
+                && event.content().get("membership") == Some(&json!("join"))
+        };
+        world.spoke.wait_for_many(&made.lm_room, "Anna's second join", 2, is_join).await.unwrap();
         let ghost = <&UserId>::try_from(ghost.as_str()).unwrap();
+        world.spoke.set_membership(&eve, &made.lm_room, ghost, "leave", Some("out")).unwrap();
+        let is_kick = |event: &Value| {
+            event["state_key"] == anna.user_id.as_str()
+                && event["content"]["membership"] == "leave"
+                && event["content"]["reason"] == "out"
+        };
+        alice.wait_for(&made.room, "the kick", is_kick).await.unwrap();
         world.spoke.set_membership(&eve, &made.lm_room, ghost, "ban", Some("noise")).unwrap();
         let banned = alice.wait_for_member(&made.room, &anna.user_id, "ban").await.unwrap();
         assert_eq!(banned["content"]["reason"], "noise");

@@ -86,7 +86,8 @@ fn conflicting_state_from_two_servers_ends_the_same_everywhere() {
             let has = move |content: &serde_json::Value| content["users"][&user] == 50;
             client.wait_for_state(&room, "m.room.power_levels", "", has).await.unwrap();
         }
-        for round in 0..5 {
+        let mut topics = BTreeSet::new();
+        for round in 0..20 {
             let set = |client, who: &'static str| {
                 let room = &room;
                 async move {
@@ -99,11 +100,16 @@ fn conflicting_state_from_two_servers_ends_the_same_everywhere() {
             for (client, other) in [(&alice, &second), (&carol, &first)] {
                 client.wait_for(&room, "the other's topic", |event| event["event_id"] == other.as_str()).await.unwrap();
             }
+            topics.extend([first, second]);
+            if round >= 4 && conflicts(&graph(world, &room).await, &topics) > 0 {
+                break;
+            }
         }
         // A message after the last topics closes the fork; then all have one state.
         alice.send_text(&room, "settled").await.unwrap();
         carol.wait_for_text(&room, "settled").await.unwrap();
         world.hub.wait_for_text(&lm_room, "settled").await.unwrap();
+        assert!(conflicts(&graph(world, &room).await, &topics) > 0, "no two topics were ever siblings");
         let of_a = alice.state(&room, "m.room.topic", "").await.unwrap().unwrap();
         let of_b = carol.state(&room, "m.room.topic", "").await.unwrap().unwrap();
         assert_eq!(of_a["topic"], of_b["topic"]);
@@ -132,6 +138,11 @@ async fn graph(world: &World, room: &str) -> BTreeMap<String, Vec<String>> {
 /// How many events have more than one previous event.
 fn forks(graph: &BTreeMap<String, Vec<String>>) -> usize {
     graph.values().filter(|previous| previous.len() > 1).count()
+}
+
+/// How many events have more than one of `events` directly before them.
+fn conflicts(graph: &BTreeMap<String, Vec<String>>, events: &BTreeSet<String>) -> usize {
+    graph.values().filter(|previous| previous.iter().filter(|id| events.contains(*id)).count() > 1).count()
 }
 
 fn ancestors(graph: &BTreeMap<String, Vec<String>>, event: &str) -> BTreeSet<String> {
