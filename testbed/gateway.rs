@@ -14,6 +14,7 @@ use super::client::http;
 use super::process::{Process, Program, free_port};
 
 /// A gateway that is not started yet: its name and addresses are known, so that others can be told of them.
+#[derive(Clone)]
 pub struct Plan {
     /// Its server name, `localhost:PORT`.
     pub server_name: String,

@@ -56,7 +56,11 @@ impl Plan {
         std::fs::write(self.directory.join("homeserver.yaml"), yaml)?;
         std::fs::write(self.directory.join("log.yaml"), LOG)?;
         let seed = data_encoding::BASE64_NOPAD.encode(&rand::random::<[u8; 32]>());
-        std::fs::write(self.directory.join("signing.key"), format!("ed25519 a_test {seed}\n"))?;
+        let key = self.directory.join("signing.key");
+        // Others remember the key of a Synapse that was here before.
+        if !key.exists() {
+            std::fs::write(key, format!("ed25519 a_test {seed}\n"))?;
+        }
         let process = self.spawn().await?;
         Ok(Synapse { server_name: self.server_name.clone(), client_url: self.client_url.clone(), plan: self, process })
     }

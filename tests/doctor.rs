@@ -36,6 +36,11 @@ struct House {
     gateway: gateway::Plan,
 }
 
+/// The gateway's registration as it stands.
+fn same(text: String) -> String {
+    text
+}
+
 impl House {
     fn build() -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -93,7 +98,6 @@ async fn the_doctor_names_each_cause() {
     assert_cause(&findings(&house.config()).await, "the registration is not loaded");
     drop(synapse);
 
-    let same = |text: String| text;
     let synapse = house.synapse(Some(&same)).await;
     let found = findings(&house.config()).await;
     // Its only doubt is of the clock: all servers are on one machine.
@@ -133,10 +137,38 @@ async fn the_doctor_names_each_cause() {
 
     let nobody = format!("http://127.0.0.1:{}", free_port().unwrap());
     let synapse = house.synapse(Some(&other("url", &nobody))).await;
-    assert_cause(&findings(&house.config()).await, "could not connect");
+    assert_cause(&findings(&house.config()).await, "it could not connect: ");
     drop(synapse);
+
+    let registration = house.directory.path().join("g/registration.yaml");
+    let right = std::fs::read_to_string(&registration).unwrap();
+    std::fs::write(&registration, other("url", &nobody)(right.clone())).unwrap();
+    let synapse = house.synapse(Some(&same)).await;
+    assert_cause(&findings(&house.config()).await, &format!("wrong URL in the registration: {nobody} does not lead"));
+    drop(synapse);
+    std::fs::write(&registration, right).unwrap();
 
     let itself = format!("http://127.0.0.1:{}", house.ports[1]);
     let _synapse = house.synapse(Some(&other("url", &itself))).await;
     assert_cause(&findings(&house.config()).await, "got 404 from something that is not this gateway");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_names_causes_beside_a_gateway_that_runs() {
+    let house = House::build();
+    let config = house.config();
+    let served = house.gateway.clone().start().await.unwrap();
+    let nobody = format!("http://127.0.0.1:{}", free_port().unwrap());
+    for (key, value, cause) in [
+        ("as_token", "other", "wrong as_token"),
+        ("hs_token", "other", "wrong hs_token"),
+        ("url", nobody.as_str(), "it could not connect: "),
+    ] {
+        let _synapse = house.synapse(Some(&other(key, value))).await;
+        assert_cause(&findings(&config).await, cause);
+    }
+    let _synapse = house.synapse(Some(&same)).await;
+    let found = findings(&config).await;
+    assert!(found.iter().all(|finding| finding.outcome != Outcome::Fail), "{}", shown(&found));
+    drop(served);
 }

@@ -141,6 +141,14 @@ impl Homeserver {
         Ok(Duration::from_millis(answer.body.get("duration_ms").and_then(Value::as_u64).unwrap_or_default()))
     }
 
+    /// Calls an appservice itself, as a homeserver does when it pings it: the base URL is then the appservice's, and the token the
+    /// homeserver's.
+    pub async fn call_appservice(&self, transaction_id: &str) -> Result<()> {
+        let body = json!({ "transaction_id": transaction_id });
+        let path = ["_matrix", "app", "v1", "ping"];
+        self.call(Method::POST, &path, Some(body), true, TIMEOUT).await.map(drop)
+    }
+
     /// Makes the appservice's own user, which exists after the first time.
     pub async fn register(&self, localpart: &str) -> Result<()> {
         let body = json!({ "type": "m.login.application_service", "username": localpart, "inhibit_login": true });

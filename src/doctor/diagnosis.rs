@@ -131,8 +131,10 @@ pub(super) fn as_token(input: &AsToken<'_>) -> Finding {
 
 /// What is known when the homeserver was asked to ping.
 pub(super) struct Ping<'a> {
-    /// The registration's URL.
+    /// The URL in the registration file; the homeserver may have loaded another.
     pub(super) url: &'a str,
+    /// Whether that URL leads to this gateway from this machine.
+    pub(super) leads_here: bool,
     /// The transaction ID that was sent.
     pub(super) transaction_id: &'a str,
     /// What the homeserver answered.
@@ -146,11 +148,25 @@ pub(super) struct Ping<'a> {
 /// Whether the homeserver reaches the gateway, and if not, why.
 pub(super) fn ping(input: &Ping<'_>) -> Finding {
     const CHECK: &str = "ping";
-    let Ping { url, transaction_id, answer, before, after } = input;
+    let Ping { url, leads_here, transaction_id, answer, before, after } = input;
     let set_url =
         "run `isthmus register --url URL` with a URL at which Synapse reaches this gateway, and restart Synapse";
-    let wrong_url = |what: &str| {
-        Finding::fail(CHECK, format!("wrong URL in the registration: Synapse called {url}, and {what}"), set_url)
+    let wrong_url = |what: &str| match leads_here {
+        true => Finding::fail(
+            CHECK,
+            format!(
+                "Synapse does not reach this gateway: it {what}; but {url}, which the registration file has, leads here from \
+                 this machine"
+            ),
+            format!("restart Synapse, which may have loaded an older file; if that does not help, {set_url}"),
+        ),
+        false => Finding::fail(
+            CHECK,
+            format!(
+                "wrong URL in the registration: {url} does not lead to this gateway from this machine, and Synapse {what}"
+            ),
+            set_url,
+        ),
     };
     let arrived_refused = match (before, after) {
         (Some(before), Some(after)) => Some(after.refused > before.refused),
@@ -160,7 +176,7 @@ pub(super) fn ping(input: &Ping<'_>) -> Finding {
         Ok(()) => {
             return match after {
                 Some(seen) if seen.ping.as_deref() != Some(*transaction_id) => {
-                    wrong_url("something answered that is not this gateway")
+                    wrong_url("called something that is not this gateway")
                 }
                 Some(_) => Finding::pass(CHECK, "Synapse reaches this gateway with the right hs_token"),
                 None => {
@@ -265,6 +281,11 @@ fn unreached(problem: &str, listens: bool, lead: &str) -> (String, String) {
         let fix = "let it resolve to a public address, or set `federation.allow_private_networks` where all servers are on \
                    private networks";
         return (format!("its address is private ({problem})"), fix.to_owned());
+    }
+    if has("corrupt message") || has("InvalidContentType") {
+        let fix = "give the listener a certificate (`listen.tls_certificate` and `listen.tls_private_key`), or let the name lead \
+                   to a reverse proxy that has one";
+        return (format!("what is there answers in plain http ({problem})"), fix.to_owned());
     }
     if has("certificate") {
         let cause = if has("Expired") || has("expired") {

@@ -2,6 +2,7 @@
 
 use rand::Rng as _;
 use rand::rngs::OsRng;
+use url::Url;
 
 use super::Finding;
 use super::diagnosis::{self, AsToken, Ping};
@@ -55,19 +56,31 @@ pub(super) async fn examine(
         probe,
     }));
     if is_known {
-        note(ping(&homeserver, registration, witness).await);
+        note(ping(config, &homeserver, registration, witness).await);
     }
     let nobody = format!("#doctor-{}:{}", random(), config.server_name);
     note(diagnosis::federation(&config.server_name, &homeserver.look_up(&nobody).await));
 }
 
-async fn ping(homeserver: &Homeserver, registration: &Registration, witness: &Witness) -> Finding {
+async fn ping(config: &Config, homeserver: &Homeserver, registration: &Registration, witness: &Witness) -> Finding {
+    let leads_here = leads_here(config, registration, witness).await;
     let transaction_id = format!("doctor-{}", random());
     let before = witness.seen().await;
     let answer = homeserver.ping(&registration.id, &transaction_id).await.map(drop);
     let after = witness.seen().await;
     let url = registration.url.as_deref().unwrap_or("nothing");
-    diagnosis::ping(&Ping { url, transaction_id: &transaction_id, answer: &answer, before, after })
+    diagnosis::ping(&Ping { url, leads_here, transaction_id: &transaction_id, answer: &answer, before, after })
+}
+
+/// Whether the registration's URL leads to this gateway from this machine.
+async fn leads_here(config: &Config, registration: &Registration, witness: &Witness) -> bool {
+    let Some(url) = registration.url.as_deref().and_then(|url| Url::parse(url).ok()) else { return false };
+    let transaction_id = format!("doctor-{}", random());
+    let Ok(caller) = Homeserver::new(url, registration.hs_token.clone(), &config.federation.custom_ca) else {
+        return false;
+    };
+    caller.call_appservice(&transaction_id).await.is_ok()
+        && witness.seen().await.is_none_or(|seen| seen.ping == Some(transaction_id))
 }
 
 /// Without a token that the homeserver knows there is still one thing that makes it call its appservice: somebody asks for an

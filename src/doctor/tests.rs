@@ -95,19 +95,14 @@ fn pings() {
             Ok(()),
             seen(1, 0, "other"),
             Outcome::Fail,
-            "wrong URL in the registration: Synapse called http://g, and something",
+            "wrong URL in the registration: http://g does not lead to this gateway from this machine, and Synapse called some",
         ),
         (Ok(()), None, Outcome::Warn, "answered Synapse"),
         (bad_status(403), seen(0, 1, ""), Outcome::Fail, "wrong hs_token"),
-        (
-            bad_status(403),
-            seen(0, 0, ""),
-            Outcome::Fail,
-            "wrong URL in the registration: Synapse called http://g, and got 403",
-        ),
-        (bad_status(404), seen(0, 0, ""), Outcome::Fail, "and got 404 from something that is not"),
+        (bad_status(403), seen(0, 0, ""), Outcome::Fail, "from this machine, and Synapse got 403"),
+        (bad_status(404), seen(0, 0, ""), Outcome::Fail, "and Synapse got 404 from something that is not"),
         (bad_status(403), None, Outcome::Fail, "wrong hs_token"),
-        (error(502, "M_CONNECTION_FAILED"), seen(0, 0, ""), Outcome::Fail, "and could not connect: why"),
+        (error(502, "M_CONNECTION_FAILED"), seen(0, 0, ""), Outcome::Fail, "and Synapse could not connect: why"),
         (error(504, "M_CONNECTION_TIMEOUT"), seen(0, 0, ""), Outcome::Fail, "got no answer in time"),
         (error(400, "M_URL_NOT_SET"), seen(0, 0, ""), Outcome::Fail, "has no URL"),
         (error(404, "M_UNRECOGNIZED"), seen(0, 0, ""), Outcome::Warn, "cannot ping"),
@@ -115,9 +110,19 @@ fn pings() {
         (Err(HomeserverError::Unreachable("x".to_owned())), None, Outcome::Fail, "did not answer"),
     ] {
         let before = seen(0, 0, "earlier");
-        let finding = ping(&Ping { url: "http://g", transaction_id: "t", answer: &answer, before, after });
+        let leads_here = false;
+        let finding = ping(&Ping { url: "http://g", leads_here, transaction_id: "t", answer: &answer, before, after });
         expect(&finding, outcome, found);
     }
+    let (answer, before, after) = (error(502, "M_CONNECTION_FAILED"), seen(0, 0, ""), seen(0, 0, ""));
+    let finding =
+        ping(&Ping { url: "http://g", leads_here: true, transaction_id: "t", answer: &answer, before, after });
+    expect(
+        &finding,
+        Outcome::Fail,
+        "it could not connect: why; but http://g, which the registration file has, leads here",
+    );
+    assert!(finding.fix.unwrap().starts_with("restart Synapse"));
 }
 
 #[test]
@@ -133,6 +138,7 @@ fn where_the_server_name_leads() {
         (Err("invalid peer certificate: UnknownIssuer".to_owned()), Outcome::Fail, "an authority that is not trusted"),
         (Err("invalid peer certificate: Expired".to_owned()), Outcome::Fail, "has expired"),
         (Err("invalid peer certificate: NotValidForName".to_owned()), Outcome::Fail, "for another name"),
+        (Err("received corrupt message of type InvalidContentType".to_owned()), Outcome::Fail, "answers in plain http"),
         (Err("Connection refused".to_owned()), Outcome::Fail, "does not lead back to this gateway: Connection refused"),
     ] {
         let key = ("ed25519:a", "KEY".to_owned());
