@@ -128,7 +128,8 @@ impl Bridge {
 
     /// Makes both rooms and the portal between them.
     pub async fn create_portal(&self, portal: NewPortal) -> Result<Arc<Portal>, Refusal> {
-        create::create_portal(&self.core, portal).await
+        // In a box, as below: futures inside each other get too deep for the compiler.
+        Box::pin(create::create_portal(&self.core, portal)).await
     }
 
     /// Joins an LM room at its hub and makes the Matrix room of it. One at a time for each room; an existing portal is
@@ -140,7 +141,7 @@ impl Bridge {
         alias: Option<&str>,
         cause: Cause,
     ) -> Result<Arc<Portal>, Refusal> {
-        create::portal_from_lm(&self.core, lm_room_id, via, alias, &cause).await
+        Box::pin(create::portal_from_lm(&self.core, lm_room_id, via, alias, &cause)).await
     }
 
     /// Where the localpart of an alias leads (`lm_NAME_SERVER`, or one that an admin gave); makes the portal when there
