@@ -171,11 +171,14 @@ impl Judge<'_> {
     }
 }
 
-/// State in two parts: what may be taken, and what was found to be forbidden.
+/// What may be taken, and what was found to be forbidden.
+type Parts = (Vec<Result<Finished, Bad>>, Vec<(OwnedEventId, Refusal)>);
+
+/// State in two parts.
 pub(super) fn without_forbidden(
     state: Vec<Result<Finished, Bad>>,
     forbidden: &BTreeMap<OwnedEventId, Refusal>,
-) -> (Vec<Result<Finished, Bad>>, Vec<(OwnedEventId, Refusal)>) {
+) -> Parts {
     let mut refused = Vec::new();
     let mut allowed = state;
     allowed.retain(|event| {
