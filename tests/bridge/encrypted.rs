@@ -2,9 +2,9 @@
 
 use std::io::Write;
 use std::sync::{Arc, Mutex};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use isthmus::bridge::Cause;
+use isthmus::clock::{Clock as _, SystemClock};
 use isthmus::identity::Side;
 use serde_json::{Value, json};
 use tracing_subscriber::fmt::MakeWriter;
@@ -21,8 +21,7 @@ async fn inv_8_an_lm_room_that_is_encrypted_gets_no_portal() {
     let access = json!({ "create_by_invite": [format!("*:{OTHER}")] });
     let (mut world, gateway) = World::new(json!({ "access": access })).await;
     // The provider lives in the present.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
-    world.advance(i64::try_from(now).unwrap() - NOW);
+    world.advance(SystemClock.now_ms() - NOW);
     let options = Options {
         server_name: OTHER.try_into().unwrap(),
         listen: world.give_up_other(),

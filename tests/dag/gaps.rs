@@ -81,7 +81,7 @@ async fn state_of_a_server_whose_keys_cannot_be_had_does_not_stop_a_room() {
         let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
         let put = async |view: &View, id: &OwnedEventId, event: &Object, before: &View| {
             peer.memory.states.lock().unwrap().insert(id.clone(), before.state.values().cloned().collect());
-            assert_eq!(view.tips, [id.clone()]);
+            assert_eq!(view.tips, std::slice::from_ref(id));
             peer.put(&gateway.dag, &[event]).await.remove(0).result
         };
         let dave = gone.user("dave");

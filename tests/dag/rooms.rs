@@ -112,12 +112,12 @@ async fn listed_rooms_are_in_the_public_directory() {
 
     let search = |term: &str| DirectoryQuery { term: Some(term.to_owned()), ..DirectoryQuery::default() };
     assert_eq!(listed(&gateway, search("rOOM 2")).await.len(), 1);
-    assert_eq!(listed(&gateway, search("room 0")).await, [json!(0); 0], "what is not listed is not found");
+    assert_eq!(listed(&gateway, search("room 0")).await, Vec::<Value>::new(), "what is not listed is not found");
     assert_eq!(listed(&gateway, search("grüne")).await.len(), 3);
-    assert_eq!(listed(&gateway, search("coffee")).await, [json!(0); 0]);
+    assert_eq!(listed(&gateway, search("coffee")).await, Vec::<Value>::new());
     let kinds = |kinds| DirectoryQuery { room_types: Some(kinds), ..DirectoryQuery::default() };
     assert_eq!(listed(&gateway, kinds(vec![None])).await.len(), 3);
-    assert_eq!(listed(&gateway, kinds(vec![Some("m.space".to_owned())])).await, [json!(0); 0]);
+    assert_eq!(listed(&gateway, kinds(vec![Some("m.space".to_owned())])).await, Vec::<Value>::new());
 
     // What counts is the rule of now.
     gateway.send(&rooms[0], rule("invite")).await.unwrap();

@@ -41,7 +41,7 @@ fn a_synapse_shows_and_searches_the_gateways_public_rooms() {
         let [lamps] = &found[..] else { panic!("{found:?}") };
         assert_eq!((&lamps["room_id"], &lamps["name"]), (&made[0], &json!("Lamps by public")));
         assert_eq!(lamps["canonical_alias"], format!("#lamps-public:{gateway}"));
-        assert_eq!(directory(&alice, gateway, Some(search("no such thing"))).await, [json!(0); 0]);
+        assert_eq!(directory(&alice, gateway, Some(search("no such thing"))).await, Vec::<Value>::new());
         let room = alice.join(lamps["room_id"].as_str().unwrap(), &[gateway]).await.unwrap();
         assert_eq!(json!(room), made[0]);
     });
