@@ -22,8 +22,8 @@ use crate::lm::Appended;
 use crate::refusal::Refusal;
 use crate::seam::{Handshake, Membership, Stage};
 
-/// How long a join waits for the hub.
-const HUB_PATIENCE: Duration = Duration::from_secs(20);
+/// How long a join waits for the hub: less than its echo is waited for, so that a hub that is away is told of in these words.
+const HUB_PATIENCE: Duration = Duration::from_secs(15);
 /// After this it is looked whether the join that was let in has come.
 const LOOK_BACK: Duration = Duration::from_secs(60);
 
