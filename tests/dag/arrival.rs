@@ -49,8 +49,8 @@ fn build(peer: &Peer, base: &View, users: &[OwnedUserId], steps: &[Step]) -> Gra
         on.dedup();
         event["prev_events"] = json!(on.iter().map(|(id, _)| id).collect::<Vec<_>>());
         event["depth"] = json!(on.iter().map(|(_, depth)| depth).max().unwrap() + 1);
-        // No two at the same time: ties go by event ID, and that differs from room to room.
-        event["origin_server_ts"] = json!(NOW - step.age * 100 - i64::try_from(number).unwrap());
+        // No two at the same time, nor any at that of the joins: ties go by event ID, and that differs from room to room.
+        event["origin_server_ts"] = json!(NOW - 1 - step.age * 100 - i64::try_from(number).unwrap());
         let depth = event["depth"].as_i64().unwrap();
         let (id, event) = peer.sign(base.version, event);
         graph.parents.insert(id.clone(), on.into_iter().map(|(id, _)| id).collect());
