@@ -297,6 +297,12 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Outcome {
 async fn end(core: &Core, row: &mut PortalRow, refusal: &Refusal) -> Result<(), Refusal> {
     row.state = "ended".to_owned();
     row.reason = Some(refusal.to_string());
+    // First, or what is accepted meanwhile would be kept for nobody.
+    for (side, room) in [(Side::Matrix, &row.matrix_room_id), (Side::Lm, &row.lm_room_id)] {
+        if let Some(room) = room {
+            core.registry.unwatch(side, room);
+        }
+    }
     let stored = row.clone();
     core.context
         .store
@@ -312,13 +318,8 @@ async fn end(core: &Core, row: &mut PortalRow, refusal: &Refusal) -> Result<(), 
                 Ok(())
             })
         })
-        .await?;
-    for (side, room) in [(Side::Matrix, &row.matrix_room_id), (Side::Lm, &row.lm_room_id)] {
-        if let Some(room) = room {
-            core.registry.unwatch(side, room);
-        }
-    }
-    Ok(())
+        .await
+        .map_err(Refusal::from)
 }
 
 fn request(core: &Core, new: &NewPortal) -> Result<Request, Refusal> {

@@ -75,7 +75,7 @@ impl Worker {
             now_ms: core.now_ms(),
         });
         let refused = matches!(outcome, Outcome::Refuse(_));
-        let waits = refused && self.sender_is_on_its_way(event, &near_state, &far_state, &users).await?;
+        let waits = refused && self.sender_is_on_its_way(event, &far_state, &users).await?;
         let over = match makes_ghost(&outcome, &far_state) {
             true => {
                 let (limits, server) = (&core.context.config.budgets, event.sender.server_name());
@@ -86,18 +86,11 @@ impl Worker {
         Ok(Decision { outcome, unsure, over, waits })
     }
 
-    /// Whether the sender, who has left, was in the room by a join whose image is on its way to the hub: what it said before
-    /// it left goes after that image, as it would if the hub were quicker.
-    async fn sender_is_on_its_way(
-        &self,
-        event: &Event,
-        near: &State,
-        far: &State,
-        users: &Known,
-    ) -> Result<bool, Refusal> {
+    /// Whether the sender was in the room by a join whose image is on its way to the hub: what it said goes after that image,
+    /// as it would if the hub were quicker, also when it has left since, or was taken out of the log before it joined again.
+    async fn sender_is_on_its_way(&self, event: &Event, far: &State, users: &Known) -> Result<bool, Refusal> {
         let Some(Who::Native { ghost }) = users.get(&event.sender) else { return Ok(false) };
-        let left = near.membership(&event.sender) != "join" && far.membership(ghost) != "join";
-        if !left || self.source == Side::Lm || event.membership().is_some() {
+        if far.membership(ghost) == "join" || self.source == Side::Lm || event.membership().is_some() {
             return Ok(false);
         }
         let Some(said) = self.core.sides()?.dag.event(&event.event_id).await? else { return Ok(false) };
