@@ -238,6 +238,47 @@ async fn hc_39_a_join_that_was_refused_because_the_hub_was_away_is_left_again_wh
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_back_after_a_kick_is_heard_also_when_the_hub_is_slow() {
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = room(&world, "public").await;
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    let matrix = &portal.matrix_room_id;
+    let [alice, carol] = ["alice", "carol"].map(|name| world.matrix_user(name));
+    world.matrix_join(&gateway, matrix, &carol).await.unwrap();
+    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    let carols = ghost(Side::Matrix, "carol");
+    let kick = draft(&world.lm_user("hubert"), "m.room.member", Some(&carols), json!({ "membership": "leave" }));
+    world.server.lm.send(&lm, vec![Outgoing { draft: kick, effect: None }]).await.pop().unwrap().unwrap();
+    so("carol kicked", || async {
+        gateway.matrix_member(matrix, carol.as_str()).await.is_some_and(|content| content["membership"] == "leave")
+    })
+    .await;
+    world.refresh(&gateway, &mut view).await;
+
+    let away = go_away(&world);
+    let join = json!({ "membership": "join" });
+    world.matrix_send(&gateway, &mut view, &carol, "m.room.member", Some(carol.as_str()), join).await;
+    world.matrix_say(&gateway, &mut view, &carol, "back again").await;
+    let pending = || async { gateway.bridge.health(&portal.portal_id).await.unwrap().pending };
+    so("her join on its way", || async { pending().await == 1 }).await;
+    // What is said after hers is decided after hers, and passes it when that has waited long.
+    world.matrix_say(&gateway, &mut view, &alice, "hello carol").await;
+    so("another's word on its way", || async {
+        world.advance(10_000);
+        pending().await == 2
+    })
+    .await;
+    away.store(false, Ordering::SeqCst);
+    so("her word in the log", || async {
+        gateway.node.context.outbound.retry(LM.try_into().unwrap());
+        world.server.bodies(&lm).await.contains(&(carols.clone(), "back again".to_owned()))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_comes_speaks_and_goes_while_the_hub_is_away_is_heard_when_it_is_back() {
     let (world, gateway) = World::new(json!({})).await;
     let lm = room(&world, "public").await;
