@@ -234,7 +234,7 @@ impl Batch {
         }
     }
 
-    /// Commits everything, and tells those who wait for it.
+    /// Commits everything or nothing, since each event names those before it, and tells those who wait for it.
     pub(super) async fn commit(self, room: &Room) -> Result<(), Refusal> {
         if self.is_empty() {
             return Ok(());

@@ -61,6 +61,33 @@ async fn ghosts_join_and_speak_each_event_failing_alone() {
 }
 
 #[tokio::test]
+async fn of_a_batch_in_which_an_effect_fails_nothing_stays_and_each_goes_alone() {
+    let gateway = Gateway::start(&[]).await;
+    let room = gateway.room(RoomVersion::V11, "public").await;
+    let outgoing = |body: &str| {
+        let fails = body == "bad";
+        let effect = isthmus::seam::EventEffect::new(move |_, _| {
+            let done = if fails { Err(StoreError::Withdrawn("as the test wants")) } else { Ok(()) };
+            Box::pin(async move { done })
+        });
+        Outgoing { draft: message(&bot(), body), effect: Some(effect) }
+    };
+    let bodies = ["one", "bad", "two"];
+    let before = gateway.state(&room).await;
+    let together = gateway.dag.send(&room, bodies.map(outgoing).into()).await;
+    // It may pass, so the bridge tries again.
+    assert!(together.iter().all(|sent| sent.as_ref().is_err_and(Refusal::is_transient)), "{together:?}");
+    let mut said = Vec::new();
+    for body in bodies {
+        said.extend(gateway.dag.send(&room, vec![outgoing(body)]).await.into_iter().flatten());
+    }
+    assert_eq!(said.iter().map(|event| &event.content["body"]).collect::<Vec<_>>(), ["one", "two"]);
+    assert_eq!(said[1].prev_events, std::slice::from_ref(&said[0].event_id));
+    assert_eq!(said[1].depth, said[0].depth + 1);
+    assert_eq!(gateway.state(&room).await, before);
+}
+
+#[tokio::test]
 async fn times_in_the_future_become_now_and_foreign_senders_are_refused() {
     let gateway = Gateway::start(&[]).await;
     let room = gateway.room(RoomVersion::V12, "public").await;
