@@ -15,6 +15,7 @@ pub mod outbound;
 pub mod overview;
 pub mod portals;
 pub mod pruning;
+mod reader;
 pub mod redactions;
 mod rows;
 pub mod server_keys;
@@ -36,9 +37,11 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
 use sqlx::{AnyConnection, AnyPool, Connection as _, Executor as _};
+use tokio::time::timeout;
 
 pub use self::claim::{Claim, claim};
 use self::ids::Ids;
+pub use self::reader::Reader;
 use self::writer::Writer;
 
 /// The connection that a write job works on, inside the transaction that is open for it.
@@ -84,6 +87,9 @@ pub enum StoreError {
     /// The database did not answer; whether it did what it was told is not known.
     #[error("the database did not answer within {} s", .0.as_secs())]
     Silent(Duration),
+    /// No connection to the database was to be had.
+    #[error("no connection to the database was to be had in time")]
+    Unreached,
     /// A write job ended in a panic; its part of the transaction was rolled back.
     #[error("a write job panicked")]
     Panicked,
@@ -94,7 +100,12 @@ pub enum StoreError {
 
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
-        Self::Database(Arc::new(error))
+        let said = match &error {
+            sqlx::Error::Io(error) => error.get_ref().and_then(|inner| inner.downcast_ref::<Self>()).cloned(),
+            sqlx::Error::PoolTimedOut => Some(Self::Unreached),
+            _ => None,
+        };
+        said.unwrap_or_else(|| Self::Database(Arc::new(error)))
     }
 }
 
@@ -145,7 +156,7 @@ pub fn sqlite_file(url: &str) -> PathBuf {
 pub(crate) async fn connect(url: &str) -> Result<AnyConnection, StoreError> {
     sqlx::any::install_default_drivers();
     let unopened = |problem: String| StoreError::Unopened { problem, advice: Backend::of(url).advice() };
-    match tokio::time::timeout(OPENING, AnyConnection::connect(url)).await {
+    match timeout(OPENING, AnyConnection::connect(url)).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(error)) => Err(unopened(error.to_string())),
         Err(_) => Err(unopened(format!("no answer within {} s", OPENING.as_secs()))),
@@ -165,7 +176,7 @@ fn make_private(url: &str) -> std::io::Result<()> {
 /// A handle to the store; clones share it.
 #[derive(Clone)]
 pub struct Store {
-    readers: AnyPool,
+    readers: Reader,
     writer: Writer,
     backend: Backend,
     ids: Arc<Ids>,
@@ -173,6 +184,16 @@ pub struct Store {
 
 /// How many reading connections are kept.
 const READERS: u32 = 8;
+/// How long it may take to get a connection.
+const ACQUIRING: Duration = Duration::from_secs(30);
+/// A connection to a server that was idle for longer is asked whether it is still there before it is used.
+const FRESH: Duration = Duration::from_secs(1);
+/// How long it may take to answer that.
+const ANSWERING: Duration = Duration::from_secs(5);
+/// What a PostgreSQL server is told about a session, so that it too ends one whose other end has vanished without a word: with
+/// it go the locks that it holds.
+const SESSION: &str = "SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3; \
+                       SET tcp_user_timeout = 60000; SET idle_in_transaction_session_timeout = 90000";
 
 impl Store {
     /// Opens the database at `url` (`sqlite://PATH` or `postgres://…`), creating a SQLite file that is absent, and brings
@@ -193,12 +214,13 @@ impl Store {
         }
         connect(url).await?.close().await?;
         let options = AnyConnectOptions::from_str(url)?;
-        let writers = pool_options(backend, 1).connect_with(options.clone()).await?;
+        let writers = pool_options(backend, 1, patience).connect_with(options.clone()).await?;
         migrate(&writers).await?;
-        let readers = pool_options(backend, READERS).connect_with(options).await?;
+        let readers = pool_options(backend, READERS, patience).connect_with(options).await?;
         let ids = Arc::new(Ids::default());
         ids.reserve(&mut *writers.acquire().await?).await?;
         let writer = Writer::start(writers, readers.clone(), backend, ids.clone(), patience);
+        let readers = Reader::new(readers, patience);
         Ok(Self { readers, writer, backend, ids })
     }
 
@@ -208,8 +230,8 @@ impl Store {
     }
 
     /// Connections for reading. What they read may be older than a write that is under way, never than one that was
-    /// answered.
-    pub fn reader(&self) -> &AnyPool {
+    /// answered. A read that takes longer than a transaction may is given up.
+    pub fn reader(&self) -> &Reader {
         &self.readers
     }
 
@@ -241,21 +263,29 @@ impl Store {
     }
 }
 
-fn pool_options(backend: Backend, size: u32) -> AnyPoolOptions {
+fn pool_options(backend: Backend, size: u32, patience: Duration) -> AnyPoolOptions {
+    let options = AnyPoolOptions::new().max_connections(size).test_before_acquire(false);
+    let options = options.acquire_timeout(patience.min(ACQUIRING));
     // A file does not go away as a server does: asking it first would double the cost of a small read.
-    let options = AnyPoolOptions::new().test_before_acquire(backend == Backend::Postgres);
-    options.max_connections(size).acquire_timeout(Duration::from_secs(30)).after_connect(move |connection, _| {
+    let options = match backend {
+        Backend::Sqlite => options,
+        Backend::Postgres => options.before_acquire(|connection, meta| {
+            Box::pin(async move {
+                Ok(meta.idle_for < FRESH || matches!(timeout(ANSWERING, connection.ping()).await, Ok(Ok(()))))
+            })
+        }),
+    };
+    options.after_connect(move |connection, _| {
         Box::pin(async move {
-            if backend == Backend::Sqlite {
-                connection
-                    .execute(
-                        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
-                             PRAGMA busy_timeout = 10000; PRAGMA cache_size = -32768; PRAGMA temp_store = MEMORY; \
-                             PRAGMA wal_autocheckpoint = 16000;",
-                    )
-                    .await?;
-            }
-            Ok(())
+            let settings = match backend {
+                Backend::Sqlite => {
+                    "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
+                     PRAGMA busy_timeout = 10000; PRAGMA cache_size = -32768; PRAGMA temp_store = MEMORY; \
+                     PRAGMA wal_autocheckpoint = 16000;"
+                }
+                Backend::Postgres => SESSION,
+            };
+            connection.execute(settings).await.map(drop)
         })
     })
 }

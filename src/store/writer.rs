@@ -12,6 +12,7 @@ use tokio::sync::{Mutex, Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::ids::Ids;
+use super::reader::Lent;
 use super::{Backend, StoreError, Tx, TxFuture};
 use crate::admin::metrics;
 
@@ -21,8 +22,6 @@ const GROUP: usize = 256;
 const QUEUE: usize = 4096;
 /// How long a transaction may take. A database that has vanished without a word would never answer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
-/// How long the connection of a transaction that failed may take to close.
-const CLOSING: Duration = Duration::from_secs(5);
 /// How long what was written waits for its checkpoint.
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(500);
 
@@ -180,19 +179,21 @@ async fn checkpoints(readers: AnyPool, written: Arc<Notify>) {
 
 impl Workshop {
     async fn commit(&self, group: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
-        let mut connection = self.pool.acquire().await?;
+        let mut lent = Lent::of(&self.pool).await?;
         let transaction = async {
-            self.ids.reserve(&mut connection).await?;
+            let connection = lent.connection()?;
+            self.ids.reserve(connection).await?;
             match (self.backend, group) {
-                (Backend::Sqlite, [job]) => alone(&mut connection, &mut **job).await,
-                (_, jobs) => together(&mut connection, self.backend, jobs).await,
+                (Backend::Sqlite, [job]) => alone(connection, &mut **job).await,
+                (_, jobs) => together(connection, self.backend, jobs).await,
             }
         };
         let done = tokio::time::timeout(self.patience, transaction).await;
         let done = done.unwrap_or(Err(StoreError::Silent(self.patience)));
-        if done.is_err() {
+        match done {
+            Ok(()) => lent.give_back(),
             // What state the connection is in is not known any more; a closed one has no open transaction.
-            let _ = tokio::time::timeout(CLOSING, connection.close()).await;
+            Err(_) => lent.close().await,
         }
         done
     }
