@@ -26,5 +26,5 @@ pub async fn serve(directory: &Path) {
     let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
     let portal = gateway.bridge().create_portal(new).await.unwrap();
     say_hello(&json!({ "name": name, "rooms": [portal.lm_room_id], "matrix_room": portal.matrix_room_id }));
-    gateway.run(CancellationToken::new()).await;
+    gateway.run(CancellationToken::new()).await.unwrap();
 }

@@ -89,6 +89,7 @@ struct Findings {
     now_ms: i64,
     store: Result<Overview, String>,
     write_lasts: Duration,
+    claim_lost: Option<StoreError>,
     queues: Result<Vec<QueueStatus>, StoreError>,
     homeserver: Option<HomeserverStatus>,
 }
@@ -110,6 +111,7 @@ impl Admin {
             now_ms: context.clock.now_ms(),
             store,
             write_lasts: context.store.write_lasts(),
+            claim_lost: context.store.claim_lost(),
             queues,
             homeserver: self.appservice.as_ref().map(|appservice| appservice.status()),
         };
@@ -137,6 +139,9 @@ fn judge(findings: Findings) -> Health {
     });
     if findings.write_lasts >= PATIENCE {
         problems.push(format!("the store has not ended a write for {} s", findings.write_lasts.as_secs()));
+    }
+    if let Some(lost) = findings.claim_lost {
+        problems.push(format!("nothing is served: {lost}"));
     }
     let queues = findings.queues.unwrap_or_else(|error| {
         problems.push(format!("the outbound queues cannot be read: {error}"));
@@ -207,6 +212,7 @@ mod tests {
             now_ms: 10_000_000,
             store: Ok(Overview { inbox_waiting: 2, inbox_oldest_ts: Some(9_999_000), ..Overview::default() }),
             write_lasts: Duration::ZERO,
+            claim_lost: None,
             queues: Ok(Vec::new()),
             homeserver: Some(HomeserverStatus { reachable: true, ..HomeserverStatus::default() }),
         }
@@ -231,6 +237,7 @@ mod tests {
         for (findings, problem) in [
             (Findings { store: Err("gone".to_owned()), ..good() }, "the store does not answer: gone"),
             (Findings { write_lasts: Duration::from_secs(12), ..good() }, "has not ended a write for 12 s"),
+            (Findings { claim_lost: Some(StoreError::InUse), ..good() }, "nothing is served: another isthmus serves"),
             (Findings { queues: Err(StoreError::Closed), ..good() }, "the outbound queues cannot be read"),
             (Findings { store: Ok(old), ..good() }, "has waited 11 minutes"),
             (Findings { store: Ok(lost), ..good() }, "took 90 minutes ago did not come back"),

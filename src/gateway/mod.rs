@@ -36,6 +36,8 @@ use crate::store::{Store, StoreError};
 
 /// How long requests under way may take when the gateway stops.
 const STOP_GRACE: Duration = Duration::from_secs(10);
+/// How long `/health` still says that another process has taken the database.
+const TOLD: Duration = Duration::from_secs(30);
 
 /// Why the gateway could not start.
 #[derive(Debug, thiserror::Error)]
@@ -66,10 +68,14 @@ pub enum GatewayError {
     Listen(#[from] ListenError),
 }
 
-/// Builds what every part of the gateway holds. Nothing is sent yet.
+/// Builds what every part of the gateway holds. Nothing is sent yet, and nobody else is kept from the database.
 pub async fn context(config: Config, clock: SharedClock) -> Result<Context, GatewayError> {
-    let signing_key = Arc::new(SigningKey::load_or_generate(&config.signing_key)?);
     let store = Store::open(&config.database.url).await?;
+    context_on(store, config, clock).await
+}
+
+async fn context_on(store: Store, config: Config, clock: SharedClock) -> Result<Context, GatewayError> {
+    let signing_key = Arc::new(SigningKey::load_or_generate(&config.signing_key)?);
     let server_name = config.server_name.clone();
     let options = ClientOptions {
         custom_ca: config.federation.custom_ca.clone(),
@@ -97,7 +103,8 @@ pub struct Gateway {
     context: Context,
     bridge: Bridge,
     appservice: Option<Appservice>,
-    listeners: Vec<Listener>,
+    public: Listener,
+    admin: Listener,
     /// Cancelled when what is done now and then is to end.
     chores: CancellationToken,
 }
@@ -105,7 +112,8 @@ pub struct Gateway {
 impl Gateway {
     /// Starts everything: takes up what was left at the last stop, listens, and only then sends.
     pub async fn start(config: Config, clock: SharedClock) -> Result<Self, GatewayError> {
-        let context = context(config, clock).await?;
+        let store = Store::open_alone(&config.database.url).await?;
+        let context = context_on(store, config, clock).await?;
         let config = context.config.clone();
         let bridge = Bridge::new(context.clone());
         let between = bridge.between();
@@ -131,10 +139,8 @@ impl Gateway {
         // Before anything new comes: who is asked to keep it must know the portals, and what waits was there first.
         let loaded = bridge.load(lm.clone(), dag).await.map_err(GatewayError::Bridge)?;
         lm.resume().await.map_err(GatewayError::Bridge)?;
-        let listeners = vec![
-            Listener::open("federation", &config.listen, public).await?,
-            Listener::open_plain("admin", config.admin.address, admin.routes()).await?,
-        ];
+        let public = Listener::open("federation", &config.listen, public).await?;
+        let admin = Listener::open_plain("admin", config.admin.address, admin.routes()).await?;
         bridge.resume(loaded).await.map_err(GatewayError::Bridge)?;
         context.outbound.start().await?;
         if let Some(appservice) = &appservice {
@@ -149,7 +155,7 @@ impl Gateway {
         );
         let chores = CancellationToken::new();
         tokio::spawn(chores.clone().run_until_cancelled_owned(housekeeping::run(context.clone())));
-        Ok(Self { context, bridge, appservice, listeners, chores })
+        Ok(Self { context, bridge, appservice, public, admin, chores })
     }
 
     /// What the parts share.
@@ -163,35 +169,44 @@ impl Gateway {
     }
 
     /// Where other servers reach it.
-    pub fn address(&self) -> Option<SocketAddr> {
-        self.listeners.first().map(Listener::address)
+    pub fn address(&self) -> SocketAddr {
+        self.public.address()
     }
 
-    /// Runs until `stop` is cancelled, then stops in order: no new requests, no new work, then the store.
-    pub async fn run(self, stop: CancellationToken) {
-        stop.cancelled().await;
+    /// Runs until `stop` is cancelled, then stops in order: no new requests, no new work, then the store. Stops by itself when
+    /// another process has taken the database: `/health` tells of it for half a minute.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), GatewayError> {
+        let lost = tokio::select! {
+            () = stop.cancelled() => None,
+            lost = self.context.store.lose_claim() => Some(lost),
+        };
         tracing::info!("stopping");
-        for listener in &self.listeners {
-            listener.stop(STOP_GRACE);
+        self.public.stop(STOP_GRACE);
+        if lost.is_none() {
+            self.admin.stop(STOP_GRACE);
         }
-        for listener in self.listeners {
-            listener.ended().await;
-        }
+        self.public.ended().await;
         if let Some(appservice) = &self.appservice {
             appservice.stop();
         }
         self.chores.cancel();
         self.bridge.stop().await;
         self.context.outbound.stop().await;
+        if let Some(lost) = &lost {
+            tracing::error!(error = %lost, "nothing is served any more");
+            let _ = tokio::time::timeout(TOLD, stop.cancelled()).await;
+        }
+        self.admin.stop(STOP_GRACE);
+        self.admin.ended().await;
         self.context.store.close().await;
         tracing::info!("stopped");
+        lost.map_or(Ok(()), |lost| Err(lost.into()))
     }
 }
 
 /// Runs the gateway until the process is told to stop (SIGINT or SIGTERM).
 pub async fn serve(config: Config) -> Result<(), GatewayError> {
     descriptors::raise();
-    let _claim = crate::store::claim(&config.database.url).await?;
     let gateway = Gateway::start(config, Arc::new(SystemClock)).await?;
     let stop = CancellationToken::new();
     let asked = stop.clone();
@@ -199,8 +214,7 @@ pub async fn serve(config: Config) -> Result<(), GatewayError> {
         told_to_stop().await;
         asked.cancel();
     });
-    gateway.run(stop).await;
-    Ok(())
+    gateway.run(stop).await
 }
 
 async fn told_to_stop() {
@@ -211,5 +225,48 @@ async fn told_to_stop() {
             _ = terminate.recv() => {}
         },
         Err(_) => drop(interrupt.await),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::store::testing::{both_databases, take_claim_away};
+
+    #[tokio::test]
+    async fn inv_6_a_gateway_whose_database_another_process_has_taken_serves_no_more_and_says_so() {
+        both_databases(|url| async move {
+            if url.starts_with("sqlite:") {
+                return;
+            }
+            let directory = tempfile::tempdir().unwrap();
+            let config = serde_json::from_value(json!({
+                "server_name": "g.example",
+                "signing_key": directory.path().join("key"),
+                "database": { "url": url },
+                "listen": { "address": "127.0.0.1:0" },
+                "admin": { "address": "127.0.0.1:0", "token": "0123456789abcdef0123456789abcdef" },
+            }));
+            let gateway = Gateway::start(config.unwrap(), Arc::new(SystemClock)).await.unwrap();
+            let (public, admin) = (gateway.public.address(), gateway.admin.address());
+            let stop = CancellationToken::new();
+            let running = tokio::spawn(gateway.run(stop.clone()));
+            tokio::net::TcpStream::connect(public).await.unwrap();
+            let _other = take_claim_away(&url).await;
+            while tokio::net::TcpStream::connect(public).await.is_ok() {
+                assert!(!running.is_finished());
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            let health = reqwest::get(format!("http://{admin}/health")).await.unwrap();
+            assert_eq!(health.status(), 503);
+            let health = health.text().await.unwrap();
+            assert!(health.contains("nothing is served: another isthmus serves from this database"), "{health}");
+            stop.cancel();
+            let ended = running.await.unwrap();
+            assert!(matches!(ended, Err(GatewayError::Store(StoreError::InUse))), "{ended:?}");
+        })
+        .await;
     }
 }

@@ -39,6 +39,14 @@ impl Ids {
         }
         Ok(())
     }
+
+    /// Whether nobody has taken numbers since this process did. Where the fate of its own last block is not known it may say
+    /// that somebody has.
+    pub(super) async fn are_the_last(&self, connection: &mut AnyConnection) -> Result<bool, StoreError> {
+        let (end,): (i64,) =
+            sqlx::query_as("SELECT value FROM sequence WHERE name = 'id'").fetch_one(connection).await?;
+        Ok(end == self.end.load(Ordering::SeqCst))
+    }
 }
 
 #[cfg(test)]

@@ -32,17 +32,18 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::str::FromStr as _;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
-use sqlx::{AnyConnection, AnyPool, Connection as _, Executor as _};
+use sqlx::{AnyConnection, Connection as _, Executor as _};
 use tokio::time::timeout;
 
-pub use self::claim::{Claim, claim};
+use self::claim::{Claim, Loss};
 use self::ids::Ids;
+use self::reader::Lent;
 pub use self::reader::Reader;
-use self::writer::Writer;
+use self::writer::{Busy, Workshop, Writer};
 
 /// The connection that a write job works on, inside the transaction that is open for it.
 pub type Tx = AnyConnection;
@@ -84,6 +85,9 @@ pub enum StoreError {
     /// Another process serves from the same database.
     #[error("another isthmus serves from this database: stop it first, or name another one in `database.url`")]
     InUse,
+    /// Another process has served from the database since this one lost its claim.
+    #[error("another isthmus has served from this database meanwhile: what is in memory here is old")]
+    Overtaken,
     /// The database did not answer; whether it did what it was told is not known.
     #[error("the database did not answer within {} s", .0.as_secs())]
     Silent(Duration),
@@ -180,6 +184,7 @@ pub struct Store {
     writer: Writer,
     backend: Backend,
     ids: Arc<Ids>,
+    loss: Loss,
 }
 
 /// How many reading connections are kept.
@@ -202,10 +207,32 @@ impl Store {
         Self::open_with(url, writer::PATIENCE).await
     }
 
+    /// The same, while no other process has opened it so: for a process that serves from it.
+    pub async fn open_alone(url: &str) -> Result<Self, StoreError> {
+        Self::open_alone_within(url, claim::PATIENCE).await
+    }
+
     async fn open_with(url: &str, patience: Duration) -> Result<Self, StoreError> {
+        Self::open_as(url, patience, None).await
+    }
+
+    async fn open_alone_within(url: &str, others: Duration) -> Result<Self, StoreError> {
+        Self::open_alone_with(url, writer::PATIENCE, others).await
+    }
+
+    async fn open_alone_with(url: &str, patience: Duration, others: Duration) -> Result<Self, StoreError> {
+        Self::open_as(url, patience, Some(others)).await
+    }
+
+    /// `others` is how long a process that serves from it may take to end.
+    async fn open_as(url: &str, patience: Duration, others: Option<Duration>) -> Result<Self, StoreError> {
         sqlx::any::install_default_drivers();
         let backend = Backend::of(url);
+        let mut claim = Claim::None;
         if backend == Backend::Sqlite {
+            if let Some(others) = others {
+                claim = Claim::file(url, others).await?;
+            }
             let failed = |error: std::io::Error| StoreError::Unopened {
                 problem: format!("{}: {error}", sqlite_file(url).display()),
                 advice: backend.advice(),
@@ -214,14 +241,29 @@ impl Store {
         }
         connect(url).await?.close().await?;
         let options = AnyConnectOptions::from_str(url)?;
-        let writers = pool_options(backend, 1, patience).connect_with(options.clone()).await?;
-        migrate(&writers).await?;
+        // The session that writes may have the claim: it does not end because of its age.
+        let pool = pool_options(backend, 1, patience).max_lifetime(None).idle_timeout(None);
+        let pool = pool.connect_with(options.clone()).await?;
+        let mut lent = Lent::of(&pool).await?;
+        let loss = Loss::default();
+        if let (Backend::Postgres, Some(others)) = (backend, others) {
+            claim = Claim::session(lent.connection()?, others, loss.clone()).await?;
+        }
+        migrate(lent.connection()?).await?;
         let readers = pool_options(backend, READERS, patience).connect_with(options).await?;
         let ids = Arc::new(Ids::default());
-        ids.reserve(&mut *writers.acquire().await?).await?;
-        let writer = Writer::start(writers, readers.clone(), backend, ids.clone(), patience);
-        let readers = Reader::new(readers, patience);
-        Ok(Self { readers, writer, backend, ids })
+        ids.reserve(lent.connection()?).await?;
+        let writer = Writer::start(Workshop {
+            pool,
+            held: Some((lent, Instant::now())),
+            claim,
+            readers: readers.clone(),
+            backend,
+            ids: ids.clone(),
+            patience,
+            busy_since: Busy::default(),
+        });
+        Ok(Self { readers: Reader::new(readers, patience), writer, backend, ids, loss })
     }
 
     /// Which database this is.
@@ -290,8 +332,7 @@ fn pool_options(backend: Backend, size: u32, patience: Duration) -> AnyPoolOptio
     })
 }
 
-async fn migrate(pool: &AnyPool) -> Result<(), StoreError> {
-    let mut connection = pool.acquire().await?;
+async fn migrate(connection: &mut AnyConnection) -> Result<(), StoreError> {
     connection.ping().await?;
-    sqlx::migrate!().run(&mut *connection).await.map_err(|error| StoreError::Migration(Arc::new(error)))
+    sqlx::migrate!().run(connection).await.map_err(|error| StoreError::Migration(Arc::new(error)))
 }

@@ -8,7 +8,7 @@ use futures::stream::{self, BoxStream};
 use futures::{StreamExt as _, TryStreamExt as _};
 use sqlx::any::{Any, AnyQueryResult, AnyRow, AnyStatement, AnyTypeInfo};
 use sqlx::pool::PoolConnection;
-use sqlx::{AnyConnection, AnyPool, Describe, Either, Execute, Executor, SqlStr};
+use sqlx::{AnyConnection, AnyPool, Connection as _, Describe, Either, Execute, Executor, SqlStr};
 use tokio::time::timeout;
 
 use super::StoreError;
@@ -62,6 +62,12 @@ impl Lent {
         self.0.as_deref_mut().ok_or(sqlx::Error::PoolClosed)
     }
 
+    /// Whether there is still somebody at the other end.
+    pub(super) async fn answers(&mut self, within: Duration) -> bool {
+        let Some(connection) = self.0.as_deref_mut() else { return false };
+        matches!(timeout(within, connection.ping()).await, Ok(Ok(())))
+    }
+
     /// Ends the session, in good order where the other end still answers.
     pub(super) async fn close(mut self) {
         if let Some(connection) = self.0.take() {
@@ -71,7 +77,7 @@ impl Lent {
 
     /// Puts the connection back into its pool, beside what is done next. What the pool itself does would wait for the
     /// connection's answer without end, and the place in the pool would be taken until then.
-    pub(super) fn give_back(mut self) {
+    fn give_back(mut self) {
         if let Some(mut connection) = self.0.take() {
             tokio::spawn(async move { timeout(GIVING_BACK, connection.return_to_pool()).await });
         }
@@ -123,55 +129,11 @@ impl<'c> Executor<'c> for &'c Reader {
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-
     use futures::future::join_all;
-    use tokio::net::{TcpListener, TcpStream};
-    use tokio::sync::watch;
-    use tokio::task::JoinSet;
 
     use super::super::Store;
-    use super::super::testing::both_databases;
+    use super::super::testing::{Proxy, both_databases};
     use super::*;
-
-    /// A way to a server. While `silent` is true nothing passes and nothing is closed; what was connected then never speaks again.
-    struct Proxy {
-        url: String,
-        silent: watch::Sender<bool>,
-        _task: JoinSet<()>,
-    }
-
-    impl Proxy {
-        async fn before(url: &str) -> Self {
-            let mut url = url::Url::parse(url).unwrap();
-            let server: SocketAddr = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap()).parse().unwrap();
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            url.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
-            let (silent, heard) = watch::channel(false);
-            let mut task = JoinSet::new();
-            task.spawn(async move {
-                let mut ways = JoinSet::new();
-                while let Ok((mut near, _)) = listener.accept().await {
-                    let mut heard = heard.clone();
-                    ways.spawn(async move {
-                        let mut far = TcpStream::connect(server).await.unwrap();
-                        let silence = async {
-                            let _ = heard.wait_for(|silent| *silent).await;
-                        };
-                        tokio::select! {
-                            biased;
-                            () = silence => {}
-                            _ = tokio::io::copy_bidirectional(&mut near, &mut far) => return,
-                        }
-                        // The sockets stay open.
-                        std::future::pending::<()>().await;
-                        drop((near, far));
-                    });
-                }
-            });
-            Self { url: url.into(), silent, _task: task }
-        }
-    }
 
     async fn read(store: &Store) -> Result<i64, StoreError> {
         // Long enough that as many as are asked at once have a connection each.

@@ -11,9 +11,10 @@ use sqlx::{AnyConnection, AnyPool, Executor as _};
 use tokio::sync::{Mutex, Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::claim::Claim;
 use super::ids::Ids;
 use super::reader::Lent;
-use super::{Backend, StoreError, Tx, TxFuture};
+use super::{ANSWERING, Backend, FRESH, StoreError, Tx, TxFuture};
 use crate::admin::metrics;
 
 /// How many jobs share a transaction at most.
@@ -33,16 +34,19 @@ pub(super) struct Writer {
 }
 
 /// When the transaction began that is under way.
-type Busy = Arc<std::sync::Mutex<Option<Instant>>>;
+pub(super) type Busy = Arc<std::sync::Mutex<Option<Instant>>>;
 
 /// What the writer's task works with.
-struct Workshop {
-    pool: AnyPool,
-    readers: AnyPool,
-    backend: Backend,
-    ids: Arc<Ids>,
-    patience: Duration,
-    busy_since: Busy,
+pub(super) struct Workshop {
+    pub pool: AnyPool,
+    /// The one connection of the pool, and when it was last used. It is not given back: the claim may be its own.
+    pub held: Option<(Lent, Instant)>,
+    pub claim: Claim,
+    pub readers: AnyPool,
+    pub backend: Backend,
+    pub ids: Arc<Ids>,
+    pub patience: Duration,
+    pub busy_since: Busy,
 }
 
 enum Message {
@@ -91,10 +95,9 @@ where
 }
 
 impl Writer {
-    pub(super) fn start(pool: AnyPool, readers: AnyPool, backend: Backend, ids: Arc<Ids>, patience: Duration) -> Self {
+    pub(super) fn start(workshop: Workshop) -> Self {
         let (jobs, inbox) = mpsc::channel(QUEUE);
-        let busy_since = Busy::default();
-        let workshop = Workshop { pool, readers, backend, ids, patience, busy_since: busy_since.clone() };
+        let busy_since = workshop.busy_since.clone();
         let task = tokio::spawn(run(workshop, inbox));
         Self { jobs, task: Arc::new(Mutex::new(Some(task))), busy_since }
     }
@@ -123,7 +126,7 @@ impl Writer {
     }
 }
 
-async fn run(workshop: Workshop, mut inbox: mpsc::Receiver<Message>) {
+async fn run(mut workshop: Workshop, mut inbox: mpsc::Receiver<Message>) {
     let written = Arc::new(Notify::new());
     let checkpoints = (workshop.backend == Backend::Sqlite)
         .then(|| tokio::spawn(checkpoints(workshop.readers.clone(), written.clone())));
@@ -160,6 +163,7 @@ async fn run(workshop: Workshop, mut inbox: mpsc::Receiver<Message>) {
     if let Some(task) = checkpoints {
         task.abort();
     }
+    workshop.hang_up().await;
     workshop.pool.close().await;
 }
 
@@ -178,24 +182,50 @@ async fn checkpoints(readers: AnyPool, written: Arc<Notify>) {
 }
 
 impl Workshop {
-    async fn commit(&self, group: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
-        let mut lent = Lent::of(&self.pool).await?;
+    async fn commit(&mut self, group: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
+        let patience = self.patience;
         let transaction = async {
-            let connection = lent.connection()?;
-            self.ids.reserve(connection).await?;
-            match (self.backend, group) {
+            let (backend, ids) = (self.backend, self.ids.clone());
+            let connection = self.connection().await?;
+            ids.reserve(connection).await?;
+            match (backend, group) {
                 (Backend::Sqlite, [job]) => alone(connection, &mut **job).await,
-                (_, jobs) => together(connection, self.backend, jobs).await,
+                (_, jobs) => together(connection, backend, jobs).await,
             }
         };
-        let done = tokio::time::timeout(self.patience, transaction).await;
-        let done = done.unwrap_or(Err(StoreError::Silent(self.patience)));
-        match done {
-            Ok(()) => lent.give_back(),
+        let done = tokio::time::timeout(patience, transaction).await;
+        let done = done.unwrap_or(Err(StoreError::Silent(patience)));
+        match (&done, &mut self.held) {
+            (Ok(()), Some((_, used))) => *used = Instant::now(),
             // What state the connection is in is not known any more; a closed one has no open transaction.
-            Err(_) => lent.close().await,
+            _ => self.hang_up().await,
         }
         done
+    }
+
+    /// The connection that writes, with the claim where that is its own.
+    async fn connection(&mut self) -> Result<&mut AnyConnection, StoreError> {
+        if let Some((lent, used)) = &mut self.held
+            && self.backend == Backend::Postgres
+            && used.elapsed() >= FRESH
+            && !lent.answers(ANSWERING).await
+        {
+            self.hang_up().await;
+        }
+        if self.held.is_none() {
+            let mut lent = Lent::of(&self.pool).await?;
+            // Dropped, the connection is closed, and with it goes a lock that is not ours to have.
+            self.claim.take_again(lent.connection()?, &self.ids).await?;
+            self.held = Some((lent, Instant::now()));
+        }
+        let (lent, _) = self.held.as_mut().ok_or(StoreError::Closed)?;
+        Ok(lent.connection()?)
+    }
+
+    async fn hang_up(&mut self) {
+        if let Some((lent, _)) = self.held.take() {
+            lent.close().await;
+        }
     }
 }
 
@@ -225,7 +255,7 @@ async fn together(tx: &mut AnyConnection, backend: Backend, jobs: &mut [Box<dyn 
     Ok(())
 }
 
-fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
