@@ -1,9 +1,11 @@
 //! What is written in the same transaction as events. Effects of several events that belong together are written together,
 //! so that what hangs on a batch costs a few statements and not a few for each event.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
+use futures::FutureExt as _;
 use ruma::OwnedEventId;
 use sqlx::Executor as _;
 
@@ -93,10 +95,12 @@ pub async fn write_effects_until_one_fails(
     Ok((written, None))
 }
 
-/// Writes effects that belong together, or nothing: then what failed.
+/// Writes effects that belong together, or nothing: then what failed. One that panics has failed, too: it would panic again
+/// whenever its batch is tried again, and all that share the batch with it would never be written.
 async fn attempt(tx: &mut Tx, group: &[(EventEffect, OwnedEventId)]) -> Result<Option<StoreError>, StoreError> {
     tx.execute("SAVEPOINT effect").await?;
-    let failure = write(tx, group).await.err();
+    let written = AssertUnwindSafe(write(tx, group)).catch_unwind().await;
+    let failure = written.unwrap_or(Err(StoreError::Panicked)).err();
     if failure.is_some() {
         tx.execute("ROLLBACK TO SAVEPOINT effect").await?;
     }
@@ -124,6 +128,7 @@ mod tests {
     struct Noting {
         asked: Mutex<Vec<Vec<usize>>>,
         refuses: Option<usize>,
+        panics: bool,
     }
 
     #[async_trait]
@@ -139,6 +144,7 @@ mod tests {
                     .await?;
             }
             match self.refuses.filter(|refused| indexes.contains(refused)) {
+                Some(_) if self.panics => panic!("on purpose"),
                 Some(_) => Err(StoreError::Withdrawn("meant to fail")),
                 None => Ok(()),
             }
@@ -146,7 +152,7 @@ mod tests {
     }
 
     fn noting(refuses: Option<usize>) -> Arc<Noting> {
-        Arc::new(Noting { asked: Mutex::default(), refuses })
+        Arc::new(Noting { asked: Mutex::default(), refuses, panics: false })
     }
 
     fn of(effects: &Arc<Noting>, ids: &[&str]) -> EffectsOf {
@@ -187,6 +193,21 @@ mod tests {
                 .unwrap();
             assert!(matches!(done, (2, Some(StoreError::Withdrawn(_)))));
             assert_eq!(written(&store).await, ["$a", "$b"]);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn one_that_panics_fails_alone() {
+        both_stores(|store| async move {
+            let effects = Arc::new(Noting { asked: Mutex::default(), refuses: Some(1), panics: true });
+            let all = of(&effects, &["$a", "$b", "$c"]);
+            let done = store
+                .write(move |tx| Box::pin(async move { write_effects_until_one_fails(tx, &all).await }))
+                .await
+                .unwrap();
+            assert!(matches!(done, (1, Some(StoreError::Panicked))), "{done:?}");
+            assert_eq!(written(&store).await, ["$a"]);
         })
         .await;
     }
