@@ -97,7 +97,7 @@ impl Lookup {
             // A clock that was set back makes everything stale, so that nothing lasts until it caught up.
             _ if age < 0 => true,
             _ if self.error.is_some() => age >= retry_after(self.failures),
-            Some(keys) => keys.valid_until_ts <= now_ms || (asking_again && age >= REFETCH_MS),
+            Some(keys) => (keys.valid_until_ts <= now_ms && age >= RETRY_MS) || (asking_again && age >= REFETCH_MS),
             None => true,
         }
     }
@@ -284,21 +284,33 @@ impl Inner {
             return Lookup { keys: Some(keys.clone()), error: None, asked_ts: *asked_ts, failures: 0 };
         }
         let before = before.map(|(keys, _)| keys);
-        match self.ask(server, now_ms).await {
+        let failures = || last.as_ref().map_or(0, |last| last.failures).saturating_add(1);
+        let asked = self.ask(server, now_ms).await;
+        // How old an answer is counts from when it is here: whoever asks may have waited long for it.
+        let asked_ts = self.clock.now_ms();
+        match asked {
             Ok(keys) => {
                 let keys = match &before {
                     Some(before) => keys.remember(before, now_ms),
                     None => keys,
                 };
-                if let Err(error) = server_keys::save(&self.store, server, keys.to_bytes(), now_ms).await {
+                // Events of its time can be checked with it; but who asks again soon would be told the same.
+                let outdated = keys.valid_until_ts <= asked_ts;
+                if !(outdated && before.as_deref() == Some(&keys))
+                    && let Err(error) = server_keys::save(&self.store, server, keys.to_bytes(), now_ms).await
+                {
                     tracing::warn!(%server, %error, "the keys of a server could not be stored");
                 }
-                Lookup { keys: Some(Arc::new(keys)), error: None, asked_ts: now_ms, failures: 0 }
+                let error = outdated.then(|| KeyringError::Rejected {
+                    server: server.to_string(),
+                    problem: format!("valid_until_ts is {}, and it is {asked_ts} now", keys.valid_until_ts),
+                });
+                let failures = if outdated { failures() } else { 0 };
+                Lookup { keys: Some(Arc::new(keys)), error, asked_ts, failures }
             }
             Err(error) => {
                 tracing::info!(%server, %error, "no new keys of a server");
-                let failures = last.map_or(0, |last| last.failures).saturating_add(1);
-                Lookup { keys: before, error: Some(error), asked_ts: now_ms, failures }
+                Lookup { keys: before, error: Some(error), asked_ts, failures: failures() }
             }
         }
     }

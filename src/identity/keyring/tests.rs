@@ -95,6 +95,41 @@ async fn hc_06_validity_is_capped_and_old_keys_serve_old_events_only() {
 }
 
 #[tokio::test]
+async fn a_server_whose_answer_is_out_of_date_is_left_alone_like_one_that_does_not_answer() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let key = SigningKey::generate();
+        servers.set(hub(), answer(hub(), &[&key], json!({}), NOW - 1));
+        let ring = keyring(&servers, &store, &clock);
+        for _ in 0..20 {
+            assert!(!has(&ring, key.id(), Validity::Now).await);
+            assert!(!has(&ring, "ed25519:other", Validity::Now).await);
+        }
+        assert_eq!(servers.fetches(), 1);
+        let error = ring.keys_for(hub(), &[key.id()], Validity::Now).await.unwrap_err();
+        assert!(error.to_string().contains("valid_until_ts"), "{error}");
+        // What was made while it was valid can be checked all the same.
+        assert!(has(&ring, key.id(), Validity::At(NOW - 2)).await);
+        servers.set(hub(), answer(hub(), &[&key], json!({}), NOW + DAY));
+        clock.advance(RETRY_MS);
+        assert!(has(&ring, key.id(), Validity::Now).await);
+        assert_eq!(servers.fetches(), 2);
+        // The same of one whose answers are valid for a moment only.
+        servers.set(hub(), answer(hub(), &[&key], json!({}), NOW + DAY + 2));
+        clock.advance(DAY + 1 - RETRY_MS);
+        for _ in 0..20 {
+            assert!(has(&ring, key.id(), Validity::Now).await);
+        }
+        clock.advance(2);
+        for _ in 0..20 {
+            assert!(!has(&ring, key.id(), Validity::Now).await);
+        }
+        assert_eq!(servers.fetches(), 3);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn hc_07_answers_that_prove_nothing_are_refused() {
     both_stores(|store| async move {
         let (key, other) = (SigningKey::generate(), SigningKey::generate());

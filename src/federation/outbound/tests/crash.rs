@@ -96,11 +96,11 @@ async fn a_stop_waits_for_what_is_on_its_way() {
 #[tokio::test]
 async fn what_may_have_arrived_of_a_transaction_that_was_split_is_looked_for_after_a_crash_too() {
     both_databases(|url| async move {
-        let (feeds, lpdus) = (Arc::new(Feeds::default()), feed(FeedKind::Lpdus, "!a:eigen.example"));
+        let (feeds, lpdus) = (Arc::new(Feeds::default()), feed(FeedKind::Lpdus, "!a:late-eigen.example"));
         let store = Store::open(&url).await.unwrap();
-        fill(&store, &feeds, &lpdus, 1..7, &["eigen.example"]).await;
+        fill(&store, &feeds, &lpdus, 1..7, &["late-eigen.example"]).await;
         let taken = Arc::new(Mutex::new(Vec::new()));
-        // It takes two, breaks at the third, and dies when it gets them one by one.
+        // Its keys come late, so it gets all at once. It takes two, breaks at the third, and dies when it gets them one by one.
         let stops = stops_at(3, 400, taken.clone());
         let mut world = World::new(&store, &feeds, move |server, uri, body| {
             if body["pdus"].as_array().unwrap().len() > 1 { stops(server, uri, body) } else { never() }
