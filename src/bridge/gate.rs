@@ -5,14 +5,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use futures::FutureExt as _;
 use ruma::{OwnedRoomId, OwnedUserId, UserId};
 
 use super::carry::{is_public, stranger};
 use super::core::Core;
 use super::portal::{Portal, PortalKind};
 use super::registry::Entry;
-use super::side::{MEMBER, State};
+use super::side::{Event, MEMBER, State};
 use super::translate::member_content;
 use super::users::Who;
 use super::{access, acl, loops, repair};
@@ -112,12 +111,11 @@ async fn join_at_hub(core: &Arc<Core>, entry: &Arc<Entry>, ghost: &UserId, conte
     }
     let content = member_content(content, "join");
     let (room_id, via, user) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
-    let join = core.tasks.spawn(async move { lm.join(&room_id, &user, &via, content).await });
-    // Whatever comes of it: who is refused here is not to stay there.
-    let late = Late { core: core.clone(), portal: portal.clone(), ghost: ghost.to_owned(), spared };
-    let mut join = join.map(|joined| {
-        joined.unwrap_or_else(|_| Err(Refusal::Internal("the join at the hub was broken off".to_owned())))
-    });
+    let joining = core.clone();
+    let mut join =
+        Box::pin(async move { joining.in_task(async move { lm.join(&room_id, &user, &via, content).await }).await });
+    // Whatever comes of it: who is refused here is not to stay there. Of a join that outlives this process its echo tells.
+    let late = Late { core: core.clone(), entry: entry.clone(), ghost: ghost.to_owned(), spared };
     match tokio::time::timeout(HUB_PATIENCE, &mut join).await {
         Ok(Ok(_)) => {
             look_back(core, entry, late.spared);
@@ -139,7 +137,7 @@ async fn join_at_hub(core: &Arc<Core>, entry: &Arc<Entry>, ghost: &UserId, conte
 /// A ghost's join for which nobody waits any more.
 struct Late {
     core: Arc<Core>,
-    portal: Arc<Portal>,
+    entry: Arc<Entry>,
     ghost: OwnedUserId,
     spared: Spared,
 }
@@ -148,18 +146,35 @@ impl Late {
     /// Has the ghost leave, unless it is certain that it has not come and will not. A leave goes the same way to the hub as
     /// the join and after it, so that also one that is still on its way is left again.
     async fn leave_again(self, joined: Result<Appended, Refusal>) {
-        let Self { core, portal, ghost, spared } = self;
+        let Self { core, entry, ghost, spared } = self;
+        let portal = entry.portal();
+        let mut failed = false;
         if !joined.as_ref().is_err_and(|refusal| !refusal.is_transient()) {
             let left = match core.sides() {
                 Ok(sides) => sides.lm.leave(&portal.lm_room_id, &ghost, std::slice::from_ref(&portal.lm_hub)).await,
                 Err(refusal) => Err(refusal),
             };
             if let Err(refusal) = left {
+                failed = true;
                 tracing::warn!(portal = portal.portal_id, %ghost, %refusal, "a late join could not be left again");
             }
         }
         drop(spared);
+        if failed {
+            repair::soon(&core, &entry);
+        }
     }
+}
+
+/// Whether an event is a ghost's join at a foreign hub for which no handshake waits: that was refused meanwhile, or was before
+/// a restart. Repair looks whether the ghost is to stay.
+pub(super) fn is_stray(core: &Core, portal: &Portal, event: &Event) -> bool {
+    let joins = |(user, membership): (OwnedUserId, &str)| user == event.sender && membership == "join";
+    if portal.kind != PortalKind::FromLm || event.lpdu_id.is_none() || !event.membership().is_some_and(joins) {
+        return false;
+    }
+    let key = (event.room_id.clone(), event.sender.clone());
+    !core.joining.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&key)
 }
 
 /// Looks a while later whether the join for which the ghost joined has come; repair makes the ghost leave if not.

@@ -14,7 +14,7 @@ use super::portal::Portal;
 use super::registry::Entry;
 use super::side::Event;
 use super::users::Who;
-use super::{access, carry, effect, ends, repair, translate};
+use super::{access, carry, effect, ends, gate, repair, translate};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -91,7 +91,7 @@ impl Inbox {
         let takes = |seq: i64, sender: &UserId| self.left.takes(seq, sender, again.as_ref());
         let mut sorted = sort(core, portal, source, rows, lpdus, takes).await?;
         effect::sorted_out(core, portal, source, sorted.out).await?;
-        if sorted.may_end {
+        if sorted.may_end || sorted.strays {
             repair::soon(core, entry);
         }
         if sorted.echoes {
@@ -189,6 +189,7 @@ impl Inbox {
                 item.retry_at = now;
             }
             item.blocked_since = item.blocked_since.map(|since| since.min(now));
+            item.row.received_ts = item.row.received_ts.min(now);
         }
     }
 
@@ -258,6 +259,8 @@ struct Sorted {
     echoes: bool,
     /// Whether an event among them may end the portal.
     may_end: bool,
+    /// Whether a ghost among them has joined for nobody.
+    strays: bool,
 }
 
 /// What is to be done with rows, as far as `takes` takes them. `seen` are the LPDUs of those that wait already: a hub may
@@ -281,7 +284,7 @@ async fn sort(
     let lpdus: Vec<OwnedEventId> = events.iter().filter_map(|(_, event)| event.as_ref()?.lpdu_id.clone()).collect();
     let crossed = images::of_sources(store, source, &ids).await?;
     let twice = if lpdus.is_empty() { Default::default() } else { images::of_lpdus(store, &lpdus).await? };
-    let mut sorted = Sorted { items: VecDeque::new(), out: Vec::new(), echoes: false, may_end: false };
+    let mut sorted = Sorted { items: VecDeque::new(), out: Vec::new(), echoes: false, may_end: false, strays: false };
     for (row, event) in events {
         let Some(event) = event else {
             tracing::error!(portal = portal.portal_id, event = %row.event_id, "an accepted event is not in the store");
@@ -302,6 +305,7 @@ async fn sort(
         match core.users.who(store, source, &event.sender).await? {
             // INV-7: what the gateway itself made is never translated back.
             Who::Ghost { .. } | Who::Bot => {
+                sorted.strays |= gate::is_stray(core, portal, &event) && !is_image(core, source, &event).await?;
                 let echo = event.lpdu_id.clone().map_or(Out::Done, Out::Echo);
                 sorted.echoes |= matches!(echo, Out::Echo(_));
                 sorted.out.push((row, echo));
@@ -316,6 +320,13 @@ async fn sort(
         }
     }
     Ok(sorted)
+}
+
+/// Whether the echo of an LPDU is that of an image.
+async fn is_image(core: &Core, source: Side, event: &Event) -> Result<bool, Refusal> {
+    let Some(lpdu_id) = &event.lpdu_id else { return Ok(false) };
+    let images = images::of_images(&core.context.store, source.other(), std::slice::from_ref(lpdu_id)).await?;
+    Ok(!images.is_empty())
 }
 
 /// Whether an event may cross as far as its type and its sender's server go.

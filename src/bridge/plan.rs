@@ -146,7 +146,8 @@ impl Plan<'_> {
                 .may_remove(self.following, user, Action::Kick)
                 .then(|| self.fix(self.authority.other(), self.member(self.bot, user, "leave"))),
             ("leave" | "invite", "join") => self.newcomer(&self.following.member(user)?, user, ghost),
-            ("join", "leave" | "ban") => self.leave(self.authority, "join", ghost),
+            // Who is only invited has not come: the join for which the ghost joined was refused.
+            ("join", "leave" | "ban" | "invite" | "knock") => self.leave(self.authority, "join", ghost),
             _ => None,
         }
     }

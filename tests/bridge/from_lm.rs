@@ -198,7 +198,7 @@ async fn a_room_whose_hub_shares_graphs_is_refused_in_words_that_reach_who_asked
 }
 
 /// Has the LM server take nothing from the gateway, and say so, until it is told otherwise.
-fn go_away(world: &World) -> Arc<AtomicBool> {
+pub fn go_away(world: &World) -> Arc<AtomicBool> {
     let away = Arc::new(AtomicBool::new(true));
     let kept = away.clone();
     *world.server.meddler.lock().unwrap() = Some(Arc::new(move |request, next| {
@@ -235,6 +235,39 @@ async fn hc_39_a_join_that_was_refused_because_the_hub_was_away_is_left_again_wh
     so("the late join and its end", || async { memberships().await == ["join", "leave"] }).await;
     so("both states in step", || gateway.in_step(&portal)).await;
     assert_eq!(gateway.matrix_member(&portal.matrix_room_id, world.matrix_user("alice").as_str()).await, None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_39_a_join_that_is_on_its_way_when_the_gateway_dies_is_left_again_when_it_comes() {
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = room(&world, "public").await;
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    let away = go_away(&world);
+    let (alice, alices) = (world.matrix_user("alice"), ghost(Side::Matrix, "alice"));
+    let failures = |gateway: &Gateway| {
+        let outbound = gateway.node.context.outbound.clone();
+        async move { outbound.status().await.unwrap().iter().map(|queue| queue.failures).max().unwrap_or(0) }
+    };
+    tokio::select! {
+        _ = world.matrix_join(&gateway, &portal.matrix_room_id, &alice) => panic!("the hub is away"),
+        () = so("the join on its way", || async { failures(&gateway).await > 0 }) => {}
+    }
+    let gateway = world.kill(gateway).await;
+    // What is done at the start is done, and the join still has not come.
+    so("the hub asked again", || async { failures(&gateway).await > 1 }).await;
+    assert!(gateway.in_step(&portal).await);
+    away.store(false, Ordering::SeqCst);
+    let memberships = || async {
+        gateway.node.context.outbound.retry(LM.try_into().unwrap());
+        let log = world.server.log(&lm).await;
+        let hers = log.into_iter().filter(|event| event.event.state_key.as_deref() == Some(&alices));
+        hers.map(|event| event.event.content()["membership"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    so("the late join and its end", || async { memberships().await == ["join", "leave"] }).await;
+    so("both states in step", || gateway.in_step(&portal)).await;
+    assert_eq!(gateway.matrix_member(&portal.matrix_room_id, alice.as_str()).await, None);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

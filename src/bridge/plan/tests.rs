@@ -125,6 +125,7 @@ fn members_follow_the_authority_as_far_as_the_gateway_can() {
         (&[], &bob("join"), vec![fix("matrix", "@lm_bob_l:g", "join", "@lm_bob_l:g")]),
         // A join is never forged: the ghost of one who is not there leaves.
         (&bob_ghost("join", "@lm_bob_l:g"), &bob("leave"), vec![fix("matrix", "@lm_bob_l:g", "leave", "@lm_bob_l:g")]),
+        (&bob_ghost("join", "@lm_bob_l:g"), &bob("invite"), vec![fix("matrix", "@lm_bob_l:g", "leave", "@lm_bob_l:g")]),
         (&bob_ghost("join", "@lm_bob_l:g"), &bob("join"), vec![]),
         (&bob_ghost("invite", "@alice:h"), &bob("invite"), vec![]),
     ] {
