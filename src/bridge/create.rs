@@ -2,7 +2,9 @@
 //! a crash in the middle is taken up at the next start.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
@@ -19,11 +21,16 @@ use crate::refusal::Refusal;
 use crate::store::portals::{self, PortalRow};
 
 type Outcome = Result<Arc<Portal>, Refusal>;
+type Running = Shared<BoxFuture<'static, Outcome>>;
+
+/// When it is tried again to write down how a making came out, at first and at last.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// The portals that are being made of LM rooms: one creation in flight for each.
 #[derive(Default)]
 pub(super) struct Creations {
-    running: Mutex<HashMap<OwnedRoomId, Shared<BoxFuture<'static, Outcome>>>>,
+    running: Mutex<HashMap<OwnedRoomId, Running>>,
 }
 
 /// Makes both rooms and the portal between them.
@@ -49,7 +56,7 @@ pub(super) async fn create_portal(core: &Arc<Core>, new: NewPortal) -> Outcome {
     let row = begin(core, row).await?;
     let making = core.clone();
     // Whoever asked may go away; what was begun is finished.
-    core.in_task(async move { finish_or_end(&making, row).await }).await
+    core.in_task(async move { finish(&making, row).await }).await
 }
 
 /// Joins an LM room at its hub and makes the Matrix room of it.
@@ -126,7 +133,7 @@ pub(super) fn resume(core: &Arc<Core>, rows: Vec<PortalRow>) {
             }
             None => {
                 let making = core.clone();
-                core.spawn(async move { drop(finish_or_end(&making, row).await) });
+                core.spawn(async move { drop(finish(&making, row).await) });
             }
         }
     }
@@ -160,20 +167,30 @@ pub(super) async fn add_alias(core: &Core, localpart: &str, number: i64) -> Resu
     Ok(())
 }
 
-fn lock(core: &Core) -> MutexGuard<'_, HashMap<OwnedRoomId, Shared<BoxFuture<'static, Outcome>>>> {
+fn lock(core: &Core) -> MutexGuard<'_, HashMap<OwnedRoomId, Running>> {
     core.creations.running.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Shared<BoxFuture<'static, Outcome>> {
+fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Running {
     let (making, waiting) = (core.clone(), core.clone());
     let task = async move {
         let begun = if row.number == 0 { begin(&making, row).await } else { Ok(row) };
-        let outcome = match begun {
-            Ok(row) => finish_or_end(&making, row).await,
-            Err(refusal) => Err(refusal),
+        let made = match begun {
+            Ok(row) => make(&making, row).await,
+            Err(refusal) => {
+                lock(&making).remove(&room_id);
+                return Err(refusal);
+            }
         };
-        lock(&making).remove(&room_id);
-        outcome
+        let outcome = conclude(&making, &made).await;
+        let again = outcome.is_err().then(|| again(&making, made.clone()));
+        let mut running = lock(&making);
+        match again {
+            // Who asks for the same room meanwhile waits for that.
+            Some(again) => running.insert(room_id, again),
+            None => running.remove(&room_id),
+        };
+        outcome.unwrap_or_else(|failure| Err(made.refusal.unwrap_or(failure)))
     };
     async move { waiting.in_task(task).await }.boxed().shared()
 }
@@ -205,21 +222,73 @@ async fn begin(core: &Core, row: PortalRow) -> Result<PortalRow, Refusal> {
     Ok(PortalRow { number, ..row })
 }
 
-/// Makes what is still missing. When that fails, the row ends; the next who asks begins anew.
-async fn finish_or_end(core: &Arc<Core>, row: PortalRow) -> Outcome {
+/// How a making came out, which is to be written down.
+#[derive(Clone)]
+struct Made {
+    row: PortalRow,
+    /// Why there is no portal. The row ends then, and the next who asks begins anew.
+    refusal: Option<Refusal>,
+}
+
+/// Makes what is still missing.
+async fn make(core: &Arc<Core>, row: PortalRow) -> Made {
     let mut row = row;
-    let made = match row.kind.as_str() {
-        "from_lm" => from_lm::make(core, &mut row).await,
-        _ => make_both(core, &mut row).await,
-    };
-    match made {
-        Ok(()) => activate(core, row).await,
-        Err(refusal) => {
-            tracing::warn!(portal = row.number, %refusal, "a portal could not be made");
-            end(core, &mut row, &refusal).await?;
-            Err(refusal)
+    // In boxes, here and below: futures inside each other get too deep for the compiler.
+    let making = AssertUnwindSafe(Box::pin(async {
+        match row.kind.as_str() {
+            "from_lm" => from_lm::make(core, &mut row).await,
+            _ => make_both(core, &mut row).await,
         }
+    }));
+    let made = making.catch_unwind().await;
+    let refusal = made.unwrap_or_else(|_| Err(Refusal::Internal("the making of a portal panicked".to_owned()))).err();
+    if let Some(refusal) = &refusal {
+        tracing::warn!(portal = row.number, %refusal, "a portal could not be made");
     }
+    Made { row, refusal }
+}
+
+/// Writes down how a making came out; an error when it could not be written.
+async fn conclude(core: &Arc<Core>, made: &Made) -> Result<Outcome, Refusal> {
+    let row = made.row.clone();
+    match &made.refusal {
+        None => Box::pin(activate(core, row)).await.map(Ok),
+        Some(refusal) => Box::pin(end(core, row, refusal)).await.map(|()| Err(refusal.clone())),
+    }
+}
+
+/// Goes on writing that down, until it is written: until then a portal is neither made nor may it be made again.
+fn again(core: &Arc<Core>, made: Made) -> Running {
+    let (inner, waiting) = (core.clone(), core.clone());
+    let task = async move {
+        let mut pause = FIRST_PAUSE;
+        let outcome = loop {
+            tokio::time::sleep(pause).await;
+            match conclude(&inner, &made).await {
+                Ok(outcome) => break outcome,
+                Err(refusal) => {
+                    tracing::warn!(portal = made.row.number, %refusal, "how a portal came out could not be written down");
+                }
+            }
+            pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
+        };
+        if let Some(room_id) = made.row.lm_room_id.as_ref().filter(|_| made.row.kind == "from_lm") {
+            lock(&inner).remove(room_id);
+        }
+        outcome
+    };
+    let running = async move { waiting.in_task(task).await }.boxed().shared();
+    core.spawn(running.clone().map(drop));
+    running
+}
+
+/// Makes what is still missing of a portal that nobody else asks for.
+async fn finish(core: &Arc<Core>, row: PortalRow) -> Outcome {
+    let made = make(core, row).await;
+    conclude(core, &made).await.unwrap_or_else(|failure| {
+        drop(again(core, made.clone()));
+        Err(made.refusal.unwrap_or(failure))
+    })
 }
 
 async fn make_both(core: &Arc<Core>, row: &mut PortalRow) -> Result<(), Refusal> {
@@ -251,7 +320,7 @@ pub(super) async fn save(core: &Core, row: &mut PortalRow, change: impl FnOnce(&
     Ok(())
 }
 
-async fn activate(core: &Arc<Core>, row: PortalRow) -> Outcome {
+async fn activate(core: &Arc<Core>, row: PortalRow) -> Result<Arc<Portal>, Refusal> {
     let aliases: Vec<String> = row
         .alias
         .clone()
@@ -294,7 +363,7 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Outcome {
     Ok(entry.portal())
 }
 
-async fn end(core: &Core, row: &mut PortalRow, refusal: &Refusal) -> Result<(), Refusal> {
+async fn end(core: &Core, mut row: PortalRow, refusal: &Refusal) -> Result<(), Refusal> {
     row.state = "ended".to_owned();
     row.reason = Some(refusal.to_string());
     // First, or what is accepted meanwhile would be kept for nobody.
@@ -303,14 +372,13 @@ async fn end(core: &Core, row: &mut PortalRow, refusal: &Refusal) -> Result<(), 
             core.registry.unwatch(side, room);
         }
     }
-    let stored = row.clone();
     core.context
         .store
         .write(move |tx| {
             Box::pin(async move {
-                portals::update(tx, &stored).await?;
-                portals::remove_aliases(tx, stored.number).await?;
-                for (side, room) in [(Side::Matrix, &stored.matrix_room_id), (Side::Lm, &stored.lm_room_id)] {
+                portals::update(tx, &row).await?;
+                portals::remove_aliases(tx, row.number).await?;
+                for (side, room) in [(Side::Matrix, &row.matrix_room_id), (Side::Lm, &row.lm_room_id)] {
                     if let Some(room) = room {
                         crate::store::inbox::clear(tx, side, room).await?;
                     }

@@ -287,3 +287,51 @@ async fn inv_5_an_lpdu_that_its_hub_appends_twice_while_it_waits_crosses_once_an
     let refusals = gateway.bridge.health(&portal.portal_id).await.unwrap().refusals;
     assert!(refusals.iter().all(|refused| refused.code == "not_bridged"), "{refusals:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_portal_whose_making_could_not_be_written_down_is_made_when_the_database_is_well_again() {
+    use isthmus::bridge::{NewPortal, PortalState};
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = super::from_lm::room(&world, "public").await;
+    let via = [LM.try_into().unwrap()];
+    let ask = || gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin);
+    let active = |count: usize| {
+        let bridge = gateway.bridge.clone();
+        async move {
+            let portals = bridge.portals(None, 10).await.unwrap();
+            portals.iter().filter(|portal| portal.state == PortalState::Active).count() == count
+        }
+    };
+    world.break_portals("active").await;
+    assert_eq!(ask().await.map(drop).unwrap_err().code(), "internal");
+    let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };
+    assert_eq!(gateway.bridge.create_portal(new).await.map(drop).unwrap_err().code(), "internal");
+    assert!(active(0).await);
+    // Who asks again waits for the same portal.
+    let (again, ()) = tokio::join!(ask(), world.mend_inserts("bridge_portals"));
+    let portal = again.unwrap();
+    so("both portals", || active(2)).await;
+    world.lm_say(&lm, "hubert", "hello").await;
+    so("hello across", || async { gateway.matrix_bodies(&portal.matrix_room_id).await.len() == 1 }).await;
+    assert_eq!(gateway.bridge.portals(None, 10).await.unwrap().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_portal_whose_failure_could_not_be_written_down_can_be_asked_for_when_the_database_is_well_again() {
+    let (world, gateway) = World::new(json!({})).await;
+    let gone: ruma::OwnedRoomId = format!("!gone:{}", super::world::DEAD).try_into().unwrap();
+    let via = [super::world::DEAD.try_into().unwrap()];
+    let ask = || gateway.bridge.portal_from_lm(&gone, &via, None, Cause::Admin);
+    let rows = || async {
+        let sql = "SELECT state, COUNT(*) FROM bridge_portals GROUP BY state ORDER BY state";
+        sqlx::query_as::<_, (String, i64)>(sql).fetch_all(gateway.node.context.store.reader()).await.unwrap()
+    };
+    world.break_portals("ended").await;
+    let refusal = ask().await.map(drop).unwrap_err();
+    assert_eq!(refusal.code(), "remote", "the reason, and not that it could not be written down: {refusal}");
+    assert_eq!(rows().await, [("creating".to_owned(), 1)]);
+    world.mend_inserts("bridge_portals").await;
+    so("the end", || async { rows().await == [("ended".to_owned(), 1)] }).await;
+    assert_eq!(ask().await.map(drop).unwrap_err().code(), "remote", "it is tried anew");
+    assert_eq!(rows().await, [("ended".to_owned(), 2)]);
+}

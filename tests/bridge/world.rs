@@ -187,6 +187,15 @@ impl World {
         self.sql(&trigger).await;
     }
 
+    /// From now on the gateway's database refuses to write down that a portal is so.
+    pub async fn break_portals(&self, state: &str) {
+        let trigger = format!(
+            "CREATE TRIGGER broken_bridge_portals BEFORE UPDATE ON bridge_portals WHEN NEW.state = '{state}' \
+             BEGIN SELECT RAISE(ABORT, 'broken for the test'); END"
+        );
+        self.sql(&trigger).await;
+    }
+
     /// It takes them again.
     pub async fn mend_inserts(&self, table: &str) {
         self.sql(&format!("DROP TRIGGER broken_{table}")).await;
@@ -210,7 +219,7 @@ impl World {
         !self.clock.2.lock().unwrap().is_empty()
     }
 
-    /// Moves everybody's clock on.
+    /// Moves everybody's clock on, or back.
     pub fn advance(&self, ms: i64) {
         self.clock.1.fetch_add(ms, Ordering::SeqCst);
     }
