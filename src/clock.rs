@@ -12,6 +12,12 @@ pub trait Clock: Send + Sync + 'static {
 /// A clock that everybody shares.
 pub type SharedClock = Arc<dyn Clock>;
 
+/// Whether less than `ms` have gone by since `since`. What is in the future was noted before the clock was set back, and
+/// nobody knows how long ago: it counts as long ago, or whatever goes by it would wait until the clock has caught up.
+pub fn is_recent(since: i64, now_ms: i64, ms: i64) -> bool {
+    (0..ms).contains(&now_ms.saturating_sub(since))
+}
+
 /// The machine's clock.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock;
@@ -44,5 +50,17 @@ impl ManualClock {
 impl Clock for ManualClock {
     fn now_ms(&self) -> i64 {
         self.0.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_in_the_future_is_not_recent() {
+        for (since, recent) in [(0, false), (1, true), (10, true), (11, false), (i64::MAX, false), (i64::MIN, false)] {
+            assert_eq!(is_recent(since, 10, 10), recent, "{since}");
+        }
     }
 }

@@ -29,6 +29,7 @@ use self::ping::{Pinger, Status};
 use self::portals::{OfBridge, Portals};
 pub use self::registration::{Registered, Registration, RegistrationError, misses_tls, own_url, register};
 pub use self::token::{Bearer, Token};
+pub use self::worker::LONGEST_PAUSE_MS;
 use self::worker::{Chats, Worker};
 use crate::bridge::Bridge;
 use crate::clock::SharedClock;

@@ -24,6 +24,11 @@ use crate::store::{Store, StoreError};
 
 /// How often a thing is tried.
 const ATTEMPTS: i64 = 12;
+/// The first pause between two tries, in milliseconds, and how often it is doubled.
+const FIRST_PAUSE_MS: i64 = 1_000;
+const DOUBLINGS: i64 = 9;
+/// The longest pause between two tries, in milliseconds.
+pub const LONGEST_PAUSE_MS: i64 = FIRST_PAUSE_MS << DOUBLINGS;
 /// How many things are taken from the store at once.
 const BATCH: i64 = 50;
 /// How long the worker sleeps at most.
@@ -137,7 +142,7 @@ impl Worker {
                 "done"
             }
             Err(error) if error.is_transient() && row.attempts < ATTEMPTS => {
-                let due = now.saturating_add(1000 << row.attempts.clamp(0, 9));
+                let due = now.saturating_add(FIRST_PAUSE_MS << row.attempts.clamp(0, DOUBLINGS));
                 tracing::info!(seq, %error, "what a homeserver's event asks for is tried again later");
                 self.store.write(move |tx| Box::pin(async move { rows::put_off(tx, seq, due).await })).await?;
                 "put_off"

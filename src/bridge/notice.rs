@@ -12,6 +12,7 @@ use super::loops;
 use super::portal::Portal;
 use super::side::{Event, MEMBER};
 use super::translate::MAPPED_STATE;
+use crate::clock::is_recent;
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -61,11 +62,11 @@ impl Notices {
         if told.senders.len() > REMEMBERED {
             *told = Told::default();
         }
-        if told.senders.get(&key).is_some_and(|at| now.saturating_sub(*at) < SAME_EVERY_MS) {
+        if told.senders.get(&key).is_some_and(|at| is_recent(*at, now, SAME_EVERY_MS)) {
             return false;
         }
         let minute = told.portals.entry(key.0).or_default();
-        minute.retain(|at| now.saturating_sub(*at) < 60_000);
+        minute.retain(|at| is_recent(*at, now, 60_000));
         if minute.len() >= A_MINUTE {
             return false;
         }

@@ -15,6 +15,7 @@ use super::side::State;
 use super::users::{Known, Who};
 use super::{access, acl, effect, ends, loops};
 use crate::admin::metrics;
+use crate::clock::is_recent;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
@@ -53,7 +54,7 @@ impl Repairs {
     fn allow(&self, number: i64, draft: &Draft, now: i64) -> bool {
         let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
         done.retain(|_, times| {
-            times.retain(|at| now.saturating_sub(*at) < 60_000);
+            times.retain(|at| is_recent(*at, now, 60_000));
             !times.is_empty()
         });
         let key = (number, draft.kind.clone(), draft.state_key.clone().unwrap_or_default());

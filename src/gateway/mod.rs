@@ -76,6 +76,7 @@ pub async fn context(config: Config, clock: SharedClock) -> Result<Context, Gate
 
 async fn context_on(store: Store, config: Config, clock: SharedClock) -> Result<Context, GatewayError> {
     let signing_key = Arc::new(SigningKey::load_or_generate(&config.signing_key)?);
+    housekeeping::bring_back(&store, &*clock).await?;
     let server_name = config.server_name.clone();
     let options = ClientOptions {
         custom_ca: config.federation.custom_ca.clone(),
@@ -155,6 +156,7 @@ impl Gateway {
         );
         let chores = CancellationToken::new();
         tokio::spawn(chores.clone().run_until_cancelled_owned(housekeeping::run(context.clone())));
+        tokio::spawn(chores.clone().run_until_cancelled_owned(housekeeping::watch_clock(context.clone())));
         Ok(Self { context, bridge, appservice, public, admin, chores })
     }
 

@@ -24,7 +24,7 @@ use crate::store::StoreError;
 use crate::store::lm::{self as stored, Counts, Hole};
 
 /// When what is missing is tried again, in milliseconds after the time before. The last is repeated without end.
-const AGAIN_MS: [i64; 7] = [2_000, 10_000, 2 * 60_000, 15 * 60_000, 3_600_000, 6 * 3_600_000, 24 * 3_600_000];
+pub const AGAIN_MS: [i64; 7] = [2_000, 10_000, 2 * 60_000, 15 * 60_000, 3_600_000, 6 * 3_600_000, 24 * 3_600_000];
 /// From which try on a hub that cannot be asked counts like one that will not give what is missing.
 pub(super) const LAST_TRY: i64 = 2;
 /// How much a room remembers of each kind.

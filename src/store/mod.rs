@@ -24,6 +24,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 pub mod text;
+pub mod times;
 pub mod transactions;
 mod writer;
 

@@ -23,6 +23,7 @@ use super::portal::Portal;
 use super::registry::Entry;
 use super::{budget, effect, repair};
 use crate::admin::metrics;
+use crate::clock::is_recent;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::store::{images, inbox as stored};
@@ -201,7 +202,7 @@ impl Worker {
         let limit = self.core.context.config.budgets.backlog;
         if !self.inbox.is_full(usize::try_from(limit).unwrap_or(usize::MAX)) {
             self.core.pauses.waiting(self.entry.number, &portal.lm_hub, 0, limit);
-        } else if now.saturating_sub(self.counted_at) >= COUNT_EVERY_MS {
+        } else if !is_recent(self.counted_at, now, COUNT_EVERY_MS) {
             self.counted_at = now;
             let (count, _) = stored::backlog(&self.core.context.store, Side::Lm, &portal.lm_room_id).await?;
             self.core.pauses.waiting(self.entry.number, &portal.lm_hub, count, limit);

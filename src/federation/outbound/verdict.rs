@@ -112,6 +112,14 @@ pub(super) fn backoff(failures: i64, random: f64) -> Duration {
     delay.mul_f64(0.8 + 0.2 * random.clamp(0.0, 1.0))
 }
 
+/// How long a destination is still left alone that was not to be tried before a time. One that is further off than it can
+/// be was noted before the clock was set back, and nobody knows how long ago.
+pub(super) fn still_alone(retry_at: i64, now_ms: i64, failures: i64) -> Duration {
+    let left = Duration::from_millis(u64::try_from(retry_at.saturating_sub(now_ms)).unwrap_or(0));
+    let longest = backoff(failures, 1.0).max(LONGEST_ASKED);
+    if left <= longest { left } else { Duration::ZERO }
+}
+
 /// How long a destination that has failed so wants to be left alone, within reason: where it is overloaded or unwell.
 pub(super) fn asked_for(error: &RemoteError) -> Duration {
     match error {
@@ -140,6 +148,24 @@ mod tests {
         let late = judge(&Failure { error: &error, events, linearized, tries, lasting });
         assert!(soon == late || (soon, late) == (Verdict::Retry, Verdict::GiveUp), "{soon:?} {late:?}");
         late
+    }
+
+    #[test]
+    fn a_destination_is_not_left_alone_for_longer_than_it_can_be() {
+        let hours = |hours: i64| hours * 3_600_000;
+        for (failures, retry_at, left) in [
+            (1, 0, 0),
+            (1, 5, 5),
+            (1, hours(1), hours(1)),
+            (1, hours(1) + 1, 0),
+            (1, hours(24), 0),
+            (20, hours(6), hours(6)),
+            (20, hours(24), 0),
+            (20, i64::MAX, 0),
+        ] {
+            let still = still_alone(retry_at, 0, failures);
+            assert_eq!(still.as_millis(), u128::try_from(left).unwrap(), "{failures} {retry_at}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::compose::{Composed, Composer, Part, Transaction, part_rows};
 use super::slot::{News, Slot};
-use super::verdict::{Failure, Verdict, asked_for, backoff, judge, may_be_about_events};
+use super::verdict::{Failure, Verdict, asked_for, backoff, judge, may_be_about_events, still_alone};
 use super::wire::Envelope;
 use super::{Feed, Shared, lock};
 use crate::event::Object;
@@ -133,8 +133,8 @@ impl<'a> Worker<'a> {
         let name = self.destination.as_str();
         if let Some(failure) = rows::failure(&self.shared.store, name).await? {
             self.failures = failure.failures;
-            let left = failure.retry_at.saturating_sub(self.shared.clock.now_ms());
-            self.pause_until_heard(Duration::from_millis(u64::try_from(left).unwrap_or(0))).await;
+            let left = still_alone(failure.retry_at, self.shared.clock.now_ms(), failure.failures);
+            self.pause_until_heard(left).await;
         }
         let Some(row) = rows::inflight(&self.shared.store, name).await? else { return Ok(None) };
         let (doubtful, parts): (Vec<PartRow>, Vec<PartRow>) = row.parts.into_iter().partition(|part| part.doubtful);

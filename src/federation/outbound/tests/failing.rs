@@ -75,7 +75,7 @@ async fn a_destination_that_is_heard_of_is_tried_at_once() {
         let hours = SystemClock.now_ms() + 5 * 3_600_000;
         let row = rows::FailureRow {
             destination: "a.example".to_owned(),
-            failures: 15,
+            failures: 16,
             retry_at: hours,
             last_error: "away".to_owned(),
         };
@@ -84,7 +84,7 @@ async fn a_destination_that_is_heard_of_is_tried_at_once() {
         world.queues.start().await.unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(world.seen.try_recv().is_err(), "tried before its time");
-        assert_eq!(world.queues.status().await.unwrap()[0].failures, 15);
+        assert_eq!(world.queues.status().await.unwrap()[0].failures, 16);
         world.queues.retry(server_name!("other.example"));
         world.queues.retry(server_name!("a.example"));
         assert_eq!(world.next().await.numbers(), [1]);
