@@ -1,5 +1,6 @@
 //! What operators do with portals: invites, power, announcements, health, and where an event is.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ruma::{EventId, OwnedEventId, OwnedUserId, UserId};
@@ -19,7 +20,7 @@ use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::Outgoing;
 use crate::store::images::{self, ImageRow, RefusalRow};
-use crate::store::{inbox, lm};
+use crate::store::{inbox, lm, portals as stored};
 
 /// How many refusals are shown.
 const REFUSALS: i64 = 50;
@@ -108,10 +109,11 @@ pub struct Explanation {
     pub sender: OwnedUserId,
     /// Its type.
     pub kind: String,
-    /// The portal of the room, when there is one.
+    /// The portal of the room, when there is one; else the last that has ended, as long as its row is kept.
     pub portal_id: Option<String>,
     /// What has become of it, as one word: `image` (it is one), `crossed`, `pending`, `refused`, `waiting`, `local`
-    /// (nothing is to become of it), or `unknown` (so old that the record of its refusal may be gone).
+    /// (nothing is to become of it), or `unknown` (what became of it is forgotten: its portal has ended, or it is so old that
+    /// the record of its refusal may be gone).
     pub status: &'static str,
     /// The event across: its image, or the source that it is the image of.
     pub across: Option<OwnedEventId>,
@@ -123,21 +125,52 @@ pub struct Explanation {
     pub waiting_since: Option<i64>,
 }
 
-/// The portal with this ID.
-pub(super) fn entry(core: &Core, portal_id: &str) -> Result<Arc<Entry>, Refusal> {
+/// The portal with this ID, if it has not ended.
+pub(super) async fn entry(core: &Core, portal_id: &str) -> Result<Arc<Entry>, Refusal> {
     let found = number_of(portal_id).and_then(|number| core.registry.get(number));
-    found.ok_or_else(|| Refusal::NotFound(format!("the portal {portal_id}")))
+    if let Some(entry) = found {
+        return Ok(entry);
+    }
+    let portal = known(core, portal_id).await?;
+    let reason = portal.reason.as_deref().unwrap_or("no reason is recorded");
+    Err(Refusal::Forbidden(format!("the portal {portal_id} has ended: {reason}")))
+}
+
+/// The portal with this ID, also one that has ended, as long as its row is kept.
+pub(super) async fn known(core: &Core, portal_id: &str) -> Result<Arc<Portal>, Refusal> {
+    find(core, portal_id).await?.ok_or_else(|| Refusal::NotFound(format!("the portal {portal_id}")))
+}
+
+/// The same, if there is one.
+pub(super) async fn find(core: &Core, portal_id: &str) -> Result<Option<Arc<Portal>>, Refusal> {
+    let Some(number) = number_of(portal_id) else { return Ok(None) };
+    let found = portals(core, number.saturating_sub(1), 1).await?.pop();
+    Ok(found.filter(|portal| portal.number() == number))
+}
+
+/// The portals after a number, in the order of their making. Those that have ended are in the store alone.
+pub(super) async fn portals(core: &Core, after: i64, limit: usize) -> Result<Vec<Arc<Portal>>, Refusal> {
+    let open = core.registry.after(after, limit);
+    let mut portals: BTreeMap<i64, Arc<Portal>> = open.iter().map(|entry| (entry.number, entry.portal())).collect();
+    let most = i64::try_from(limit).unwrap_or(i64::MAX);
+    // After the others: one that ends meanwhile is found twice, and not never.
+    for row in stored::ended_after(&core.context.store, after, most).await? {
+        if let Some(portal) = Portal::from_row(&row, &core.context.server_name)? {
+            portals.insert(row.number, Arc::new(portal));
+        }
+    }
+    Ok(portals.into_values().take(limit).collect())
 }
 
 /// How a portal is doing.
 pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refusal> {
-    let entry = entry(core, portal_id)?;
-    let portal = entry.portal();
+    let portal = known(core, portal_id).await?;
+    let number = portal.number();
     let store = &core.context.store;
     let now = core.now_ms();
     let (from_matrix, since_matrix) = inbox::backlog(store, Side::Matrix, &portal.matrix_room_id).await?;
     let (from_lm, since_lm) = inbox::backlog(store, Side::Lm, &portal.lm_room_id).await?;
-    let (pending, since_pending) = images::pending(store, entry.number).await?;
+    let (pending, since_pending) = images::pending(store, number).await?;
     let lm::Missing { count, since, last_error } = lm::missing(store, Some(&portal.lm_room_id)).await?;
     let late = |since: Option<i64>| since.is_some_and(|since| now.saturating_sub(since) > OVERDUE_MS);
     Ok(Health {
@@ -147,13 +180,13 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
         ],
         pending,
         missing: Missing { count, since, last_error },
-        paused: core.pauses.is_paused(entry.number),
+        paused: core.pauses.is_paused(number),
         overdue: [since_matrix, since_lm, since_pending, since].into_iter().any(late),
         members: Members {
             matrix: natives(core, &portal, Side::Matrix).await?,
             lm: natives(core, &portal, Side::Lm).await?,
         },
-        refusals: images::refusals(store, entry.number, REFUSALS).await?.into_iter().map(Refused::from).collect(),
+        refusals: images::refusals(store, number, REFUSALS).await?.into_iter().map(Refused::from).collect(),
     })
 }
 
@@ -172,7 +205,7 @@ async fn natives(core: &Core, portal: &Portal, side: Side) -> Result<Vec<OwnedUs
 
 /// Invites a user on their own side.
 pub(super) async fn invite(core: &Core, portal_id: &str, user: &UserId, side: Option<Side>) -> Result<(), Refusal> {
-    let portal = entry(core, portal_id)?.portal();
+    let portal = entry(core, portal_id).await?.portal();
     let (side, state) = home(core, &portal, user, side).await?;
     if matches!(state.membership(user), "invite" | "join") {
         return Ok(());
@@ -184,7 +217,7 @@ pub(super) async fn invite(core: &Core, portal_id: &str, user: &UserId, side: Op
 
 /// Takes back an invite for a user who has not joined.
 pub(super) async fn withdraw_invite(core: &Core, portal_id: &str, user: &UserId) -> Result<(), Refusal> {
-    let portal = entry(core, portal_id)?.portal();
+    let portal = entry(core, portal_id).await?.portal();
     // Whoever asks knows no side, and only an open invite is withdrawn.
     let matrix = core.sides()?.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
     let side = if matrix.membership(user) == "invite" { Side::Matrix } else { Side::Lm };
@@ -201,7 +234,7 @@ pub(super) async fn announce(
     portal_id: &str,
     body: &str,
 ) -> Result<(OwnedEventId, OwnedEventId), Refusal> {
-    let portal = entry(core, portal_id)?.portal();
+    let portal = entry(core, portal_id).await?.portal();
     let matrix = say(core, &portal, Side::Matrix, text("m.text", body)).await?;
     let lm = say(core, &portal, Side::Lm, text("m.text", body)).await?;
     Ok((matrix, lm))
@@ -215,7 +248,7 @@ pub(super) async fn set_power(
     level: i64,
     side: Option<Side>,
 ) -> Result<(), Refusal> {
-    let portal = entry(core, portal_id)?.portal();
+    let portal = entry(core, portal_id).await?.portal();
     let (side, _) = home(core, &portal, user, side).await?;
     let who = core.users.who(&core.context.store, side, user).await?;
     let Who::Native { ghost } = who else {
@@ -248,20 +281,27 @@ pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Ex
         let source = images::of_images(store, side.other(), &id).await?.remove(event_id);
         let refusal = images::refusal(store, side, event_id).await?;
         let waiting_since = inbox::waits(store, side, event_id).await?;
+        let open = core.registry.of_room(side, &event.room_id).map(|entry| entry.number);
+        let ended = match open {
+            Some(_) => None,
+            None => stored::last_ended_of(store, side, &event.room_id).await?,
+        };
         let status = match (&image, &source, &refusal, waiting_since) {
             (Some(ImageRow { pending: true, .. }), ..) => "pending",
             (Some(_), ..) => "crossed",
             (None, Some(_), ..) => "image",
             (None, None, _, Some(_)) => "waiting",
             (None, None, Some(_), None) => "refused",
-            (None, None, None, None) if may_be_forgotten(core, side, &event).await? => "unknown",
+            // With the portal its mappings are forgotten.
+            (None, None, None, None) if ended.is_some() => "unknown",
+            (None, None, None, None) if may_be_forgotten(core, open, &event).await? => "unknown",
             (None, None, None, None) => "local",
         };
         let note = image.as_ref().and_then(|row| row.note.clone());
         return Ok(Some(Explanation {
             event_id: event.event_id,
             side: side.as_str(),
-            portal_id: core.registry.of_room(side, &event.room_id).map(|entry| entry.portal().portal_id.clone()),
+            portal_id: open.or(ended).map(|number| format!("p{number}")),
             room_id: event.room_id,
             sender: event.sender,
             kind: event.kind,
@@ -276,11 +316,11 @@ pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Ex
 }
 
 /// Whether an event of which nothing is known may have been refused, and the record of that removed.
-async fn may_be_forgotten(core: &Core, side: Side, event: &Event) -> Result<bool, Refusal> {
+async fn may_be_forgotten(core: &Core, portal: Option<i64>, event: &Event) -> Result<bool, Refusal> {
     // What the gateway's own users say was never refused here.
     let own = event.sender.server_name() == core.context.server_name;
-    let Some(entry) = core.registry.of_room(side, &event.room_id).filter(|_| !own) else { return Ok(false) };
-    let gone_until = images::refusals_gone_until(&core.context.store, entry.number).await?;
+    let Some(portal) = portal.filter(|_| !own) else { return Ok(false) };
+    let gone_until = images::refusals_gone_until(&core.context.store, portal).await?;
     Ok(gone_until.is_some_and(|until| event.origin_server_ts <= until))
 }
 

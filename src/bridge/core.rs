@@ -181,7 +181,9 @@ impl Core {
                 })
             })
             .await?;
-        self.registry.put(entry.number, changed);
+        if !matches!(entry.portal().state, PortalState::Ending | PortalState::Ended) {
+            self.registry.put(entry.number, changed);
+        }
         Ok(())
     }
 }

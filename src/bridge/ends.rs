@@ -25,10 +25,10 @@ use crate::store::{appservice, images, inbox, portals};
 const TOMBSTONE: &str = "m.room.tombstone";
 /// How long it is waited when the room that replaces one could not be connected.
 const REPLACE_AGAIN: Duration = Duration::from_secs(60);
-/// How long the ghosts stay in a suspended portal.
-pub(super) const GHOSTS_STAY_MS: i64 = 3_600_000;
-/// How long a portal that no admin asked for may go unused.
-pub(super) const UNUSED_MS: i64 = 86_400_000;
+/// How long the ghosts stay in a suspended portal, in milliseconds.
+pub const GHOSTS_STAY_MS: i64 = 3_600_000;
+/// How long a portal that no admin asked for may go unused, in milliseconds.
+pub const UNUSED_MS: i64 = 86_400_000;
 /// When an end that failed is tried again, at first and at last.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
@@ -308,7 +308,6 @@ async fn finish(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<(), Refusal> {
         let _ = tokio::time::timeout(HUB_PATIENCE, left).await;
     }
     write_down(core, entry, &portal).await?;
-    core.registry.remove_aliases(entry.number);
     core.registry.put(entry.number, Portal { state: PortalState::Ended, ..portal.as_ref().clone() });
     tracing::info!(portal = portal.portal_id, reason, "portal ended");
     Ok(())

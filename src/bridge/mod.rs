@@ -45,6 +45,7 @@ use ruma::{EventId, OwnedEventId, OwnedServerName, OwnedUserId, UserId};
 pub use self::admin::{Explanation, Health, Members, Refused, Waiting};
 pub use self::alias::of_alias;
 use self::core::Core;
+pub use self::ends::{GHOSTS_STAY_MS, UNUSED_MS};
 pub use self::portal::{Cause, NewPortal, Portal, PortalKind, PortalState};
 use self::seat::Seat;
 use self::side::Sides;
@@ -92,7 +93,7 @@ impl Bridge {
     pub async fn load(&self, lm: crate::lm::Lm, dag: crate::dag::Dag) -> Result<Loaded, Refusal> {
         let core = &self.core;
         let mut making = Vec::new();
-        for row in portals::all(&core.context.store).await? {
+        for row in portals::open(&core.context.store).await? {
             if row.state == create::CREATING {
                 create::watch(core, &row);
                 making.push(row);
@@ -159,14 +160,19 @@ impl Bridge {
     /// Ends a portal: says goodbye in both rooms, has the ghosts and the bot leave both, and forgets the mappings. Returns
     /// when it is done; of a portal that has ended it does nothing.
     pub async fn remove_portal(&self, portal_id: &str, reason: &str) -> Result<Arc<Portal>, Refusal> {
-        let entry = admin::entry(&self.core, portal_id)?;
-        ends::end(&self.core, &entry, reason).await
+        match admin::entry(&self.core, portal_id).await {
+            Ok(entry) => ends::end(&self.core, &entry, reason).await,
+            Err(refusal) => {
+                let portal = admin::find(&self.core, portal_id).await?;
+                portal.filter(|portal| portal.state == PortalState::Ended).ok_or(refusal)
+            }
+        }
     }
 
     /// Makes a portal that was suspended active again. The bot comes back into the rooms that it is not in, where it is let
     /// in; of a portal that is active this does nothing.
     pub async fn resume_portal(&self, portal_id: &str) -> Result<Arc<Portal>, Refusal> {
-        let entry = admin::entry(&self.core, portal_id)?;
+        let entry = admin::entry(&self.core, portal_id).await?;
         ends::resume(&self.core, &entry).await
     }
 
@@ -184,12 +190,17 @@ impl Bridge {
             }
             None => 0,
         };
-        Ok(self.core.registry.after(from, limit).iter().map(|entry| entry.portal()).collect())
+        admin::portals(&self.core, from, limit).await
+    }
+
+    /// The first portals that have not ended, in the order of their making.
+    pub fn open_portals(&self, limit: usize) -> Vec<Arc<Portal>> {
+        self.core.registry.after(0, limit).iter().map(|entry| entry.portal()).collect()
     }
 
     /// One portal.
     pub async fn portal(&self, portal_id: &str) -> Result<Option<Arc<Portal>>, Refusal> {
-        Ok(admin::entry(&self.core, portal_id).ok().map(|entry| entry.portal()))
+        admin::find(&self.core, portal_id).await
     }
 
     /// How a portal is doing: what waits, what was refused, who is in it.
@@ -204,14 +215,16 @@ impl Bridge {
 
     /// Compares the two states of a portal and sends what brings them together. Returns how many repairs were sent.
     pub async fn repair(&self, portal_id: &str) -> Result<usize, Refusal> {
-        let entry = admin::entry(&self.core, portal_id)?;
+        let entry = admin::entry(&self.core, portal_id).await?;
         repair::run(&self.core, &entry).await
     }
 
-    /// How many repairs it would take now: none when the two states are in step (INV-4).
+    /// How many repairs it would take now: none when the two states are in step (INV-4), or will not be any more.
     pub async fn out_of_step(&self, portal_id: &str) -> Result<usize, Refusal> {
-        let entry = admin::entry(&self.core, portal_id)?;
-        Ok(repair::fixes(&self.core, &entry.portal()).await?.len())
+        match admin::known(&self.core, portal_id).await? {
+            portal if portal.state == PortalState::Ended => Ok(0),
+            portal => Ok(repair::fixes(&self.core, &portal).await?.len()),
+        }
     }
 
     /// Has the bot say something in both rooms. Returns the Matrix event and the LM event.

@@ -1,4 +1,5 @@
-//! Portals in memory: which rooms are watched, read by every batch that either side accepts, without a lock.
+//! Portals in memory, as long as they have not ended: which rooms are watched, read by every batch that either side accepts,
+//! without a lock.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use arc_swap::ArcSwap;
 use ruma::{OwnedRoomId, RoomId, ServerName};
 use tokio::sync::Notify;
 
-use super::portal::Portal;
+use super::portal::{Portal, PortalState};
 use crate::identity::Side;
 
 /// A portal as the tasks that work for it share it.
@@ -129,12 +130,9 @@ impl Registry {
         self.lock(|tables| tables.portals.range(from..).take(limit).map(|(_, entry)| entry.clone()).collect())
     }
 
-    /// Whether a server is the hub of a portal that has not ended.
+    /// Whether a server is the hub of a portal.
     pub(super) fn has_hub(&self, server: &ServerName) -> bool {
-        let is_hub = |entry: &Arc<Entry>| {
-            let portal = entry.portal.load();
-            portal.lm_hub == *server && portal.state != super::portal::PortalState::Ended
-        };
+        let is_hub = |entry: &Arc<Entry>| entry.portal.load().lm_hub == *server;
         self.lock(|tables| tables.portals.values().any(is_hub))
     }
 
@@ -164,9 +162,10 @@ impl Registry {
         });
     }
 
-    /// Adds a portal, or replaces what is known of it.
+    /// Adds a portal, or replaces what is known of it. One that has ended is forgotten, with its aliases; who holds it sees
+    /// that it has.
     pub(super) fn put(&self, number: i64, portal: Portal) -> Arc<Entry> {
-        let ended = portal.state == super::portal::PortalState::Ended;
+        let ended = portal.state == PortalState::Ended;
         let rooms = [Side::Matrix, Side::Lm].map(|side| (side, portal.room(side).to_owned()));
         let entry = self.lock(|tables| match tables.portals.get(&number) {
             Some(entry) => {
@@ -180,10 +179,18 @@ impl Registry {
                     from_matrix: Direction::default(),
                     from_lm: Direction::default(),
                 });
-                tables.portals.insert(number, entry.clone());
+                if !ended {
+                    tables.portals.insert(number, entry.clone());
+                }
                 entry
             }
         });
+        if ended {
+            self.lock(|tables| {
+                tables.portals.remove(&number);
+                tables.aliases.retain(|_, leads_to| *leads_to != number);
+            });
+        }
         self.rooms.rcu(|known| {
             let mut known = imbl::HashMap::clone(known);
             for room in &rooms {
@@ -205,11 +212,6 @@ impl Registry {
         self.lock(|tables| tables.aliases.insert(localpart.to_owned(), number));
     }
 
-    /// Takes away all aliases of a portal.
-    pub(super) fn remove_aliases(&self, number: i64) {
-        self.lock(|tables| tables.aliases.retain(|_, leads_to| *leads_to != number));
-    }
-
     fn lock<T>(&self, work: impl FnOnce(&mut Tables) -> T) -> T {
         // Nothing in here panics half-way, so a poisoned lock guards whole tables.
         work(&mut self.tables.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
@@ -220,7 +222,7 @@ impl Registry {
 mod tests {
     use ruma::{room_id, server_name};
 
-    use super::super::portal::{PortalKind, PortalState};
+    use super::super::portal::PortalKind;
     use super::*;
 
     fn portal(number: i64, matrix: &str, lm: &str, state: PortalState) -> Portal {
@@ -254,16 +256,17 @@ mod tests {
         registry.put(1, portal(1, "!m:g", "!l:g", PortalState::Suspended));
         assert!(!registry.watches(Side::Lm, lm) && registry.of_room(Side::Lm, lm).is_some());
 
+        let held = registry.get(1).unwrap();
+        registry.set_alias("b", 2);
         registry.put(1, portal(1, "!m:g", "!l:g", PortalState::Ended));
         assert!(registry.of_room(Side::Lm, lm).is_none());
+        assert!(registry.get(1).is_none() && registry.of_alias("a").is_none() && registry.after(0, 10).is_empty());
+        assert_eq!(held.portal().state, PortalState::Ended);
         registry.put(2, portal(2, "!m2:g", "!l:g", PortalState::Active));
         registry.put(1, portal(1, "!m:g", "!l:g", PortalState::Ended));
         assert_eq!(registry.of_room(Side::Lm, lm).unwrap().number, 2);
-        assert_eq!(registry.after(1, 10).len(), 1);
-        registry.remove_aliases(2);
-        assert!(registry.of_alias("a").is_some());
-        registry.remove_aliases(1);
-        assert!(registry.of_alias("a").is_none());
+        assert_eq!((registry.after(0, 10).len(), registry.after(1, 10).len()), (1, 1));
+        assert_eq!(registry.of_alias("b").unwrap().number, 2, "the alias of another stays");
     }
 
     #[test]

@@ -50,8 +50,8 @@ server_name = "{server_name}"
 # A SQLite file, or postgres://USER:PASSWORD@HOST/DATABASE.
 # url = "sqlite://isthmus.db"
 # How many days records of what went wrong are kept: why an event did not cross (`isthmus explain`, `isthmus portal show`),
-# what a hub did wrong, what was given up for the homeserver. The newest of each room stay, and of one room there are never
-# more than ten thousand. 0 keeps them for ever.
+# what a hub did wrong, what was given up for the homeserver, and portals that have ended (`isthmus portal list`). The newest of
+# each room stay, and the newest portals; of one room there are never more than ten thousand. 0 keeps them for ever.
 # keep_days = 30
 
 # The Synapse whose users join LM rooms by alias. Leave the section out to run without one.

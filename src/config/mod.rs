@@ -75,7 +75,7 @@ pub struct Listen {
 pub struct Database {
     /// `sqlite://PATH` or `postgres://…`
     pub url: String,
-    /// How many days records of what went wrong are kept; 0 is for ever.
+    /// How many days records of what went wrong, and of portals that have ended, are kept; 0 is for ever.
     pub keep_days: u32,
 }
 

@@ -1,13 +1,27 @@
-//! Keeps tables from growing without bound: what is recorded only for people to read, or can be had again, goes in time.
+//! Keeps tables from growing without bound: what is recorded only for people to read, or can be had again, goes in time. And
+//! sees to it that nothing waits for a time that is far off because the clock was set back.
 
 use std::time::Duration;
 
+use crate::clock::Clock;
 use crate::federation::Context;
 use crate::store::pruning::{self, Prune};
+use crate::store::times::{self, Longest};
+use crate::store::{Store, StoreError};
+use crate::{appservice, bridge, lm};
 
 /// How often it is looked.
 const EVERY: Duration = Duration::from_secs(3_600);
+/// How often it is looked whether the clock was set back.
+const CLOCK_EVERY: Duration = Duration::from_secs(10);
 const DAY_MS: i64 = 86_400_000;
+/// For how long things may be put off.
+const LONGEST: Longest = Longest {
+    holes: &lm::HOLES_AGAIN_MS,
+    appservice: appservice::LONGEST_PAUSE_MS,
+    ghosts_leave: bridge::GHOSTS_STAY_MS,
+    unused: bridge::UNUSED_MS,
+};
 /// After how many days the keys of a server are forgotten with which no room is shared any more. What it signed and is in a
 /// room here was checked long ago; when it says something again its keys are fetched again.
 const KEYS_DAYS: i64 = 180;
@@ -20,10 +34,42 @@ pub(super) async fn run(context: Context) {
     }
 }
 
+/// Looks for ever whether the clock was set back.
+pub(super) async fn watch_clock(context: Context) {
+    let mut last = context.clock.now_ms();
+    loop {
+        tokio::time::sleep(CLOCK_EVERY).await;
+        let now = context.clock.now_ms();
+        // What could not be written is tried again in the next round.
+        if now >= last || bring_back(&context.store, &*context.clock).await.is_ok() {
+            last = now;
+        }
+    }
+}
+
+/// Brings back what is stored with times in the future.
+pub(super) async fn bring_back(store: &Store, clock: &dyn Clock) -> Result<(), StoreError> {
+    match times::bring_back(store, clock.now_ms(), LONGEST).await {
+        Ok(0) => Ok(()),
+        Ok(rows) => {
+            tracing::warn!(
+                rows,
+                "the clock was set back: what was put off until a time that is far off waits no longer"
+            );
+            Ok(())
+        }
+        Err(error) => {
+            tracing::warn!(%error, "times in the future could not be brought back");
+            Err(error)
+        }
+    }
+}
+
 async fn tidy(context: &Context) {
     let ago = |days: i64| context.clock.now_ms().saturating_sub(days.saturating_mul(DAY_MS));
     let days = i64::from(context.config.database.keep_days);
     let prune = Prune {
+        now: context.clock.now_ms(),
         records_before: (days > 0).then(|| ago(days)),
         keys_before: ago(KEYS_DAYS),
         own: context.server_name.clone(),

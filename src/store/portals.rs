@@ -5,6 +5,7 @@ use sqlx::Row as _;
 use sqlx::any::AnyRow;
 
 use super::{Store, StoreError, Tx};
+use crate::identity::Side;
 
 /// One portal as it is stored. While it is being made, rooms may still be missing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +39,7 @@ const COLUMNS: &str = "number, kind, state, matrix_room_id, lm_room_id, lm_hub, 
 
 /// Adds a portal and returns its number; the row's own number is not looked at.
 pub async fn insert(tx: &mut Tx, row: &PortalRow) -> Result<i64, StoreError> {
-    // Rows are never deleted, so the next number is free and was never used.
+    // The newest rows are never deleted, so the next number was never used.
     let (number,): (i64,) = sqlx::query_as("SELECT CAST(COALESCE(MAX(number), 0) + 1 AS BIGINT) FROM bridge_portals")
         .fetch_one(&mut *tx)
         .await?;
@@ -142,12 +143,33 @@ async fn numbers(store: &Store, sql: &'static str, now_ms: i64) -> Result<Vec<i6
     Ok(rows.into_iter().map(|(number,)| number).collect())
 }
 
-/// All portals, in the order of their making.
-pub async fn all(store: &Store) -> Result<Vec<PortalRow>, StoreError> {
-    let rows = sqlx::query(sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM bridge_portals ORDER BY number")))
-        .fetch_all(store.reader())
-        .await?;
+/// The portals that have not ended, in the order of their making.
+pub async fn open(store: &Store) -> Result<Vec<PortalRow>, StoreError> {
+    let sql = format!("SELECT {COLUMNS} FROM bridge_portals WHERE state <> 'ended' ORDER BY number");
+    let rows = sqlx::query(sqlx::AssertSqlSafe(sql)).fetch_all(store.reader()).await?;
     rows.iter().map(portal_row).collect()
+}
+
+/// Portals that had both rooms and have ended: those after a number, in the order of their making.
+pub async fn ended_after(store: &Store, number: i64, limit: i64) -> Result<Vec<PortalRow>, StoreError> {
+    let sql = format!(
+        "SELECT {COLUMNS} FROM bridge_portals WHERE number > $1 AND state = 'ended' \
+         AND matrix_room_id IS NOT NULL AND lm_room_id IS NOT NULL ORDER BY number LIMIT $2"
+    );
+    let query = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(number).bind(limit);
+    query.fetch_all(store.reader()).await?.iter().map(portal_row).collect()
+}
+
+/// The newest portal that a room was in and that has ended.
+pub async fn last_ended_of(store: &Store, side: Side, room_id: &RoomId) -> Result<Option<i64>, StoreError> {
+    let column = match side {
+        Side::Matrix => "matrix_room_id",
+        Side::Lm => "lm_room_id",
+    };
+    let sql = format!("SELECT MAX(number) FROM bridge_portals WHERE {column} = $1 AND state = 'ended'");
+    let query = sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(room_id.as_str());
+    let (number,): (Option<i64>,) = query.fetch_one(store.reader()).await?;
+    Ok(number)
 }
 
 /// The number of the portal that a Matrix room is in and that has not ended.
@@ -270,17 +292,19 @@ mod tests {
                 })
                 .await
                 .unwrap();
-            assert_eq!(all(&store).await.unwrap(), std::slice::from_ref(&done));
+            assert_eq!(open(&store).await.unwrap(), std::slice::from_ref(&done));
+            assert_eq!(ended_after(&store, 0, 10).await.unwrap(), []);
             assert_eq!(aliases(&store).await.unwrap(), [("lm_a_hub.example".to_owned(), number)]);
 
             // A second portal of the same room is impossible until the first has ended.
             let again = row.clone();
             assert!(store.write(move |tx| Box::pin(async move { insert(tx, &again).await })).await.is_err());
             let ended = PortalRow { state: "ended".to_owned(), ..done };
+            let end = ended.clone();
             let second = store
                 .write(move |tx| {
                     Box::pin(async move {
-                        update(tx, &ended).await?;
+                        update(tx, &end).await?;
                         assert_eq!(claim_alias(tx, "lm_a_hub.example", number + 1).await?, None);
                         insert(tx, &row).await
                     })
@@ -288,6 +312,15 @@ mod tests {
                 .await
                 .unwrap();
             assert_eq!(second, number + 1);
+            // What has ended is found apart from the rest.
+            assert_eq!(open(&store).await.unwrap().iter().map(|row| row.number).collect::<Vec<_>>(), [second]);
+            assert_eq!(ended_after(&store, 0, 10).await.unwrap(), [ended]);
+            assert_eq!(ended_after(&store, number, 10).await.unwrap(), []);
+            assert_eq!(ended_after(&store, 0, 0).await.unwrap(), []);
+            let of = async |side, room| last_ended_of(&store, side, room).await.unwrap();
+            assert_eq!(of(Side::Lm, room_id!("!a:hub.example")).await, Some(number));
+            assert_eq!(of(Side::Matrix, room_id!("!m:g.example")).await, Some(number));
+            assert_eq!(of(Side::Matrix, room_id!("!a:hub.example")).await, None);
         })
         .await;
     }

@@ -4,8 +4,8 @@ use ruma::OwnedServerName;
 
 use super::{Store, StoreError, Tx};
 
-/// How many refusals of a portal, and complaints of a room, stay whatever their age: `portal show` shows the newest, and
-/// whether an event was complained of matters to the events right after it.
+/// How many refusals of a portal, complaints of a room, and portals that have ended stay whatever their age: `portal show` shows
+/// the newest, and whether an event was complained of matters to the events right after it.
 pub const STAY: i64 = 100;
 /// How many there are at most.
 const MOST: i64 = 10_000;
@@ -15,6 +15,8 @@ const ANSWERS: i64 = 50_000;
 /// What goes.
 #[derive(Debug, Clone)]
 pub struct Prune {
+    /// What time it is, in milliseconds.
+    pub now: i64,
     /// Records from before this time, in milliseconds; none when their age does not matter.
     pub records_before: Option<i64>,
     /// Keys fetched before this time, of servers with which nothing is shared.
@@ -44,6 +46,9 @@ pub async fn prune(store: &Store, prune: Prune) -> Result<u64, StoreError> {
             store.write(move |tx| Box::pin(async move { complaints.prune(tx, Of::Room(&room_id), before).await }));
         gone = gone.saturating_add(write.await?);
     }
+    let now = prune.now;
+    let ended = store.write(move |tx| Box::pin(ended_portals(tx, now, before)));
+    gone = gone.saturating_add(ended.await?);
     gone = gone.saturating_add(super::transactions::prune_surplus(store, ANSWERS).await?);
     let rest = store.write(move |tx| {
         Box::pin(async move {
@@ -64,6 +69,29 @@ pub async fn prune(store: &Store, prune: Prune) -> Result<u64, StoreError> {
         })
     });
     Ok(gone.saturating_add(rest.await?))
+}
+
+/// Removes portals that ended long ago, with what is recorded of them. Returns how many.
+async fn ended_portals(tx: &mut Tx, now: i64, before: i64) -> Result<u64, StoreError> {
+    let seen = "UPDATE bridge_portals SET ended_ts = $1 WHERE state = 'ended' AND (ended_ts IS NULL OR ended_ts > $1)";
+    sqlx::query(seen).bind(now).execute(&mut *tx).await?;
+    let mut gone = 0_u64;
+    for (stay, before) in [(STAY, before), (MOST, i64::MAX)] {
+        // The newest stay: numbers go on from theirs.
+        let newest = "SELECT number FROM bridge_portals WHERE state = 'ended' ORDER BY number DESC LIMIT 1 OFFSET $1";
+        let newest: Option<(i64,)> =
+            sqlx::query_as(newest).bind(stay.saturating_sub(1)).fetch_optional(&mut *tx).await?;
+        let Some((newest,)) = newest else { continue };
+        let old = "number < $1 AND state = 'ended' AND ended_ts < $2";
+        for sql in [
+            format!("DELETE FROM bridge_refusals WHERE portal IN (SELECT number FROM bridge_portals WHERE {old})"),
+            format!("DELETE FROM bridge_portals WHERE {old}"),
+        ] {
+            let query = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(newest).bind(before);
+            gone = gone.saturating_add(query.execute(&mut *tx).await?.rows_affected());
+        }
+    }
+    Ok(gone)
 }
 
 /// A table of records, each about one portal or room.
@@ -172,9 +200,9 @@ mod tests {
             fill(&store, hub, 0..1).await;
 
             let own = server_name!("g.example").to_owned();
-            let all = Prune { records_before: None, keys_before: 5, own: own.clone() };
+            let all = Prune { now: 7, records_before: None, keys_before: 5, own: own.clone() };
             assert_eq!(prune(&store, all).await.unwrap(), 20, "only what is too much");
-            let some = Prune { records_before: Some(10), keys_before: 6, own };
+            let some = Prune { now: 7, records_before: Some(10), keys_before: 6, own };
             // Ten refusals of the first portal, two things that were given up, one server.
             assert_eq!(prune(&store, some.clone()).await.unwrap(), 13);
             assert_eq!(count(&store, "SELECT MIN(refused_ts) FROM bridge_refusals WHERE portal = 1").await, 10);
@@ -186,6 +214,39 @@ mod tests {
             prune(&store, later).await.unwrap();
             assert_eq!(count(&store, "SELECT COUNT(*) FROM bridge_refusals WHERE portal = 1").await, STAY);
             assert_eq!(count(&store, "SELECT COUNT(*) FROM lm_complaints").await, STAY);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn portals_that_ended_long_ago_go_but_the_newest() {
+        both_stores(|store| async move {
+            let portal = "INSERT INTO bridge_portals (number, kind, state, lm_hub, alias, request, created_ts) \
+                          VALUES ($1, 'created', 'ended', 'h', $2, '', 0)";
+            fill(&store, portal, 1..STAY + 6).await;
+            let open = "INSERT INTO bridge_portals (number, kind, state, lm_hub, alias, request, created_ts) \
+                        VALUES ($1 - $1, 'created', 'active', 'h', $2, '', 0)";
+            fill(&store, open, 1..2).await;
+            let refusal = "INSERT INTO bridge_refusals \
+                           (side, source_event_id, portal, sender, kind, code, reason, refused_ts) \
+                           VALUES ('lm', $2, $1, '@a:b', 'm', 'c', 'r', $1)";
+            fill(&store, refusal, 0..7).await;
+            let own = server_name!("g.example").to_owned();
+            let at = |now: i64| Prune { now, records_before: Some(now - 30), keys_before: 0, own: own.clone() };
+            // From when they are first seen to have ended; a clock that is set back does not make it longer.
+            assert_eq!(prune(&store, at(1_000)).await.unwrap(), 0);
+            assert_eq!(prune(&store, at(500)).await.unwrap(), 0);
+            assert_eq!(prune(&store, at(530)).await.unwrap(), 0);
+            let for_ever = Prune { records_before: None, ..at(531) };
+            assert_eq!(prune(&store, for_ever).await.unwrap(), 0);
+            assert_eq!(prune(&store, at(531)).await.unwrap(), 10, "five portals and their refusals");
+            assert_eq!(count(&store, "SELECT COUNT(*) FROM bridge_portals").await, STAY + 1);
+            assert_eq!(count(&store, "SELECT MIN(number) FROM bridge_portals WHERE state = 'ended'").await, 6);
+            assert_eq!(
+                count(&store, "SELECT COUNT(*) FROM bridge_refusals").await,
+                2,
+                "of one that is open, and of one that stays"
+            );
         })
         .await;
     }

@@ -65,7 +65,8 @@ async fn a_portal_that_is_removed_says_goodbye_and_leaves_nobody_behind() {
     })
     .await;
     // Nothing is kept, and nothing crosses any more.
-    assert_eq!(gateway.bridge.explain(&hello).await.unwrap().unwrap().status, "local");
+    let found = gateway.bridge.explain(&hello).await.unwrap().unwrap();
+    assert_eq!((found.status, &found.portal_id), ("unknown", &Some(portal.portal_id.clone())));
     assert!(world.matrix_join(&gateway, matrix, &world.matrix_user("dora")).await.is_err());
     assert!(gateway.bridge.resolve_alias("tea", Cause::Admin).await.is_err());
     world.lm_say(lm, "bob", "anybody there?").await;

@@ -1,10 +1,12 @@
 //! Portals in one process: a gateway, an LM server and a Matrix homeserver that lives in the test, over loopback HTTP.
 
 mod budgets;
+mod clock;
 mod created;
 mod doors;
 mod encrypted;
 mod ends;
+mod explain;
 mod faults;
 mod from_lm;
 mod invites;
