@@ -87,13 +87,12 @@ impl Composer<'_> {
         Ok(Composed::Transaction(Transaction { txn_id, composed_ts, parts, uncertain: single }))
     }
 
-    /// Whether the destination must not get several events at once. One that does LM alone keeps those before the first that it
-    /// does not like, answers the whole with an error, and shows again what it is sent again. As a hub it hands each event round
-    /// before it takes the next, which lasts as long as a dead server in the room has it wait: of several, nobody could tell
-    /// which it will still take.
+    /// Whether the destination must not get several events at once. One that stops at the first that it does not like keeps those
+    /// before it. As a hub it hands each event round before it takes the next, which lasts as long as a dead server in the room
+    /// has it wait: of several, nobody could tell which it will still take.
     async fn takes_one_by_one(&self, feeds: &[(Feed, News)]) -> bool {
         let is_lm = |(feed, _): &(Feed, News)| feed.kind != FeedKind::Graph;
-        feeds.iter().any(is_lm) && self.shared.wire.is_linearized(self.destination).await
+        feeds.iter().any(is_lm) && self.shared.sender.stops_at_first(&*self.shared.wire, self.destination).await
     }
 
     /// A fresh transaction ID, and when it was made.

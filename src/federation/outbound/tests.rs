@@ -67,7 +67,11 @@ impl Transport for Played {
 }
 
 fn ok() -> Reply {
-    Box::pin(std::future::ready(Ok(Object::new())))
+    answer(json!({}))
+}
+
+fn answer(body: serde_json::Value) -> Reply {
+    Box::pin(std::future::ready(Ok(body.as_object().unwrap().clone())))
 }
 
 fn status(status: u16) -> Reply {

@@ -6,11 +6,11 @@ use http::StatusCode;
 
 use crate::federation::RemoteError;
 
-/// How often a server that does LM alone may answer the same transaction with an error of its own before its events are
+/// How often a server that stops at the first bad event may answer the same transaction with an error of its own before its events are
 /// judged one by one, or a single event is given up.
-const TRIES_LINEARIZED: u32 = 8;
+const TRIES_STOPPING: u32 = 8;
 /// For how long it must have done so before the single event is given up: a server that is heard of is tried every second.
-const PATIENCE_LINEARIZED: Duration = Duration::from_secs(4 * 60);
+const PATIENCE_STOPPING: Duration = Duration::from_secs(4 * 60);
 /// The same for servers that promise to take what they can of a transaction: their errors come from bad days, which pass.
 const TRIES: u32 = 24;
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
@@ -26,8 +26,8 @@ pub(super) struct Failure<'a> {
     pub error: &'a RemoteError,
     /// How many events are in it.
     pub events: usize,
-    /// Whether the destination does LM alone, and so stops at the first event that it does not like.
-    pub linearized: bool,
+    /// Whether the destination [stops at the first event](super::wire::Sender::stops_at_first) that it does not like.
+    pub stops_at_first: bool,
     /// How often in a row it was answered in a way that [may be about its events](may_be_about_events), this time included.
     pub tries: u32,
     /// How long ago that began.
@@ -51,12 +51,12 @@ pub(super) fn judge(failure: &Failure<'_>) -> Verdict {
     let refused = is_refusal(failure.error);
     let doubtful = may_be_about_events(failure.error);
     let (tries, patience) =
-        if failure.linearized { (TRIES_LINEARIZED, PATIENCE_LINEARIZED) } else { (TRIES, PATIENCE) };
+        if failure.stops_at_first { (TRIES_STOPPING, PATIENCE_STOPPING) } else { (TRIES, PATIENCE) };
     match failure.events {
         0 | 1 if refused => Verdict::Refused,
         0 | 1 if doubtful && failure.tries >= tries && failure.lasting >= patience => Verdict::GiveUp,
         0 | 1 => Verdict::Retry,
-        _ if refused || (doubtful && (failure.linearized || failure.tries >= TRIES_LINEARIZED)) => Verdict::Split,
+        _ if refused || (doubtful && (failure.stops_at_first || failure.tries >= TRIES_STOPPING)) => Verdict::Split,
         _ => Verdict::Retry,
     }
 }
@@ -136,16 +136,16 @@ pub(super) fn asked_for(error: &RemoteError) -> Duration {
 mod tests {
     use super::*;
 
-    fn verdict(status: u16, errcode: &str, events: usize, linearized: bool, tries: u32) -> Verdict {
+    fn verdict(status: u16, errcode: &str, events: usize, stops_at_first: bool, tries: u32) -> Verdict {
         let error = RemoteError::Status {
             status: StatusCode::from_u16(status).unwrap(),
             errcode: errcode.to_owned(),
             error: String::new(),
             retry_after: None,
         };
-        let lasting = if linearized { PATIENCE_LINEARIZED } else { PATIENCE };
-        let soon = judge(&Failure { error: &error, events, linearized, tries, lasting: Duration::from_secs(60) });
-        let late = judge(&Failure { error: &error, events, linearized, tries, lasting });
+        let lasting = if stops_at_first { PATIENCE_STOPPING } else { PATIENCE };
+        let soon = judge(&Failure { error: &error, events, stops_at_first, tries, lasting: Duration::from_secs(60) });
+        let late = judge(&Failure { error: &error, events, stops_at_first, tries, lasting });
         assert!(soon == late || (soon, late) == (Verdict::Retry, Verdict::GiveUp), "{soon:?} {late:?}");
         late
     }
@@ -171,18 +171,18 @@ mod tests {
     #[test]
     fn verdicts() {
         use Verdict::*;
-        for (status, errcode, events, linearized, tries, expected) in [
+        for (status, errcode, events, stops_at_first, tries, expected) in [
             // One bad event must not hold up the others.
             (500, "M_UNKNOWN", 50, true, 1, Split),
             (500, "M_UNKNOWN", 50, false, 1, Retry),
-            (500, "M_UNKNOWN", 50, false, TRIES_LINEARIZED, Split),
+            (500, "M_UNKNOWN", 50, false, TRIES_STOPPING, Split),
             (400, "M_BAD_JSON", 50, false, 1, Split),
             (413, "", 2, true, 1, Split),
             (403, "M_FORBIDDEN", 1, false, 1, Refused),
             (404, "M_NOT_FOUND", 1, true, 1, Refused),
             (500, "", 1, true, 1, Retry),
-            (500, "", 1, true, TRIES_LINEARIZED, GiveUp),
-            (500, "", 1, false, TRIES_LINEARIZED, Retry),
+            (500, "", 1, true, TRIES_STOPPING, GiveUp),
+            (500, "", 1, false, TRIES_STOPPING, Retry),
             (500, "", 1, false, TRIES, GiveUp),
             // What is not about the events never costs one.
             (502, "", 1, true, 1000, Retry),
@@ -194,18 +194,22 @@ mod tests {
             (404, "M_UNRECOGNIZED", 1, true, 1000, Retry),
             // A proxy's word on an event is not believed at once.
             (403, "", 50, false, 1, Retry),
-            (403, "", 50, false, TRIES_LINEARIZED, Split),
-            (403, "", 1, false, TRIES_LINEARIZED, Retry),
+            (403, "", 50, false, TRIES_STOPPING, Split),
+            (403, "", 1, false, TRIES_STOPPING, Retry),
             (403, "", 1, false, TRIES, GiveUp),
             (400, "", 1, true, 1, Retry),
-            (400, "", 1, true, TRIES_LINEARIZED, GiveUp),
+            (400, "", 1, true, TRIES_STOPPING, GiveUp),
             (302, "", 1, true, 1000, Retry),
         ] {
-            assert_eq!(verdict(status, errcode, events, linearized, tries), expected, "{status} {errcode} {events}");
+            assert_eq!(
+                verdict(status, errcode, events, stops_at_first, tries),
+                expected,
+                "{status} {errcode} {events}"
+            );
         }
         let away = RemoteError::Unreachable(String::new());
         assert_eq!(
-            judge(&Failure { error: &away, events: 1, linearized: true, tries: 1000, lasting: PATIENCE }),
+            judge(&Failure { error: &away, events: 1, stops_at_first: true, tries: 1000, lasting: PATIENCE }),
             Retry
         );
     }

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use moka::sync::Cache;
 use ruma::{OwnedServerName, ServerName};
+use serde_json::Value;
 
 use crate::admin::metrics;
 use crate::event::{Object, canonical_json};
@@ -55,16 +56,24 @@ const LM_SEND: [&str; 2] = [
 const MATRIX_SEND: &str = "/_matrix/federation/v1/send";
 const REMEMBERED: u64 = 20_000;
 
-/// Sends transactions, and remembers which name of the LM endpoint each server knows.
+/// Sends transactions, and remembers of each server which name of the LM endpoint it knows, and how it answers.
 pub(super) struct Sender {
     server_name: OwnedServerName,
     lm_send: Cache<OwnedServerName, usize>,
+    /// Servers that say of each event in an LM transaction whether they took it.
+    itemizes: Cache<OwnedServerName, ()>,
 }
 
 impl Sender {
     pub(super) fn new(server_name: OwnedServerName) -> Self {
-        let lm_send = Cache::builder().max_capacity(REMEMBERED).time_to_live(Duration::from_secs(24 * 3600)).build();
-        Self { server_name, lm_send }
+        Self { server_name, lm_send: remembering(), itemizes: remembering() }
+    }
+
+    /// Whether a server stops at the first event of an LM transaction that it does not like, answers the whole with an error,
+    /// and shows again what it is sent again. One that does LM alone is taken to be so until it answers as the draft asks,
+    /// with `failed_pdus`, which says that it looks at each event by itself.
+    pub(super) async fn stops_at_first(&self, wire: &dyn Transport, destination: &ServerName) -> bool {
+        !self.itemizes.contains_key(destination) && wire.is_linearized(destination).await
     }
 
     pub(super) async fn send(&self, wire: &dyn Transport, envelope: Envelope<'_>) -> Result<Object, RemoteError> {
@@ -99,17 +108,27 @@ impl Sender {
             format!("{endpoint}/{}", envelope.txn_id)
         };
         let other = 1_usize.saturating_sub(known);
-        match wire.put(destination, uri(known), body.clone()).await {
-            Err(error) if error.is_unrecognized() => {
-                let answer = wire.put(destination, uri(other), body).await;
-                if answer.as_ref().err().is_none_or(|error| !error.is_unrecognized()) {
-                    self.lm_send.insert(destination.to_owned(), other);
-                }
-                answer
+        let mut answer = wire.put(destination, uri(known), body.clone()).await;
+        if answer.as_ref().is_err_and(RemoteError::is_unrecognized) {
+            answer = wire.put(destination, uri(other), body).await;
+            if answer.as_ref().err().is_none_or(|error| !error.is_unrecognized()) {
+                self.lm_send.insert(destination.to_owned(), other);
             }
-            answer => answer,
         }
+        if let Ok(answer) = &answer {
+            match answer.get("failed_pdus") {
+                Some(Value::Object(_)) if self.itemizes.contains_key(destination) => {}
+                Some(Value::Object(_)) => self.itemizes.insert(destination.to_owned(), ()),
+                _ => self.itemizes.invalidate(destination),
+            }
+        }
+        answer
     }
+}
+
+/// What is known of servers, for a day.
+fn remembering<V: Clone + Send + Sync + 'static>() -> Cache<OwnedServerName, V> {
+    Cache::builder().max_capacity(REMEMBERED).time_to_live(Duration::from_secs(24 * 3600)).build()
 }
 
 /// The canonical form of a transaction, whose events are canonical already; `pdus` sorts after everything in `head`.

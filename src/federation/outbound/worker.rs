@@ -319,14 +319,14 @@ impl<'a> Worker<'a> {
         events: usize,
         error: RemoteError,
     ) -> Result<Option<Transaction>, StoreError> {
-        let mut linearized = false;
+        let mut stops_at_first = false;
         if may_be_about_events(&error) {
             self.tries = self.tries.saturating_add(1);
             self.tried_since.get_or_insert_with(Instant::now);
-            linearized = self.shared.wire.is_linearized(self.destination).await;
+            stops_at_first = self.shared.sender.stops_at_first(&*self.shared.wire, self.destination).await;
         }
         let lasting = self.tried_since.map_or(Duration::ZERO, |since| since.elapsed());
-        let verdict = judge(&Failure { error: &error, events, linearized, tries: self.tries, lasting });
+        let verdict = judge(&Failure { error: &error, events, stops_at_first, tries: self.tries, lasting });
         match verdict {
             Verdict::Retry => self.failed(transaction, error.to_string(), asked_for(&error)).await,
             Verdict::Split => {
