@@ -136,6 +136,9 @@ impl Batch {
             Verdict::SoftFailed(refusal) => (Status::SoftFailed, Some(refusal.to_string())),
             Verdict::Rejected(refusal) => (Status::Rejected, Some(refusal.to_string())),
         };
+        let can_go = |id: &&OwnedEventId| known.get(*id).is_some_and(|event| event.can_go());
+        let outliers: Vec<_> = event.pdu.auth_events.iter().filter(can_go).cloned().collect();
+        self.need(outliers).await?;
         let event = self.stage(event);
         if event.status == Status::Accepted {
             self.take_in(&event, source, &before, after).await?;

@@ -19,7 +19,7 @@ use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{EffectsOf, EventEffect, write_effects};
 use crate::store::dag::Changes;
-use crate::store::{StoreError, dag, inbox, redactions};
+use crate::store::{StoreError, dag, inbox, outliers, redactions};
 
 /// The changes of a batch.
 pub struct Batch {
@@ -50,6 +50,11 @@ pub struct Batch {
     pub(super) redacted: Vec<Arc<Stored>>,
     /// Events that are not here, with accepted redactions of them.
     pub(super) awaited: Vec<(OwnedEventId, OwnedEventId)>,
+    /// Events without a state on which the room came to stand, and their IDs.
+    needed: Vec<Arc<Stored>>,
+    needed_ids: HashSet<OwnedEventId>,
+    /// Events without a state that go, unless the room came to stand on them.
+    pub(super) pruned: Vec<OwnedEventId>,
     /// Whether none of the gateway's users may join the room's branches.
     pub(super) cannot_join_branches: bool,
 }
@@ -57,7 +62,7 @@ pub struct Batch {
 /// Where a batch can be rolled back to.
 pub struct Savepoint {
     core: Core,
-    lengths: [usize; 11],
+    lengths: [usize; 13],
 }
 
 impl Batch {
@@ -79,6 +84,9 @@ impl Batch {
             once: Vec::new(),
             redacted: Vec::new(),
             awaited: Vec::new(),
+            needed: Vec::new(),
+            needed_ids: HashSet::new(),
+            pruned: Vec::new(),
             cannot_join_branches: false,
         }
     }
@@ -90,7 +98,8 @@ impl Batch {
 
     /// Whether it changes nothing.
     pub fn is_empty(&self) -> bool {
-        self.changes.events.is_empty() && self.changes.groups.is_empty() && self.redacted.is_empty()
+        let Changes { events, groups, .. } = &self.changes;
+        events.is_empty() && groups.is_empty() && self.redacted.is_empty() && self.pruned.is_empty()
     }
 
     /// The point to come back to when the next job fails.
@@ -110,14 +119,29 @@ impl Batch {
                 self.once.len(),
                 self.redacted.len(),
                 self.awaited.len(),
+                self.needed.len(),
+                self.pruned.len(),
             ],
         }
     }
 
     /// Takes back what was changed since.
     pub fn roll_back(&mut self, savepoint: Savepoint) {
-        let [replaced, events, groups, joined, outbox, windows, inbox, effects, once, redacted, awaited] =
-            savepoint.lengths;
+        let [
+            replaced,
+            events,
+            groups,
+            joined,
+            outbox,
+            windows,
+            inbox,
+            effects,
+            once,
+            redacted,
+            awaited,
+            needed,
+            pruned,
+        ] = savepoint.lengths;
         self.core = savepoint.core;
         for (event_id, before) in self.replaced.drain(replaced..).rev() {
             match before {
@@ -135,6 +159,10 @@ impl Batch {
         self.once.truncate(once);
         self.redacted.truncate(redacted);
         self.awaited.truncate(awaited);
+        for event in self.needed.drain(needed..) {
+            self.needed_ids.remove(&event.pdu.event_id);
+        }
+        self.pruned.truncate(pruned);
         let written: BTreeSet<i64> = self.changes.groups.iter().map(|group| group.id).collect();
         self.groups.retain(|id, _| written.contains(id));
     }
@@ -162,6 +190,23 @@ impl Batch {
     pub async fn events(&self, ids: &[OwnedEventId]) -> Result<EventMap, StoreError> {
         let ids: Vec<_> = ids.iter().filter(|id| !self.absent.contains(*id)).cloned().collect();
         self.shared.events.with_staged(&ids, &self.staged).await
+    }
+
+    /// The room stands on these events, and on what allows them: they stay.
+    pub async fn need(&mut self, mut ids: Vec<OwnedEventId>) -> Result<(), StoreError> {
+        while !ids.is_empty() {
+            ids.sort_unstable();
+            ids.dedup();
+            let found = self.shared.events.with_staged(&ids, &self.staged).await?;
+            ids.clear();
+            for event in found.into_values().filter(|event| event.can_go()) {
+                if self.needed_ids.insert(event.pdu.event_id.clone()) {
+                    ids.extend(event.pdu.auth_events.iter().cloned());
+                    self.needed.push(event);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The state of a group, committed or not.
@@ -240,7 +285,22 @@ impl Batch {
             return Ok(());
         }
         self.staged.values().for_each(|event| trip("commit", &event.pdu.kind));
-        let Self { shared, room_id, core, staged, groups, changes, inbox, effects, once, redacted, awaited, .. } = self;
+        let Self {
+            shared,
+            room_id,
+            core,
+            staged,
+            groups,
+            changes,
+            inbox,
+            effects,
+            once,
+            redacted,
+            awaited,
+            needed,
+            pruned,
+            ..
+        } = self;
         let store = shared.context.store.clone();
         let row = room.row(&core);
         let feed = Feed { kind: FeedKind::Graph, room_id: room_id.clone() };
@@ -249,12 +309,15 @@ impl Batch {
         to_wake.extend(changes.windows.iter().map(|(server, ..)| server.clone()));
         let watched = !inbox.is_empty() && shared.between.watches(Side::Matrix, &room_id);
         let now = shared.context.clock.now_ms();
-        let to_replace = redacted.clone();
+        let (to_replace, to_need, to_remove) = (redacted.clone(), needed.clone(), pruned.clone());
         let writing = store.clone();
         let written = store
             .write(move |tx| {
                 Box::pin(async move {
                     dag::write(tx, &row, &changes).await?;
+                    let to_need: Vec<_> = to_need.iter().map(|event| &*event.pdu.event_id).collect();
+                    outliers::need(tx, &to_need).await?;
+                    outliers::remove(tx, &to_remove.iter().map(|id| &**id).collect::<Vec<_>>()).await?;
                     for event in &to_replace {
                         dag::replace_json(tx, &event.pdu.event_id, event.pdu.raw.get().as_bytes()).await?;
                     }
@@ -290,7 +353,11 @@ impl Batch {
         to_wake.extend(core.servers.keys().filter(|server| **server != shared.context.server_name).cloned());
         match &written {
             Ok(()) => {
+                for event in &needed {
+                    let _ = event.needed.set(());
+                }
                 shared.events.committed(staged.into_values().chain(redacted), groups.into_values().collect()).await;
+                shared.events.forget(pruned.iter()).await;
                 room.set_core(core);
             }
             // It may be committed all the same: then queues and bridge find it, and what was redacted is not read from memory.

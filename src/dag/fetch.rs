@@ -216,7 +216,7 @@ impl Filling<'_> {
             have.insert(id);
             events.push(event);
         }
-        self.take_outliers(events).await
+        self.take_outliers(events, &[]).await
     }
 
     /// A waiting event that misses auth events.
@@ -225,8 +225,13 @@ impl Filling<'_> {
         self.waiting.keys().find(misses).cloned()
     }
 
-    async fn take_outliers(&self, events: Vec<Verified>) -> Result<bool, Refusal> {
-        let events = match self.shared.new_outliers(self.room, self.origin, events).await {
+    /// Takes auth events, and keeps those of `state` that are here.
+    async fn take_outliers(&self, events: Vec<Verified>, state: &[OwnedEventId]) -> Result<bool, Refusal> {
+        let keep = || {
+            let waiting = self.waiting.values().map(Verified::pdu);
+            waiting.flat_map(|pdu| pdu.auth_events.iter()).chain(state).cloned().collect()
+        };
+        let events = match self.shared.new_outliers(self.room, self.origin, events, keep).await {
             Ok(events) => events,
             Err(refusal @ Refusal::TooLarge { .. }) => {
                 tracing::warn!(room = %self.room.room_id, server = %self.origin, %refusal, "auth events were not taken");
@@ -299,7 +304,7 @@ impl Filling<'_> {
         let chain = event_ids(&answer, "auth_chain_ids")?;
         let all: Vec<_> = state.iter().chain(&chain).cloned().collect();
         let known = self.shared.events.get_many(&all).await?;
-        let missing: Vec<_> = all.into_iter().filter(|id| !known.contains_key(id)).collect();
+        let missing: Vec<_> = all.iter().filter(|id| !known.contains_key(*id)).cloned().collect();
         let (mut fetched, mut _held) = (Vec::new(), None);
         if missing.len() > MAX_SINGLE {
             let uri = format!("/_matrix/federation/v1/state/{room_id}?event_id={}", segment(edge.as_str()));
@@ -316,7 +321,7 @@ impl Filling<'_> {
                 fetched.extend(self.fetch_event(id).await?);
             }
         }
-        self.take_outliers(fetched).await?;
+        self.take_outliers(fetched, &all).await?;
         self.shared
             .run(self.room, move |batch| {
                 Box::pin(async move {
@@ -329,6 +334,7 @@ impl Filling<'_> {
                         .filter_map(|event| Some((event.key()?, Some(event.pdu.event_id.clone()))))
                         .collect();
                     changes.sort();
+                    batch.need(changes.iter().filter_map(|(_, id)| id.clone()).collect()).await?;
                     let empty = batch.empty_state();
                     let before = batch.derive(&empty, &changes)?;
                     if let Some(first) = lost.first() {

@@ -52,6 +52,8 @@ pub struct Stored {
     pub reason: Option<String>,
     /// The state groups before and after it; none when they are not known, which is so for an auth event that came alone.
     pub groups: Option<Groups>,
+    /// Set when the room stands on it although its groups are not known.
+    pub needed: OnceLock<()>,
     /// Of a state event: as the bridge sees it, which asks for the same ones again and again.
     pub shown: OnceLock<Arc<GraphEvent>>,
 }
@@ -68,7 +70,13 @@ pub struct Groups {
 impl Stored {
     /// An event of which nothing was found yet.
     pub fn new(pdu: Pdu) -> Self {
-        Self { pdu, status: Status::Accepted, reason: None, groups: None, shown: OnceLock::new() }
+        let (needed, shown) = (OnceLock::new(), OnceLock::new());
+        Self { pdu, status: Status::Accepted, reason: None, groups: None, needed, shown }
+    }
+
+    /// Whether it goes when there is no space for it.
+    pub fn can_go(&self) -> bool {
+        self.groups.is_none() && self.needed.get().is_none()
     }
 
     /// Whether it is part of the room.
@@ -133,6 +141,7 @@ impl Stored {
             before: self.groups.map(|groups| groups.before),
             after: self.groups.map(|groups| groups.after),
             reason: self.reason.clone(),
+            needed: self.needed.get().is_some(),
             json: self.pdu.raw.get().as_bytes().to_vec(),
         }
     }
@@ -146,7 +155,11 @@ impl Stored {
         let status =
             Status::from_i64(row.status).ok_or_else(|| StoreError::corrupt("status of an event", row.status))?;
         let groups = row.before.zip(row.after).map(|(before, after)| Groups { before, after });
-        Ok(Self { pdu, status, reason: row.reason, groups, shown: OnceLock::new() })
+        let needed = OnceLock::new();
+        if row.needed {
+            let _ = needed.set(());
+        }
+        Ok(Self { pdu, status, reason: row.reason, groups, needed, shown: OnceLock::new() })
     }
 }
 

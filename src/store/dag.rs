@@ -30,6 +30,8 @@ pub struct EventRow {
     pub after: Option<i64>,
     /// Why it was not accepted.
     pub reason: Option<String>,
+    /// Whether the room stands on it although no state of it is known; what is read, never what is written.
+    pub needed: bool,
     /// The event as it goes over the wire.
     pub json: Vec<u8>,
 }
@@ -298,18 +300,6 @@ pub async fn events(store: &Store, ids: &[OwnedEventId]) -> Result<Vec<EventRow>
 
 const CHUNK: usize = 256;
 
-/// How many bytes the events of a room have of which no state is known.
-pub async fn bytes_of_outliers(store: &Store, room_id: &RoomId) -> Result<i64, StoreError> {
-    let row: (i64,) = sqlx::query_as(
-        "SELECT CAST(COALESCE(SUM(LENGTH(json)), 0) AS BIGINT) FROM dag_events \
-         WHERE room_id = $1 AND before_group IS NULL",
-    )
-    .bind(room_id.as_str())
-    .fetch_one(store.reader())
-    .await?;
-    Ok(row.0)
-}
-
 /// A state group and those that it stands on, down to the last whole state.
 pub async fn group_chain(store: &Store, id: i64) -> Result<Vec<GroupRow>, StoreError> {
     sqlx::query(
@@ -443,6 +433,7 @@ fn event_row(row: AnyRow) -> Result<EventRow, StoreError> {
         before: row.try_get("before_group")?,
         after: row.try_get("after_group")?,
         reason: row.try_get::<Option<String>, _>("reason")?.map(decode),
+        needed: row.try_get::<i64, _>("needed")? == 1,
         json: row.try_get("json")?,
     })
 }

@@ -67,6 +67,10 @@ async fn a_gap_that_cannot_be_filled_is_bridged_by_the_state_at_its_edge() {
         assert_eq!(gateway.inbox(&room).await[1..], [edge, last]);
         assert_eq!(gateway.membership(&room, &carol).await.as_deref(), Some("join"));
         assert_eq!(gateway.state(&room).await[&("m.room.member".to_owned(), carol.to_string())], join);
+        let alone = "SELECT event_id, needed FROM dag_events WHERE room_id = $1 AND before_group IS NULL";
+        let alone: Vec<(String, i64)> =
+            sqlx::query_as(alone).bind(room.as_str()).fetch_all(gateway.context.store.reader()).await.unwrap();
+        assert_eq!(alone, [(join.to_string(), 1)], "what came alone and the state has is never pruned");
     }
 }
 
