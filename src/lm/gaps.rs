@@ -279,10 +279,15 @@ impl Taking<'_> {
                     if pdu.room_id != self.room().facts.room_id || pdu.state_key.is_none() {
                         continue;
                     }
-                    if !self.knows(&pdu.event_id).await? {
-                        self.batch.after.redaction = redaction;
-                        self.append(pdu);
+                    if self.knows(&pdu.event_id).await? {
+                        continue;
                     }
+                    if let Err(refusal) = self.room().has_room_for(&pdu) {
+                        self.complain(&pdu.event_id, &format!("left out of the state: {refusal}"));
+                        continue;
+                    }
+                    self.batch.after.redaction = redaction;
+                    self.append(pdu);
                 }
                 Err(Bad::Forged(pdu, refusal)) => self.complain(&pdu.event_id, &refusal.to_string()),
                 Err(Bad::Unproved(pdu, refusal)) => self.keep_given(&pdu, &refusal),

@@ -202,6 +202,11 @@ impl<'a> Taking<'a> {
             self.fresh.insert(pdu.event_id);
             return Ok(Err(refusal));
         }
+        if let Err(refusal) = self.room().has_room_for(&pdu) {
+            self.settle(&pdu.event_id, &refusal.to_string());
+            self.fresh.insert(pdu.event_id);
+            return Ok(Err(refusal));
+        }
         if let Some(why) = redacted {
             self.complain(&pdu.event_id, &format!("taken redacted: {why}"));
         }
@@ -240,8 +245,9 @@ impl<'a> Taking<'a> {
 
     /// Puts an event at the end of the batch.
     pub fn append(&mut self, pdu: Pdu) {
-        let event_id = pdu.event_id.clone();
+        let (event_id, weight) = (pdu.event_id.clone(), self.room().weight_after(&pdu));
         self.batch.push(pdu, Origin { foreign: true, ..Origin::default() });
+        self.batch.after.weight = weight;
         self.fresh.insert(event_id);
     }
 

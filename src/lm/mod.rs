@@ -8,7 +8,7 @@
 //! `intake` (what the hub sends), `gaps` (what is missing of
 //! that), `holes` (what stays missing), `waits` (what waits to be
 //! judged), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
-//! not come back from there). `feed` is what
+//! not come back from there). `weight` bounds the state that a foreign hub can have us keep. `feed` is what
 //! the outbound queues read, `peers` what is asked of others, `reads` what the gateway itself asks.
 
 mod actor;
@@ -37,6 +37,7 @@ mod state;
 mod tests;
 mod visibility;
 mod waits;
+mod weight;
 
 use std::sync::Arc;
 

@@ -18,6 +18,7 @@ use super::join_check::{Claim, Seen, forbidden, is_critical, without_forbidden};
 use super::peers::prev_events;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
+use super::weight::Weight;
 use super::{Appended, Lm, Role};
 use crate::event::{Family, Lpdu, Object, Redaction, RoomVersion};
 use crate::federation::RemoteError;
@@ -236,6 +237,8 @@ impl Lm {
             }
         }
         let (allowed, refused) = without_forbidden(state, &forbidden);
+        let sizes = allowed.iter().flatten().map(|event| event.pdu.to_bytes().len());
+        sizes.fold(Weight::default(), Weight::with).check()?;
         let known = self.rooms().find(&lpdu.room_id).await?;
         let turn = match &known {
             Some(cell) => Some(cell.intake.lock().await),

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::State;
 use super::rules::{Before, Judged, Slot, check, selected_slots};
+use super::weight::Weight;
 use crate::event::{Object, Pdu, Redaction, RoomVersion};
 use crate::guard::trip;
 use crate::refusal::Refusal;
@@ -27,6 +28,8 @@ pub(super) struct Snapshot {
     pub facts: Arc<Facts>,
     /// The table of redaction that the hub uses, as far as it is known.
     pub redaction: Redaction,
+    /// How much the state is, where the log is another server's.
+    pub weight: Weight,
     /// The last position; −1 in a room that has no event yet.
     pub head: i64,
     last: Option<Arc<Pdu>>,
@@ -73,6 +76,7 @@ impl Snapshot {
         Self {
             facts: Arc::new(facts),
             redaction,
+            weight: Weight::default(),
             head: -1,
             last: None,
             state: State::default(),

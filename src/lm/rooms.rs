@@ -14,6 +14,7 @@ use super::actor::Job;
 use super::ahead::Ahead;
 use super::holes::Missing;
 use super::room::{Facts, Snapshot};
+use super::weight::Weight;
 use crate::admin::metrics::CacheMeter;
 use crate::event::{Pdu, Redaction};
 use crate::refusal::Refusal;
@@ -287,10 +288,13 @@ async fn load(store: &Store, room_id: &RoomId) -> Result<Snapshot, StoreError> {
     let last = stored::range(store, room_id, row.head, row.head, 1).await?;
     let last = last.into_iter().next().ok_or_else(|| StoreError::corrupt("log", "the last event is missing"))?;
     let last = Arc::new(stored_pdu(last, row.redaction)?);
+    let weight = state.iter().fold(Weight::default(), |weight, event| weight.with(event.json.len()));
     let state = state.into_iter().map(|event| Ok(Arc::new(stored_pdu(event, row.redaction)?)));
     let state = state.collect::<Result<Vec<_>, StoreError>>()?;
     let facts = Facts { room_id: row.room_id, version: row.version, hub: row.hub };
-    Ok(Snapshot::restore(facts, row.redaction, row.head, last, state))
+    let mut snapshot = Snapshot::restore(facts, row.redaction, row.head, last, state);
+    snapshot.weight = weight;
+    Ok(snapshot)
 }
 
 /// An event as it was stored. Its ID is the one under which it was stored.

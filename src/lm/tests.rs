@@ -9,6 +9,7 @@ use super::actor::template;
 use super::batch::Batch;
 use super::intake::Taking;
 use super::room::{Facts, Snapshot};
+use super::weight::FULL;
 use super::{Lm, NewRoom, Position};
 use crate::event::{Completion, Lpdu, Object, Pdu, Redaction, RoomVersion};
 use crate::federation::{Context, KeysOf};
@@ -83,6 +84,16 @@ impl World {
         kinds.filter(|kind| !kind.starts_with("m.room.")).collect()
     }
 
+    /// Gives the participant the hub's log, as if it had joined.
+    async fn copy_log(&self) {
+        let log = self.hub.log(&self.room, Position(0), 100).await.unwrap();
+        let facts = Facts { room_id: self.room.clone(), version: RoomVersion::Lm02, hub: self.name(&self.hub) };
+        let mut taking = Taking::new(&self.part, Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft)));
+        let objects = log.iter().map(|event| event.event.json.clone()).collect();
+        taking.adopt(self.part.check_finished(objects, Redaction::Draft).await).await.unwrap();
+        taking.finish(None).await.unwrap();
+    }
+
     async fn close(self) {
         self.hub.context().store.close().await;
         self.part.context().store.close().await;
@@ -154,13 +165,7 @@ async fn a_room_is_read_anew_after_its_task_panicked() {
 async fn an_event_of_a_hub_on_which_the_participant_fails_is_refused_alone() {
     let world = World::new().await;
     let (hub, part, room_id): (&Lm, &Lm, &RoomId) = (&world.hub, &world.part, &world.room);
-    // As if it had joined.
-    let log = hub.log(room_id, Position(0), 100).await.unwrap();
-    let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: world.name(hub) };
-    let mut taking = Taking::new(part, Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft)));
-    let objects = log.iter().map(|event| event.event.json.clone()).collect();
-    taking.adopt(part.check_finished(objects, Redaction::Draft).await).await.unwrap();
-    taking.finish(None).await.unwrap();
+    world.copy_log().await;
 
     let bot = UserId::parse("@bot:hub.example").unwrap();
     let room = hub.rooms().find(room_id).await.unwrap().unwrap();
@@ -189,5 +194,45 @@ async fn an_event_of_a_hub_on_which_the_participant_fails_is_refused_alone() {
     assert_eq!(world.kinds(part).await, ["m.one", "m.two", "m.three"]);
     let complaints = part.room(room_id).await.unwrap().unwrap().complaints;
     assert_eq!(complaints.iter().filter(|complaint| complaint.contains("fails on")).count(), 2, "{complaints:?}");
+    world.close().await;
+}
+
+#[tokio::test]
+async fn a_hub_cannot_have_a_participant_keep_state_without_end() {
+    let world = World::new().await;
+    world.copy_log().await;
+    let cell = world.part.rooms().find(&world.room).await.unwrap().unwrap();
+    let store = &world.part.context().store;
+    let weight = cell.snapshot(store).await.unwrap().weight;
+    cell.forget();
+    let read = cell.snapshot(store).await.unwrap();
+    assert_eq!(read.weight, weight, "it is the same when it is counted as events come");
+    assert_eq!(weight.slots, read.state().iter().count());
+
+    let mut full = Snapshot::clone(&read);
+    full.weight = FULL;
+    cell.publish(Arc::new(full));
+    let bot = UserId::parse("@bot:hub.example").unwrap();
+    let sent = [
+        ("m.filler", Some("one"), json!({}), Some("too_many_events")),
+        ("m.message", None, json!({}), None),
+        ("m.room.power_levels", Some(""), json!({ "users": { "@bot:hub.example": 100 } }), None),
+        ("m.room.member", Some("@alice:part.example"), json!({ "membership": "ban" }), None),
+        ("m.room.member", Some("@new:hub.example"), json!({ "membership": "ban" }), Some("too_many_events")),
+    ];
+    for (kind, state_key, content, refused) in sent {
+        let draft = draft(&bot, kind, state_key, content);
+        let sent = world.hub.send(&world.room, vec![Outgoing { draft, effect: None }]).await.remove(0).unwrap();
+        let super::Sent::Appended(sent) = sent else { panic!("{sent:?}") };
+        let hub = world.name(&world.hub);
+        let received = world.part.receive_in_room(&hub, &world.room, vec![sent.event.json.clone()]).await.remove(0);
+        assert_eq!(received.result.as_ref().err().map(Refusal::code), refused, "{kind}: {received:?}");
+    }
+    let complaints = world.part.room(&world.room).await.unwrap().unwrap().complaints;
+    assert_eq!(
+        complaints.iter().filter(|complaint| complaint.contains("another server keeps")).count(),
+        2,
+        "{complaints:?}"
+    );
     world.close().await;
 }
