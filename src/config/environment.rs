@@ -30,6 +30,7 @@ pub(super) const KEYS: &[(&str, Kind)] = &[
     ("listen.tls_certificate", Kind::Text),
     ("listen.tls_private_key", Kind::Text),
     ("listen.well_known", Kind::Text),
+    ("listen.connections_per_address", Kind::Number),
     ("database.url", Kind::Text),
     ("database.keep_days", Kind::Number),
     ("appservice.homeserver_url", Kind::Text),

@@ -45,6 +45,9 @@ server_name = "{server_name}"
 # reach it. Without it isthmus names its own port when it does TLS itself; behind a proxy it answers 404, which sends them to
 # port 8448 of the name. Set it when the proxy has the gateway on another port and passes this path on.
 # well_known = "lm.example.org:443"
+# How many connections one address (of IPv6: one network of 64 bits) may have. Private and loopback addresses, where a proxy is,
+# may have any number. 0 when a proxy with a public address stands in front: then nobody is told apart by addresses.
+# connections_per_address = 256
 
 [database]
 # A SQLite file, or postgres://USER:PASSWORD@HOST/DATABASE.

@@ -67,6 +67,8 @@ pub struct Listen {
     pub tls_private_key: Option<PathBuf>,
     /// What `/.well-known/matrix/server` says: the name and port at which other servers reach the gateway.
     pub well_known: Option<OwnedServerName>,
+    /// How many connections one public address may have; with 0 what comes is not told apart by addresses.
+    pub connections_per_address: usize,
 }
 
 /// `[database]`. Debug shows no password.
@@ -198,7 +200,13 @@ fn default_signing_key() -> PathBuf {
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { address: ([127, 0, 0, 1], 8448).into(), tls_certificate: None, tls_private_key: None, well_known: None }
+        Self {
+            address: ([127, 0, 0, 1], 8448).into(),
+            tls_certificate: None,
+            tls_private_key: None,
+            well_known: None,
+            connections_per_address: 256,
+        }
     }
 }
 

@@ -119,6 +119,7 @@ fn every_key_can_be_set_in_the_environment() {
         ("listen.tls_certificate", "a.pem", tls),
         ("listen.tls_private_key", "a.pem", tls),
         ("listen.well_known", "g.example:443", ""),
+        ("listen.connections_per_address", "9", ""),
         ("database.url", "postgres://u:p@h/d", ""),
         ("database.keep_days", "9", ""),
         ("appservice.homeserver_url", "https://h/x", appservice),

@@ -12,9 +12,9 @@ use ruma::{OwnedServerName, ServerName};
 use tokio::sync::Semaphore;
 use url::Url;
 
+use super::answers::{Answers, HeldAnswer};
 use super::dialler::{self, Answer, Http, Itself, Reach};
 use super::discovery::{Dial, Network, Route, discover};
-use super::limits::{Held, Shares};
 use super::srv::SrvTargets;
 use super::x_matrix;
 use crate::event::{Object, canonical_json, parse_object};
@@ -137,11 +137,8 @@ const ERROR_LIMIT: usize = 16 << 10;
 const KEYS_LIMIT: usize = 64 << 10;
 const KEYS_TIMEOUT: Duration = Duration::from_secs(20);
 const KEY_FETCHES: usize = 256;
-/// How many bytes of answers may be worked on at once, from when they arrive until whoever asked is done with them: what is
-/// made of them takes some five times as much.
-const ANSWERS: usize = 128 << 20;
-/// How many of one server: one answer with the state of the largest rooms.
-const ANSWERS_OF_ONE: usize = 64 << 20;
+/// How long a fetch of keys waits for its turn.
+const KEYS_TURN: Duration = Duration::from_secs(10);
 
 impl Client {
     /// A client for the server `server_name`.
@@ -150,7 +147,7 @@ impl Client {
         signing_key: Arc<SigningKey>,
         options: ClientOptions,
     ) -> Result<Self, anyhow::Error> {
-        Self::within(server_name, signing_key, options, Shares::new(ANSWERS, ANSWERS_OF_ONE))
+        Self::within(server_name, signing_key, options, Answers::default())
     }
 
     /// The same with another budget for answers.
@@ -158,7 +155,7 @@ impl Client {
         server_name: OwnedServerName,
         signing_key: Arc<SigningKey>,
         options: ClientOptions,
-        answers: Shares,
+        answers: Answers,
     ) -> Result<Self, anyhow::Error> {
         let tls = dialler::tls_config(&options.custom_ca)?;
         let reach = if options.allow_private_networks { Reach::Everything } else { Reach::Public };
@@ -194,7 +191,7 @@ impl Client {
         destination: &ServerName,
         call: Call,
         linearized: bool,
-    ) -> Result<(Object, Held), RemoteError> {
+    ) -> Result<(Object, HeldAnswer), RemoteError> {
         let signing = if linearized { Signing::WithContent } else { Signing::WithoutContent };
         self.within_timeout(destination, call, signing).await
     }
@@ -218,10 +215,11 @@ impl Client {
         destination: &ServerName,
         call: Call,
         signing: Signing,
-    ) -> Result<(Object, Held), RemoteError> {
+    ) -> Result<(Object, HeldAnswer), RemoteError> {
         let timeout = call.timeout;
         // Discovery is within the time too.
-        match tokio::time::timeout(timeout, self.exchange(destination, call, signing)).await {
+        // Boxed, or the futures of whoever asks would nest too deeply for the compiler.
+        match tokio::time::timeout(timeout, Box::pin(self.exchange(destination, call, signing))).await {
             Ok(answer) => answer,
             Err(_) => Err(RemoteError::Unreachable(format!("no answer within {timeout:?}"))),
         }
@@ -232,7 +230,7 @@ impl Client {
         destination: &ServerName,
         call: Call,
         signing: Signing,
-    ) -> Result<(Object, Held), RemoteError> {
+    ) -> Result<(Object, HeldAnswer), RemoteError> {
         read_answer(self.answer(destination, call, signing).await?)
     }
 
@@ -321,7 +319,7 @@ fn override_route(name: &ServerName, base: &Url) -> Result<Route, anyhow::Error>
     Ok(Route { base, host: name.as_str().to_owned(), dial: Dial::Trusted })
 }
 
-fn read_answer(answer: Answer) -> Result<(Object, Held), RemoteError> {
+fn read_answer(answer: Answer) -> Result<(Object, HeldAnswer), RemoteError> {
     if answer.status == StatusCode::OK {
         let object = parse_object(&answer.body).map_err(|refusal| RemoteError::BadAnswer(refusal.to_string()))?;
         return Ok((object, answer.held));
@@ -353,7 +351,9 @@ fn retry_after(headers: &HeaderMap, body: &Object) -> Option<Duration> {
 impl KeyFetcher for Client {
     async fn fetch_keys(&self, server: &ServerName) -> Result<Object, Refusal> {
         let unavailable = |problem: String| Refusal::KeysUnavailable { server: server.to_string(), problem };
-        let _permit = self.inner.key_fetches.acquire().await.map_err(|error| unavailable(error.to_string()))?;
+        let turn = tokio::time::timeout(KEYS_TURN, self.inner.key_fetches.acquire()).await;
+        let turn = turn.map_err(|_| unavailable(format!("{KEY_FETCHES} servers are being asked already")))?;
+        let _permit = turn.map_err(|error| unavailable(error.to_string()))?;
         let call = Call { timeout: KEYS_TIMEOUT, limit: KEYS_LIMIT, ..Call::get("/_matrix/key/v2/server") };
         self.get_json(server, call).await.map_err(|error| unavailable(error.to_string()))
     }

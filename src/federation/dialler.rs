@@ -17,11 +17,15 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use url::{Host, Url};
 
-use super::{Held, RemoteError, Shares};
+use super::answers::{Answers, HeldAnswer};
+use super::{Pace, RemoteError};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long an answer may pause, and how fast it has to come, in bytes a second.
+const PAUSE: Duration = Duration::from_secs(20);
+const RATE: u32 = 32 << 10;
 /// How many addresses of one name are tried.
 const MAX_ADDRESSES: usize = 16;
 
@@ -139,7 +143,7 @@ pub(super) struct Http {
     client: reqwest::Client,
     reach: Reach,
     /// The bytes of answers that are being read, or not done with.
-    answers: Shares,
+    answers: Answers,
 }
 
 /// An answer whose body was read within its limit.
@@ -148,7 +152,7 @@ pub(super) struct Answer {
     pub headers: HeaderMap,
     pub body: Bytes,
     /// The bytes of its body, for as long as somebody works on it.
-    pub held: Held,
+    pub held: HeldAnswer,
 }
 
 impl Http {
@@ -156,7 +160,7 @@ impl Http {
         tls: rustls::ClientConfig,
         reach: Reach,
         targets: impl TargetSource,
-        answers: Shares,
+        answers: Answers,
     ) -> Result<Self, reqwest::Error> {
         let client = reqwest::Client::builder()
             .tls_backend_preconfigured(tls)
@@ -202,7 +206,8 @@ impl Http {
         let exchange = async {
             let response = request.send().await.map_err(|error| unreachable(&error))?;
             let (status, headers) = (response.status(), response.headers().clone());
-            let mut held = self.answers.hold(server);
+            let address = response.remote_addr().map(|address| address.ip());
+            let mut held = self.answers.hold(server, address);
             let body = if status == StatusCode::OK {
                 read(response, limit, &mut held).await?
             } else {
@@ -218,22 +223,27 @@ impl Http {
     }
 }
 
-async fn read(response: reqwest::Response, limit: usize, held: &mut Held) -> Result<Bytes, RemoteError> {
+async fn read(response: reqwest::Response, limit: usize, held: &mut HeldAnswer) -> Result<Bytes, RemoteError> {
     let too_large = || RemoteError::BadAnswer(format!("its body is longer than {limit} bytes"));
     if response.content_length().is_some_and(|length| usize::try_from(length).map_or(true, |length| length > limit)) {
         return Err(too_large());
     }
     let mut body = BytesMut::new();
     let mut stream = response.bytes_stream();
-    while let Some(chunk) = stream.next().await {
+    let mut pace = Pace::new(PAUSE, RATE);
+    let too_slow = |_| RemoteError::Unreachable(format!("its answer paused for {PAUSE:?}, or comes too slowly"));
+    while let Some(chunk) = tokio::time::timeout_at(pace.until(), stream.next()).await.map_err(too_slow)? {
         let chunk = chunk.map_err(|error| unreachable(&error))?;
         if body.len().saturating_add(chunk.len()) > limit {
             return Err(too_large());
         }
-        if !held.grow(chunk.len()) {
+        let since = tokio::time::Instant::now();
+        if !held.grow(chunk.len()).await {
             let problem = "its answers, or those of all servers, are too much to work on at once";
             return Err(RemoteError::Unreachable(problem.to_owned()));
         }
+        pace.resume(since);
+        pace.took(chunk.len());
         body.extend_from_slice(&chunk);
     }
     Ok(body.freeze())
@@ -358,7 +368,7 @@ mod tests {
     }
 
     fn http(reach: Reach) -> Http {
-        Http::new(tls_config(&[]).unwrap(), reach, Itself, Shares::new(1 << 20, 1 << 20)).unwrap()
+        Http::new(tls_config(&[]).unwrap(), reach, Itself, Answers::default()).unwrap()
     }
 
     #[tokio::test]

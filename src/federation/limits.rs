@@ -197,24 +197,43 @@ impl Reserved {
     /// Takes `bytes` more; false, and nothing taken, when the budget does not have them.
     #[must_use]
     pub fn grow(&mut self, bytes: usize) -> bool {
-        let total = self.bytes.saturating_add(bytes);
-        let held = self.held.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        let missing = total.div_ceil(BLOCK).saturating_sub(held);
-        let Ok(missing) = u32::try_from(missing) else { return false };
+        let Some(missing) = self.missing(bytes) else { return false };
         if missing > 0 {
             let Ok(more) = self.blocks.clone().try_acquire_many_owned(missing) else { return false };
-            match &mut self.held {
-                Some(held) => held.merge(more),
-                None => self.held = Some(more),
-            }
+            self.merge(more);
         }
-        self.bytes = total;
+        self.bytes = self.bytes.saturating_add(bytes);
         true
+    }
+
+    /// The same, waiting in line until the budget has them.
+    async fn grow_in_time(&mut self, bytes: usize) -> bool {
+        let Some(missing) = self.missing(bytes) else { return false };
+        if missing > 0 {
+            let Ok(more) = self.blocks.clone().acquire_many_owned(missing).await else { return false };
+            self.merge(more);
+        }
+        self.bytes = self.bytes.saturating_add(bytes);
+        true
+    }
+
+    /// How many blocks more are needed for so many bytes more.
+    fn missing(&self, bytes: usize) -> Option<u32> {
+        let total = self.bytes.saturating_add(bytes);
+        let held = self.held.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        u32::try_from(total.div_ceil(BLOCK).saturating_sub(held)).ok()
+    }
+
+    fn merge(&mut self, more: OwnedSemaphorePermit) {
+        match &mut self.held {
+            Some(held) => held.merge(more),
+            None => self.held = Some(more),
+        }
     }
 }
 
-/// A budget of bytes of which no server's answers get more than a share, so that one that sends much leaves room for others;
-/// clones share it.
+/// A budget of bytes of which nobody gets more than a share, so that one that sends much leaves room for others; clones
+/// share it.
 #[derive(Clone)]
 pub struct Shares {
     all: ByteBudget,
@@ -222,39 +241,52 @@ pub struct Shares {
     of: Arc<Mutex<HashMap<String, Weak<Semaphore>>>>,
 }
 
-/// Bytes taken from a budget and from a server's share of it, given back when this is dropped.
+/// Bytes taken from a budget and from somebody's shares of it, given back when this is dropped.
 pub struct Held {
     all: Reserved,
-    own: Reserved,
+    own: Vec<Reserved>,
 }
 
 impl Shares {
-    /// A budget of so many bytes, of which a server gets `each` at most.
+    /// A budget of so many bytes, of which each one gets `each` at most.
     pub fn new(all: usize, each: usize) -> Self {
         Self { all: ByteBudget::new(all), each, of: Arc::default() }
     }
 
-    /// Nothing yet, to be grown.
-    pub fn hold(&self, server: &str) -> Held {
+    /// Nothing yet, to be grown; it counts for each of `whose`.
+    pub fn hold(&self, whose: &[&str]) -> Held {
         let mut of = lock(&self.of);
-        let own = of.get(server).and_then(Weak::upgrade);
-        let own = own.unwrap_or_else(|| {
-            if of.len() == of.capacity() {
-                of.retain(|_, blocks| blocks.strong_count() > 0);
-            }
-            let new = ByteBudget::new(self.each).blocks;
-            of.insert(server.to_owned(), Arc::downgrade(&new));
-            new
+        let own = whose.iter().map(|name| {
+            let blocks = of.get(*name).and_then(Weak::upgrade);
+            let blocks = blocks.unwrap_or_else(|| {
+                if of.len() == of.capacity() {
+                    of.retain(|_, blocks| blocks.strong_count() > 0);
+                }
+                let new = ByteBudget::new(self.each).blocks;
+                of.insert((*name).to_owned(), Arc::downgrade(&new));
+                new
+            });
+            ByteBudget { blocks }.reserve()
         });
-        Held { all: self.all.reserve(), own: ByteBudget { blocks: own }.reserve() }
+        Held { own: own.collect(), all: self.all.reserve() }
     }
 }
 
 impl Held {
-    /// Takes `bytes` more; false when the budget or the server's share of it does not have them. Then this is of no more use.
+    /// Takes `bytes` more; false when the budget or a share of it does not have them. Then this is of no more use.
     #[must_use]
     pub fn grow(&mut self, bytes: usize) -> bool {
-        self.own.grow(bytes) && self.all.grow(bytes)
+        self.own.iter_mut().all(|own| own.grow(bytes)) && self.all.grow(bytes)
+    }
+
+    /// The same, waiting until they are there; false when they never can be.
+    pub async fn grow_in_time(&mut self, bytes: usize) -> bool {
+        for own in &mut self.own {
+            if !own.grow_in_time(bytes).await {
+                return false;
+            }
+        }
+        self.all.grow_in_time(bytes).await
     }
 }
 
@@ -327,15 +359,15 @@ mod tests {
     #[test]
     fn no_server_gets_more_than_its_share_and_all_together_no_more_than_there_is() {
         let shares = Shares::new(5 * BLOCK, 2 * BLOCK);
-        let (mut first, mut again) = (shares.hold("a"), shares.clone().hold("a"));
-        assert!(first.grow(BLOCK) && again.grow(BLOCK) && !shares.hold("a").grow(1));
-        let mut others = [shares.hold("b"), shares.hold("c")];
+        let (mut first, mut again) = (shares.hold(&["a"]), shares.clone().hold(&["a"]));
+        assert!(first.grow(BLOCK) && again.grow(BLOCK) && !shares.hold(&["a"]).grow(1));
+        let mut others = [shares.hold(&["b"]), shares.hold(&["c"])];
         assert!(others[0].grow(2 * BLOCK) && !others[1].grow(2 * BLOCK), "one block is left");
         drop((first, again));
-        assert!(shares.hold("a").grow(2 * BLOCK));
+        assert!(shares.hold(&["a"]).grow(2 * BLOCK));
         drop(others);
         for server in 0..1000 {
-            drop(shares.hold(&server.to_string()));
+            drop(shares.hold(&[&server.to_string()]));
         }
         assert!(lock(&shares.of).len() < 10, "who holds nothing is forgotten");
     }

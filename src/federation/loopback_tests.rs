@@ -18,12 +18,13 @@ use serde_json::json;
 use tempfile::TempDir;
 use url::Url;
 
+use super::answers::Answers;
 use super::dialler::{Http, Itself, Reach, TargetSource, Targets, tls_config};
 use super::discovery::{Lookups as _, Network};
 use super::srv::SrvTargets;
 use super::well_known::{Outcome, fetch_from};
 use super::x_matrix::tests::is_signed_request;
-use super::{Call, Client, ClientOptions, RemoteError, Shares, crypto_provider};
+use super::{Call, Client, ClientOptions, RemoteError, crypto_provider};
 use crate::event::Object;
 use crate::identity::{KeyFetcher as _, SigningKey};
 
@@ -274,32 +275,43 @@ async fn connections_are_kept() {
     assert_eq!(accepted.load(Ordering::SeqCst), 1);
 }
 
-fn shares() -> Shares {
-    Shares::new(1 << 20, 1 << 20)
+fn answers() -> Answers {
+    Answers::default()
 }
 
 #[tokio::test]
-async fn hc_22_answers_that_are_worked_on_are_bounded_together() {
-    let server = Server::plain(|_| axum::Json(json!({ "state": "x".repeat(150 << 10) })).into_response());
+async fn hc_22_answers_that_are_worked_on_are_bounded_together_and_small_ones_always_have_room() {
+    let server = Server::plain(|seen| match seen.uri.as_str() {
+        "/_matrix/small" => hello(seen),
+        _ => axum::Json(json!({ "state": "x".repeat(150 << 10) })).into_response(),
+    });
     let base: Url = format!("http://{}", server.address).parse().unwrap();
     let servers = ["a.example", "b.example", "c.example"].map(|name| ServerName::parse(name).unwrap());
     let resolve = servers.iter().map(|name| (name.clone(), base.clone())).collect();
     let options = ClientOptions { resolve, ..ClientOptions::default() };
-    let shares = Shares::new(400 << 10, 200 << 10);
-    let client = Client::within(server_name!("g.example").to_owned(), key(), options, shares).unwrap();
-    let ask = |server: &OwnedServerName| {
+    let kinds = [(16 << 10, 16 << 10, 8 << 10), (usize::MAX, 400 << 10, 200 << 10)];
+    let answers = Answers::new(&kinds, Duration::from_millis(300));
+    let client = Client::within(server_name!("g.example").to_owned(), key(), options, answers).unwrap();
+    let ask = |server: &OwnedServerName, uri: &'static str| {
         let (client, server) = (client.clone(), server.clone());
-        async move { client.call_held(&server, Call::get("/_matrix/x").with_state(), false).await }
+        async move { client.call_held(&server, Call::get(uri).with_state(), false).await }
     };
+    let (large, small) = ("/_matrix/x", "/_matrix/small");
     let [a, b, c] = &servers;
-    let (_, first) = ask(a).await.unwrap();
+    let (_, first) = ask(a, large).await.unwrap();
     let too_much = |error: RemoteError| error.to_string().contains("too much to work on at once");
-    assert!(too_much(ask(a).await.err().unwrap()), "beyond its share");
-    let (_, second) = ask(b).await.unwrap();
-    assert!(too_much(ask(c).await.err().unwrap()), "beyond what there is");
+    assert!(too_much(ask(a, large).await.err().unwrap()), "beyond its share");
+    let (_, second) = ask(b, large).await.unwrap();
+    assert!(too_much(ask(c, large).await.err().unwrap()), "beyond what there is");
+    for server in &servers {
+        ask(server, small).await.unwrap();
+    }
+    // Who waits gets what is given back meanwhile.
+    let waiting = tokio::spawn(ask(c, large));
+    tokio::time::sleep(Duration::from_millis(50)).await;
     drop(first);
-    ask(c).await.unwrap();
-    ask(a).await.unwrap();
+    waiting.await.unwrap().unwrap();
+    ask(a, large).await.unwrap();
     drop(second);
 }
 
@@ -429,18 +441,18 @@ async fn hc_58_behind_srv_the_certificate_is_for_the_name_and_not_for_the_target
     let server = Server::tls(&authority, &["fed.example"], hello);
     let tls = tls_config(&[authority.file()]).unwrap();
     let url: Url = "https://fed.example/_matrix/x".parse().unwrap();
-    let http = Http::new(tls.clone(), Reach::Everything, Srv(server.address), shares()).unwrap();
+    let http = Http::new(tls.clone(), Reach::Everything, Srv(server.address), answers()).unwrap();
     let request = http.request(Method::GET, url.clone()).unwrap().header(header::HOST, "fed.example");
     let answer = http.send("fed.example", request, Duration::from_secs(10), 1000, 0).await.unwrap();
     assert_eq!(answer.status, StatusCode::OK);
     assert_eq!(server.last().headers[header::HOST], "fed.example");
 
-    let guarded = Http::new(tls.clone(), Reach::Public, Srv(server.address), shares()).unwrap();
+    let guarded = Http::new(tls.clone(), Reach::Public, Srv(server.address), answers()).unwrap();
     let request = guarded.request(Method::GET, url.clone()).unwrap();
     assert!(guarded.send("fed.example", request, Duration::from_secs(10), 1000, 0).await.is_err());
 
     let of_target = Server::tls(&authority, &["localhost"], hello);
-    let http = Http::new(tls, Reach::Everything, Srv(of_target.address), shares()).unwrap();
+    let http = Http::new(tls, Reach::Everything, Srv(of_target.address), answers()).unwrap();
     let request = http.request(Method::GET, url).unwrap();
     assert!(http.send("fed.example", request, Duration::from_secs(10), 1000, 0).await.is_err());
 }
@@ -466,7 +478,7 @@ async fn hc_56_well_known_within_bounds() {
         _ => StatusCode::NOT_FOUND.into_response(),
     });
     let tls = tls_config(&[authority.file()]).unwrap();
-    let http = Http::new(tls.clone(), Reach::Everything, Itself, shares()).unwrap();
+    let http = Http::new(tls.clone(), Reach::Everything, Itself, answers()).unwrap();
     let url = |path: &str| -> Url { format!("https://localhost:{}{path}", server.address.port()).parse().unwrap() };
     let day = Duration::from_secs(24 * 3600);
     let good = Outcome::Delegates(server_name!("fed.example").to_owned(), day);
@@ -485,7 +497,7 @@ async fn hc_56_well_known_within_bounds() {
         assert_eq!(fetch_from(&http, url(path)).await, expected, "{path}");
     }
     let seen = server.seen.lock().unwrap().len();
-    let guarded = Http::new(tls, Reach::Public, Itself, shares()).unwrap();
+    let guarded = Http::new(tls, Reach::Public, Itself, answers()).unwrap();
     assert_eq!(fetch_from(&guarded, url("/metadata")).await, Outcome::Failed);
     assert_eq!(server.seen.lock().unwrap().len(), seen, "nothing private is dialled");
 }
@@ -509,7 +521,7 @@ async fn hc_56_well_known_is_asked_for_once_until_it_is_outdated() {
         }
     });
     let tls = tls_config(&[authority.file()]).unwrap();
-    let http = Arc::new(Http::new(tls, Reach::Everything, Loopback(server.address.port()), shares()).unwrap());
+    let http = Arc::new(Http::new(tls, Reach::Everything, Loopback(server.address.port()), answers()).unwrap());
     let network = Network::new(http, SrvTargets::new());
     let asked = || std::mem::take(&mut *server.seen.lock().unwrap()).len();
     for (host, delegate) in [("one.example", Some(server_name!("fed.example:443").to_owned())), ("none.example", None)]

@@ -1,5 +1,7 @@
 //! What both sides share of federation: discovery, the dialler, X-Matrix, the HTTP client, outbound queues, limits.
 
+mod answers;
+mod askers;
 mod client;
 mod context;
 mod dialler;
@@ -8,11 +10,15 @@ mod limits;
 #[cfg(test)]
 mod loopback_tests;
 mod outbound;
+mod pace;
+mod peer_address;
 mod srv;
 mod transactions;
 mod well_known;
 mod x_matrix;
 
+pub use self::answers::HeldAnswer;
+pub use self::askers::{Asker, Askers};
 pub use self::client::{Call, Client, ClientOptions, RemoteError};
 pub use self::context::Context;
 #[cfg(test)]
@@ -20,5 +26,7 @@ pub(crate) use self::context::KeysOf;
 pub use self::dialler::crypto_provider;
 pub use self::limits::{ByteBudget, Counted, Held, LineLimits, Lines, Reserved, Shares, Turn, Underway};
 pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, OutboundQueues, QueueStatus};
+pub use self::pace::Pace;
+pub use self::peer_address::peer_address;
 pub use self::transactions::{Begun, Processing, Transactions};
-pub use self::x_matrix::{Authenticated, Claimed, authenticate, authorization_header};
+pub use self::x_matrix::{Authenticated, Claimed, Claims, authenticate, authorization_header};

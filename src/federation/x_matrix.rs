@@ -33,7 +33,7 @@ pub async fn authenticate(
     headers: &HeaderMap,
     body: Option<&Object>,
 ) -> Result<Authenticated, Refusal> {
-    let claimed = Claimed::read(keyring, server_name, headers).await?;
+    let claimed = Claimed::with_keys(Claims::read(server_name, headers)?, keyring).await?;
     claimed.prove(server_name, method, uri, body.map(canonical_json).as_deref())
 }
 
@@ -46,9 +46,9 @@ pub struct Claimed {
 }
 
 impl Claimed {
-    /// Reads every `Authorization` header and gets the keys that they name.
-    pub async fn read(keyring: &Keyring, server_name: &ServerName, headers: &HeaderMap) -> Result<Self, Refusal> {
-        let Claims { origin, signatures } = claims(server_name, headers)?;
+    /// Gets the keys that the claims name.
+    pub async fn with_keys(claims: Claims, keyring: &Keyring) -> Result<Self, Refusal> {
+        let Claims { origin, signatures } = claims;
         let wanted: Vec<&str> = signatures.iter().map(|signature| signature.key_id.as_str()).collect();
         let keys = keyring
             .keys_for(&origin, &wanted, Validity::Now)
@@ -60,6 +60,11 @@ impl Claimed {
         };
         let signatures = signatures.into_iter().map(with_key).collect::<Result<_, _>>()?;
         Ok(Self { origin, signatures })
+    }
+
+    /// Who it claims to be from.
+    pub fn origin(&self) -> &ServerName {
+        &self.origin
     }
 
     /// Checks every signature. `uri` is the original path and query; `body` that of PUT and POST in canonical form, as
@@ -155,9 +160,22 @@ fn is_signed(origin: &ServerName, key: &VerifyKey, message: &[u8], signature: &s
 
 /// What the headers claim, before anything is proved.
 #[derive(Debug)]
-struct Claims {
-    origin: OwnedServerName,
+pub struct Claims {
+    /// The server that is named.
+    pub origin: OwnedServerName,
     signatures: Vec<ClaimedSignature>,
+}
+
+impl Claims {
+    /// Reads every `Authorization` header of a request to `server_name`.
+    pub fn read(server_name: &ServerName, headers: &HeaderMap) -> Result<Self, Refusal> {
+        claims(server_name, headers)
+    }
+
+    /// The IDs of the keys that the signatures are said to be by.
+    pub fn key_ids(&self) -> impl Iterator<Item = &str> {
+        self.signatures.iter().map(|signature| signature.key_id.as_str())
+    }
 }
 
 #[derive(Debug)]

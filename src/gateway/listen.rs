@@ -5,22 +5,19 @@ use std::future::{Ready, ready};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
-use axum::middleware::AddExtension;
-use axum::{Extension, Router};
+use axum::Router;
 use axum_server::accept::Accept;
 use axum_server::tls_rustls::RustlsConfig;
 use axum_server::{Handle, Server};
 use hyper_util::rt::TokioTimer;
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
-use tower::Layer as _;
 
+use super::connections::{Bounds, Connections, Patience, Peer, Serving, Watched};
 use crate::config::Listen;
-use crate::federation::crypto_provider;
+use crate::federation::{crypto_provider, peer_address};
 
 /// How long the head of a request may take to arrive.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -29,6 +26,8 @@ const BUFFER: usize = 64 << 10;
 
 /// How many connections a listener holds: each costs some 100 KiB and a descriptor.
 const CONNECTIONS: usize = 4_096;
+/// How many requests one connection may have under way.
+const STREAMS: u32 = 128;
 
 /// Why a listener could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +65,8 @@ impl Listener {
     /// Listens as `settings` say, by TLS when they name a certificate.
     pub(crate) async fn open(name: &'static str, settings: &Listen, routes: Router) -> Result<Self, ListenError> {
         let (Some(certificate), Some(key)) = (&settings.tls_certificate, &settings.tls_private_key) else {
-            return Self::open_plain(name, settings.address, routes).await;
+            let (of_one, patience) = (settings.connections_per_address, Patience::default());
+            return Self::open_bounded(name, settings.address, of_one, patience, routes).await;
         };
         // Only the first call in a process does anything; all of them give the same provider.
         let _ = (*crypto_provider()).clone().install_default();
@@ -79,23 +79,34 @@ impl Listener {
         let wrong = |source| ListenError::Address { name, address, source };
         let handle = Handle::new();
         let server = axum_server::from_tcp_rustls(socket, tls).map_err(wrong)?.handle(handle.clone());
-        let mut server = server.map(|tls| tls.acceptor(Bounded::new(CONNECTIONS)));
+        let mut server =
+            server.map(|tls| tls.acceptor(Bounded::new(settings.connections_per_address, Patience::default())));
         limit(&mut server);
         let task = tokio::spawn(async move { ended(name, server.serve(routes.into_make_service()).await) });
         Ok(Self { address, handle, task })
     }
 
-    /// Listens without TLS.
+    /// Listens without TLS, for whoever may reach the address.
     pub(crate) async fn open_plain(
         name: &'static str,
         address: SocketAddr,
+        routes: Router,
+    ) -> Result<Self, ListenError> {
+        Self::open_bounded(name, address, 0, Patience::default(), routes).await
+    }
+
+    async fn open_bounded(
+        name: &'static str,
+        address: SocketAddr,
+        of_one: usize,
+        patience: Patience,
         routes: Router,
     ) -> Result<Self, ListenError> {
         let (socket, address) = bind(name, address)?;
         let wrong = |source| ListenError::Address { name, address, source };
         let handle = Handle::new();
         let server = axum_server::from_tcp(socket).map_err(wrong)?.handle(handle.clone());
-        let mut server = server.acceptor(Bounded::new(CONNECTIONS));
+        let mut server = server.acceptor(Bounded::new(of_one, patience));
         limit(&mut server);
         let task = tokio::spawn(async move { ended(name, server.serve(routes.into_make_service()).await) });
         Ok(Self { address, handle, task })
@@ -117,39 +128,34 @@ impl Listener {
     }
 }
 
-/// Takes a connection while there is a place for it, and closes it at once otherwise. The place is held by what serves the
-/// connection and ends with it.
+/// Gives each connection a place ([`Connections`]).
 #[derive(Clone)]
 struct Bounded {
-    places: Arc<Semaphore>,
+    connections: Connections,
+    by_address: bool,
 }
 
-type Place = Extension<Arc<OwnedSemaphorePermit>>;
-
 impl Bounded {
-    fn new(connections: usize) -> Self {
-        Self { places: Arc::new(Semaphore::new(connections)) }
-    }
-
-    fn place(&self) -> io::Result<Place> {
-        match self.places.clone().try_acquire_owned() {
-            Ok(place) => Ok(Extension(Arc::new(place))),
-            Err(_) => {
-                tracing::warn!("closed a new connection: there are {CONNECTIONS} already");
-                Err(io::Error::other("too many connections"))
-            }
+    /// At most `of_one` connections of one address; with 0 addresses say nothing.
+    fn new(of_one: usize, patience: Patience) -> Self {
+        let of_one = (of_one > 0).then_some(of_one);
+        Self {
+            connections: Connections::new(Bounds { all: CONNECTIONS, of_one, patience }),
+            by_address: of_one.is_some(),
         }
     }
 }
 
 impl<S> Accept<TcpStream, S> for Bounded {
-    type Stream = TcpStream;
-    type Service = AddExtension<S, Arc<OwnedSemaphorePermit>>;
+    type Stream = Watched;
+    type Service = Serving<S>;
     type Future = Ready<io::Result<(Self::Stream, Self::Service)>>;
 
     fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
-        let accepted = stream.set_nodelay(true).and_then(|()| self.place());
-        ready(accepted.map(|place| (stream, place.layer(service))))
+        let address = || if self.by_address { peer_address(stream.peer_addr().ok()?.ip()) } else { None };
+        let peer = Peer(address());
+        let accepted = stream.set_nodelay(true).and_then(|()| self.connections.open(stream, peer, service));
+        ready(accepted)
     }
 }
 
@@ -162,6 +168,7 @@ fn bind(name: &'static str, address: SocketAddr) -> Result<(std::net::TcpListene
 }
 
 fn limit<A>(server: &mut Server<SocketAddr, A>) {
+    server.http_builder().http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS);
     server
         .http_builder()
         .http1()
@@ -178,25 +185,4 @@ fn ended(name: &str, result: io::Result<()>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use tokio::net::TcpListener;
-
-    use super::*;
-
-    #[tokio::test]
-    async fn connections_are_bounded_and_their_places_come_back() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let bounded = Bounded::new(1);
-        let accept = async || {
-            let (_there, here) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
-            bounded.accept(here.unwrap().0, ()).await
-        };
-        let (stream, service) = accept().await.unwrap();
-        assert!(stream.nodelay().unwrap());
-        assert!(accept().await.is_err());
-        drop(stream);
-        assert!(accept().await.is_err(), "the connection is still served");
-        drop(service);
-        assert!(accept().await.is_ok());
-    }
-}
+mod tests;

@@ -1,5 +1,6 @@
 //! The composition root: builds the rooms of the house, gives each what it needs, and puts the listeners in front of them.
 
+mod connections;
 pub(crate) mod descriptors;
 mod handshakes;
 mod housekeeping;
@@ -9,6 +10,7 @@ mod reads;
 mod routes;
 mod signed;
 mod transaction;
+mod unproved;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

@@ -10,11 +10,12 @@ use ruma::RoomId;
 use serde_json::{Value, json};
 
 use super::handshakes::Handshake::{Join, Knock, Leave};
-use super::signed::{self, Asked, Given, SignedTransaction};
+use super::signed::{Asked, Given, SignedTransaction};
 use super::transaction::Dialect;
+use super::unproved::Unproved;
 use super::{handshakes, lookups, reads, transaction};
 use crate::dag::Dag;
-use crate::federation::{ByteBudget, Context, Lines, Transactions, Underway};
+use crate::federation::{Askers, Context, Lines, Transactions, Underway};
 use crate::identity::Side;
 use crate::lm::Lm;
 use crate::refusal::Refusal;
@@ -36,7 +37,9 @@ pub struct Federation {
     /// Transactions that wait for earlier ones of their server.
     pub lines: Lines,
     /// The bytes of requests whose origin is not proved yet.
-    pub unproved: ByteBudget,
+    pub unproved: Unproved,
+    /// Requests that wait for their servers' keys.
+    pub askers: Askers,
     /// Other requests that are worked on.
     pub underway: Underway,
     /// Those of them that wait for a third server.
@@ -54,7 +57,8 @@ impl Federation {
             between,
             transactions,
             lines: Lines::default(),
-            unproved: ByteBudget::new(signed::UNPROVED_LIMIT),
+            unproved: Unproved::default(),
+            askers: Askers::default(),
             underway: Underway::default(),
             waiting: Underway::waiting(),
         }

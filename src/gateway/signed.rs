@@ -1,30 +1,24 @@
 //! Requests of other servers as handlers take them: with a proved origin, read within bounds, parsed.
 
-use std::time::Duration;
+use std::net::IpAddr;
 
-use axum::body::{Body, Bytes, HttpBody as _};
+use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts as _, OriginalUri, RawPathParams, Request};
-use bytes::BytesMut;
-use futures::StreamExt as _;
 use http::Method;
 use http::request::Parts;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
 
+use super::connections::Peer;
 use super::routes::Federation;
 use crate::event::{Object, canonical_json, canonical_text, parse_event_id, parse_object};
-use crate::federation::{Claimed, Counted, Reserved};
+use crate::federation::{Claimed, Claims, Counted};
 use crate::refusal::Refusal;
+use crate::store::overview;
 
-/// How long a body may take to arrive.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// The size of a body, but for transactions: an event of 64 KiB and what goes with it.
 const BODY_LIMIT: usize = 1 << 20;
 /// The size of a transaction: 50 PDUs of 64 KiB and 100 EDUs.
 const TRANSACTION_LIMIT: usize = 10 << 20;
-/// How often a body is in memory while its signature is checked: as read, in canonical form, and in the signed message.
-const COPIES: usize = 4;
-/// How many bytes those copies may have together, of all requests whose origin is not proved yet.
-pub(super) const UNPROVED_LIMIT: usize = 384 << 20;
 
 /// A request whose origin is proved, with its body, and what its path and query name. Handlers have these from nowhere else, so that
 /// nothing of a request is judged before its signature.
@@ -123,9 +117,8 @@ impl FromRequest<Federation> for Given {
     async fn from_request(request: Request, state: &Federation) -> Result<Self, Refusal> {
         let (parts, body) = request.into_parts();
         let claimed = claimed(&parts, state).await?;
-        let mut reserved = state.unproved.reserve();
-        let raw = read(body, "request body", BODY_LIMIT, &mut reserved).await?;
-        let body = parse_object(&raw)?;
+        let unchecked = state.unproved.read(&whose(&parts, &claimed), body, "request body", BODY_LIMIT).await?;
+        let body = parse_object(&unchecked.raw)?;
         let origin = origin(claimed, &parts, state, Some(&canonical_json(&body)))?;
         let counted = state.underway.enter(&origin)?;
         signed(origin, body, parts, state, Some(counted)).await
@@ -138,14 +131,13 @@ impl FromRequest<Federation> for SignedTransaction {
     async fn from_request(request: Request, state: &Federation) -> Result<Self, Refusal> {
         let (parts, body) = request.into_parts();
         let claimed = claimed(&parts, state).await?;
-        let mut reserved = state.unproved.reserve();
-        let raw = read(body, "transaction", TRANSACTION_LIMIT, &mut reserved).await?;
+        let unchecked = state.unproved.read(&whose(&parts, &claimed), body, "transaction", TRANSACTION_LIMIT).await?;
         // Duplicate keys inside one event are that event's fault alone, so the signature is checked over what any JSON
         // parser makes of the body; each event is parsed strictly later.
-        let body = canonical_text(&raw)?;
+        let body = canonical_text(&unchecked.raw)?;
         let origin = origin(claimed, &parts, state, Some(&body))?;
         // Transactions stand in lines of their own.
-        signed(origin, raw, parts, state, None).await
+        signed(origin, unchecked.raw, parts, state, None).await
     }
 }
 
@@ -167,34 +159,27 @@ async fn signed<B>(
 /// What the headers claim. It comes before the body is read, so that nobody unknown has one read.
 async fn claimed(parts: &Parts, state: &Federation) -> Result<Claimed, Refusal> {
     let context = &state.context;
-    Claimed::read(&context.keyring, &context.server_name, &parts.headers).await
+    let claims = Claims::read(&context.server_name, &parts.headers)?;
+    let mut _asker = None;
+    if context.keyring.would_ask(&claims.origin, claims.key_ids()).await {
+        let (origin, address) = (&claims.origin, peer(parts));
+        _asker = Some(match state.askers.enter(origin, address, true) {
+            Err(_) if overview::peer(&context.store, origin).await? != overview::Peer::default() => {
+                state.askers.enter(origin, address, false)?
+            }
+            asker => asker?,
+        });
+    }
+    Claimed::with_keys(claims, &context.keyring).await
 }
 
-async fn read(body: Body, what: &'static str, limit: usize, reserved: &mut Reserved) -> Result<Bytes, Refusal> {
-    let too_large = || Refusal::TooLarge { what, size: limit.saturating_add(1), limit };
-    let declared = body.size_hint().exact();
-    if declared.is_some_and(|size| usize::try_from(size).map_or(true, |size| size > limit)) {
-        return Err(too_large());
-    }
-    let whole = async {
-        let mut raw = BytesMut::new();
-        let mut chunks = body.into_data_stream();
-        while let Some(chunk) = chunks.next().await {
-            let chunk = chunk.map_err(|error| Refusal::NotJson(format!("the {what} could not be read: {error}")))?;
-            if raw.len().saturating_add(chunk.len()) > limit {
-                return Err(too_large());
-            }
-            if !reserved.grow(chunk.len().saturating_mul(COPIES)) {
-                return Err(Refusal::Budget { what: "requests being read".to_owned(), retry_after_ms: 2_000 });
-            }
-            raw.extend_from_slice(&chunk);
-        }
-        Ok(raw.freeze())
-    };
-    match tokio::time::timeout(BODY_TIMEOUT, whole).await {
-        Ok(read) => read,
-        Err(_) => Err(Refusal::NotJson(format!("the {what} did not arrive within {BODY_TIMEOUT:?}"))),
-    }
+/// In whose share a body is read: a name can be claimed by anybody, so addresses count where they say anything.
+fn whose(parts: &Parts, claimed: &Claimed) -> String {
+    peer(parts).map_or_else(|| claimed.origin().to_string(), |address| address.to_string())
+}
+
+fn peer(parts: &Parts) -> Option<IpAddr> {
+    parts.extensions.get::<Peer>().and_then(|peer| peer.0)
 }
 
 /// The proved origin; `body` is canonical.

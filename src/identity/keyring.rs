@@ -194,6 +194,15 @@ impl Keyring {
         }
     }
 
+    /// Whether the server would have to be asked for some of these of its keys.
+    pub async fn would_ask(&self, server: &ServerName, wanted: impl Iterator<Item = &str>) -> bool {
+        let now_ms = self.inner.clock.now_ms();
+        let Some(lookup) = self.inner.lookups.get(server).await else { return server != self.inner.server_name };
+        let known = |id| lookup.keys.as_ref().is_some_and(|keys| keys.key(id, Validity::Now, now_ms).is_some());
+        let mut wanted = wanted;
+        lookup.is_stale(now_ms, false) || (lookup.is_stale(now_ms, true) && !wanted.all(known))
+    }
+
     /// Collects the keys that an event's `signatures` name for `servers`, for an event made at the time given.
     pub async fn keys_for_event(
         &self,

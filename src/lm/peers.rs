@@ -8,7 +8,7 @@ use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
 use crate::event::{Family, Object, RoomVersion, event_id};
-use crate::federation::{Call, Client, Held, RemoteError};
+use crate::federation::{Call, Client, HeldAnswer, RemoteError};
 use crate::identity::{Keyring, KeyringError};
 use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
@@ -75,7 +75,7 @@ impl Peers {
         change: &str,
         lpdu_id: &EventId,
         lpdu: &Object,
-    ) -> Result<(Object, Held), RemoteError> {
+    ) -> Result<(Object, HeldAnswer), RemoteError> {
         let call = |uri| Call::post(uri, lpdu.clone()).with_state();
         self.named_held(server, "v3", &format!("send_{change}/{}", encode(lpdu_id)), call).await
     }
@@ -129,7 +129,7 @@ impl Peers {
         server: &ServerName,
         room_id: &RoomId,
         before: &EventId,
-    ) -> Result<(Vec<Object>, Vec<Object>, Held), RemoteError> {
+    ) -> Result<(Vec<Object>, Vec<Object>, HeldAnswer), RemoteError> {
         let uri = format!("/_matrix/federation/v1/state/{}?event_id={}", encode(room_id), encode(before));
         let (mut answer, held) = self.call_held(server, Call::get(uri).with_state()).await?;
         let state = events(&mut answer, "pdus")?;
@@ -180,7 +180,7 @@ impl Peers {
         version: &str,
         path: &str,
         call: impl Fn(String) -> Call,
-    ) -> Result<(Object, Held), RemoteError> {
+    ) -> Result<(Object, HeldAnswer), RemoteError> {
         let unstable = || call(format!("{UNSTABLE}/{path}"));
         let stable = || call(format!("/_matrix/federation/{version}/{path}"));
         if self.stable.contains_key(server) {
@@ -208,7 +208,7 @@ impl Peers {
         Ok(self.call_held(server, call).await?.0)
     }
 
-    async fn call_held(&self, server: &ServerName, call: Call) -> Result<(Object, Held), RemoteError> {
+    async fn call_held(&self, server: &ServerName, call: Call) -> Result<(Object, HeldAnswer), RemoteError> {
         // How a GET is signed depends on what the server is; where that cannot be known, as Matrix does it.
         let linearized = self.is_linearized(server).await.unwrap_or(false);
         self.client.call_held(server, call, linearized).await
