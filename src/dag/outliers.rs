@@ -177,8 +177,7 @@ mod tests {
             })
         });
         taking.await.unwrap();
-        let is_full = || Some(Outliers { all: ALL, ..Outliers::default() });
-        *room.outliers.lock().await = is_full();
+        *room.outliers.lock().await = Some(Outliers { all: ALL, ..Outliers::default() });
         let origin = server_name!("other.example");
         let keep = || vec![ids[1].clone()];
         let taken = shared.new_outliers(&room, origin, vec![new], keep).await.unwrap();
