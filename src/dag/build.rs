@@ -22,11 +22,11 @@ use crate::identity::SigningKey;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
 
-/// How many forward extremities an event is built on.
-const MAX_PREV_EVENTS: usize = 10;
-/// From how many forward extremities on an event joins the oldest of them, as many as other servers take: each event costs
-/// what its room has branches.
-const MAX_BRANCHES: usize = 20;
+/// How many forward extremities an event is built on: as many as other servers take. On fewer than there are the state
+/// before it could lack what it needs, as its sender's join.
+const MAX_PREV_EVENTS: usize = 20;
+/// From how many forward extremities on an event joins the oldest of them, so that the next one can be built on all.
+const MAX_BRANCHES: usize = MAX_PREV_EVENTS;
 /// As how many of the gateway's users that is tried.
 const JOINERS: usize = 3;
 /// The type of that event, which other homeservers use for the same. It has no content, and clients do not show it.

@@ -91,22 +91,33 @@ async fn a_ban_wins_over_what_the_banned_do_at_the_same_time() {
 }
 
 #[tokio::test]
-async fn own_events_are_built_on_the_ten_newest_extremities() {
+async fn own_events_are_built_on_all_extremities_so_that_no_branch_mutes_who_is_joined() {
     let peer = Peer::start("peer.example").await;
     let gateway = Gateway::start(&[&peer]).await;
-    let room = gateway.room(RoomVersion::V12, "public").await;
-    let alice = peer.user("alice");
-    let view = peer.join(&gateway, &room, &alice).await.unwrap();
-    let mut tips = Vec::new();
-    for number in 0..15 {
-        let (id, event) = view.clone().say(&peer, &alice, &format!("{number}"));
-        assert!(peer.put(&gateway.dag, &[&event]).await[0].result.is_ok());
-        tips.push(id);
+    for (version, forks) in
+        [(RoomVersion::V12, 10), (RoomVersion::V12, 12), (RoomVersion::V10, 19), (RoomVersion::V11, 30)]
+    {
+        let room = gateway.room(version, "public").await;
+        let (alice, ann) = (peer.user("alice"), ghost("ann"));
+        let view = peer.join(&gateway, &room, &alice).await.unwrap();
+        let join = draft(&ann, "m.room.member", Some(ann.as_str()), json!({ "membership": "join" }));
+        let mut behind = vec![gateway.send(&room, join).await.unwrap()];
+        // None of them knows that ann has come.
+        let events: Vec<_> = (0..forks).map(|number| view.clone().say(&peer, &alice, &format!("{number}"))).collect();
+        let received = peer.put(&gateway.dag, &events.iter().map(|(_, event)| event).collect::<Vec<_>>()).await;
+        assert!(received.iter().all(|received| received.result.is_ok()));
+        behind.extend(events.into_iter().map(|(id, _)| id));
+        let hello = gateway.send(&room, message(&ann, "hello")).await.unwrap();
+        let hello = gateway.dag.event(&hello).await.unwrap().unwrap();
+        assert!(hello.prev_events.len() <= 20);
+        assert_eq!(extremities(&gateway, &room).await, [hello.event_id.clone()]);
+        if forks < 20 {
+            let mut prev = hello.prev_events.clone();
+            prev.sort();
+            behind.sort();
+            assert_eq!(prev, behind);
+        }
     }
-    let reply = gateway.send(&room, message(&bot(), "reply")).await.unwrap();
-    assert_eq!(gateway.dag.event(&reply).await.unwrap().unwrap().prev_events, tips[5..]);
-    let reply = gateway.send(&room, message(&bot(), "reply")).await.unwrap();
-    assert_eq!(gateway.dag.event(&reply).await.unwrap().unwrap().prev_events.len(), 6);
 }
 
 /// What nothing follows, as it is stored.
