@@ -8,12 +8,13 @@ use serde_json::{Value, json};
 
 use super::acl::SERVER_ACL;
 use super::power::{Action, POWER_LEVELS, Power};
-use super::side::{Event, Key, MEMBER, State};
+use super::side::{Entry, Event, Key, MEMBER, State};
 use super::translate::{self, Image, Lookups, SOURCE, StateRules};
 use super::users::{Known, Who};
 use super::{loops, member};
 use crate::event::Object;
 use crate::identity::Side;
+use crate::lm::Coming;
 use crate::refusal::Refusal;
 use crate::seam::Draft;
 
@@ -30,6 +31,8 @@ pub(super) struct Case<'a> {
     pub(super) far: &'a State,
     /// Whether `far` holds all that was sent there: not while LPDUs are on their way to a hub.
     pub(super) settled: bool,
+    /// Of the members across of whom something is on its way there, the last of it.
+    pub(super) ahead: &'a HashMap<OwnedUserId, Coming>,
     /// The users it names.
     pub(super) users: &'a Known,
     /// How the events it names are called across.
@@ -126,6 +129,19 @@ pub(super) fn reads(event: &Event, users: &Known, bot: &UserId) -> (Vec<Key>, Ve
 }
 
 impl Case<'_> {
+    /// The membership that a user across will have when all that is on its way has arrived, and who gave it.
+    pub(super) fn there(&self, user: &UserId) -> Option<(&str, &UserId)> {
+        match self.ahead.get(user) {
+            Some(coming) => Some((coming.membership()?, &coming.sender)),
+            None => self.far.member(user).map(|entry| (membership_of(entry), entry.sender)),
+        }
+    }
+
+    /// The same; `leave` for who was never there.
+    pub(super) fn membership_there(&self, user: &UserId) -> &str {
+        self.there(user).map_or("leave", |(membership, _)| membership)
+    }
+
     /// An event in the room across with the time of this one.
     pub(super) fn draft(&self, sender: &UserId, kind: &str, state_key: Option<&str>, content: Object) -> Draft {
         Draft {
@@ -147,6 +163,10 @@ impl Case<'_> {
     pub(super) fn across(&self, user: &UserId) -> Option<OwnedUserId> {
         translate::across(self.users, user)
     }
+}
+
+fn membership_of(entry: Entry<'_>) -> &str {
+    entry.content.get("membership").and_then(Value::as_str).unwrap_or("leave")
 }
 
 /// The refusal of an event by somebody of the gateway's name who does not exist on its side.
@@ -199,15 +219,14 @@ fn redaction(case: &Case<'_>, ghost: &UserId) -> Result<Image, Refusal> {
 /// What must come before something that a ghost says: its join, when it is not in the room across.
 fn speaking(case: &Case<'_>, ghost: &UserId) -> Result<Vec<Before>, Refusal> {
     let sender = &case.event.sender;
-    let there = case.far.member(ghost);
-    if there.is_some_and(|entry| entry.membership() == "join") {
+    let there = case.there(ghost);
+    if there.is_some_and(|(membership, _)| membership == "join") {
         return Ok(Vec::new());
     }
     let Some(here) = case.near.member(sender).filter(|entry| entry.membership() == "join") else {
         return Err(Refusal::Forbidden(format!("{sender} has left, and {ghost} is not in the other room")));
     };
-    if let Some(entry) = there.filter(|entry| removed(entry.membership(), entry.sender, ghost)) {
-        let (membership, by) = (entry.membership(), entry.sender);
+    if let Some((membership, by)) = there.filter(|(membership, by)| removed(membership, by, ghost)) {
         return Err(Refusal::Forbidden(format!("{ghost} has the membership {membership:?} across, by {by}")));
     }
     let content = translate::member_content(here.content, "join");
@@ -224,7 +243,7 @@ fn removed(membership: &str, by: &UserId, user: &UserId) -> bool {
 
 /// The bot's invite for a ghost that could not join without one.
 pub(super) fn invited_first(case: &Case<'_>, ghost: &UserId) -> Vec<Before> {
-    if is_public(case.far) || matches!(case.far.membership(ghost), "invite" | "join") {
+    if is_public(case.far) || matches!(case.membership_there(ghost), "invite" | "join") {
         return Vec::new();
     }
     let mut content = Object::new();

@@ -8,8 +8,9 @@ use ruma::OwnedEventId;
 use super::core::Core;
 use super::inbox::{Item, Out};
 use super::portal::Portal;
+use super::registry::Entry;
 use super::side::Event;
-use super::translate;
+use super::{repair, translate};
 use crate::admin::metrics;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -170,26 +171,31 @@ pub(super) async fn refused(
     Ok(())
 }
 
-/// Whether a row is still in the inbox, and what it holds has not crossed. The row of an LPDU that has crossed with another
-/// event, because its hub has appended it twice, ends.
+/// Whether a row is still in the inbox, and what it holds has not crossed. The row ends of an LPDU that has crossed with
+/// another event, because its hub has appended it twice, and of a join that has crossed because its sender spoke.
 pub(super) async fn still_waits(core: &Core, source: Side, portal: &Portal, item: &Item) -> Result<bool, Refusal> {
     let (store, seq) = (&core.context.store, item.row.seq);
     let rows = inbox::waiting(store, source, portal.room(source), seq.saturating_sub(1), 1).await?;
     if rows.first().is_none_or(|row| row.seq != seq) {
         return Ok(false);
     }
-    let Some(lpdu_id) = &item.event.lpdu_id else { return Ok(true) };
-    let crossed = images::of_lpdus(store, std::slice::from_ref(lpdu_id)).await?;
-    if crossed.is_empty() {
+    let crossed = images::of_sources(store, source, std::slice::from_ref(&item.event.event_id)).await?;
+    let twice = match &item.event.lpdu_id {
+        Some(lpdu_id) => !images::of_lpdus(store, std::slice::from_ref(lpdu_id)).await?.is_empty(),
+        None => false,
+    };
+    if crossed.is_empty() && !twice {
         return Ok(true);
     }
     drop_row(core, seq).await?;
     Ok(false)
 }
 
-/// Ends the rows that were sorted out when they were read, and tells the senders of what is refused.
+/// Ends the rows that were sorted out when they were read, and tells the senders of what is refused. What of that is state
+/// is in one room and not in the other, so that there is something to repair.
 pub(super) async fn sorted_out(
     core: &Arc<Core>,
+    entry: &Arc<Entry>,
     portal: &Arc<Portal>,
     source: Side,
     out: Vec<(InboxRow, Out)>,
@@ -229,6 +235,9 @@ pub(super) async fn sorted_out(
             })
         })
         .await?;
+    if told.iter().any(|(event, _)| event.state_key.is_some() && translate::crosses(event).is_ok()) {
+        repair::soon(core, entry);
+    }
     for (event, refusal) in told {
         core.notices.tell(core, portal, source, &event, &refusal);
     }

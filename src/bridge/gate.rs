@@ -100,12 +100,16 @@ fn needs_invite(state: &State, ghost: &UserId) -> bool {
 async fn join_at_hub(core: &Arc<Core>, entry: &Arc<Entry>, ghost: &UserId, content: &Object) -> Result<(), Refusal> {
     let portal = entry.portal();
     let lm = core.sides()?.lm.clone();
+    // Before the state, which holds what came back meanwhile.
+    let key = (MEMBER.to_owned(), ghost.to_string());
+    let coming = lm.on_its_way(&portal.lm_room_id, std::slice::from_ref(&key)).await?;
+    let leaves = coming.get(&key).is_some_and(|coming| coming.membership() != Some("join"));
     let state = State::Log(lm.state(&portal.lm_room_id).await?);
-    if state.membership(ghost) == "join" {
+    if state.membership(ghost) == "join" && !leaves {
         return Ok(());
     }
     let spared = Spared::new(core, portal.lm_room_id.clone(), ghost.to_owned());
-    if needs_invite(&state, ghost) {
+    if needs_invite(&state, ghost) || (leaves && !is_public(&state)) {
         let draft = core.member(core.users.bot(), ghost, "invite");
         core.send(&portal, Side::Lm, draft).await?;
     }

@@ -90,7 +90,7 @@ impl Inbox {
         let lpdus: HashSet<OwnedEventId> = self.items.iter().filter_map(|item| item.event.lpdu_id.clone()).collect();
         let takes = |seq: i64, sender: &UserId| self.left.takes(seq, sender, again.as_ref());
         let mut sorted = sort(core, portal, source, rows, lpdus, takes).await?;
-        effect::sorted_out(core, portal, source, sorted.out).await?;
+        effect::sorted_out(core, entry, portal, source, sorted.out).await?;
         if sorted.may_end || sorted.strays {
             repair::soon(core, entry);
         }
@@ -346,11 +346,15 @@ fn item(core: &Core, row: InboxRow, event: Event) -> Item {
     let asks_server = membership.as_ref().is_some_and(|(target, membership)| {
         *membership == "invite" && target.server_name() == core.context.server_name
     });
+    let takes_out = membership
+        .as_ref()
+        .is_some_and(|(target, membership)| *target != event.sender && matches!(*membership, "leave" | "ban"));
     let waiting = Waiting {
         event_id: event.event_id.clone(),
         sender: event.sender.clone(),
         order: event.order,
         needs: translate::references(&event).needs,
+        moderates: takes_out || event.kind == "m.room.redaction",
         member: membership.map(|(target, _)| target),
         hold: None,
     };

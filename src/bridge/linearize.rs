@@ -18,6 +18,8 @@ pub(super) struct Waiting {
     pub(super) needs: Vec<OwnedEventId>,
     /// The user whose membership it changes.
     pub(super) member: Option<OwnedUserId>,
+    /// Whether it takes somebody else out of the room, or redacts.
+    pub(super) moderates: bool,
     /// Whether it cannot go now, whatever is before it, and what it holds back meanwhile.
     pub(super) hold: Option<Hold>,
 }
@@ -60,15 +62,19 @@ impl<'a> Order<'a> {
     /// Nothing when `row` may go; if not, it is remembered as staying behind.
     fn take(&mut self, row: &'a Waiting) -> Option<Hold> {
         let descends = self.floor.is_some_and(|floor| row.order > floor || row.order >= DEEPEST);
-        let users = std::iter::once(&row.sender).chain(&row.member);
-        let hold = users
-            .flat_map(|user| [self.senders.get(user), self.members.get(user)])
-            .chain(row.needs.iter().map(|need| self.events.get(need)))
-            .flatten()
-            .copied()
-            .chain(row.hold)
-            .chain(descends.then_some(Hold::Descendants))
-            .max()?;
+        let own = [self.senders.get(&row.sender), self.members.get(&row.sender)].into_iter().flatten().copied();
+        let named = row.needs.iter().filter_map(|need| self.events.get(need)).copied();
+        let named = named.filter(|hold| !(row.moderates && *hold == Hold::Sender));
+        let member = row.member.iter().filter(|member| **member != row.sender);
+        let about = member.flat_map(|user| [self.senders.get(user), self.members.get(user)]).flatten();
+        let about = about.filter_map(|hold| match hold {
+            // A flood does not keep away who ends it.
+            Hold::Sender if row.moderates => None,
+            // Nor is anybody mute because of those whom they are concerned with.
+            Hold::Sender => Some(Hold::Named),
+            hold => Some(*hold),
+        });
+        let hold = own.chain(named).chain(about).chain(row.hold).chain(descends.then_some(Hold::Descendants)).max()?;
         remember(&mut self.events, &row.event_id, hold);
         if let Some(member) = &row.member {
             remember(&mut self.members, member, hold);
@@ -103,6 +109,7 @@ mod tests {
             order,
             needs: Vec::new(),
             member: None,
+            moderates: false,
             hold: None,
         }
     }
@@ -165,14 +172,35 @@ mod tests {
         let invite = Waiting { member: Some("@carol:h".try_into().unwrap()), ..join.clone() };
         assert_eq!(ready(&[join.clone(), row("b", "bob", 2), row("c", "carol", 2)]), [2]);
         assert_eq!(ready(&[invite, row("c", "carol", 2), row("d", "dave", 2)]), [2]);
-        let kick = Waiting { member: Some("@bob:h".try_into().unwrap()), ..row("kick", "alice", 1) };
-        assert_eq!(ready(&[Waiting { hold: Some(Hold::Sender), ..row("b", "bob", 1) }, kick]), Vec::<usize>::new());
+        let kick = Waiting { member: Some("@bob:h".try_into().unwrap()), moderates: true, ..row("kick", "alice", 1) };
+        let said = Waiting { hold: Some(Hold::Descendants), ..row("b", "bob", 1) };
+        assert_eq!(ready(&[said, kick]), Vec::<usize>::new());
     }
 
     #[test]
     fn hc_23_at_the_deepest_depth_order_is_kept_by_acceptance() {
         let rows = [Waiting { hold: Some(Hold::Descendants), ..row("a", "alice", DEEPEST) }, row("b", "bob", DEEPEST)];
         assert_eq!(ready(&rows), Vec::<usize>::new());
+    }
+
+    #[test]
+    fn who_floods_is_taken_out_and_redacted_and_mutes_nobody() {
+        let flood = |event: &str| Waiting { hold: Some(Hold::Sender), ..row(event, "flood", 1) };
+        let about = |event: &str, moderates: bool| Waiting {
+            member: Some("@flood:h".try_into().unwrap()),
+            moderates,
+            ..row(event, "admin", 2)
+        };
+        let redaction =
+            Waiting { needs: vec![flood("a").event_id], moderates: true, ..row("redaction", "moderator", 2) };
+        let rows =
+            [flood("a"), flood("b"), redaction, row("m", "moderator", 3), about("ban", true), row("n", "admin", 3)];
+        assert_eq!(ready(&rows), [2, 3, 4, 5]);
+        // An invite goes after what the invited said, and who invites is heard.
+        assert_eq!(ready(&[flood("a"), about("invite", false), row("n", "admin", 3)]), [2]);
+        // Who redacts their own flood has to wait for it.
+        let own = Waiting { needs: vec![flood("a").event_id], moderates: true, ..row("own", "flood", 2) };
+        assert_eq!(ready(&[flood("a"), own]), Vec::<usize>::new());
     }
 
     #[derive(Debug, Clone)]

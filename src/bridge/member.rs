@@ -11,6 +11,7 @@ use super::side::MEMBER;
 use super::translate;
 use super::users::Who;
 use crate::event::Object;
+use crate::lm::Coming;
 use crate::refusal::Refusal;
 use crate::seam::Draft;
 
@@ -49,14 +50,17 @@ pub(super) fn outcome(case: &Case<'_>, target: &UserId, membership: &str) -> Out
 fn joins(case: &Case<'_>, ghost: &UserId) -> Outcome {
     let content = translate::member_content(&case.event.content, "join");
     let there = case.far.member(ghost).filter(|there| there.membership() == "join" && there.sender == ghost);
-    if let Some(there) = there.filter(|there| same(there.content, &content)) {
+    let stays = |coming: &Coming| coming.membership() == Some("join") && same(&coming.content, &content);
+    if let Some(there) = there.filter(|there| same(there.content, &content))
+        && case.ahead.get(ghost).is_none_or(stays)
+    {
         return Outcome::Adopt(there.event_id.to_owned());
     }
     cross(case, invited_first(case, ghost), ghost, ghost, content)
 }
 
 fn knocks(case: &Case<'_>, ghost: &UserId) -> Outcome {
-    if case.far.membership(ghost) != "leave" {
+    if case.membership_there(ghost) != "leave" {
         return Outcome::Nothing("the ghost is invited, joined or banned across");
     }
     cross(case, Vec::new(), ghost, ghost, translate::member_content(&case.event.content, "knock"))
@@ -73,7 +77,7 @@ fn leaves(case: &Case<'_>, ghost: &UserId) -> Outcome {
 /// when nobody of the gateway may remove it.
 fn removed(case: &Case<'_>, target: &UserId, action: Action, ghost: bool) -> Outcome {
     let membership = if action == Action::Ban { "ban" } else { "leave" };
-    let there = case.far.membership(target);
+    let there = case.membership_there(target);
     if there == membership && case.settled {
         return Outcome::Nothing("it is so across already");
     }
@@ -112,7 +116,7 @@ fn removed(case: &Case<'_>, target: &UserId, action: Action, ghost: bool) -> Out
 }
 
 fn invited(case: &Case<'_>, target: &UserId, asks_server: bool) -> Outcome {
-    match case.far.membership(target) {
+    match case.membership_there(target) {
         "join" | "invite" => return Outcome::Nothing("it is invited or joined across"),
         "ban" => return Outcome::Refuse(Refusal::Forbidden(format!("{target} is banned across"))),
         _ => {}

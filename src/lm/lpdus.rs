@@ -1,6 +1,7 @@
 //! LPDUs of the gateway's users on their way to a hub: queued with their effects, looked for before they are sent a second
 //! time, and judged by the hub.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use serde_json::Value;
 use super::actor::template;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
-use super::{Appended, Lm, Sent};
+use super::{Appended, Coming, Lm, Sent};
 use crate::event::{Lpdu, Object, canonical_json};
 use crate::federation::{Delivery, Feed, FeedKind, OutboundQueues};
 use crate::refusal::Refusal;
@@ -218,6 +219,29 @@ impl Lm {
         Ok(lpdus.iter().filter(|lpdu| known.contains_key(&lpdu.lpdu_id)).map(|lpdu| lpdu.position).collect())
     }
 
+    /// The last event of each of these types and state keys that is on its way to the room's hub.
+    pub async fn on_its_way(
+        &self,
+        room_id: &RoomId,
+        keys: &[(String, String)],
+    ) -> Result<BTreeMap<(String, String), Coming>, Refusal> {
+        let (cell, _) = self.find(room_id).await?;
+        let ahead = lock(&cell.ahead);
+        Ok(keys.iter().filter_map(|key| Some((key.clone(), ahead.last(&key.0, &key.1)?.clone()))).collect())
+    }
+
+    /// What the hub has taken is expected back for some time only.
+    async fn taken(&self, room_id: &RoomId, positions: &[i64]) -> Result<(), Refusal> {
+        let Some(cell) = self.rooms().find(room_id).await? else { return Ok(()) };
+        if lock(&cell.ahead).is_empty() {
+            return Ok(());
+        }
+        for lpdu in stored::queued_lpdus(&self.context().store, room_id, positions).await? {
+            lock(&cell.ahead).taken(&lpdu.lpdu_id);
+        }
+        Ok(())
+    }
+
     /// The hub has answered: what it refused is told, and nothing waits any more.
     pub(super) async fn lpdus_answered(
         &self,
@@ -230,6 +254,7 @@ impl Lm {
         let failed = answer.get("failed_pdus").and_then(Value::as_object);
         // A transaction of one event may be refused as a whole.
         let refused = answer.get("errcode").and_then(Value::as_str).map(|_| answer);
+        self.taken(room_id, positions).await?;
         if refused.is_some() || failed.is_some_and(|failed| !failed.is_empty()) {
             let cell = self.rooms().find(room_id).await?;
             for lpdu in stored::queued_lpdus(store, room_id, positions).await? {

@@ -43,6 +43,7 @@ use std::sync::Arc;
 
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
 
+pub use self::ahead::Coming;
 use self::feed::Feeds;
 pub use self::holes::AGAIN_MS as HOLES_AGAIN_MS;
 use self::invite::Invites;

@@ -2,7 +2,7 @@
 //! rebuilt from the store at any time.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use bytes::Bytes;
@@ -30,12 +30,17 @@ const RECENT_ALL: usize = 128 << 20;
 /// How many bytes are kept when a room falls silent.
 const RECENT_IDLE: usize = 16 << 10;
 
+/// How many LPDUs that are queued for a hub are read at once.
+const QUEUED: i64 = 500;
+
 /// One room.
 pub(super) struct RoomCell {
     pub room_id: OwnedRoomId,
     /// None until it is loaded, and after a write whose fate is unknown.
     snapshot: RwLock<Option<Arc<Snapshot>>>,
     load: tokio::sync::Mutex<()>,
+    /// Whether it was ever loaded from the store.
+    is_loaded: AtomicBool,
     /// To the room's actor, when one is at work (see [`super::actor`]).
     pub jobs: Mutex<Option<mpsc::Sender<Job>>>,
     /// Held by whoever appends what a hub sent, so that its events are taken in order.
@@ -103,6 +108,7 @@ impl RoomCell {
             room_id,
             snapshot: RwLock::default(),
             load: tokio::sync::Mutex::default(),
+            is_loaded: AtomicBool::default(),
             jobs: Mutex::default(),
             intake: tokio::sync::Mutex::default(),
             recent: Mutex::default(),
@@ -123,8 +129,28 @@ impl RoomCell {
             return Ok(snapshot);
         }
         let snapshot = Arc::new(load(store, &self.room_id).await?);
+        if !self.is_loaded.load(Ordering::Acquire) {
+            self.restore_ahead(store).await?;
+            self.is_loaded.store(true, Ordering::Release);
+        }
         self.publish(snapshot.clone());
         Ok(snapshot)
+    }
+
+    /// What was on its way to the hub when the gateway stopped, or when the room was dropped from memory.
+    async fn restore_ahead(&self, store: &Store) -> Result<(), StoreError> {
+        let mut after = 0;
+        loop {
+            let rows = stored::lpdus_after(store, &self.room_id, after, QUEUED).await?;
+            let Some(last) = rows.last() else { return Ok(()) };
+            after = last.position;
+            let ids: Vec<&EventId> = rows.iter().map(|row| &*row.lpdu_id).collect();
+            let echoed = stored::positions_of_lpdus(store, &ids).await?;
+            for row in rows.iter().filter(|row| !echoed.contains_key(&row.lpdu_id)) {
+                let lpdu = serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("LPDU", error))?;
+                lock(&self.ahead).restore(&row.lpdu_id, &lpdu);
+            }
+        }
     }
 
     fn in_memory(&self) -> Option<Arc<Snapshot>> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use isthmus::bridge::Cause;
+use isthmus::bridge::{Cause, Portal};
 use isthmus::event::RoomVersion;
 use isthmus::identity::Side;
 use isthmus::lm::NewRoom;
@@ -13,6 +13,7 @@ use ruma::OwnedRoomId;
 use serde_json::{Value, json};
 
 use crate::dag::OWN;
+use crate::dag::peer::View;
 use crate::lm::log_hub::{Manners, respond};
 
 use super::world::{DEAD, Gateway, LM, World, draft, ghost, in_each_version, message, so, until};
@@ -370,4 +371,104 @@ async fn of_several_servers_the_refusal_of_the_first_that_answered_is_told() {
         let refusal = gateway.bridge.portal_from_lm(&gone, &via, None, Cause::Admin).await.unwrap_err();
         assert!(!refusal.is_transient() && refusal.to_string().contains(LM), "{refusal}");
     }
+}
+
+/// A portal of an LM room in which alice and carol are, and nothing waits.
+async fn with_two_users(world: &World, gateway: &Gateway) -> (OwnedRoomId, Arc<Portal>, View) {
+    let lm = room(world, "public").await;
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    world.matrix_join(gateway, &portal.matrix_room_id, &world.matrix_user("carol")).await.unwrap();
+    let mut view = world.matrix_join(gateway, &portal.matrix_room_id, &world.matrix_user("alice")).await.unwrap();
+    so("both states in step", || gateway.in_step(&portal)).await;
+    world.refresh(gateway, &mut view).await;
+    (lm, portal, view)
+}
+
+/// What a user of the homeserver is and says in the log, in order: names of joins, other memberships, bodies.
+async fn in_log(world: &World, lm: &OwnedRoomId, user: &str) -> Vec<String> {
+    let ghost = ghost(Side::Matrix, user);
+    let log = world.server.log(lm).await;
+    let hers = log.into_iter().filter(|event| event.event.sender.as_str() == ghost);
+    hers.map(|event| {
+        let content = event.event.content();
+        let text = |key: &str| content.get(key).and_then(Value::as_str).map(str::to_owned);
+        let joins = text("membership").filter(|membership| membership == "join").and(text("displayname"));
+        text("body").or(joins).or(text("membership")).unwrap_or_default()
+    })
+    .collect()
+}
+
+async fn back(world: &World, gateway: &Gateway, portal: &Portal, away: &AtomicBool) {
+    away.store(false, Ordering::SeqCst);
+    so("both states in step", || async {
+        gateway.node.context.outbound.retry(LM.try_into().unwrap());
+        world.server.context.outbound.retry(OWN.try_into().unwrap());
+        gateway.in_step(portal).await
+    })
+    .await;
+    let refusals = gateway.bridge.health(&portal.portal_id).await.unwrap().refusals;
+    assert!(refusals.iter().all(|refused| refused.code == "not_bridged"), "{refusals:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_leaves_and_comes_back_while_the_hub_is_away_is_in_and_heard() {
+    for restarts in [false, true] {
+        let (world, mut gateway) = World::new(json!({})).await;
+        let (lm, portal, mut view) = with_two_users(&world, &gateway).await;
+        let alice = world.matrix_user("alice");
+        let away = go_away(&world);
+        let leave = json!({ "membership": "leave" });
+        world.matrix_send(&gateway, &mut view, &alice, "m.room.member", Some(alice.as_str()), leave).await;
+        let pending = async |gateway: &Gateway| gateway.bridge.health(&portal.portal_id).await.unwrap().pending;
+        so("her leave on its way", || async { pending(&gateway).await == 1 }).await;
+        if restarts {
+            gateway = world.kill(gateway).await;
+        }
+        let join = json!({ "membership": "join", "displayname": "ALICE" });
+        world.matrix_send(&gateway, &mut view, &alice, "m.room.member", Some(alice.as_str()), join).await;
+        so("her join on its way", || async { pending(&gateway).await == 2 }).await;
+        world.matrix_say(&gateway, &mut view, &alice, "back").await;
+        world.matrix_say(&gateway, &mut view, &alice, "again").await;
+        so("her words on their way", || async { pending(&gateway).await == 4 }).await;
+        back(&world, &gateway, &portal, &away).await;
+        assert_eq!(in_log(&world, &lm, "alice").await, ["ALICE", "leave", "ALICE", "back", "again"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_changes_a_name_and_changes_it_back_while_the_hub_is_away_has_the_last_one() {
+    let (world, gateway) = World::new(json!({})).await;
+    let (lm, portal, mut view) = with_two_users(&world, &gateway).await;
+    let alice = world.matrix_user("alice");
+    let away = go_away(&world);
+    for name in ["Alicia", "ALICE"] {
+        let join = json!({ "membership": "join", "displayname": name });
+        world.matrix_send(&gateway, &mut view, &alice, "m.room.member", Some(alice.as_str()), join).await;
+    }
+    let pending = || async { gateway.bridge.health(&portal.portal_id).await.unwrap().pending };
+    so("both names on their way", || async { pending().await == 2 }).await;
+    back(&world, &gateway, &portal, &away).await;
+    assert_eq!(in_log(&world, &lm, "alice").await, ["ALICE", "Alicia", "ALICE"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_speaks_and_changes_names_before_the_hub_answers_jams_nothing() {
+    let (world, gateway) = World::new(json!({})).await;
+    let (lm, portal, mut view) = with_two_users(&world, &gateway).await;
+    let dora = world.matrix_user("dora");
+    let away = go_away(&world);
+    let called = |name: &str| json!({ "membership": "join", "displayname": name });
+    let key = Some(dora.as_str());
+    world.matrix_send(&gateway, &mut view, &dora, "m.room.member", key, called("first")).await;
+    let pending = || async { gateway.bridge.health(&portal.portal_id).await.unwrap().pending };
+    so("her join on its way", || async { pending().await == 1 }).await;
+    world.matrix_say(&gateway, &mut view, &dora, "one").await;
+    world.matrix_send(&gateway, &mut view, &dora, "m.room.member", key, called("second")).await;
+    world.matrix_send(&gateway, &mut view, &dora, "m.room.member", key, called("third")).await;
+    world.matrix_say(&gateway, &mut view, &dora, "two").await;
+    let waiting = || async { gateway.bridge.health(&portal.portal_id).await.unwrap().waiting[0].count };
+    so("the rest waits", || async { waiting().await == 4 }).await;
+    back(&world, &gateway, &portal, &away).await;
+    assert_eq!(in_log(&world, &lm, "dora").await, ["first", "one", "second", "third", "two"]);
 }

@@ -70,11 +70,12 @@ struct Setting {
     authority: Side,
     far: State,
     settled: bool,
+    ahead: HashMap<OwnedUserId, Coming>,
     redacted: Option<Event>,
 }
 
 fn setting(far: State) -> Setting {
-    Setting { authority: Side::Matrix, far, settled: true, redacted: None }
+    Setting { authority: Side::Matrix, far, settled: true, ahead: HashMap::new(), redacted: None }
 }
 
 impl Setting {
@@ -86,6 +87,7 @@ impl Setting {
             near: &near(),
             far: &self.far,
             settled: self.settled,
+            ahead: &self.ahead,
             users: &users(),
             events: &HashMap::from([(event_id!("$known").to_owned(), event_id!("$image").to_owned())]),
             redacted: self.redacted.as_ref(),

@@ -2,15 +2,16 @@
 
 use std::collections::HashMap;
 
-use ruma::OwnedEventId;
+use ruma::{OwnedEventId, OwnedUserId, UserId};
 
 use super::Worker;
 use crate::bridge::carry::{self, Case, Outcome};
 use crate::bridge::portal::Portal;
-use crate::bridge::side::{Event, MEMBER, State};
+use crate::bridge::side::{Event, Key, MEMBER, State};
 use crate::bridge::users::{Known, Who};
 use crate::bridge::{acl, translate};
 use crate::identity::Side;
+use crate::lm::Coming;
 use crate::refusal::Refusal;
 use crate::store::images;
 
@@ -53,11 +54,17 @@ impl Worker {
         // An event of another room is not this room's to redact.
         let redacted = redacted.filter(|redacted| redacted.room_id == event.room_id);
         let (reads_near, reads_far) = carry::reads(event, &users, core.users.bot());
+        // Before the state, which holds what came back meanwhile.
+        let ahead = self.ahead(portal, &reads_far).await?;
         let near_state = core.sides()?.rooms(self.source).pick(portal.room(self.source), &reads_near).await?;
         let far_state = core.sides()?.rooms(far).pick(portal.room(far), &reads_far).await?;
         let unsure = self.source == portal.authority() && may_be_reset(&near_state, event);
         if let Err(refusal) = acl::crosses(core, &near_state, &far_state, event).await {
             return Ok(Decision { outcome: Outcome::Refuse(refusal), unsure, over: None, waits: false });
+        }
+        if self.is_out_again(&near_state, event).await? {
+            let outcome = Outcome::Nothing("it was taken out since, and that has crossed already");
+            return Ok(Decision { outcome, unsure, over: None, waits: false });
         }
         let outcome = carry::outcome(&Case {
             event,
@@ -67,6 +74,7 @@ impl Worker {
             far: &far_state,
             // What a foreign hub's log will be, its copy here does not say while LPDUs are on their way.
             settled: far == Side::Matrix || portal.lm_hub == core.context.server_name,
+            ahead: &ahead,
             users: &users,
             events: &events,
             redacted: redacted.as_ref(),
@@ -75,7 +83,8 @@ impl Worker {
             now_ms: core.now_ms(),
         });
         let refused = matches!(outcome, Outcome::Refuse(_));
-        let waits = refused && self.sender_is_on_its_way(event, &far_state, &users).await?;
+        let waits = (refused && self.sender_is_on_its_way(event, &far_state, &users).await?)
+            || self.is_joining(event, &far_state, &users, &ahead).await?;
         let over = match makes_ghost(&outcome, &far_state) {
             true => {
                 let (limits, server) = (&core.context.config.budgets, event.sender.server_name());
@@ -84,6 +93,51 @@ impl Worker {
             false => None,
         };
         Ok(Decision { outcome, unsure, over, waits })
+    }
+
+    /// What of the members that a decision depends on is on its way to a foreign hub.
+    async fn ahead(&self, portal: &Portal, keys: &[Key]) -> Result<HashMap<OwnedUserId, Coming>, Refusal> {
+        if self.source == Side::Lm || portal.lm_hub == self.core.context.server_name {
+            return Ok(HashMap::new());
+        }
+        let members: Vec<Key> = keys.iter().filter(|(kind, _)| kind == MEMBER).cloned().collect();
+        let coming = self.core.sides()?.lm.on_its_way(&portal.lm_room_id, &members).await?;
+        let coming = coming.into_iter().filter_map(|((_, user), coming)| Some((UserId::parse(user).ok()?, coming)));
+        Ok(coming.collect())
+    }
+
+    /// Whether what somebody says has to wait for their ghost's join to come back from the hub, which may refuse it.
+    async fn is_joining(
+        &self,
+        event: &Event,
+        far: &State,
+        users: &Known,
+        ahead: &HashMap<OwnedUserId, Coming>,
+    ) -> Result<bool, Refusal> {
+        let Some(Who::Native { ghost }) = users.get(&event.sender) else { return Ok(false) };
+        let Some(join) = ahead.get(ghost).filter(|coming| coming.membership() == Some("join")) else {
+            return Ok(false);
+        };
+        let is_own = event.membership().is_some_and(|(target, _)| target == event.sender);
+        if is_own || far.membership(ghost) == "join" {
+            return Ok(false);
+        }
+        let lpdu = std::slice::from_ref(&join.lpdu_id);
+        let images = images::of_images(&self.core.context.store, Side::Matrix, lpdu).await?;
+        let now = self.core.now_ms();
+        Ok(images.values().any(|row| row.pending && now.saturating_sub(row.made_ts) < JOIN_PATIENCE_MS))
+    }
+
+    /// Whether a join is of somebody whom another has taken out since, and that has crossed: who ends a flood passes it.
+    async fn is_out_again(&self, near: &State, event: &Event) -> Result<bool, Refusal> {
+        let joins = event.membership().is_some_and(|(user, membership)| user == event.sender && membership == "join");
+        let now = near.member(&event.sender).filter(|_| joins);
+        let Some(now) = now.filter(|now| now.sender != event.sender && matches!(now.membership(), "leave" | "ban"))
+        else {
+            return Ok(false);
+        };
+        let taken_out = [now.event_id.to_owned()];
+        Ok(!images::of_sources(&self.core.context.store, self.source, &taken_out).await?.is_empty())
     }
 
     /// Whether the sender was in the room by a join whose image is on its way to the hub: what it said goes after that image,

@@ -187,6 +187,8 @@ impl Worker {
                 true if item.asks_server => Some(Hold::Named),
                 true if long || item.over_budget => Some(Hold::Sender),
                 true => Some(Hold::Descendants),
+                // A redaction need not wait for what it redacts, which then does not cross.
+                false if item.waiting.moderates => None,
                 false if item.waiting.needs.iter().any(|need| passed_over.contains(need)) => Some(Hold::Sender),
                 false => None,
             };
