@@ -80,6 +80,7 @@ pub(super) async fn portal_from_lm(
         return Ok(Arc::new(Portal { alias, ..entry.portal().as_ref().clone() }));
     }
     access::may_create(&core.context.config.access, cause)?;
+    may_be_of_log(core, lm_room_id).await?;
     let Some(hub) = via.iter().find(|server| **server != core.context.server_name) else {
         return Err(Refusal::malformed("via", "names no other server"));
     };
@@ -113,6 +114,18 @@ pub(super) async fn portal_from_lm(
         }
     };
     outcome.await
+}
+
+/// Refuses what cannot be a log elsewhere, whatever a hub or a tombstone says: the ID of a graph that is here, and one that
+/// names no server.
+async fn may_be_of_log(core: &Core, room_id: &RoomId) -> Result<(), Refusal> {
+    if room_id.server_name().is_none() {
+        return Err(Refusal::malformed("room_id", format!("{room_id} names no server, so it is no LM room's")));
+    }
+    if core.sides()?.dag.knows(room_id).await? {
+        return Err(Refusal::malformed("room_id", format!("{room_id} is a Matrix room, not an LM room")));
+    }
+    Ok(())
 }
 
 /// Until when a portal may go unused: one that no admin asked for, for a day.

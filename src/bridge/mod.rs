@@ -216,7 +216,7 @@ impl Bridge {
     /// Compares the two states of a portal and sends what brings them together. Returns how many repairs were sent.
     pub async fn repair(&self, portal_id: &str) -> Result<usize, Refusal> {
         let entry = admin::entry(&self.core, portal_id).await?;
-        repair::run(&self.core, &entry).await
+        Ok(repair::run(&self.core, &entry).await?.sent)
     }
 
     /// How many repairs it would take now: none when the two states are in step (INV-4), or will not be any more.

@@ -27,6 +27,8 @@ pub(super) struct Plan<'a> {
     pub(super) spared: &'a dyn Fn(Side, &UserId) -> bool,
     /// Whether a user, at home on a side, is kept out by the policy, by a room's access control list, or as part of a loop.
     pub(super) denied: &'a dyn Fn(Side, &UserId) -> bool,
+    /// Whether a user is kept out by the policy.
+    pub(super) barred: &'a dyn Fn(Side, &UserId) -> bool,
     pub(super) now_ms: i64,
 }
 
@@ -112,6 +114,10 @@ impl Plan<'_> {
         let side = self.authority.other();
         let there = self.following.membership(ghost);
         match (here.membership(), there) {
+            // Whoever is in a room that the gateway made is there by the gateway's policy.
+            ("join", _) if self.authority == Side::Matrix && (self.barred)(self.authority, user) => self
+                .may_remove(self.leading, user, Action::Kick)
+                .then(|| self.fix(self.authority, self.member(self.bot, user, "leave"))),
             ("join", "join") | ("ban", "ban") => None,
             ("join", _) if (self.denied)(self.authority, user) => None,
             ("join", _) => {

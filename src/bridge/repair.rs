@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ruma::OwnedUserId;
+use ruma::{OwnedUserId, UserId};
 
 use super::core::Core;
 use super::plan::{self, Fix, Plan};
@@ -26,6 +26,9 @@ use crate::store::{images, inbox};
 const A_MINUTE: usize = 3;
 /// How long after a cause the states are compared.
 const SOON: Duration = Duration::from_millis(300);
+/// After what time it is looked again when not everything could be repaired, at first and at most.
+const AGAIN: Duration = Duration::from_secs(60);
+const AGAIN_AT_MOST: Duration = Duration::from_secs(900);
 /// How often it is looked whether the queues are empty, and how many times.
 const QUEUES_EVERY: Duration = Duration::from_secs(1);
 const QUEUES_TRIES: usize = 30;
@@ -38,7 +41,15 @@ const OUT_OF_STEP: &str = "the two states cannot be brought together: ";
 #[derive(Debug, Default)]
 pub(super) struct Repairs {
     planned: Mutex<HashSet<i64>>,
+    /// Those that are not in step yet, and when they are looked at again.
+    again: Mutex<HashMap<i64, Again>>,
     done: Mutex<HashMap<(i64, String, String), Vec<i64>>>,
+}
+
+#[derive(Debug, Default)]
+struct Again {
+    is_planned: bool,
+    pause: Duration,
 }
 
 impl Repairs {
@@ -48,6 +59,31 @@ impl Repairs {
 
     fn started(&self, number: i64) {
         self.planned.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
+    }
+
+    /// After what time a portal is to be looked at again; none when that is planned already.
+    fn plan_again(&self, number: i64) -> Option<Duration> {
+        let mut again = self.again.lock().unwrap_or_else(PoisonError::into_inner);
+        let again = again.entry(number).or_default();
+        if again.is_planned {
+            return None;
+        }
+        let pause = again.pause.saturating_mul(2).clamp(AGAIN, AGAIN_AT_MOST);
+        *again = Again { is_planned: true, pause };
+        Some(pause)
+    }
+
+    fn is_due_again(&self, number: i64) {
+        if let Some(again) = self.again.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&number) {
+            again.is_planned = false;
+        }
+    }
+
+    /// Everything is in step: what was planned does no harm, and the next time it goes quicker again.
+    fn is_done(&self, number: i64) {
+        if let Some(again) = self.again.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&number) {
+            again.pause = Duration::ZERO;
+        }
     }
 
     /// Whether one more repair of a (type, state key) is within bounds; counts it.
@@ -82,9 +118,28 @@ pub(super) fn soon(core: &Arc<Core>, entry: &Arc<Entry>) {
             tokio::time::sleep(QUEUES_EVERY).await;
         }
         core.repairs.started(entry.number);
-        if let Err(refusal) = run(&core, &entry).await {
-            tracing::warn!(portal = entry.portal().portal_id, %refusal, "repair failed");
+        match run(&core, &entry).await {
+            Ok(Done { is_all: true, .. }) => core.repairs.is_done(entry.number),
+            Ok(_) => later(&core, &entry),
+            Err(refusal) => {
+                tracing::warn!(portal = entry.portal().portal_id, %refusal, "repair failed");
+                later(&core, &entry);
+            }
         }
+    });
+}
+
+/// Repairs a portal a while later, though nobody asks for it again.
+fn later(core: &Arc<Core>, entry: &Arc<Entry>) {
+    if !entry.portal().state.carries() {
+        return;
+    }
+    let Some(pause) = core.repairs.plan_again(entry.number) else { return };
+    let (core, entry) = (core.clone(), entry.clone());
+    core.clone().spawn(async move {
+        tokio::time::sleep(pause).await;
+        core.repairs.is_due_again(entry.number);
+        soon(&core, &entry);
     });
 }
 
@@ -114,16 +169,21 @@ pub(super) async fn queues_are_empty(core: &Core, portal: &Portal) -> Result<boo
     Ok(images::pending(store, portal.number()).await?.0 == 0)
 }
 
-/// Compares both states and sends what brings them together. Returns how many repairs were sent.
-pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, Refusal> {
+/// What a repair has done.
+pub(super) struct Done {
+    /// How many events were sent.
+    pub(super) sent: usize,
+    /// Whether nothing is left that may be repaired later.
+    is_all: bool,
+}
+
+/// Compares both states and sends what brings them together.
+pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<Done, Refusal> {
     let _from_matrix = entry.from_matrix.making.lock().await;
     let _from_lm = entry.from_lm.making.lock().await;
     let portal = entry.portal();
-    if !portal.state.carries() {
-        return Ok(0);
-    }
-    if ends::look_at(core, entry).await? {
-        return Ok(0);
+    if !portal.state.carries() || ends::look_at(core, entry).await? {
+        return Ok(Done { sent: 0, is_all: true });
     }
     let Comparison { fixes, ghosts } = compare(core, &portal).await?;
     if !fixes.is_empty() && !ghosts.is_empty() {
@@ -132,9 +192,16 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, R
     }
     let mut sent = 0;
     let mut stuck = None;
+    let mut is_all = true;
     for fix in fixes {
+        if is_on_its_way(core, &portal, &fix).await? {
+            // What the hub makes of it is not known yet.
+            is_all = false;
+            continue;
+        }
         if fix.source.is_some() && ghost_over_budget(core, entry, &fix).await? {
             // Whoever is over the budget for ghosts gets none by repair either.
+            is_all = false;
             continue;
         }
         if !core.repairs.allow(entry.number, &fix.draft, core.now_ms()) {
@@ -152,6 +219,7 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, R
             Err(refusal) => stuck = Some(format!("{kind} {state_key:?}: {refusal}")),
         }
     }
+    is_all &= stuck.is_none();
     match stuck {
         Some(stuck) => {
             core.set_state(entry, PortalState::Degraded, Some(format!("{OUT_OF_STEP}{stuck}"))).await?;
@@ -164,7 +232,16 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<usize, R
     if sent > 0 {
         tracing::info!(portal = portal.portal_id, sent, "repaired");
     }
-    Ok(sent)
+    Ok(Done { sent, is_all })
+}
+
+/// Whether something in the place of a repair is on its way to a foreign hub already.
+async fn is_on_its_way(core: &Core, portal: &Portal, fix: &Fix) -> Result<bool, Refusal> {
+    if fix.side == Side::Matrix || portal.lm_hub == core.context.server_name {
+        return Ok(false);
+    }
+    let key = (fix.draft.kind.clone(), fix.draft.state_key.clone().unwrap_or_default());
+    Ok(!core.sides()?.lm.on_its_way(&portal.lm_room_id, &[key]).await?.is_empty())
 }
 
 /// Whether the budget for ghosts does not let a ghost join; counts it.
@@ -194,6 +271,8 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
     let leading_users = users(core, authority, &leading).await?;
     let following_users = users(core, authority.other(), &following).await?;
     let lists = [acl::of(core, &leading).await, acl::of(core, &following).await];
+    let barred =
+        |home: Side, user: &UserId| access::takes_part(&core.context.config.access, home, user.server_name()).is_err();
     let joining = core.joining.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let mut ghosts = core.users.hashed(authority, leading_users.keys());
     ghosts.extend(core.users.hashed(authority.other(), following_users.keys()));
@@ -207,10 +286,11 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
         spared: &|side, user| joining.contains_key(&(portal.room(side).to_owned(), user.to_owned())),
         denied: &|home, user| {
             let server = user.server_name();
-            access::takes_part(&core.context.config.access, home, server).is_err()
+            barred(home, user)
                 || lists.iter().flatten().any(|list| !list.allows(server))
                 || loops::crosses(&leading, &following, user).is_err()
         },
+        barred: &barred,
         now_ms: core.now_ms(),
     });
     Ok(Comparison { fixes, ghosts })
@@ -275,5 +355,17 @@ mod tests {
         assert!(!repairs.plan(1));
         repairs.started(1);
         assert!(repairs.plan(1));
+        // What could not be repaired is looked at again, ever more seldom.
+        assert_eq!(repairs.plan_again(1), Some(AGAIN));
+        assert_eq!(repairs.plan_again(1), None);
+        repairs.is_due_again(1);
+        assert_eq!(repairs.plan_again(1), Some(AGAIN * 2));
+        for _ in 0..9 {
+            repairs.is_due_again(1);
+            assert!(repairs.plan_again(1).is_some_and(|pause| pause <= AGAIN_AT_MOST));
+        }
+        repairs.is_due_again(1);
+        repairs.is_done(1);
+        assert_eq!(repairs.plan_again(1), Some(AGAIN));
     }
 }

@@ -228,11 +228,18 @@ pub(super) fn error(status: StatusCode, errcode: &str, error: &str) -> Response 
 
 /// The side that a room is on.
 pub(super) async fn side_of(federation: &Federation, room_id: &RoomId) -> Result<Side, Refusal> {
-    if federation.lm.knows(room_id).await? {
-        Ok(Side::Lm)
+    let side = known_side(federation, room_id).await?;
+    side.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))
+}
+
+/// The side that a room is on, if it is known here. One that is being joined comes last: what hubs call their rooms must not
+/// take away any that is there.
+pub(super) async fn known_side(federation: &Federation, room_id: &RoomId) -> Result<Option<Side>, Refusal> {
+    Ok(if federation.lm.knows(room_id).await? {
+        Some(Side::Lm)
     } else if federation.dag.knows(room_id).await? {
-        Ok(Side::Matrix)
+        Some(Side::Matrix)
     } else {
-        Err(Refusal::UnknownRoom(room_id.to_string()))
-    }
+        federation.lm.is_joining(room_id).then_some(Side::Lm)
+    })
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::routes::{Answer, Federation};
+use super::routes::{Answer, Federation, known_side};
 use super::signed::SignedTransaction;
 use crate::admin::metrics;
 use crate::federation::Begun;
@@ -211,14 +211,9 @@ async fn way_of(state: &Federation, pdu: &RawValue) -> Result<Way, Refusal> {
     let room_id = peek.room_id.ok_or_else(|| Refusal::malformed("room_id", "missing"))?;
     let room_id = <&RoomId>::try_from(&*room_id).map_err(|error| Refusal::malformed("room_id", error.to_string()))?;
     if state.between.paused(room_id) {
-        Ok(Way::Later)
-    } else if state.lm.knows(room_id).await? {
-        Ok(Way::To(Side::Lm))
-    } else if state.dag.knows(room_id).await? {
-        Ok(Way::To(Side::Matrix))
-    } else {
-        Ok(Way::Nowhere)
+        return Ok(Way::Later);
     }
+    Ok(known_side(state, room_id).await?.map_or(Way::Nowhere, Way::To))
 }
 
 fn answer(outcomes: Vec<Received>, dialect: Dialect) -> Value {

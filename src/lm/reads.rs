@@ -19,9 +19,14 @@ const COMPLAINTS: i64 = 20;
 const LOG: i64 = 1000;
 
 impl Lm {
-    /// Whether this room is on the linear side here, or is being joined.
+    /// Whether this room is on the linear side here.
     pub async fn knows(&self, room_id: &RoomId) -> Result<bool, Refusal> {
-        Ok(self.rooms().contains(room_id).await? || self.joining().contains(room_id))
+        Ok(self.rooms().contains(room_id).await?)
+    }
+
+    /// Whether this room is being joined. Until that is done it has nothing but a name, which some hub gave it.
+    pub fn is_joining(&self, room_id: &RoomId) -> bool {
+        self.joining().contains(room_id)
     }
 
     /// What is known of a room; none when the gateway is not in it.

@@ -1,12 +1,16 @@
 //! Which servers take part: access control lists of the rooms, the policy; and rooms that are replaced.
 
+use std::sync::Arc;
+
 use isthmus::bridge::{Cause, PortalState};
 use isthmus::event::RoomVersion;
+use isthmus::federation::Call;
 use isthmus::identity::Side;
 use isthmus::lm::NewRoom;
 use isthmus::seam::Outgoing;
 use ruma::UserId;
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use super::from_lm::room;
 use super::world::{LM, MATRIX, OTHER, World, draft, ghost, message, so, until};
@@ -181,4 +185,80 @@ async fn where_the_name_is_delegated_to_is_said_as_it_is_configured() {
         let body: serde_json::Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
         assert_eq!(body["m.server"].as_str(), expected);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_denied_and_comes_in_by_another_server_is_kicked() {
+    for created in [true, false] {
+        let (world, gateway) = World::new(json!({ "access": { "matrix_servers": [MATRIX] } })).await;
+        let portal = match created {
+            true => gateway.public_portal().await,
+            false => {
+                let (lm, via) = (room(&world, "public").await, [LM.try_into().unwrap()]);
+                gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap()
+            }
+        };
+        let matrix = &portal.matrix_room_id;
+        let mut view = world.matrix_join(&gateway, matrix, &world.matrix_user("alice")).await.unwrap();
+        so("both states in step", || gateway.in_step(&portal)).await;
+        let other = world.other_server().await;
+        let mut peer = crate::dag::peer::Peer::start(OTHER).await;
+        peer.key = other.context.signing_key.clone();
+        let mallory = peer.user("mallory");
+        assert!(World::matrix_join_from(&peer, &gateway, matrix, &mallory).await.is_err());
+        world.refresh(&gateway, &mut view).await;
+        let join = json!({ "membership": "join" });
+        let (_, join) = view.add(&peer, &mallory, "m.room.member", Some(mallory.as_str()), join);
+        peer.put(&gateway.dag, &[&join]).await.pop().unwrap().result.unwrap();
+        so("mallory kicked", || async {
+            let member = gateway.matrix_member(matrix, mallory.as_str()).await;
+            member.is_some_and(|content| content["membership"] == "leave")
+        })
+        .await;
+        so("both states in step", || gateway.in_step(&portal)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_calls_its_room_like_a_matrix_room_takes_nothing_from_it() {
+    let (world, gateway) = World::new(json!({})).await;
+    let portal = gateway.public_portal().await;
+    let matrix = portal.matrix_room_id.clone();
+    let other = world.other_server().await;
+    let mut peer = crate::dag::peer::Peer::start(OTHER).await;
+    peer.key = other.context.signing_key.clone();
+    let carol = peer.user("carol");
+    let mut view = World::matrix_join_from(&peer, &gateway, &matrix, &carol).await.unwrap();
+
+    let via = [LM.try_into().unwrap()];
+    let refusal = gateway.bridge.portal_from_lm(&matrix, &via, None, Cause::Admin).await.unwrap_err();
+    assert!(!refusal.is_transient() && refusal.to_string().contains("LM room"), "{refusal}");
+
+    // Nor does it while somebody tries to join it at that hub, which takes its time.
+    let (asked, release) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (hears, waits) = (asked.clone(), release.clone());
+    *world.server.meddler.lock().unwrap() = Some(Arc::new(move |request, next| {
+        let (asked, release) = (hears.clone(), waits.clone());
+        Box::pin(async move {
+            if request.uri().path().contains("/make_join/") {
+                asked.notify_one();
+                release.notified().await;
+            }
+            next.run(request).await
+        })
+    }));
+    let (lm, room, bot) = (gateway.node.lm.clone(), matrix.clone(), gateway.bot());
+    let join = tokio::spawn(async move { lm.join(&room, &bot, &via, Default::default()).await });
+    asked.notified().await;
+    let (id, event) = view.say(&peer, &carol, "still here");
+    let body = json!({ "origin": OTHER, "origin_server_ts": crate::dag::NOW, "pdus": [event] });
+    let call = Call::put("/_matrix/federation/v1/send/one".to_owned(), super::world::object(body));
+    let own: ruma::OwnedServerName = crate::dag::OWN.try_into().unwrap();
+    let answer = other.context.client.call(&own, call, false).await.unwrap();
+    assert_eq!(answer["pdus"], json!({ id.as_str(): {} }));
+    assert!(gateway.dag.event(&id).await.unwrap().is_some());
+    release.notify_waiters();
+    release.notify_one();
+    *world.server.meddler.lock().unwrap() = None;
+    assert!(join.await.unwrap().is_err());
 }

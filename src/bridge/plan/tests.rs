@@ -8,9 +8,13 @@ use crate::bridge::power::tests::state as room;
 const BOT: &str = "@isthmus:g";
 
 fn users(side: Side) -> Known {
-    let pairs = [("@alice:h", "@mx_alice_h:g"), ("@bob:l", "@lm_bob_l:g")];
+    let pairs = [
+        ("@alice:h", "@mx_alice_h:g", Side::Matrix),
+        ("@eve:denied.example", "@mx_eve_denied.example:g", Side::Matrix),
+        ("@bob:l", "@lm_bob_l:g", Side::Lm),
+    ];
     let mut known = Known::from([(user_id!("@isthmus:g").to_owned(), Who::Bot)]);
-    for ((user, ghost), home) in pairs.into_iter().zip([Side::Matrix, Side::Lm]) {
+    for (user, ghost, home) in pairs {
         let (user, ghost): (ruma::OwnedUserId, ruma::OwnedUserId) =
             (user.try_into().unwrap(), ghost.try_into().unwrap());
         match side == home {
@@ -56,6 +60,7 @@ fn fixes(leading: &[(&str, &str, &str, Value)], following: &[(&str, &str, &str, 
         bot: user_id!("@isthmus:g"),
         spared: &|_, _| false,
         denied: &|_, user| user.server_name() == "denied.example",
+        barred: &|_, user| user.server_name() == "denied.example",
         now_ms: 5,
     })
 }
@@ -131,6 +136,9 @@ fn members_follow_the_authority_as_far_as_the_gateway_can() {
     ] {
         assert_eq!(brief(&fixes(leading, following)), expected, "{leading:?} {following:?}");
     }
+    // Who is kept out by the policy is kicked, also where the gateway made both rooms.
+    let eve = [(MEMBER, "@eve:denied.example", "@eve:denied.example", is("join"))];
+    assert_eq!(brief(&fixes(&eve, &[])), [fix("matrix", BOT, "leave", "@eve:denied.example")]);
     let found = fixes(&[], &bob("join"));
     assert_eq!(found[0].instead.as_ref().map(|draft| draft.sender.as_str()), Some(BOT), "who may not join is kicked");
     let banned = fixes(&alice("join"), &alice_ghost("ban", BOT));
