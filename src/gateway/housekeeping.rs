@@ -39,12 +39,18 @@ pub(super) async fn watch_clock(context: Context) {
     let mut last = context.clock.now_ms();
     loop {
         tokio::time::sleep(CLOCK_EVERY).await;
-        let now = context.clock.now_ms();
-        // What could not be written is tried again in the next round.
-        if now >= last || bring_back(&context.store, &*context.clock).await.is_ok() {
-            last = now;
-        }
+        last = look_at_clock(&context, last).await;
     }
+}
+
+/// Looks whether the clock was set back since it showed `last`. Returns what it is compared with next.
+async fn look_at_clock(context: &Context, last: i64) -> i64 {
+    let now = context.clock.now_ms();
+    if now >= last || bring_back(&context.store, &*context.clock).await.is_ok() {
+        return now;
+    }
+    // What could not be written is tried again in the next round.
+    last
 }
 
 /// Brings back what is stored with times in the future.
@@ -113,5 +119,32 @@ mod tests {
                 sqlx::query_as("SELECT COUNT(*) FROM appservice_work").fetch_one(context.store.reader()).await.unwrap();
             assert_eq!(count, left, "{keep_days}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_was_put_off_before_the_clock_was_set_back_is_due_after_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("sqlite://{}", directory.path().join("db").display());
+        let config = json!({
+            "server_name": "g.example",
+            "signing_key": directory.path().join("key"),
+            "database": { "url": url },
+        });
+        let clock = ManualClock::new(31 * DAY_MS);
+        let context = super::super::context(serde_json::from_value(config).unwrap(), clock.clone()).await.unwrap();
+        let write = context.store.write(move |tx| {
+            Box::pin(async move {
+                let work = "INSERT INTO appservice_work (seq, work, attempts, due_ts) VALUES (1, $1, 0, $2)";
+                sqlx::query(work).bind(&b"{}"[..]).bind(31 * DAY_MS).execute(tx).await?;
+                Ok(())
+            })
+        });
+        write.await.unwrap();
+        let is_due = async |now: i64| !crate::store::appservice::due(&context.store, now, 1).await.unwrap().is_empty();
+        let last = look_at_clock(&context, 31 * DAY_MS).await;
+        assert!(!is_due(30 * DAY_MS).await, "the clock has not gone back");
+        clock.advance(-DAY_MS);
+        assert_eq!(look_at_clock(&context, last).await, 30 * DAY_MS);
+        assert!(is_due(30 * DAY_MS).await);
     }
 }
