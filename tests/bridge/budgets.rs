@@ -11,12 +11,9 @@ const BURST: usize = 60;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_is_over_the_budget_waits_and_nobody_waits_for_them() {
     let (world, gateway) = World::new(json!({ "budgets": { "events_per_second": 1 } })).await;
-    let portal = gateway.public_portal().await;
+    let (portal, mut view) = world.portal_of_two(&gateway).await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let alice = world.matrix_user("alice");
-    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
-    world.lm_join(lm, "bob").await.unwrap();
-    so("all members everywhere", || gateway.in_step(&portal)).await;
     let bobs = ghost(Side::Lm, "bob");
     let heard = || async {
         let bodies = gateway.matrix_bodies(matrix).await;

@@ -18,12 +18,9 @@ use super::world::{LM, MATRIX, OTHER, World, draft, ghost, message, so, until};
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whom_a_rooms_list_keeps_out_does_not_come_in_behind_a_ghost() {
     let (world, gateway) = World::new(json!({})).await;
-    let portal = gateway.public_portal().await;
+    let (portal, mut view) = world.portal_of_two(&gateway).await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
     let alice = world.matrix_user("alice");
-    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
-    world.lm_join(lm, "bob").await.unwrap();
-    so("all members everywhere", || gateway.in_step(&portal)).await;
     gateway.bridge.set_power(&portal.portal_id, &alice, 100).await.unwrap();
     world.refresh(&gateway, &mut view).await;
 

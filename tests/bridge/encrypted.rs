@@ -5,11 +5,10 @@ use std::sync::{Arc, Mutex};
 
 use isthmus::bridge::Cause;
 use isthmus::clock::{Clock as _, SystemClock};
-use isthmus::identity::Side;
 use serde_json::{Value, json};
 use tracing_subscriber::fmt::MakeWriter;
 
-use super::world::{LM, OTHER, World, draft, ghost, so};
+use super::world::{LM, OTHER, World, draft, so};
 use crate::dag::NOW;
 use crate::support::provider::{NewRoom, Options, Provider};
 
@@ -65,12 +64,9 @@ async fn inv_8_an_lm_room_that_is_encrypted_gets_no_portal() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_8_what_is_encrypted_does_not_cross_and_no_user_turns_encryption_on() {
     let (world, gateway) = World::new(json!({})).await;
-    let portal = gateway.public_portal().await;
+    let (portal, mut view) = world.portal_of_two(&gateway).await;
     let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
-    let alice = world.matrix_user("alice");
-    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
-    let bob = &world.lm_join(lm, "bob").await.map(|_| world.lm_user("bob")).unwrap();
-    so("all members everywhere", || gateway.in_step(&portal)).await;
+    let (alice, bob) = (world.matrix_user("alice"), &world.lm_user("bob"));
     // As much power as users can have.
     for user in [&alice, bob] {
         gateway.bridge.set_power(&portal.portal_id, user, 100).await.unwrap();
@@ -89,12 +85,7 @@ async fn inv_8_what_is_encrypted_does_not_cross_and_no_user_turns_encryption_on(
     assert_eq!(refused.code(), "matrix_rule", "{refused}");
     world.lm_send(lm, draft(bob, "m.room.encryption", Some(""), on)).await;
 
-    world.matrix_say(&gateway, &mut view, &alice, "last of alice").await;
-    world.lm_say(lm, "bob", "last of bob").await;
-    let alices = (ghost(Side::Matrix, "alice"), "last of alice".to_owned());
-    let bobs = (ghost(Side::Lm, "bob"), "last of bob".to_owned());
-    so("alice's last word", || async { world.server.bodies(lm).await.contains(&alices) }).await;
-    so("bob's last word", || async { gateway.matrix_bodies(matrix).await.contains(&bobs) }).await;
+    world.last_words(&gateway, &portal, &mut view).await;
     let ours = format!(":{}", crate::dag::OWN);
     let sealed =
         |sender: &str, kind: &str| sender.ends_with(&ours) && (kind.contains("encrypt") || kind.contains("mls"));
@@ -140,14 +131,9 @@ async fn inv_8_nothing_that_is_said_is_in_the_log() {
     let _second = tracing::Dispatch::new(tracing_subscriber::fmt().with_writer(std::io::sink).finish());
     let _logging = tracing::subscriber::set_default(subscriber.with_writer(logged.clone()).finish());
     let (world, gateway) = World::new(json!({})).await;
-    let portal = gateway.public_portal().await;
-    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
-    let alice = world.matrix_user("alice");
-    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
-    world.lm_join(lm, "bob").await.unwrap();
-    so("all members everywhere", || gateway.in_step(&portal)).await;
+    let (portal, mut view) = world.portal_of_two(&gateway).await;
     world.refresh(&gateway, &mut view).await;
-    let bob = world.lm_user("bob");
+    let (alice, bob) = (world.matrix_user("alice"), world.lm_user("bob"));
     let said: Vec<(&str, Value)> = vec![
         ("m.room.message", json!({ "msgtype": "m.text", "body": SECRET })),
         ("m.room.encrypted", json!({ "ciphertext": SECRET })),
@@ -156,19 +142,14 @@ async fn inv_8_nothing_that_is_said_is_in_the_log() {
     ];
     for (kind, content) in said {
         world.matrix_send(&gateway, &mut view, &alice, kind, None, content.clone()).await;
-        world.lm_send(lm, draft(&bob, kind, None, content)).await;
+        world.lm_send(&portal.lm_room_id, draft(&bob, kind, None, content)).await;
     }
     // What is wrong is complained of, without its words.
     let (_, mut broken) = view.clone().say(&world.peer, &alice, "as it was signed");
     broken["content"]["body"] = json!(SECRET);
     broken["signatures"] = json!({});
     assert!(world.peer.put(&gateway.dag, &[&broken]).await.remove(0).result.is_err());
-    world.matrix_say(&gateway, &mut view, &alice, "last of alice").await;
-    world.lm_say(lm, "bob", "last of bob").await;
-    let alices = (ghost(Side::Matrix, "alice"), "last of alice".to_owned());
-    let bobs = (ghost(Side::Lm, "bob"), "last of bob".to_owned());
-    so("alice's last word", || async { world.server.bodies(lm).await.contains(&alices) }).await;
-    so("bob's last word", || async { gateway.matrix_bodies(matrix).await.contains(&bobs) }).await;
+    world.last_words(&gateway, &portal, &mut view).await;
 
     let log = String::from_utf8(logged.0.lock().unwrap().clone()).unwrap();
     let own = |line: &&str| line.contains(" isthmus::");

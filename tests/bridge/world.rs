@@ -219,6 +219,26 @@ impl World {
         !self.clock.2.lock().unwrap().is_empty()
     }
 
+    /// A public portal with alice of the Matrix side and bob of the LM side in it, and alice's view of its graph.
+    pub async fn portal_of_two(&self, gateway: &Gateway) -> (Arc<Portal>, View) {
+        let portal = gateway.public_portal().await;
+        let alice = self.matrix_user("alice");
+        let view = self.matrix_join(gateway, &portal.matrix_room_id, &alice).await.unwrap();
+        self.lm_join(&portal.lm_room_id, "bob").await.unwrap();
+        so("all members everywhere", || gateway.in_step(&portal)).await;
+        (portal, view)
+    }
+
+    /// Alice and bob each say something, and both are heard on the other side: all that they did before has been looked at.
+    pub async fn last_words(&self, gateway: &Gateway, portal: &Portal, view: &mut View) {
+        self.matrix_say(gateway, view, &self.matrix_user("alice"), "last of alice").await;
+        self.lm_say(&portal.lm_room_id, "bob", "last of bob").await;
+        let alices = (ghost(Side::Matrix, "alice"), "last of alice".to_owned());
+        let bobs = (ghost(Side::Lm, "bob"), "last of bob".to_owned());
+        so("alice's last word", || async { self.server.bodies(&portal.lm_room_id).await.contains(&alices) }).await;
+        so("bob's last word", || async { gateway.matrix_bodies(&portal.matrix_room_id).await.contains(&bobs) }).await;
+    }
+
     /// Moves everybody's clock on, or back.
     pub fn advance(&self, ms: i64) {
         self.clock.1.fetch_add(ms, Ordering::SeqCst);

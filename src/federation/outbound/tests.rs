@@ -92,6 +92,13 @@ fn never() -> Reply {
     Box::pin(std::future::pending())
 }
 
+/// A store for what does not depend on the database.
+async fn sqlite() -> (tempfile::TempDir, Store) {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(&format!("sqlite://{}", directory.path().join("t.db").display())).await.unwrap();
+    (directory, store)
+}
+
 /// Feeds in memory, and what their owner is told.
 #[derive(Default)]
 struct Feeds {
@@ -185,6 +192,15 @@ impl World {
         let queues = OutboundQueues::over(store.clone(), clock, server_name!("g.example").to_owned(), wire);
         queues.register(&[FeedKind::Log, FeedKind::Lpdus, FeedKind::Graph], feeds.clone());
         Self { queues, seen }
+    }
+
+    /// The transactions that servers have got, by their numbers.
+    fn arrived(&mut self) -> BTreeMap<OwnedServerName, Vec<Vec<i64>>> {
+        let mut arrived: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        while let Ok(seen) = self.seen.try_recv() {
+            arrived.entry(seen.destination.clone()).or_default().push(seen.numbers());
+        }
+        arrived
     }
 
     async fn next(&mut self) -> Seen {

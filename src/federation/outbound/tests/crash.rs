@@ -63,8 +63,7 @@ async fn what_is_known_to_have_arrived_is_not_sent_again() {
 
 #[tokio::test]
 async fn a_stop_waits_for_what_is_on_its_way() {
-    let directory = tempfile::tempdir().unwrap();
-    let store = Store::open(&format!("sqlite://{}", directory.path().join("t.db").display())).await.unwrap();
+    let (_directory, store) = sqlite().await;
     let (feeds, log) = one_log(&store, 1..101, &["a.example"]).await;
     let gate = Arc::new(tokio::sync::Notify::new());
     let mut world = World::new(&store, &feeds, {

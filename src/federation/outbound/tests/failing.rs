@@ -129,11 +129,9 @@ async fn a_linearized_hub_gets_lpdus_one_at_a_time() {
         let mut world = World::new(&store, &feeds, |_, _, _| ok());
         world.queues.start().await.unwrap();
         world.settled().await;
-        let seen: Vec<_> = std::iter::from_fn(|| world.seen.try_recv().ok()).collect();
-        let to =
-            |name: &str| seen.iter().filter(|seen| seen.destination == *name).map(Seen::numbers).collect::<Vec<_>>();
-        assert_eq!(to("eigen.example"), [[1], [2], [3], [4]]);
-        assert_eq!(to("part.example"), [[1, 2, 3, 4]]);
+        let arrived = world.arrived();
+        assert_eq!(arrived[&name("eigen.example")], [[1], [2], [3], [4]]);
+        assert_eq!(arrived[&name("part.example")], [[1, 2, 3, 4]]);
         world.queues.stop().await;
     })
     .await;
@@ -165,13 +163,11 @@ async fn a_linearized_participant_gets_a_log_one_event_at_a_time_until_it_answer
             world.settled().await;
         }
         assert_eq!(*lock(&taken), [1, 2, 4, 5, 6, 7, 8, 9, 10, 11], "nothing twice");
-        let seen: Vec<_> = std::iter::from_fn(|| world.seen.try_recv().ok()).collect();
-        let to =
-            |name: &str| seen.iter().filter(|seen| seen.destination == *name).map(Seen::numbers).collect::<Vec<_>>();
-        assert_eq!(to("eigen.example"), (1..12).map(|n| vec![n]).collect::<Vec<_>>());
+        let arrived = world.arrived();
+        assert_eq!(arrived[&name("eigen.example")], (1..12).map(|n| vec![n]).collect::<Vec<_>>());
         let expected = [vec![1], vec![2, 3, 4, 5, 6], vec![7, 8], vec![9], vec![10, 11]];
-        assert_eq!(to("eigen-itemizes.example"), expected);
-        assert_eq!(to("part.example"), [vec![1, 2, 3, 4, 5, 6], vec![7, 8], vec![9, 10, 11]]);
+        assert_eq!(arrived[&name("eigen-itemizes.example")], expected);
+        assert_eq!(arrived[&name("part.example")], [vec![1, 2, 3, 4, 5, 6], vec![7, 8], vec![9, 10, 11]]);
         world.queues.stop().await;
     })
     .await;

@@ -62,8 +62,7 @@ async fn what_is_committed_and_not_shown_yet_is_not_passed_over() {
 
 #[tokio::test]
 async fn transactions_keep_within_bytes_and_protocols() {
-    let directory = tempfile::tempdir().unwrap();
-    let store = Store::open(&format!("sqlite://{}", directory.path().join("t.db").display())).await.unwrap();
+    let (_directory, store) = sqlite().await;
     let feeds = Arc::new(Feeds::default());
     let (log, graph) = (feed(FeedKind::Log, "!a:g.example"), feed(FeedKind::Graph, "!b:g.example"));
     fill(&store, &feeds, &log, 1..6, &["a.example"]).await;
@@ -161,8 +160,7 @@ async fn an_end_and_a_new_beginning() {
 
 #[tokio::test]
 async fn idle_rooms_and_idle_destinations_cost_nothing() {
-    let directory = tempfile::tempdir().unwrap();
-    let store = Store::open(&format!("sqlite://{}", directory.path().join("t.db").display())).await.unwrap();
+    let (_directory, store) = sqlite().await;
     let feeds = Arc::new(Feeds::default());
     for n in 0..20 {
         fill(&store, &feeds, &feed(FeedKind::Log, &format!("!{n}:g.example")), 1..2, &["a.example"]).await;
@@ -177,8 +175,7 @@ async fn idle_rooms_and_idle_destinations_cost_nothing() {
 
 #[tokio::test]
 async fn the_name_of_the_endpoint_that_a_server_knows_is_remembered() {
-    let directory = tempfile::tempdir().unwrap();
-    let store = Store::open(&format!("sqlite://{}", directory.path().join("t.db").display())).await.unwrap();
+    let (_directory, store) = sqlite().await;
     let (feeds, log) = one_log(&store, 1..2, &["a.example"]).await;
     let mut world = World::new(&store, &feeds, |_, uri, _| {
         if uri.starts_with("/_matrix/federation/v2/send/") {
