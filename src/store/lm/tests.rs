@@ -248,6 +248,8 @@ async fn reading_the_state_costs_no_more_in_a_long_log() {
         for (first, last) in [(0, 100), (100, CHANGES)] {
             let member = |position| event(position, Some(("m.room.member", "@user:part.example")));
             write(&store, (first..last).map(member).collect()).await.unwrap();
+            // As PostgreSQL does by itself now and then; a plan that was made for a hundred rows is good for no more.
+            sqlx::query("ANALYZE").execute(store.reader()).await.unwrap();
             let mut best = std::time::Duration::MAX;
             for _ in 0..10 {
                 let begin = std::time::Instant::now();
