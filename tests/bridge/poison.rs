@@ -302,7 +302,9 @@ async fn hc_71_a_task_that_panics_starts_again_and_a_row_that_makes_it_panic_is_
     heard("after the panic").await;
     assert!(!world.will_panic());
 
-    // One row, each time that it is its turn: the oldest row is decided on first.
+    // One row, each time that it is its turn: the oldest row is decided on first. It has its turn only when the clock is moved,
+    // however slow all this is.
+    world.stop_clock();
     world.panic_inside(DECIDE, None);
     let poison = world.matrix_say(&gateway, &mut view, &alice, "poison").await;
     so("the first panic", || async { !world.will_panic() }).await;

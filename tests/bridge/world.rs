@@ -35,8 +35,9 @@ pub const OTHER: &str = "other.example";
 /// A server that is gone for good: nothing listens there.
 pub const DEAD: &str = "dead.example";
 
-/// Time that goes on from the moment that the homeserver lives in, and that can be moved on.
-struct Ticking(Instant, AtomicI64, Panics);
+/// Time that goes on from the moment that the homeserver lives in, and that can be moved on, or stopped after so many
+/// milliseconds.
+struct Ticking(Instant, AtomicI64, Panics, std::sync::OnceLock<i64>);
 
 /// In which files whoever asks for the time panics: one that is on the stack, and one that is not. Once each.
 type Panics = std::sync::Mutex<Vec<(&'static str, Option<&'static str>)>>;
@@ -46,11 +47,15 @@ impl Clock for Ticking {
         if self.panics() {
             panic!("for the test");
         }
-        NOW + i64::try_from(self.0.elapsed().as_millis()).unwrap() + self.1.load(Ordering::SeqCst)
+        NOW + self.3.get().copied().unwrap_or_else(|| self.elapsed()) + self.1.load(Ordering::SeqCst)
     }
 }
 
 impl Ticking {
+    fn elapsed(&self) -> i64 {
+        i64::try_from(self.0.elapsed().as_millis()).unwrap()
+    }
+
     fn panics(&self) -> bool {
         let mut panics = self.2.lock().unwrap();
         if panics.is_empty() {
@@ -96,7 +101,7 @@ impl World {
     /// The three, with the gateway's settings besides the usual ones.
     pub async fn new(settings: Value) -> (Self, Gateway) {
         let directory = tempfile::tempdir().unwrap();
-        let clock = Arc::new(Ticking(Instant::now(), AtomicI64::new(0), Panics::default()));
+        let clock = Arc::new(Ticking(Instant::now(), AtomicI64::new(0), Panics::default(), Default::default()));
         let peer = Peer::start(MATRIX).await;
         let listeners = [OWN, LM, OTHER].map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
         let mut resolve = BTreeMap::from([(peer.name.clone(), peer.url.clone())]);
@@ -237,6 +242,11 @@ impl World {
         let bobs = (ghost(Side::Lm, "bob"), "last of bob".to_owned());
         so("alice's last word", || async { self.server.bodies(&portal.lm_room_id).await.contains(&alices) }).await;
         so("bob's last word", || async { gateway.matrix_bodies(&portal.matrix_room_id).await.contains(&bobs) }).await;
+    }
+
+    /// Stops everybody's clock: from now on time goes only as far as it is moved.
+    pub fn stop_clock(&self) {
+        let _ = self.clock.3.set(self.clock.elapsed());
     }
 
     /// Moves everybody's clock on, or back.
