@@ -291,6 +291,13 @@ impl Reader<'_> {
     }
 }
 
+/// The code unit of an escape `uXXXX` at the beginning of a text, behind its backslash.
+pub(super) fn escape_unit(text: &str) -> Option<u16> {
+    let digits = text.strip_prefix('u')?.get(..4)?;
+    let is_hex = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_hex.then(|| u16::from_str_radix(digits, 16).ok()).flatten()
+}
+
 /// The order of two keys that were written, by the UTF-16 code units that they stand for.
 fn key_order(out: &[u8], a: &Range<usize>, b: &Range<usize>) -> Ordering {
     let inside = |key: &Range<usize>| out.get(key.start + 1..key.end - 1).unwrap_or_default();

@@ -17,7 +17,7 @@ use super::dialler::{self, Answer, Http, Itself, Reach};
 use super::discovery::{Dial, Network, Route, discover};
 use super::srv::SrvTargets;
 use super::x_matrix;
-use crate::event::{Object, canonical_json, parse_object};
+use crate::event::{Object, canonical_json, parse_answer};
 use crate::identity::{KeyFetcher, SigningKey};
 use crate::refusal::Refusal;
 
@@ -321,7 +321,7 @@ fn override_route(name: &ServerName, base: &Url) -> Result<Route, anyhow::Error>
 
 fn read_answer(answer: Answer) -> Result<(Object, HeldAnswer), RemoteError> {
     if answer.status == StatusCode::OK {
-        let object = parse_object(&answer.body).map_err(|refusal| RemoteError::BadAnswer(refusal.to_string()))?;
+        let object = parse_answer(&answer.body).map_err(|refusal| RemoteError::BadAnswer(refusal.to_string()))?;
         return Ok((object, answer.held));
     }
     Err(failure(answer.status, &answer.headers, &answer.body))

@@ -4,9 +4,11 @@ use std::collections::BTreeSet;
 
 use futures::{StreamExt as _, stream};
 use ruma::{OwnedEventId, OwnedServerName};
+use serde_json::Value;
 
 use super::Lm;
-use crate::event::{HashCheck, Object, Pdu, Redaction, VerifyKeys, verify_signatures};
+use super::peers::prev_events;
+use crate::event::{HashCheck, Object, Pdu, Redaction, VerifyKeys, event_id, reference_hash, verify_signatures};
 use crate::guard::{guarded, guarded_now, trip};
 use crate::refusal::Refusal;
 
@@ -25,8 +27,10 @@ pub(super) struct Finished {
 
 /// Why an event is not taken.
 pub(super) enum Bad {
-    /// Its form is wrong, or something failed here.
+    /// Its room cannot be told, or something failed here.
     Dropped(Refusal),
+    /// Its form is wrong; it is known by its ID all the same, and so is what is before it.
+    Malformed { event_id: OwnedEventId, prev_events: Vec<OwnedEventId>, refusal: Refusal },
     /// Its keys cannot be had now: nothing is proved either way.
     Unproved(Box<Pdu>, Refusal),
     /// A signature is missing or wrong.
@@ -36,13 +40,17 @@ pub(super) enum Bad {
 impl Bad {
     pub fn refusal(&self) -> &Refusal {
         match self {
-            Self::Dropped(refusal) | Self::Unproved(_, refusal) | Self::Forged(_, refusal) => refusal,
+            Self::Dropped(refusal)
+            | Self::Malformed { refusal, .. }
+            | Self::Unproved(_, refusal)
+            | Self::Forged(_, refusal) => refusal,
         }
     }
 
     pub fn event_id(&self) -> Option<&OwnedEventId> {
         match self {
             Self::Dropped(_) => None,
+            Self::Malformed { event_id, .. } => Some(event_id),
             Self::Unproved(pdu, _) | Self::Forged(pdu, _) => Some(&pdu.event_id),
         }
     }
@@ -55,8 +63,7 @@ impl Lm {
         objects: Vec<Object>,
         redaction: Redaction,
     ) -> Vec<Result<Finished, Bad>> {
-        let parsed: Vec<Result<Pdu, Refusal>> =
-            objects.into_iter().map(|object| guarded_now(&"an event", || Pdu::parse(object, redaction))).collect();
+        let parsed: Vec<Result<Pdu, Bad>> = objects.into_iter().map(|object| parse(object, redaction)).collect();
         self.fetch_keys(parsed.iter().flatten()).await;
         let mut with_keys = Vec::with_capacity(parsed.len());
         for pdu in parsed {
@@ -67,7 +74,7 @@ impl Lm {
                     Err(refusal) if refusal.is_failure() => Err(Bad::Dropped(refusal)),
                     Err(refusal) => Err(Bad::Forged(Box::new(pdu), refusal)),
                 },
-                Err(refusal) => Err(Bad::Dropped(refusal)),
+                Err(bad) => Err(bad),
             });
         }
         let verified = verify_together(&with_keys, redaction);
@@ -110,6 +117,23 @@ impl Lm {
         }
         Ok(keys)
     }
+}
+
+fn parse(object: Object, redaction: Redaction) -> Result<Pdu, Bad> {
+    let known_by = || {
+        // Its ID does not cover its signatures: it may come again with right ones.
+        let signatures = object.get("signatures").and_then(Value::as_object)?;
+        let is_form = |keys: &Value| keys.as_object().is_some_and(|keys| keys.values().all(Value::is_string));
+        signatures.values().all(is_form).then_some(())?;
+        let event_id = event_id(&format!("${}", reference_hash(&object, redaction)))?;
+        let prev_events = prev_events(&object);
+        (!prev_events.is_empty()).then_some((event_id, prev_events))
+    };
+    let known_by = guarded_now(&"an event", || Ok(known_by())).ok().flatten();
+    guarded_now(&"an event", || Pdu::parse(object, redaction)).map_err(|refusal| match known_by {
+        Some((event_id, prev_events)) if !refusal.is_failure() => Bad::Malformed { event_id, prev_events, refusal },
+        _ => Bad::Dropped(refusal),
+    })
 }
 
 /// Checks all signatures of all events at once; the answers are in the order of `events`.
@@ -156,5 +180,29 @@ fn other(redaction: Redaction) -> Redaction {
     match redaction {
         Redaction::Draft => Redaction::GraphServer,
         Redaction::GraphServer => Redaction::Draft,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn hc_19_an_event_of_a_wrong_form_is_known_by_its_id_and_by_what_is_before_it() {
+        let event = json!({
+            "type": "x".repeat(300), "room_id": "!r:hub.example", "sender": "@a:hub.example", "content": {},
+            "origin_server_ts": 1, "auth_events": [], "prev_events": ["$before"], "hashes": { "sha256": "x" },
+            "signatures": { "hub.example": { "ed25519:1": "x" } },
+        });
+        let parsed = |event: &Value| parse(event.as_object().unwrap().clone(), Redaction::Draft);
+        let Err(Bad::Malformed { event_id, prev_events, .. }) = parsed(&event) else { panic!("taken, or not known") };
+        assert_eq!(prev_events, ["$before"]);
+        assert_eq!(event_id.as_str()[1..], reference_hash(event.as_object().unwrap(), Redaction::Draft));
+        // Its ID does not cover its signatures: it may come again with right ones.
+        let mut unsigned = event;
+        unsigned["signatures"] = json!({ "hub.example": 1 });
+        assert!(matches!(parsed(&unsigned), Err(Bad::Dropped(_))));
     }
 }

@@ -173,6 +173,15 @@ impl Taking<'_> {
             };
             let page = page.into_iter().take(PAGE).collect();
             for event in self.lm().check_finished(page, self.room().redaction).await {
+                if let Err(Bad::Malformed { event_id, prev_events, refusal }) = event {
+                    // It is refused whenever it comes, and nothing waits for it.
+                    if !self.knows(&event_id).await? {
+                        self.settle(&event_id, &refusal.to_string());
+                        self.fresh.insert(event_id.clone());
+                    }
+                    passed.insert(event_id, Passed { position: i64::MAX, prev_events });
+                    continue;
+                }
                 // What is forged or not proved says what is before it all the same: it is the hub that gives it.
                 let Some(pdu) = event_of(&event) else { continue };
                 let event_id = pdu.event_id.clone();
@@ -291,14 +300,16 @@ impl Taking<'_> {
                 }
                 Err(Bad::Forged(pdu, refusal)) => self.complain(&pdu.event_id, &refusal.to_string()),
                 Err(Bad::Unproved(pdu, refusal)) => self.keep_given(&pdu, &refusal),
-                Err(Bad::Dropped(refusal)) => tracing::warn!(%refusal, "a state event was not taken"),
+                Err(Bad::Dropped(refusal) | Bad::Malformed { refusal, .. }) => {
+                    tracing::warn!(%refusal, "a state event was not taken")
+                }
             }
         }
         Ok(())
     }
 }
 
-/// Whether a server has answered, rather than being away, busy or broken on its way to us.
+/// Whether a server has answered, be it nonsense, rather than being away, busy or broken on its way to us.
 fn is_verdict(error: &RemoteError) -> bool {
     let away = [
         StatusCode::TOO_MANY_REQUESTS,
@@ -306,14 +317,18 @@ fn is_verdict(error: &RemoteError) -> bool {
         StatusCode::SERVICE_UNAVAILABLE,
         StatusCode::GATEWAY_TIMEOUT,
     ];
-    matches!(error, RemoteError::Status { status, .. } if !away.contains(status))
+    match error {
+        RemoteError::Status { status, .. } => !away.contains(status),
+        RemoteError::BadAnswer(_) => true,
+        RemoteError::Unreachable(_) => false,
+    }
 }
 
 fn event_of(event: &Result<Finished, Bad>) -> Option<&Pdu> {
     match event {
         Ok(event) => Some(&event.pdu),
         Err(Bad::Unproved(pdu, _) | Bad::Forged(pdu, _)) => Some(pdu),
-        Err(Bad::Dropped(_)) => None,
+        Err(Bad::Dropped(_) | Bad::Malformed { .. }) => None,
     }
 }
 

@@ -11,10 +11,13 @@ use serde_json::{Value, json};
 
 use super::actor::{Outcome, What};
 use super::batch::{Batch, Origin};
+use super::names;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::RoomCell;
 use super::{Appended, Lm, NewRoom, Role, Sent};
-use crate::event::{Lpdu, Object, Redaction, VerifiedLpdu, VerifyKeys, event_id, parse_object, reference_hash};
+use crate::event::{
+    Lpdu, Object, Redaction, VerifiedLpdu, VerifyKeys, event_id, parse_leniently, parse_object, reference_hash,
+};
 use crate::guard::{guarded, guarded_now, trip};
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -75,7 +78,13 @@ impl Lm {
         let mut by_room: BTreeMap<OwnedRoomId, Vec<(usize, Object)>> = BTreeMap::new();
         for raw in &pdus {
             let place = answers.len();
-            let parsed = guarded_now(&"an event", || parse(raw));
+            let mut parsed = guarded_now(&"an event", || parse(raw));
+            if parsed.is_err()
+                && let Ok((room_id, object)) = guarded_now(&"an event", || of_a_log(raw))
+                && self.follows(&room_id, origin).await
+            {
+                parsed = Ok((room_id, object));
+            }
             answers.push(received(None, parsed.as_ref().map(drop).map_err(Clone::clone)));
             if let Ok((room_id, object)) = parsed {
                 by_room.entry(room_id).or_default().push((place, object));
@@ -98,6 +107,12 @@ impl Lm {
             answer.event_id = event_id;
         }
         answers
+    }
+
+    /// Whether a room's log is kept by `origin` and followed here. What it holds is a fact there, however it is written.
+    async fn follows(&self, room_id: &RoomId, origin: &ServerName) -> bool {
+        let Ok((_, room)) = self.find(room_id).await else { return false };
+        room.facts.hub == origin && matches!(self.role(&room), Role::Participant { .. })
     }
 
     /// Takes events of one room; answers in order.
@@ -210,13 +225,7 @@ impl Lm {
         if lpdu.room_id != facts.room_id {
             return Err(Refusal::malformed("room_id", format!("{}, not {}", lpdu.room_id, facts.room_id)));
         }
-        if lpdu.kind == "m.room.member"
-            && let Some(target) = &lpdu.state_key
-            && let Err(error) = <&UserId>::try_from(target.as_str())
-        {
-            return Err(Refusal::malformed("state_key", format!("{target:?} of m.room.member: {error}")));
-        }
-        Ok(())
+        names::check(lpdu)
     }
 
     /// Checks hashes and signatures, together those that are signed with the same keys.
@@ -379,7 +388,15 @@ fn set_result(results: &mut [Received], place: usize, result: Result<(), Refusal
 
 /// An event of a transaction, and its room.
 fn parse(raw: &Raw) -> Result<(OwnedRoomId, Object), Refusal> {
-    let object = parse_object(raw.get().as_bytes())?;
+    with_room(parse_object(raw.get().as_bytes())?)
+}
+
+/// The same of an event that stands in somebody's log and is not to be read strictly.
+fn of_a_log(raw: &Raw) -> Result<(OwnedRoomId, Object), Refusal> {
+    with_room(parse_leniently(raw.get())?)
+}
+
+fn with_room(object: Object) -> Result<(OwnedRoomId, Object), Refusal> {
     let room_id = object.get("room_id").and_then(Value::as_str).unwrap_or_default();
     let room_id = RoomId::parse(room_id).map_err(|error| Refusal::malformed("room_id", error.to_string()))?;
     Ok((room_id, object))

@@ -266,6 +266,9 @@ impl<'a> Taking<'a> {
         let ids: Vec<&EventId> = pdu.auth_events.iter().map(|id| &**id).collect();
         let mut named = BTreeMap::new();
         for row in stored::events_by_id(&self.lm.context().store, &ids).await? {
+            if row.room_id != room.facts.room_id {
+                continue;
+            }
             let event = stored_pdu(row, room.redaction)?;
             named.insert(event.event_id.clone(), (event.kind, event.state_key.unwrap_or_default()));
         }

@@ -25,6 +25,7 @@ mod invite;
 mod join_check;
 mod join_state;
 mod lpdus;
+mod names;
 mod participant;
 mod peers;
 mod reads;

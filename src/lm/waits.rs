@@ -112,7 +112,7 @@ impl Taking<'_> {
                 (Stayed::new(pdu, hole.noticed_ts, unproved), slot_of(pdu))
             }
             Err(Bad::Dropped(refusal)) if refusal.is_failure() => return Err(refusal.clone()),
-            Err(Bad::Dropped(_)) => {
+            Err(Bad::Dropped(_) | Bad::Malformed { .. }) => {
                 self.waits.closed.push(hole.event_id.clone());
                 return Ok(());
             }
@@ -214,7 +214,7 @@ impl Taking<'_> {
                 }
                 _ => Err(self.keep(&pdu, &refusal, true)),
             },
-            Err(Bad::Dropped(refusal)) => Err(Err(refusal)),
+            Err(Bad::Dropped(refusal) | Bad::Malformed { refusal, .. }) => Err(Err(refusal)),
             Err(Bad::Forged(pdu, refusal)) => {
                 self.complain(&pdu.event_id, &refusal.to_string());
                 Err(Err(refusal))

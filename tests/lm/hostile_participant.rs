@@ -109,6 +109,29 @@ async fn hc_29_hc_39_nobody_speaks_for_users_of_another_server() {
     assert_eq!(ids(&hub.log(&room).await), ids(&before));
 }
 
+/// Stricter participants would drop such an event and lack it before every later one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_43_users_who_cannot_exist_get_into_no_log() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    let (alice, before) = (part.user("alice"), hub.log(&room).await.len());
+    for name in ["@:part.example", "@Alice:part.example", "@a b:part.example", "@\u{e9}:part.example"] {
+        let user = ruma::OwnedUserId::try_from(name).unwrap();
+        for event in [member(&user, &user, "join"), member(&alice, &user, "invite")] {
+            let refused = give(&hub, &part, &part.lpdu(&room, &hub.name, &event).json).await;
+            assert!(matches!(refused.result, Err(Refusal::Malformed { .. })), "{name}: {refused:?}");
+        }
+        let join = part.lpdu(&room, &hub.name, &member(&user, &user, "join"));
+        assert!(part.context.client.call(&hub.name, send_join(&join), false).await.is_err(), "{name}");
+    }
+    assert_eq!(hub.log(&room).await.len(), before);
+}
+
+fn send_join(join: &Lpdu) -> isthmus::federation::Call {
+    let id = join.lpdu_id.as_str().replace('$', "%24");
+    isthmus::federation::Call::post(format!("/_matrix/federation/v3/send_join/{id}"), join.json.clone())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hc_31_an_lpdu_for_another_hub_is_refused() {
     let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;

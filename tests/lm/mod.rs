@@ -8,4 +8,5 @@ mod http;
 mod hub_and_participant;
 pub mod log_hub;
 mod own_events;
+mod unreadable;
 pub mod world;
