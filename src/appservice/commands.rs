@@ -1,11 +1,11 @@
-//! What the bot understands in a direct chat. Pure.
+//! What the bot understands of what begins with `!` and is said by who invited it. Pure.
 
 use ruma::{OwnedUserId, UserId};
 
 /// A command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Command {
-    /// `!help`, and everything that is not understood.
+    /// `!help`, and every other command that is not understood.
     Help,
     /// `!portals`
     Portals,

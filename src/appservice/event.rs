@@ -46,7 +46,7 @@ pub(super) enum Work {
         /// Whether the bot is still in it.
         leave: bool,
     },
-    /// Somebody said something to the bot.
+    /// Who invited the bot gave it a command, or said something encrypted.
     Said {
         /// The chat.
         room_id: OwnedRoomId,
@@ -90,10 +90,14 @@ pub(super) fn work(view: View<'_>, event: &Pushed) -> Option<Work> {
             _ => None,
         },
         (kind @ ("m.room.message" | "m.room.encrypted"), None)
-            if event.sender != view.bot && view.chats.contains_key(&room_id) =>
+            // Others in the room talk with each other, and so does whoever invited the bot but for its commands.
+            if view.chats.get(&room_id).is_some_and(|user| *user == event.sender) =>
         {
             let body = match kind {
-                "m.room.message" => Some(cut(text("body").filter(|_| text("msgtype") == Some("m.text"))?)),
+                "m.room.message" => {
+                    let body = text("body").filter(|_| text("msgtype") == Some("m.text"))?;
+                    Some(cut(Some(body).filter(|body| body.trim_start().starts_with('!'))?))
+                }
                 _ => None,
             };
             Some(Work::Said { room_id, sender: event.sender.clone(), event_id: event.event_id.clone(), body })
@@ -161,11 +165,14 @@ mod tests {
         let Some(Work::Said { body: None, .. }) = said("!chat:hs", "@alice:hs", "m.room.encrypted", json!({})) else {
             panic!("it is an encrypted message");
         };
+        assert_eq!(said("!chat:hs", "@carol:hs", "m.room.message", text.clone()), None, "not who invited it");
+        let talk = json!({ "msgtype": "m.text", "body": "hello carol!" });
+        assert_eq!(said("!chat:hs", "@alice:hs", "m.room.message", talk), None, "no command");
         assert_eq!(said("!r:g", "@alice:hs", "m.room.message", text.clone()), None, "a bridged room");
         assert_eq!(said("!chat:hs", "@_isthmus:hs", "m.room.message", text), None, "the bot's own");
         assert_eq!(said("!chat:hs", "@alice:hs", "m.room.message", json!({ "msgtype": "m.notice", "body": "" })), None);
         assert_eq!(said("!chat:hs", "@alice:hs", "m.room.message", json!(["x"])), None);
-        let long = json!({ "msgtype": "m.text", "body": "é".repeat(5000) });
+        let long = json!({ "msgtype": "m.text", "body": format!("!{}", "é".repeat(5000)) });
         let Some(Work::Said { body: Some(body), .. }) = said("!chat:hs", "@alice:hs", "m.room.message", long) else {
             panic!("it is a message");
         };

@@ -128,9 +128,14 @@ async fn may_be_of_log(core: &Core, room_id: &RoomId) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Until when a portal may go unused: one that no admin asked for, for a day.
+/// Until when a portal may go unused that no admin asked for. Who names an alias comes in at once, or never meant to.
 fn unused_until(core: &Core, cause: &Cause) -> Option<i64> {
-    (*cause != Cause::Admin).then(|| core.now_ms().saturating_add(ends::UNUSED_MS))
+    let unused = match cause {
+        Cause::Admin => return None,
+        Cause::Invite(_) => ends::UNUSED_MS,
+        Cause::Appservice | Cause::Server(_) => ends::UNUSED_ALIAS_MS,
+    };
+    Some(core.now_ms().saturating_add(unused))
 }
 
 /// Takes up what was being made when the gateway stopped.

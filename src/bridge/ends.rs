@@ -29,6 +29,8 @@ const REPLACE_AGAIN: Duration = Duration::from_secs(60);
 pub const GHOSTS_STAY_MS: i64 = 3_600_000;
 /// How long a portal that no admin asked for may go unused, in milliseconds.
 pub const UNUSED_MS: i64 = 86_400_000;
+/// The same for one that came about because somebody named an alias, which takes no account anywhere.
+pub(super) const UNUSED_ALIAS_MS: i64 = 3_600_000;
 /// When an end that failed is tried again, at first and at last.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
@@ -117,7 +119,7 @@ pub(super) async fn due(core: &Arc<Core>) -> Result<(), Refusal> {
     for number in portals::unused(store, core.now_ms()).await? {
         match core.registry.get(number) {
             Some(entry) if entry.portal().state != PortalState::Ended && !was_used(core, &entry.portal()).await? => {
-                end(core, &entry, "nobody has used it for a day").await?;
+                end(core, &entry, "nobody has used it").await?;
             }
             _ => keep(core, number).await?,
         }

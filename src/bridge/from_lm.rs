@@ -63,7 +63,10 @@ async fn make_of(core: &Arc<Core>, row: &mut PortalRow, room_id: &OwnedRoomId) -
     if row.matrix_room_id.is_none() || row.lm_hub != hub {
         let made = match row.matrix_room_id.clone() {
             Some(room_id) => room_id,
-            None => sides.dag.create_room(rooms::matrix_of_lm(core, &state, &known)?).await?,
+            None => {
+                let alias = row.alias.clone().or_else(|| alias::of_room(room_id));
+                sides.dag.create_room(rooms::matrix_of_lm(core, &state, &known, alias.as_deref())?).await?
+            }
         };
         save(core, row, |row| {
             row.matrix_room_id = Some(made);
@@ -146,6 +149,10 @@ async fn join_ghosts(core: &Arc<Core>, portal: &Portal, state: &State, known: &K
         if access::takes_part(&core.context.config.access, Side::Lm, server).is_err()
             || list.as_ref().is_some_and(|list| !list.allows(server))
         {
+            continue;
+        }
+        if core.budgets.ghost(&core.context.config.budgets, portal.number(), server, core.now_ms(), false).is_err() {
+            // Who is left out comes by repair, as the budget allows.
             continue;
         }
         if !public && there.membership(ghost) != "invite" {

@@ -9,7 +9,7 @@ use ruma::{OwnedRoomId, OwnedServerName, RoomId, ServerName};
 
 use super::alias::{self, Named};
 use super::core::Core;
-use super::portal::{Cause, Portal};
+use super::portal::{Cause, Portal, PortalState};
 use super::{access, create};
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -121,8 +121,19 @@ async fn portal(core: &Arc<Core>, localpart: &str, cause: &Cause) -> Result<Arc<
             return Err(refusal);
         }
     };
-    if core.registry.of_room(Side::Lm, &room_id).is_none() {
-        may_create.clone()?;
+    match core.registry.of_room(Side::Lm, &room_id) {
+        // What a hub says of a name holds as long as it says so: a row for each name would be for it to fill the store with.
+        Some(entry) if !matches!(entry.portal().state, PortalState::Ending | PortalState::Ended) => {
+            return Ok(entry.portal());
+        }
+        Some(_) => {}
+        None => {
+            may_create.clone()?;
+            create::room_for_one_more(core).await?;
+            if *cause != Cause::Admin {
+                core.budgets.portal(&core.context.config.budgets, server, core.now_ms())?;
+            }
+        }
     }
     let made = create::portal_from_lm(core, &room_id, &via, Some(localpart), cause).await;
     // One who may not ask does not spoil it for one who may.

@@ -55,17 +55,25 @@ impl Both<'_> {
     }
 }
 
-/// The Matrix room of an LM room that has this state: rules no wider, the same name and topic.
-pub(super) fn matrix_of_lm(core: &Core, state: &State, users: &Known) -> Result<dag::NewRoom, Refusal> {
+/// The Matrix room of an LM room that has this state: rules no wider, the same name and topic, and an address by which
+/// it is found.
+pub(super) fn matrix_of_lm(
+    core: &Core,
+    state: &State,
+    users: &Known,
+    alias: Option<&str>,
+) -> Result<dag::NewRoom, Refusal> {
     let version = matrix_version(core, &Request::default())?;
     let bot = core.users.bot();
     let mapped = |user: &UserId| across(users, user).filter(|_| user != bot);
     let creator = state.get("m.room.create", "").map(|entry| entry.sender);
     let rules = StateRules { creator, across: &mapped, to: Side::Matrix, bot: bot_in_graph(core, version) };
-    let initial_state = MAPPED_STATE
+    let mapped = MAPPED_STATE
         .iter()
-        .filter_map(|kind| Some(draft(core, kind, Value::Object(state_content(kind, state.content(kind), &rules)?))))
-        .collect();
+        .filter_map(|kind| Some(draft(core, kind, Value::Object(state_content(kind, state.content(kind), &rules)?))));
+    let alias = alias.map(|localpart| format!("#{localpart}:{}", core.context.server_name));
+    let alias = alias.map(|alias| draft(core, "m.room.canonical_alias", json!({ "alias": alias })));
+    let initial_state = mapped.chain(alias).collect();
     Ok(dag::NewRoom { creator: bot.clone(), version, initial_state })
 }
 

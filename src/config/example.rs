@@ -82,12 +82,13 @@ server_name = "{server_name}"
 # LM servers with which portals may be made, and Matrix servers whose users may take part; * and ? are wildcards.
 # hubs = ["*"]
 # matrix_servers = ["*"]
-# Who can cause a portal by naming an alias: "appservice" (users of the Synapse above), "anyone" or "off".
+# Who can cause a portal by naming an alias: "appservice" (whoever asks the Synapse above, which takes no account there),
+# "anyone" or "off".
 # create_by_alias = "appservice"
 # LM servers whose users, and single LM users ("@bob:hub.example") who, make a portal of their room by inviting the
 # gateway's bot, @isthmus and the gateway's server name, to it; * and ? are wildcards. The admins below always may.
 # create_by_invite = []
-# Users who may command the bot to expose, bridge and remove rooms.
+# Users who may ask the Synapse's bot for the portals and have it invite into them, and whose portals stay.
 # admins = []
 # How many portals there may be.
 # max_portals = 10000
@@ -110,8 +111,8 @@ server_name = "{server_name}"
 # ghosts_per_hour = 5000
 # Events of a foreign hub that may wait in a portal; with more, the hub is told to wait.
 # backlog = 20000
-# Portals that one LM server's users make in an hour by inviting the gateway's bot.
-# portals_per_hour = 20
+# Portals of one LM server's rooms that are made in an hour by naming aliases, or by inviting the gateway's bot.
+# portals_per_hour = 60
 
 # The admin API, /health and /metrics. Keep this listener from the internet.
 [admin]

@@ -127,12 +127,12 @@ pub struct Access {
     pub hubs: Vec<String>,
     /// Matrix servers whose users may take part; `*` and `?` are wildcards.
     pub matrix_servers: Vec<String>,
-    /// Who can cause a portal by naming an alias.
+    /// Who can cause a portal by naming an alias. The Synapse asks for whoever asks it, also without an account.
     pub create_by_alias: CreateByAlias,
     /// LM servers whose users, and LM users (`@user:server`) who, make a portal of a room by inviting the gateway's bot to
     /// it; `*` and `?` are wildcards.
     pub create_by_invite: Vec<String>,
-    /// Who may command the bot to expose, bridge and remove.
+    /// Who may ask the Synapse's bot for the portals and have it invite into them, and whose portals stay.
     pub admins: Vec<OwnedUserId>,
     /// How many portals there may be.
     pub max_portals: u32,
@@ -170,7 +170,7 @@ pub struct Budgets {
     pub ghosts_per_hour: u32,
     /// Events of a foreign hub that may wait in a portal; with more, the hub is told to wait.
     pub backlog: u32,
-    /// Portals that one LM server's users make in an hour by inviting the gateway's bot.
+    /// Portals of one LM server's rooms that are made in an hour by naming aliases, or by inviting the gateway's bot.
     pub portals_per_hour: u32,
 }
 
@@ -274,7 +274,7 @@ impl Default for Budgets {
             bytes_per_day: 4_294_967_296,
             ghosts_per_hour: 5_000,
             backlog: 20_000,
-            portals_per_hour: 20,
+            portals_per_hour: 60,
         }
     }
 }

@@ -1,11 +1,12 @@
 //! The checks on receipt of a PDU, after its form and signatures, and what its acceptance changes.
 //! <https://spec.matrix.org/v1.16/server-server-api/#checks-performed-on-receipt-of-a-pdu>
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError};
 
 use imbl::ordmap::DiffItem;
 use ruma::events::TimelineEventType;
-use ruma::{OwnedEventId, OwnedServerName, OwnedUserId};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName};
 
 use super::auth::{AuthState, check_against, check_independent, keys_needed, state_of_auth_events};
 use super::batch::Batch;
@@ -59,6 +60,35 @@ impl Outcome {
                 Err(Refusal::MatrixRule(format!("missing prev_events {prev:?} and auth_events {auth:?}")))
             }
         }
+    }
+}
+
+/// How many bytes of soft-failed events are kept of a server with nobody in the room, in how many milliseconds.
+const STRAY_BYTES: usize = 1 << 20;
+const STRAY_TIME_MS: i64 = 86_400_000;
+/// Of how many rooms and servers that is remembered; beyond it nothing is kept of new ones until some are forgotten.
+const STRAY_SERVERS: usize = 10_000;
+
+/// How much is kept of servers that have nobody in a room. In memory: a restart forgives.
+#[derive(Debug, Default)]
+pub(super) struct Strays(HashMap<(OwnedRoomId, OwnedServerName), (usize, i64)>);
+
+impl Strays {
+    fn takes(&mut self, room_id: &RoomId, server: &ServerName, size: usize, now: i64) -> bool {
+        let fresh = |since: i64| (0..STRAY_TIME_MS).contains(&now.saturating_sub(since));
+        if self.0.len() >= STRAY_SERVERS {
+            self.0.retain(|_, (_, since)| fresh(*since));
+        }
+        let key = (room_id.to_owned(), server.to_owned());
+        if self.0.len() >= STRAY_SERVERS && !self.0.contains_key(&key) {
+            return false;
+        }
+        let (kept, since) = self.0.entry(key).or_insert((0, now));
+        if !fresh(*since) {
+            (*kept, *since) = (0, now);
+        }
+        *kept = kept.saturating_add(size);
+        *kept <= STRAY_BYTES
     }
 }
 
@@ -120,7 +150,9 @@ impl Batch {
                 let limit = MAX_BRANCHES;
                 Verdict::SoftFailed(Refusal::TooManyEvents { what: "set of events that nothing follows", limit })
             }
-            // Whoever has nobody in the room leaves nothing behind: it costs them nothing to make such events.
+            // Whoever has nobody in the room leaves nothing behind: it costs them nothing to make such events. What is soft-failed
+            // may be named by others, so some of it is kept.
+            Verdict::SoftFailed(refusal) if self.is_one_stray_too_many(&event) => return Err(refusal),
             Verdict::Rejected(refusal) if !self.core.has_server(event.pdu.sender.server_name()) => return Err(refusal),
             verdict => verdict,
         };
@@ -180,6 +212,17 @@ impl Batch {
     fn is_one_branch_too_many(&self, event: &Stored) -> bool {
         let tips = &self.core.tips;
         tips.len() >= MAX_BRANCHES && !tips.iter().any(|tip| event.pdu.prev_events.contains(&tip.event_id))
+    }
+
+    /// Whether a server with nobody in the room has had enough kept of what the room does not take; counts it.
+    fn is_one_stray_too_many(&self, event: &Stored) -> bool {
+        let server = event.pdu.sender.server_name();
+        if self.core.has_server(server) {
+            return false;
+        }
+        let now = self.shared.context.clock.now_ms();
+        let size = event.pdu.raw.get().len();
+        !self.shared.strays.lock().unwrap_or_else(PoisonError::into_inner).takes(&self.room_id, server, size, now)
     }
 
     fn stage(&mut self, event: Stored) -> Arc<Stored> {
@@ -343,4 +386,21 @@ fn same(one: &AuthState, other: &AuthState) -> bool {
         other.get(key).is_some_and(|other| other.pdu.event_id == event.pdu.event_id)
     };
     one.len() == other.len() && one.iter().all(stands)
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::{room_id, server_name};
+
+    use super::*;
+
+    #[test]
+    fn of_a_server_with_nobody_in_the_room_only_so_much_is_kept_a_day() {
+        let (mut strays, room, evil) = (Strays::default(), room_id!("!r:g"), server_name!("evil.example"));
+        let kept = |strays: &mut Strays, now| (0..100).filter(|_| strays.takes(room, evil, 60_000, now)).count();
+        assert_eq!(kept(&mut strays, 5), STRAY_BYTES / 60_000);
+        assert_eq!(kept(&mut strays, STRAY_TIME_MS), 0);
+        assert!(strays.takes(room, server_name!("other.example"), 60_000, 6));
+        assert_eq!(kept(&mut strays, STRAY_TIME_MS + 5), STRAY_BYTES / 60_000);
+    }
 }

@@ -26,7 +26,7 @@ mod snapshot;
 mod stored;
 mod version;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use imbl::ordmap::DiffItem;
 use moka::future::Cache;
@@ -111,6 +111,8 @@ struct Shared {
     /// The groups that states were resolved to.
     resolved: Cache<Vec<i64>, i64>,
     acls: Cache<OwnedEventId, Arc<Acl>>,
+    /// What is kept of servers that have nobody in a room.
+    strays: Mutex<accept::Strays>,
     /// The current states that were asked for as a whole.
     states: Cache<OwnedRoomId, (Snapshot, Arc<State>)>,
     resolved_meter: CacheMeter,
@@ -136,6 +138,7 @@ impl Dag {
             states_meter: CacheMeter::watch("graph_whole_states", &states),
             resolved,
             acls,
+            strays: Mutex::default(),
             states,
         });
         outbound.register(&[FeedKind::Graph], Arc::new(Outbox(shared.clone())));

@@ -40,8 +40,10 @@ pub(super) fn signing_key(config: &Config) -> (Option<SigningKey>, Finding) {
             (Some(key), Finding::pass(CHECK, found))
         }
         Err(error) => {
-            let fix = "restore the file from a backup, or move it away so that a new key is made";
-            (None, Finding::fail(CHECK, error.to_string(), fix))
+            let fix = error.advice();
+            let found = error.to_string();
+            let found = found.strip_suffix(fix).map_or(&*found, |found| found.trim_end_matches(": "));
+            (None, Finding::fail(CHECK, found, fix))
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Who sees whether the homeserver's calls arrive: the running gateway, or in its place the doctor itself on the gateway's
 //! addresses.
 
-use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -148,18 +147,10 @@ fn reachable(mut address: SocketAddr) -> SocketAddr {
 }
 
 fn unopened(error: &ListenError) -> Finding {
-    let fix = match error {
-        ListenError::Tls { .. } => {
-            "give a PEM file with the certificate chain, the server's own first, and the key that belongs to it"
-        }
-        ListenError::Address { source, .. } => match source.kind() {
-            ErrorKind::AddrInUse => "another program has the port: stop it, or give the listener another port",
-            ErrorKind::AddrNotAvailable => "the address is not of this machine: listen on 0.0.0.0 or on one that is",
-            ErrorKind::PermissionDenied => "ports below 1024 need a permission: take another, or a reverse proxy",
-            _ => "give the listener another address",
-        },
-    };
-    Finding::fail("listener", error.to_string(), fix)
+    let fix = error.advice();
+    let found = error.to_string();
+    let found = found.strip_suffix(fix).map_or(&*found, |found| found.trim_end_matches(": "));
+    Finding::fail("listener", found, fix)
 }
 
 #[derive(Clone)]

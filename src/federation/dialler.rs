@@ -263,13 +263,18 @@ pub(super) fn tls_config(custom_ca: &[PathBuf]) -> Result<rustls::ClientConfig, 
     let provider = crypto_provider();
     let mut extra: Vec<CertificateDer<'static>> = Vec::new();
     for path in custom_ca {
-        let problem = |error| anyhow::anyhow!("certificate authorities in {}: {error}", path.display());
+        let problem =
+            |error| anyhow::anyhow!("`federation.custom_ca` names {}, which cannot be used: {error}", path.display());
         let certificates = CertificateDer::pem_file_iter(path).map_err(problem)?;
         let before = extra.len();
         for certificate in certificates {
             extra.push(certificate.map_err(problem)?);
         }
-        anyhow::ensure!(extra.len() > before, "there is no certificate in {}", path.display());
+        anyhow::ensure!(
+            extra.len() > before,
+            "`federation.custom_ca` names {}, in which there is no PEM certificate",
+            path.display()
+        );
     }
     let builder =
         rustls::ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;

@@ -19,21 +19,44 @@ use crate::event::decode_base64;
 #[derive(Debug, thiserror::Error)]
 pub enum SigningKeyError {
     /// The file could not be read or written.
-    #[error("signing key file {path}: {source}")]
+    #[error("the signing key {path} cannot be used ({error}): {}", file_advice(.error))]
     Io {
         /// The file.
         path: String,
         /// What the system said.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The file does not hold a key.
-    #[error("signing key file {path}: {problem}")]
+    #[error("the signing key {path} cannot be used ({problem}): {FORMAT_ADVICE}")]
     Format {
         /// The file.
         path: String,
         /// What is wrong with it.
         problem: String,
     },
+}
+
+/// What to do about a file without a key.
+const FORMAT_ADVICE: &str = "restore it from a backup, or move it away so that a new key is made";
+
+fn file_advice(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::PermissionDenied => {
+            "let the gateway's user read and write it and its folder (chown), and keep it: it is the gateway's identity"
+        }
+        ErrorKind::NotFound => "make the folder, or name another file in `signing_key`",
+        _ => "name a file on a disk with space in `signing_key`",
+    }
+}
+
+impl SigningKeyError {
+    /// What to do about it.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::Io { error, .. } => file_advice(error),
+            Self::Format { .. } => FORMAT_ADVICE,
+        }
+    }
 }
 
 /// An ed25519 signing key with its ID. Debug shows the ID alone.
@@ -51,7 +74,7 @@ impl SigningKey {
         match std::fs::read_to_string(path).map(Zeroizing::new) {
             Ok(text) => Self::parse(&text).map_err(|problem| SigningKeyError::Format { path: show(path), problem }),
             Err(error) if error.kind() == ErrorKind::NotFound => Self::generate_file(path),
-            Err(source) => Err(SigningKeyError::Io { path: show(path), source }),
+            Err(error) => Err(SigningKeyError::Io { path: show(path), error }),
         }
     }
 
@@ -112,7 +135,7 @@ impl SigningKey {
     /// Writes beside the file and links it into place, so that a crash leaves a whole file or none, and that of two
     /// processes that start at once both use the key of the first.
     fn generate_file(path: &Path) -> Result<Self, SigningKeyError> {
-        let io = |source| SigningKeyError::Io { path: show(path), source };
+        let io = |error| SigningKeyError::Io { path: show(path), error };
         let key = Self::generate();
         let version = key.id.trim_start_matches("ed25519:");
         let seed = Zeroizing::new(STANDARD_NO_PAD.encode(key.key.as_bytes()));

@@ -137,6 +137,20 @@ impl Backend {
         if url.starts_with("sqlite:") { Self::Sqlite } else { Self::Postgres }
     }
 
+    /// Says that the database cannot be opened, and what to do by what it says itself.
+    fn unopened(self, problem: String) -> StoreError {
+        let advice = match self {
+            Self::Sqlite if problem.contains("not a database") || problem.contains("malformed") => {
+                "restore the file from a backup, or name another one in `database.url`"
+            }
+            Self::Sqlite if problem.contains("is full") || problem.contains("disk I/O") => {
+                "make space on the disk that it is on"
+            }
+            backend => backend.advice(),
+        };
+        StoreError::Unopened { problem, advice }
+    }
+
     /// What to do when the database cannot be opened.
     pub fn advice(self) -> &'static str {
         match self {
@@ -161,10 +175,22 @@ pub fn sqlite_file(url: &str) -> PathBuf {
 /// One connection, with the reason when there is none; a pool would try until its time is up, and say only that it is.
 pub(crate) async fn connect(url: &str) -> Result<AnyConnection, StoreError> {
     sqlx::any::install_default_drivers();
-    let unopened = |problem: String| StoreError::Unopened { problem, advice: Backend::of(url).advice() };
-    match timeout(OPENING, AnyConnection::connect(url)).await {
+    let backend = Backend::of(url);
+    let unopened = |problem: String| backend.unopened(problem);
+    let opening = async {
+        let mut connection = AnyConnection::connect(url).await?;
+        if backend == Backend::Sqlite {
+            // It opens any file; what is in it shows when it is read.
+            connection.execute("PRAGMA user_version").await?;
+        }
+        Ok(connection)
+    };
+    match timeout(OPENING, opening).await {
         Ok(Ok(connection)) => Ok(connection),
-        Ok(Err(error)) => Err(unopened(error.to_string())),
+        Ok(Err(error)) => {
+            let error: sqlx::Error = error;
+            Err(unopened(error.to_string()))
+        }
         Err(_) => Err(unopened(format!("no answer within {} s", OPENING.as_secs()))),
     }
 }
@@ -241,7 +267,13 @@ impl Store {
             };
             make_private(url).map_err(failed)?;
         }
-        connect(url).await?.close().await?;
+        let mut first = connect(url).await?;
+        if backend == Backend::Sqlite {
+            // A pool would try what cannot be done until its time is up.
+            let made = first.execute("PRAGMA journal_mode = WAL; PRAGMA user_version").await;
+            made.map_err(|error| backend.unopened(error.to_string()))?;
+        }
+        first.close().await?;
         let options = AnyConnectOptions::from_str(url)?;
         // The session that writes may have the claim: it does not end because of its age.
         let pool = pool_options(backend, 1, patience).max_lifetime(None).idle_timeout(None);
@@ -292,6 +324,12 @@ impl Store {
     /// For how long the write that is under way has been so; zero when none is.
     pub fn write_lasts(&self) -> Duration {
         self.writer.busy_for()
+    }
+
+    /// For how long no write was committed, and why the last one was not; none when it was. What a single job makes
+    /// fail does not count.
+    pub fn write_fails(&self) -> Option<(Duration, StoreError)> {
+        self.writer.failing()
     }
 
     /// The next of a sequence of numbers that grows for ever, across restarts too. Asked for inside write jobs, the numbers

@@ -203,3 +203,25 @@ async fn a_hub_of_which_too_much_waits_is_told_to_wait_and_nothing_is_lost() {
     assert_eq!(bodies, expected);
     so("it goes on", || async { !paused().await }).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_large_room_as_many_ghosts_come_at_once_as_the_budget_allows() {
+    let (world, gateway) = World::new(json!({ "budgets": { "ghosts_per_hour": 3 } })).await;
+    let lm = super::from_lm::room(&world, "public").await;
+    for number in 0..6 {
+        world.lm_join_own(&lm, &format!("member{number}")).await;
+    }
+    let via = [super::world::LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, isthmus::bridge::Cause::Admin).await.unwrap();
+    let ghosts = || async {
+        let state = gateway.dag.state(&portal.matrix_room_id).await.unwrap();
+        state.iter().filter(|((kind, user), _)| kind == "m.room.member" && user.starts_with("@lm_")).count()
+    };
+    assert_eq!(ghosts().await, 3);
+    so("the rest", || async {
+        world.advance(3_600_000);
+        gateway.bridge.repair(&portal.portal_id).await.unwrap();
+        ghosts().await == 7
+    })
+    .await;
+}

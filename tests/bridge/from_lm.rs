@@ -51,6 +51,8 @@ async fn joined_by_alias(world: World, gateway: Gateway) {
     let matrix = &portal.matrix_room_id;
     assert_eq!((&portal.lm_room_id, &target.room_id), (&lm, matrix));
     assert_eq!(gateway.matrix_state(matrix, "m.room.name").await.unwrap()["name"], "Tea");
+    let address = gateway.matrix_state(matrix, "m.room.canonical_alias").await.unwrap();
+    assert_eq!(address["alias"], format!("#{alias}:{OWN}"));
     let hubert = gateway.matrix_member(matrix, &ghost(Side::Lm, "hubert")).await.unwrap();
     assert_eq!(hubert["membership"], "join");
 
@@ -471,4 +473,40 @@ async fn who_comes_speaks_and_changes_names_before_the_hub_answers_jams_nothing(
     so("the rest waits", || async { waiting().await == 4 }).await;
     back(&world, &gateway, &portal, &away).await;
     assert_eq!(in_log(&world, &lm, "dora").await, ["first", "one", "second", "third", "two"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_that_a_hub_makes_up_lead_to_its_portal_and_leave_nothing_behind() {
+    let (world, gateway) = World::new(json!({ "budgets": { "portals_per_hour": 2 } })).await;
+    let lm = room(&world, "public").await;
+    let portal = gateway.bridge.portal_from_lm(&lm, &[LM.try_into().unwrap()], None, Cause::Admin).await.unwrap();
+    let named = lm.clone();
+    *world.server.meddler.lock().unwrap() = Some(Arc::new(move |request, next| {
+        let room_id = named.clone();
+        Box::pin(async move {
+            match request.uri().path().contains("/query/directory") {
+                true => respond(http::StatusCode::OK, json!({ "room_id": room_id, "servers": [LM] })),
+                false => next.run(request).await,
+            }
+        })
+    }));
+    let aliases = || async {
+        let count = sqlx::query_as("SELECT COUNT(*) FROM bridge_aliases");
+        let (count,): (i64,) = count.fetch_one(gateway.node.context.store.reader()).await.unwrap();
+        count
+    };
+    let before = aliases().await;
+    for number in 0..20 {
+        let alias = format!("lm_x{number}_{LM}");
+        let target = gateway.bridge.resolve_alias(&alias, Cause::Appservice).await.unwrap();
+        assert_eq!(target.room_id, portal.matrix_room_id);
+    }
+    assert_eq!(aliases().await, before);
+    // Who asks needs no account: of one hub's rooms only so many get a portal.
+    for number in 0..3 {
+        let lm = room(&world, "public").await;
+        let alias = format!("lm_{}_{LM}", lm.as_str().split(':').next().unwrap());
+        let made = gateway.bridge.resolve_alias(&alias, Cause::Appservice).await;
+        assert_eq!(made.as_ref().err().map(Refusal::code), (number == 2).then_some("budget"), "{made:?}");
+    }
 }

@@ -49,7 +49,7 @@ async fn an_invite_that_no_server_answers_mutes_nobody_and_is_refused_in_the_end
     assert_eq!(refused.len(), 2, "{refused:?}");
     for refused in &refused {
         assert_eq!((refused.code.as_str(), refused.kind.as_str()), ("remote", "m.room.member"));
-        assert!(refused.reason.contains(DEAD) && refused.reason.contains("given up after 10 tries"), "{refused:?}");
+        assert!(refused.reason.contains(DEAD) && refused.reason.contains("given up after "), "{refused:?}");
     }
     assert!(refused.iter().any(|refused| refused.event_id == from_matrix));
     // Both are told where they did it.

@@ -39,6 +39,10 @@ const COUNT_EVERY_MS: i64 = 2_000;
 /// How often a row is tried that fails here, or that a server does not answer, before it is refused, with pauses of a second
 /// to five minutes: a quarter of an hour in all.
 const TRIES: u32 = 10;
+/// After what time, in milliseconds, a row that another server does not answer is refused, when it was tried at least so often:
+/// before it counts as the gateway's fault, and also when the gateway is restarted meanwhile.
+const REMOTE_PATIENCE_MS: i64 = 480_000;
+const REMOTE_TRIES: u32 = 6;
 /// How long a task that panicked rests before it starts again, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
@@ -325,6 +329,10 @@ impl Worker {
         match refusal {
             Refusal::Budget { .. } if waited > budget::PATIENCE_MS => Done::Refused(refusal),
             Refusal::Budget { .. } => Done::Later(refusal),
+            Refusal::Remote { server, problem } if waited > REMOTE_PATIENCE_MS && item.failures >= REMOTE_TRIES => {
+                let problem = format!("given up after {} minutes: {problem}", waited / 60_000);
+                Done::Refused(Refusal::Remote { server, problem })
+            }
             _ if item.failures < TRIES => Done::Later(refusal),
             Refusal::Remote { server, problem } => {
                 let problem = format!("given up after {} tries: {problem}", item.failures);

@@ -41,7 +41,10 @@ fn join(event: &Judged<'_>, target: &str) -> Result<(), Refusal> {
     match rule {
         Some("invite" | "knock") if matches!(current, "invite" | "join") => Ok(()), // rule 5.2.4
         Some("public") => Ok(()),                                                   // rule 5.2.5
-        _ => refuse("5.2.6", format!("the join rule is {rule:?}, the membership of {} is {current}", event.sender)),
+        _ => refuse(
+            "5.2.6",
+            format!("the join rule is {}, the membership of {} is {current}", rule.unwrap_or("missing"), event.sender),
+        ),
     }
 }
 
@@ -100,7 +103,7 @@ fn ban(event: &Judged<'_>, target: &str) -> Result<(), Refusal> {
 fn knock(event: &Judged<'_>, target: &str) -> Result<(), Refusal> {
     let rule = join_rule(event);
     if rule != Some("knock") {
-        return refuse("5.6.1", format!("the join rule is {rule:?}, not knock"));
+        return refuse("5.6.1", format!("the join rule is {}, not knock", rule.unwrap_or("missing")));
     }
     if event.sender.as_str() != target {
         return refuse("5.6.2", format!("{} cannot knock for {target}", event.sender));
