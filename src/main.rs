@@ -100,9 +100,23 @@ fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("isthmus: {error:#}");
+            eprintln!("isthmus: {}", told(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// An error with its causes, each said once, and with what to do about it.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    match error.downcast_ref::<gateway::GatewayError>().and_then(|error| error.advice()) {
+        Some(advice) => format!("{text}: {advice}"),
+        None => text,
     }
 }
 

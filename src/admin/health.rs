@@ -11,8 +11,8 @@ use super::Admin;
 use super::metrics::METRICS;
 use crate::appservice::HomeserverStatus;
 use crate::federation::QueueStatus;
-use crate::store::overview::{Overview, overview, touch};
-use crate::store::{Store, StoreError};
+use crate::store::StoreError;
+use crate::store::overview::{Overview, overview};
 
 /// How long an event may wait in the inbox before something is wrong, in milliseconds.
 const LONGEST_WAIT: i64 = 10 * 60 * 1000;
@@ -20,6 +20,8 @@ const LONGEST_WAIT: i64 = 10 * 60 * 1000;
 const LONGEST_ECHO: i64 = 60 * 60 * 1000;
 /// How long the store may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For how long a write that failed is a problem.
+const FAILED: Duration = Duration::from_secs(60);
 /// How many failing servers are listed.
 const LISTED: usize = 50;
 
@@ -89,7 +91,7 @@ struct Findings {
     now_ms: i64,
     store: Result<Overview, String>,
     write_lasts: Duration,
-    write_fails: Option<(Duration, StoreError)>,
+    write_failed: Option<(Duration, String)>,
     claim_lost: Option<StoreError>,
     queues: Result<Vec<QueueStatus>, StoreError>,
     homeserver: Option<HomeserverStatus>,
@@ -112,7 +114,7 @@ impl Admin {
             now_ms: context.clock.now_ms(),
             store,
             write_lasts: context.store.write_lasts(),
-            write_fails: write_fails(&context.store).await,
+            write_failed: context.store.write_failed(),
             claim_lost: context.store.claim_lost(),
             queues,
             homeserver: self.appservice.as_ref().map(|appservice| appservice.status()),
@@ -133,13 +135,6 @@ impl Admin {
     }
 }
 
-/// For how long nothing can be written, if so. Where nobody writes it is tried, or an outage would outlast its cause.
-async fn write_fails(store: &Store) -> Option<(Duration, StoreError)> {
-    store.write_fails()?;
-    let _ = tokio::time::timeout(PATIENCE, store.write(|tx| Box::pin(touch(tx)))).await;
-    store.write_fails()
-}
-
 fn judge(findings: Findings) -> Health {
     let mut problems = Vec::new();
     let store = findings.store.unwrap_or_else(|error| {
@@ -149,14 +144,11 @@ fn judge(findings: Findings) -> Health {
     if findings.write_lasts >= PATIENCE {
         problems.push(format!("the store has not ended a write for {} s", findings.write_lasts.as_secs()));
     }
-    let is_claimed = findings.claim_lost.is_none();
+    if let Some((ago, error)) = findings.write_failed.filter(|(ago, _)| *ago < FAILED) {
+        problems.push(format!("{} s ago something could not be written: {error}", ago.as_secs()));
+    }
     if let Some(lost) = findings.claim_lost {
         problems.push(format!("nothing is served: {lost}"));
-    }
-    if let Some((lasts, error)) = findings.write_fails.as_ref().filter(|_| is_claimed) {
-        let seconds = lasts.as_secs();
-        problems
-            .push(format!("nothing could be written to the database for {seconds} s ({error}): nothing is accepted"));
     }
     let queues = findings.queues.unwrap_or_else(|error| {
         problems.push(format!("the outbound queues cannot be read: {error}"));
@@ -227,7 +219,7 @@ mod tests {
             now_ms: 10_000_000,
             store: Ok(Overview { inbox_waiting: 2, inbox_oldest_ts: Some(9_999_000), ..Overview::default() }),
             write_lasts: Duration::ZERO,
-            write_fails: None,
+            write_failed: Some((2 * FAILED, "full".to_owned())),
             claim_lost: None,
             queues: Ok(Vec::new()),
             homeserver: Some(HomeserverStatus { reachable: true, ..HomeserverStatus::default() }),
@@ -253,11 +245,11 @@ mod tests {
         for (findings, problem) in [
             (Findings { store: Err("gone".to_owned()), ..good() }, "the store does not answer: gone"),
             (Findings { write_lasts: Duration::from_secs(12), ..good() }, "has not ended a write for 12 s"),
-            (Findings { claim_lost: Some(StoreError::InUse), ..good() }, "nothing is served: another isthmus serves"),
             (
-                Findings { write_fails: Some((Duration::from_secs(7), StoreError::Unreached)), ..good() },
-                "nothing could be written to the database for 7 s (no connection",
+                Findings { write_failed: Some((Duration::from_secs(3), "the disk is full".to_owned())), ..good() },
+                "3 s ago something could not be written: the disk is full",
             ),
+            (Findings { claim_lost: Some(StoreError::InUse), ..good() }, "nothing is served: another isthmus serves"),
             (Findings { queues: Err(StoreError::Closed), ..good() }, "the outbound queues cannot be read"),
             (Findings { store: Ok(old), ..good() }, "has waited 11 minutes"),
             (Findings { store: Ok(lost), ..good() }, "took 90 minutes ago did not come back"),

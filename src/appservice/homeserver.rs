@@ -126,6 +126,12 @@ impl Homeserver {
         }
     }
 
+    /// What server it says that it is, where it answers other servers at the same URL, as Synapse does unless it is told not to.
+    pub async fn server_name(&self) -> Option<String> {
+        let answer = self.call(Method::GET, &["_matrix", "key", "v2", "server"], None, false, TIMEOUT).await;
+        text(&answer.ok()?.body, "server_name").ok()
+    }
+
     /// Whose token this is.
     pub async fn whoami(&self) -> Result<String> {
         let answer =

@@ -32,6 +32,17 @@ pub(super) fn reached(url: &str, answer: &Result<Option<String>, HomeserverError
     }
 }
 
+/// Whether the server at the URL says that it is another than the configuration has it.
+pub(super) fn another(url: &str, configured: &ServerName, says: Option<&str>) -> Option<Finding> {
+    let says = says.filter(|says| *says != configured.as_str())?;
+    Some(Finding::fail(
+        "homeserver",
+        format!("{url} is the homeserver {says}, but `appservice.homeserver_name` is {configured}"),
+        "correct `appservice.homeserver_url`; if it is the name that is wrong, correct it, run `isthmus register` again, and \
+         restart Synapse",
+    ))
+}
+
 /// Another server's `Date` against this machine's clock.
 pub(super) fn clocks(server: &str, date: Option<&str>, now_ms: i64) -> Finding {
     let theirs = date.and_then(|date| httpdate::parse_http_date(date).ok());
@@ -129,12 +140,25 @@ pub(super) fn as_token(input: &AsToken<'_>) -> Finding {
     }
 }
 
+/// Where the registration's URL leads from this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Leads {
+    /// To this gateway.
+    Here,
+    /// To this gateway, which knows another hs_token than the registration file has.
+    HereWithAnotherToken,
+    /// Somewhere else, or nowhere.
+    Elsewhere,
+}
+
 /// What is known when the homeserver was asked to ping.
 pub(super) struct Ping<'a> {
+    /// The registration file.
+    pub(super) file: &'a str,
     /// The URL in the registration file; the homeserver may have loaded another.
     pub(super) url: &'a str,
-    /// Whether that URL leads to this gateway from this machine.
-    pub(super) leads_here: bool,
+    /// Where that URL leads.
+    pub(super) leads: Leads,
     /// The transaction ID that was sent.
     pub(super) transaction_id: &'a str,
     /// What the homeserver answered.
@@ -148,11 +172,11 @@ pub(super) struct Ping<'a> {
 /// Whether the homeserver reaches the gateway, and if not, why.
 pub(super) fn ping(input: &Ping<'_>) -> Finding {
     const CHECK: &str = "ping";
-    let Ping { url, leads_here, transaction_id, answer, before, after } = input;
+    let Ping { file, url, leads, transaction_id, answer, before, after } = input;
     let set_url =
         "run `isthmus register --url URL` with a URL at which Synapse reaches this gateway, and restart Synapse";
-    let wrong_url = |what: &str| match leads_here {
-        true => Finding::fail(
+    let wrong_url = |what: &str| match leads {
+        Leads::Here | Leads::HereWithAnotherToken => Finding::fail(
             CHECK,
             format!(
                 "Synapse does not reach this gateway: it {what}; but {url}, which the registration file has, leads here from \
@@ -160,7 +184,7 @@ pub(super) fn ping(input: &Ping<'_>) -> Finding {
             ),
             format!("restart Synapse, which may have loaded an older file; if that does not help, {set_url}"),
         ),
-        false => Finding::fail(
+        Leads::Elsewhere => Finding::fail(
             CHECK,
             format!(
                 "wrong URL in the registration: {url} does not lead to this gateway from this machine, and Synapse {what}"
@@ -178,6 +202,14 @@ pub(super) fn ping(input: &Ping<'_>) -> Finding {
                 Some(seen) if seen.ping.as_deref() != Some(*transaction_id) => {
                     wrong_url("called something that is not this gateway")
                 }
+                Some(_) if *leads == Leads::HereWithAnotherToken => Finding::fail(
+                    CHECK,
+                    format!(
+                        "wrong hs_token: {file} has another than the one by which the running gateway and Synapse still know \
+                         each other"
+                    ),
+                    "restart Synapse and the gateway, so that both read the file, or bring back the file that they have read",
+                ),
                 Some(_) => Finding::pass(CHECK, "Synapse reaches this gateway with the right hs_token"),
                 None => {
                     Finding::warn(CHECK, format!("{url} answered Synapse"), "whether it was this gateway is not known")

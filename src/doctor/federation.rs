@@ -31,7 +31,7 @@ pub(super) fn client(config: &Config, key: Arc<SigningKey>) -> Result<Client, Fi
 }
 
 /// Compares the clock with that of a server that the configuration names and that is on another machine. Nothing, where there
-/// is none and the homeserver's clock has told enough.
+/// is none and the homeserver, on another machine, has told enough.
 pub(super) async fn clock(config: &Config, client: &Client, clock: &SharedClock) -> Option<Finding> {
     for server in elsewhere(config) {
         if let Some(date) = client.date(&server).await {
@@ -62,7 +62,8 @@ fn is_here(url: &Url) -> bool {
     match url.host() {
         Some(Host::Ipv4(address)) => address.is_loopback(),
         Some(Host::Ipv6(address)) => address.is_loopback(),
-        Some(Host::Domain(name)) => name == "localhost",
+        // Names without a dot are those of containers, which share their machine's clock.
+        Some(Host::Domain(name)) => !name.contains('.'),
         None => false,
     }
 }
@@ -101,5 +102,11 @@ mod tests {
         } });
         let access = json!({ "hubs": ["b.example", "*.c", "a.example"], "matrix_servers": ["d.example:1", "e", "f"] });
         assert_eq!(named(resolve, access), ["b.example", "d.example:1", "e"]);
+        let here = |url: &str| is_here(&Url::parse(url).unwrap());
+        assert!(
+            ["http://127.0.0.1:8008", "http://[::1]", "http://localhost:1", "http://synapse:8008"].map(here)
+                == [true; 4]
+        );
+        assert!(["http://192.0.2.1", "https://synapse.hs.example", "http://[2001:db8::1]"].map(here) == [false; 3]);
     }
 }

@@ -1,11 +1,12 @@
 //! The checks that need the homeserver.
 
+use http::StatusCode;
 use rand::Rng as _;
 use rand::rngs::OsRng;
 use url::Url;
 
 use super::Finding;
-use super::diagnosis::{self, AsToken, Ping};
+use super::diagnosis::{self, AsToken, Leads, Ping};
 use super::witness::{Seen, Witness};
 use crate::appservice::{Homeserver, Registration};
 use crate::clock::SharedClock;
@@ -33,6 +34,12 @@ pub(super) async fn examine(
     note(diagnosis::reached(settings.homeserver_url.as_str(), &there));
     let Ok(date) = there else { return };
     note(diagnosis::clocks("the homeserver", date.as_deref(), clock.now_ms()));
+    let says = homeserver.server_name().await;
+    if let Some(other) =
+        diagnosis::another(settings.homeserver_url.as_str(), &settings.homeserver_name, says.as_deref())
+    {
+        return note(other);
+    }
 
     let sender = match registration.sender(&settings.homeserver_name) {
         Ok(sender) => sender,
@@ -56,31 +63,48 @@ pub(super) async fn examine(
         probe,
     }));
     if is_known {
-        note(ping(config, &homeserver, registration, witness).await);
+        note(ping(config, settings, &homeserver, registration, witness).await);
     }
     let nobody = format!("#doctor-{}:{}", random(), config.server_name);
     note(diagnosis::federation(&config.server_name, &homeserver.look_up(&nobody).await));
 }
 
-async fn ping(config: &Config, homeserver: &Homeserver, registration: &Registration, witness: &Witness) -> Finding {
-    let leads_here = leads_here(config, registration, witness).await;
+async fn ping(
+    config: &Config,
+    settings: &config::Appservice,
+    homeserver: &Homeserver,
+    registration: &Registration,
+    witness: &Witness,
+) -> Finding {
+    let file = settings.registration.display().to_string();
+    let leads = leads(config, registration, witness).await;
     let transaction_id = format!("doctor-{}", random());
     let before = witness.seen().await;
     let answer = homeserver.ping(&registration.id, &transaction_id).await.map(drop);
     let after = witness.seen().await;
     let url = registration.url.as_deref().unwrap_or("nothing");
-    diagnosis::ping(&Ping { url, leads_here, transaction_id: &transaction_id, answer: &answer, before, after })
+    let transaction_id = &transaction_id;
+    diagnosis::ping(&Ping { file: &file, url, leads, transaction_id, answer: &answer, before, after })
 }
 
-/// Whether the registration's URL leads to this gateway from this machine.
-async fn leads_here(config: &Config, registration: &Registration, witness: &Witness) -> bool {
-    let Some(url) = registration.url.as_deref().and_then(|url| Url::parse(url).ok()) else { return false };
+/// Where the registration's URL leads from this machine.
+async fn leads(config: &Config, registration: &Registration, witness: &Witness) -> Leads {
+    let Some(url) = registration.url.as_deref().and_then(|url| Url::parse(url).ok()) else { return Leads::Elsewhere };
     let transaction_id = format!("doctor-{}", random());
     let Ok(caller) = Homeserver::new(url, registration.hs_token.clone(), &config.federation.custom_ca) else {
-        return false;
+        return Leads::Elsewhere;
     };
-    caller.call_appservice(&transaction_id).await.is_ok()
-        && witness.seen().await.is_none_or(|seen| seen.ping == Some(transaction_id))
+    let before = witness.seen().await;
+    let answer = caller.call_appservice(&transaction_id).await;
+    let after = witness.seen().await;
+    let refused = |seen: &Option<Seen>| seen.as_ref().map_or(0, |seen| seen.refused);
+    match answer {
+        Ok(()) if after.as_ref().is_none_or(|seen| seen.ping == Some(transaction_id)) => Leads::Here,
+        Err(error) if error.status() == Some(StatusCode::FORBIDDEN) && refused(&after) > refused(&before) => {
+            Leads::HereWithAnotherToken
+        }
+        _ => Leads::Elsewhere,
+    }
 }
 
 /// Without a token that the homeserver knows there is still one thing that makes it call its appservice: somebody asks for an

@@ -3,7 +3,8 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-use sqlx::Connection as _;
+use nix::sys::statvfs::statvfs;
+use sqlx::{Connection as _, Executor as _};
 
 use super::Finding;
 use crate::appservice::{Registration, RegistrationError, misses_tls};
@@ -39,12 +40,7 @@ pub(super) fn signing_key(config: &Config) -> (Option<SigningKey>, Finding) {
             let found = format!("{} holds the key {}", path.display(), key.id());
             (Some(key), Finding::pass(CHECK, found))
         }
-        Err(error) => {
-            let fix = error.advice();
-            let found = error.to_string();
-            let found = found.strip_suffix(fix).map_or(&*found, |found| found.trim_end_matches(": "));
-            (None, Finding::fail(CHECK, found, fix))
-        }
+        Err(error) => (None, Finding::fail(CHECK, error.to_string(), error.advice())),
     }
 }
 
@@ -59,7 +55,11 @@ pub(super) async fn database(config: &Config) -> Finding {
     }
     let ask = async {
         let mut connection = store::connect(url).await?;
-        sqlx::query("SELECT 1").execute(&mut connection).await?;
+        match backend {
+            // Writing begins here, and nothing is written.
+            Backend::Sqlite => connection.execute("PRAGMA busy_timeout = 10000; BEGIN IMMEDIATE; ROLLBACK").await?,
+            Backend::Postgres => connection.execute("SELECT 1").await?,
+        };
         Ok::<_, StoreError>(connection.close().await?)
     };
     match ask.await {
@@ -74,7 +74,34 @@ pub(super) async fn database(config: &Config) -> Finding {
         Err(StoreError::Unopened { problem, advice }) => {
             Finding::fail(CHECK, format!("the database cannot be opened: {problem}"), advice)
         }
-        Err(error) => Finding::fail(CHECK, error.to_string(), backend.advice()),
+        Err(error) => Finding::fail(CHECK, error.to_string(), backend.advice(&error.to_string())),
+    }
+}
+
+/// Below this little space, in bytes, nothing can soon be accepted any more.
+const SPACE_FAIL: u64 = 64 << 20;
+/// Below this little it is time to do something.
+const SPACE_WARN: u64 = 1 << 30;
+
+/// How much space the disk has on which the database is; none where that is on another machine, or not known.
+pub(super) fn space(config: &Config) -> Option<Finding> {
+    if Backend::of(&config.database.url) != Backend::Sqlite {
+        return None;
+    }
+    let file = sqlite_file(&config.database.url);
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let disk = statvfs(folder).ok()?;
+    Some(space_left(folder, disk.blocks_available().saturating_mul(disk.fragment_size())))
+}
+
+fn space_left(folder: &Path, left: u64) -> Finding {
+    const CHECK: &str = "disk";
+    let found = format!("{} MiB are left where the database is ({})", left >> 20, folder.display());
+    let fix = "make space: what cannot be written is not accepted";
+    match left {
+        left if left < SPACE_FAIL => Finding::fail(CHECK, found, fix),
+        left if left < SPACE_WARN => Finding::warn(CHECK, found, fix),
+        _ => Finding::pass(CHECK, found),
     }
 }
 
@@ -133,4 +160,17 @@ pub(super) fn unusable(error: &RegistrationError) -> Finding {
 
 fn is_open_to_all(path: &Path) -> bool {
     path.metadata().is_ok_and(|file| file.permissions().mode() & 0o004 != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Outcome;
+    use super::*;
+
+    #[test]
+    fn a_disk_that_fills_up_is_told_of_in_time() {
+        let outcome = |left| space_left(Path::new("/data"), left).outcome;
+        assert_eq!([0, SPACE_FAIL, SPACE_WARN].map(outcome), [Outcome::Fail, Outcome::Warn, Outcome::Pass]);
+        assert!(space_left(Path::new("/data"), 5 << 20).found.starts_with("5 MiB are left"));
+    }
 }

@@ -81,6 +81,7 @@ pub async fn examine(config: &Config, clock: SharedClock, mut report: impl FnMut
     let (key, finding) = local::signing_key(config);
     note(finding);
     note(local::database(config).await);
+    local::space(config).into_iter().for_each(&mut note);
     note(local::open_files());
     let registration = config.appservice.as_ref().map(|appservice| Registration::load(&appservice.registration));
     let hs_token = match &registration {

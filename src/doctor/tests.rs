@@ -4,7 +4,7 @@ use http::StatusCode;
 use ruma::{server_name, user_id};
 use serde_json::{Map, Value, json};
 
-use super::diagnosis::{AsToken, OwnName, Ping, as_token, clocks, own_name, ping, reached};
+use super::diagnosis::{AsToken, Leads, OwnName, Ping, another, as_token, clocks, own_name, ping, reached};
 use super::witness::Seen;
 use super::{Finding, Outcome};
 use crate::appservice::HomeserverError;
@@ -37,6 +37,13 @@ fn the_homeserver_is_there_or_not() {
     );
     expect(&reached(url, &Err(status(404, json!({})))), Outcome::Fail, "no Matrix client API");
     expect(&reached(url, &Err(HomeserverError::BadAnswer(String::new()))), Outcome::Fail, "no Matrix client API");
+}
+
+#[test]
+fn another_homeserver_is_told_by_its_name() {
+    let found = |says| another("http://hs", server_name!("hs.example"), says);
+    assert!(found(None).is_none() && found(Some("hs.example")).is_none());
+    expect(&found(Some("other.example")).unwrap(), Outcome::Fail, "http://hs is the homeserver other.example, but");
 }
 
 #[test]
@@ -110,19 +117,22 @@ fn pings() {
         (Err(HomeserverError::Unreachable("x".to_owned())), None, Outcome::Fail, "did not answer"),
     ] {
         let before = seen(0, 0, "earlier");
-        let leads_here = false;
-        let finding = ping(&Ping { url: "http://g", leads_here, transaction_id: "t", answer: &answer, before, after });
+        let (file, url, leads, transaction_id) = ("/r.yaml", "http://g", Leads::Elsewhere, "t");
+        let finding = ping(&Ping { file, url, leads, transaction_id, answer: &answer, before, after });
         expect(&finding, outcome, found);
     }
     let (answer, before, after) = (error(502, "M_CONNECTION_FAILED"), seen(0, 0, ""), seen(0, 0, ""));
-    let finding =
-        ping(&Ping { url: "http://g", leads_here: true, transaction_id: "t", answer: &answer, before, after });
+    let (file, url, transaction_id) = ("/r.yaml", "http://g", "t");
+    let finding = ping(&Ping { file, url, leads: Leads::Here, transaction_id, answer: &answer, before, after });
     expect(
         &finding,
         Outcome::Fail,
         "it could not connect: why; but http://g, which the registration file has, leads here",
     );
     assert!(finding.fix.unwrap().starts_with("restart Synapse"));
+    let (leads, before, after) = (Leads::HereWithAnotherToken, seen(0, 0, ""), seen(1, 1, "t"));
+    let finding = ping(&Ping { file, url, leads, transaction_id, answer: &Ok(()), before, after });
+    expect(&finding, Outcome::Fail, "wrong hs_token: /r.yaml has another");
 }
 
 #[test]

@@ -147,10 +147,7 @@ fn reachable(mut address: SocketAddr) -> SocketAddr {
 }
 
 fn unopened(error: &ListenError) -> Finding {
-    let fix = error.advice();
-    let found = error.to_string();
-    let found = found.strip_suffix(fix).map_or(&*found, |found| found.trim_end_matches(": "));
-    Finding::fail("listener", found, fix)
+    Finding::fail("listener", error.to_string(), error.advice())
 }
 
 #[derive(Clone)]

@@ -33,46 +33,44 @@ const STREAMS: u32 = 128;
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The address cannot be used.
-    #[error("the {name} listener cannot use {address} ({error}): {}", address_advice(.error))]
+    #[error("the {name} listener cannot use {address}: {source}")]
     Address {
         /// Which listener.
         name: &'static str,
         /// The address.
         address: SocketAddr,
         /// What the system said.
-        error: io::Error,
+        source: io::Error,
     },
     /// The certificate or its key cannot be used.
-    #[error("tls_certificate {certificate} with tls_private_key {key} cannot be used ({error}): {TLS_ADVICE}")]
+    #[error("tls_certificate {certificate} with tls_private_key {key}: {source}")]
     Tls {
         /// The certificate's file.
         certificate: PathBuf,
         /// The key's file.
         key: PathBuf,
         /// What is wrong.
-        error: io::Error,
+        source: io::Error,
     },
-}
-
-/// What to do about a certificate or a key.
-const TLS_ADVICE: &str =
-    "give a PEM file with the certificate chain, the server's own first, and the key that belongs to it";
-
-fn address_advice(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => "another program has the port: stop it, or give the listener another port",
-        io::ErrorKind::AddrNotAvailable => "the address is not of this machine: listen on 0.0.0.0 or on one that is",
-        io::ErrorKind::PermissionDenied => "ports below 1024 need a permission: take another, or a reverse proxy",
-        _ => "give the listener another address",
-    }
 }
 
 impl ListenError {
     /// What to do about it.
     pub fn advice(&self) -> &'static str {
         match self {
-            Self::Tls { .. } => TLS_ADVICE,
-            Self::Address { error, .. } => address_advice(error),
+            Self::Tls { .. } => {
+                "give a PEM file with the certificate chain, the server's own first, and the key that belongs to it"
+            }
+            Self::Address { source, .. } => match source.kind() {
+                io::ErrorKind::AddrInUse => "another program has the port: stop it, or give the listener another port",
+                io::ErrorKind::AddrNotAvailable => {
+                    "the address is not of this machine: listen on 0.0.0.0 or on one that is"
+                }
+                io::ErrorKind::PermissionDenied => {
+                    "ports below 1024 need a permission: take another, or a reverse proxy"
+                }
+                _ => "give the listener another address",
+            },
         }
     }
 }
@@ -93,13 +91,13 @@ impl Listener {
         };
         // Only the first call in a process does anything; all of them give the same provider.
         let _ = (*crypto_provider()).clone().install_default();
-        let tls = RustlsConfig::from_pem_file(certificate, key).await.map_err(|error| ListenError::Tls {
+        let tls = RustlsConfig::from_pem_file(certificate, key).await.map_err(|source| ListenError::Tls {
             certificate: certificate.clone(),
             key: key.clone(),
-            error,
+            source,
         })?;
         let (socket, address) = bind(name, settings.address)?;
-        let wrong = |error| ListenError::Address { name, address, error };
+        let wrong = |source| ListenError::Address { name, address, source };
         let handle = Handle::new();
         let server = axum_server::from_tcp_rustls(socket, tls).map_err(wrong)?.handle(handle.clone());
         let mut server =
@@ -126,7 +124,7 @@ impl Listener {
         routes: Router,
     ) -> Result<Self, ListenError> {
         let (socket, address) = bind(name, address)?;
-        let wrong = |error| ListenError::Address { name, address, error };
+        let wrong = |source| ListenError::Address { name, address, source };
         let handle = Handle::new();
         let server = axum_server::from_tcp(socket).map_err(wrong)?.handle(handle.clone());
         let mut server = server.acceptor(Bounded::new(of_one, patience));
@@ -183,7 +181,7 @@ impl<S> Accept<TcpStream, S> for Bounded {
 }
 
 fn bind(name: &'static str, address: SocketAddr) -> Result<(std::net::TcpListener, SocketAddr), ListenError> {
-    let wrong = |error| ListenError::Address { name, address, error };
+    let wrong = |source| ListenError::Address { name, address, source };
     let socket = std::net::TcpListener::bind(address).map_err(wrong)?;
     socket.set_nonblocking(true).map_err(wrong)?;
     let address = socket.local_addr().map_err(wrong)?;

@@ -70,6 +70,21 @@ pub enum GatewayError {
     Listen(#[from] ListenError),
 }
 
+impl GatewayError {
+    /// What to do about it, where the error does not say so itself.
+    pub fn advice(&self) -> Option<&'static str> {
+        match self {
+            Self::SigningKey(error) => Some(error.advice()),
+            Self::Listen(error) => Some(error.advice()),
+            Self::Client(_) => Some("correct `federation.custom_ca`, or install the system's certificate authorities"),
+            Self::Store(StoreError::Migration(_)) => {
+                Some("start the isthmus that wrote the database, or a newer one, or name another in `database.url`")
+            }
+            Self::Store(_) | Self::Appservice(_) | Self::Bridge(_) | Self::OwnKeyLeaked(_) => None,
+        }
+    }
+}
+
 /// Builds what every part of the gateway holds. Nothing is sent yet, and nobody else is kept from the database.
 pub async fn context(config: Config, clock: SharedClock) -> Result<Context, GatewayError> {
     let store = Store::open(&config.database.url).await?;

@@ -19,15 +19,15 @@ use crate::event::decode_base64;
 #[derive(Debug, thiserror::Error)]
 pub enum SigningKeyError {
     /// The file could not be read or written.
-    #[error("the signing key {path} cannot be used ({error}): {}", file_advice(.error))]
+    #[error("signing key file {path}: {source}")]
     Io {
         /// The file.
         path: String,
         /// What the system said.
-        error: std::io::Error,
+        source: std::io::Error,
     },
     /// The file does not hold a key.
-    #[error("the signing key {path} cannot be used ({problem}): {FORMAT_ADVICE}")]
+    #[error("signing key file {path}: {problem}")]
     Format {
         /// The file.
         path: String,
@@ -36,25 +36,20 @@ pub enum SigningKeyError {
     },
 }
 
-/// What to do about a file without a key.
-const FORMAT_ADVICE: &str = "restore it from a backup, or move it away so that a new key is made";
-
-fn file_advice(error: &std::io::Error) -> &'static str {
-    match error.kind() {
-        ErrorKind::PermissionDenied => {
-            "let the gateway's user read and write it and its folder (chown), and keep it: it is the gateway's identity"
-        }
-        ErrorKind::NotFound => "make the folder, or name another file in `signing_key`",
-        _ => "name a file on a disk with space in `signing_key`",
-    }
-}
-
 impl SigningKeyError {
-    /// What to do about it.
+    /// What to do about it. A key is never to be thrown away lightly: other servers know the gateway by it.
     pub fn advice(&self) -> &'static str {
         match self {
-            Self::Io { error, .. } => file_advice(error),
-            Self::Format { .. } => FORMAT_ADVICE,
+            Self::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
+                "let the user that isthmus runs as own the file and its folder (`chown`)"
+            }
+            Self::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
+                "make its folder, or name another file in `signing_key`"
+            }
+            Self::Io { .. } => "make the file readable, or name another one in `signing_key`",
+            Self::Format { .. } => {
+                "restore the file from a backup; if it never held a key, move it away and a new one is made"
+            }
         }
     }
 }
@@ -74,7 +69,7 @@ impl SigningKey {
         match std::fs::read_to_string(path).map(Zeroizing::new) {
             Ok(text) => Self::parse(&text).map_err(|problem| SigningKeyError::Format { path: show(path), problem }),
             Err(error) if error.kind() == ErrorKind::NotFound => Self::generate_file(path),
-            Err(error) => Err(SigningKeyError::Io { path: show(path), error }),
+            Err(source) => Err(SigningKeyError::Io { path: show(path), source }),
         }
     }
 
@@ -135,7 +130,7 @@ impl SigningKey {
     /// Writes beside the file and links it into place, so that a crash leaves a whole file or none, and that of two
     /// processes that start at once both use the key of the first.
     fn generate_file(path: &Path) -> Result<Self, SigningKeyError> {
-        let io = |error| SigningKeyError::Io { path: show(path), error };
+        let io = |source| SigningKeyError::Io { path: show(path), source };
         let key = Self::generate();
         let version = key.id.trim_start_matches("ed25519:");
         let seed = Zeroizing::new(STANDARD_NO_PAD.encode(key.key.as_bytes()));

@@ -147,7 +147,7 @@ fn lock_file(url: &str) -> Result<Option<File>, StoreError> {
     let path = PathBuf::from(path);
     let failed = |error: std::io::Error| StoreError::Unopened {
         problem: format!("{}: {error}", path.display()),
-        advice: Backend::Sqlite.advice(),
+        advice: Backend::Sqlite.advice(""),
     };
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(failed)?;
     match file.try_lock() {

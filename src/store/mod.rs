@@ -116,6 +116,21 @@ impl From<sqlx::Error> for StoreError {
 }
 
 impl StoreError {
+    /// Whether the database is to blame, rather than what it was asked.
+    fn is_of_the_database(&self) -> bool {
+        match self {
+            Self::Silent(_) | Self::Unreached => true,
+            Self::Database(error) => match &**error {
+                sqlx::Error::Database(error) => error.kind() == sqlx::error::ErrorKind::Other,
+                error => matches!(
+                    error,
+                    sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed
+                ),
+            },
+            _ => false,
+        }
+    }
+
     /// A [`StoreError::Corrupt`].
     pub fn corrupt(what: &'static str, problem: impl ToString) -> Self {
         Self::Corrupt { what, problem: problem.to_string() }
@@ -137,27 +152,33 @@ impl Backend {
         if url.starts_with("sqlite:") { Self::Sqlite } else { Self::Postgres }
     }
 
-    /// Says that the database cannot be opened, and what to do by what it says itself.
-    fn unopened(self, problem: String) -> StoreError {
-        let advice = match self {
-            Self::Sqlite if problem.contains("not a database") || problem.contains("malformed") => {
+    /// What to do when the database cannot be opened, for this reason.
+    pub fn advice(self, problem: &str) -> &'static str {
+        let says = |text: &str| problem.contains(text);
+        match self {
+            Self::Sqlite if says("file is not a database") || says("malformed") => {
                 "restore the file from a backup, or name another one in `database.url`"
             }
-            Self::Sqlite if problem.contains("is full") || problem.contains("disk I/O") => {
-                "make space on the disk that it is on"
+            Self::Sqlite if says("disk is full") || says("disk I/O error") || says("No space left") => {
+                "make space on its disk"
             }
-            backend => backend.advice(),
-        };
-        StoreError::Unopened { problem, advice }
-    }
-
-    /// What to do when the database cannot be opened.
-    pub fn advice(self) -> &'static str {
-        match self {
-            Self::Sqlite => {
-                "make the file and its folder readable and writable for the gateway, or restore it from a backup"
+            Self::Sqlite => "make the file and its folder readable and writable for the gateway",
+            Self::Postgres if says("permission denied for schema") => {
+                "make the gateway's user the owner of the database, or grant it CREATE on the schema"
             }
             Self::Postgres => "start PostgreSQL, or correct host, database, user and password in `database.url`",
+        }
+    }
+
+    /// What is set on each connection.
+    fn settings(self) -> &'static str {
+        match self {
+            Self::Sqlite => {
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
+                 PRAGMA busy_timeout = 10000; PRAGMA cache_size = -32768; PRAGMA temp_store = MEMORY; \
+                 PRAGMA wal_autocheckpoint = 16000;"
+            }
+            Self::Postgres => SESSION,
         }
     }
 }
@@ -175,24 +196,19 @@ pub fn sqlite_file(url: &str) -> PathBuf {
 /// One connection, with the reason when there is none; a pool would try until its time is up, and say only that it is.
 pub(crate) async fn connect(url: &str) -> Result<AnyConnection, StoreError> {
     sqlx::any::install_default_drivers();
-    let backend = Backend::of(url);
-    let unopened = |problem: String| backend.unopened(problem);
-    let opening = async {
-        let mut connection = AnyConnection::connect(url).await?;
-        if backend == Backend::Sqlite {
-            // It opens any file; what is in it shows when it is read.
-            connection.execute("PRAGMA user_version").await?;
-        }
-        Ok(connection)
-    };
-    match timeout(OPENING, opening).await {
+    match timeout(OPENING, AnyConnection::connect(url)).await {
         Ok(Ok(connection)) => Ok(connection),
-        Ok(Err(error)) => {
-            let error: sqlx::Error = error;
-            Err(unopened(error.to_string()))
-        }
-        Err(_) => Err(unopened(format!("no answer within {} s", OPENING.as_secs()))),
+        Ok(Err(error)) => Err(unopened(url, error)),
+        Err(_) => Err(unopened(url, format!("no answer within {} s", OPENING.as_secs()))),
     }
+}
+
+fn unopened(url: &str, problem: impl ToString) -> StoreError {
+    let (backend, mut problem) = (Backend::of(url), problem.to_string());
+    if backend == Backend::Sqlite {
+        problem = format!("{}: {problem}", sqlite_file(url).display());
+    }
+    StoreError::Unopened { advice: backend.advice(&problem), problem }
 }
 
 /// Makes a SQLite file that is absent, for its owner's eyes only: it holds what people say to each other. What SQLite puts
@@ -261,18 +277,10 @@ impl Store {
             if let Some(others) = others {
                 claim = Claim::file(url, others).await?;
             }
-            let failed = |error: std::io::Error| StoreError::Unopened {
-                problem: format!("{}: {error}", sqlite_file(url).display()),
-                advice: backend.advice(),
-            };
-            make_private(url).map_err(failed)?;
+            make_private(url).map_err(|error| unopened(url, error))?;
         }
         let mut first = connect(url).await?;
-        if backend == Backend::Sqlite {
-            // A pool would try what cannot be done until its time is up.
-            let made = first.execute("PRAGMA journal_mode = WAL; PRAGMA user_version").await;
-            made.map_err(|error| backend.unopened(error.to_string()))?;
-        }
+        first.execute(backend.settings()).await.map_err(|error| unopened(url, error))?;
         first.close().await?;
         let options = AnyConnectOptions::from_str(url)?;
         // The session that writes may have the claim: it does not end because of its age.
@@ -283,7 +291,10 @@ impl Store {
         if let (Backend::Postgres, Some(others)) = (backend, others) {
             claim = Claim::session(lent.connection()?, others, loss.clone()).await?;
         }
-        migrate(lent.connection()?).await?;
+        migrate(lent.connection()?).await.map_err(|error| match error.to_string() {
+            problem if problem.contains("permission denied") || problem.contains("disk") => unopened(url, problem),
+            _ => error,
+        })?;
         let readers = pool_options(backend, READERS, patience).connect_with(options).await?;
         let ids = Arc::new(Ids::default());
         ids.reserve(lent.connection()?).await?;
@@ -326,10 +337,9 @@ impl Store {
         self.writer.busy_for()
     }
 
-    /// For how long no write was committed, and why the last one was not; none when it was. What a single job makes
-    /// fail does not count.
-    pub fn write_fails(&self) -> Option<(Duration, StoreError)> {
-        self.writer.failing()
+    /// How long ago the database last failed to do a write, and how.
+    pub fn write_failed(&self) -> Option<(Duration, String)> {
+        self.writer.failed()
     }
 
     /// The next of a sequence of numbers that grows for ever, across restarts too. Asked for inside write jobs, the numbers
@@ -358,17 +368,7 @@ fn pool_options(backend: Backend, size: u32, patience: Duration) -> AnyPoolOptio
         }),
     };
     options.after_connect(move |connection, _| {
-        Box::pin(async move {
-            let settings = match backend {
-                Backend::Sqlite => {
-                    "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
-                     PRAGMA busy_timeout = 10000; PRAGMA cache_size = -32768; PRAGMA temp_store = MEMORY; \
-                     PRAGMA wal_autocheckpoint = 16000;"
-                }
-                Backend::Postgres => SESSION,
-            };
-            connection.execute(settings).await.map(drop)
-        })
+        Box::pin(async move { connection.execute(backend.settings()).await.map(drop) })
     })
 }
 

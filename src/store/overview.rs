@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use ruma::ServerName;
 
 use super::lm::Missing;
-use super::{Store, StoreError, Tx};
+use super::{Store, StoreError};
 
 /// How much of the bridge waits, and how many portals there are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,13 +37,6 @@ pub async fn overview(store: &Store) -> Result<Overview, StoreError> {
         .await?;
     let missing = super::lm::missing(store, None).await?;
     Ok(Overview { inbox_waiting, inbox_oldest_ts, echoes_waiting, echo_oldest_ts, missing, portals })
-}
-
-/// Writes something that changes nothing, to see whether anything can be written.
-pub async fn touch(tx: &mut Tx) -> Result<(), StoreError> {
-    sqlx::query("INSERT INTO bridge_profiles (side, user_id) VALUES ('', '')").execute(&mut *tx).await?;
-    sqlx::query("DELETE FROM bridge_profiles WHERE side = '' AND user_id = ''").execute(tx).await?;
-    Ok(())
 }
 
 /// A server with which the gateway shares rooms.
