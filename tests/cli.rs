@@ -178,6 +178,57 @@ fn a_database_that_is_away_is_named_with_what_to_do() {
     assert!(!said.contains("u:p"), "{said}");
 }
 
+/// Each in one sentence: what, why (once), and what to change.
+#[test]
+fn what_keeps_a_gateway_from_starting_is_said_with_what_to_change() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| std::fs::write(directory.path().join(name), text).unwrap();
+    let authority = Authority::new(directory.path()).unwrap();
+    let [one, other] = ["a", "b"].map(|name| {
+        let folder = directory.path().join(name);
+        std::fs::create_dir(&folder).unwrap();
+        authority.issue(&folder).unwrap()
+    });
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().map(|address| (address, taken)).unwrap();
+    let seed = "ed25519 a_1 AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8\n";
+    file("key", seed);
+    file("empty", "");
+    file("noise.db", &"noise ".repeat(3_000));
+    let listens = |text: &str| format!("signing_key = \"key\"\n[listen]\n{text}\n");
+    let tls = |certificate: &Path, key: &Path| {
+        listens(&format!("address = \"127.0.0.1:0\"\ntls_certificate = {certificate:?}\ntls_private_key = {key:?}"))
+    };
+    for (config, found, advice) in [
+        ("signing_key = \"no/key\"\n".to_owned(), "key: No such file or directory (os error 2)", "make its folder"),
+        ("signing_key = \"empty\"\n".to_owned(), "empty: 0 words", "restore the file from a backup"),
+        (listens(&format!("address = \"{}\"", taken.0)), "Address already in use (os error 98)", "stop it, or give"),
+        (listens("address = \"192.0.2.1:8448\""), "Cannot assign requested address", "listen on 0.0.0.0"),
+        (tls(&one.certificate, &other.key), "KeyMismatch", "give a PEM file"),
+        (tls(&directory.path().join("empty"), &one.key), "empty with tls_private_key", "give a PEM file"),
+        (
+            "signing_key = \"key\"\n[federation]\ncustom_ca = [\"empty\"]\n".to_owned(),
+            "no certificate in",
+            "correct `federation.custom_ca`",
+        ),
+        (
+            "signing_key = \"key\"\n[database]\nurl = \"sqlite://noise.db\"\n".to_owned(),
+            "noise.db: error returned from database: (code: 26) file is not a database",
+            "restore the file from a backup, or name another one",
+        ),
+    ] {
+        let text = format!("server_name = \"g.example\"\n{config}[admin]\naddress = \"127.0.0.1:0\"\n");
+        file("isthmus.toml", &text);
+        let output = std::process::Command::new(BINARY).arg("serve").current_dir(directory.path()).output().unwrap();
+        let log = String::from_utf8(output.stderr).unwrap();
+        let said = log.lines().last().unwrap_or_default();
+        assert!(!output.status.success() && said.starts_with("isthmus: "), "{text}\n{log}");
+        assert_eq!((said.matches(found).count(), said.matches(advice).count()), (1, 1), "{text}\n{log}");
+        assert!(!said.contains("AAECAwQ") && !log.contains("\"ERROR\""), "{log}");
+    }
+    drop(taken);
+}
+
 #[test]
 fn no_configuration_is_written_that_would_be_refused() {
     for (url, name, problem) in [

@@ -46,6 +46,9 @@ pub struct Health {
     pub echoes: Waiting,
     /// Events of foreign hubs' logs that could not be had, or not be checked, so far.
     pub missing: Waiting,
+    /// Events of other servers, since the start, for rooms that the database does not know. Where there are many, it may be that
+    /// the rooms were made with another database.
+    pub events_of_unknown_rooms: u64,
     /// Events that wait to be sent.
     pub outbound: Outbound,
     /// How many portals are in each state.
@@ -200,6 +203,7 @@ fn judge(findings: Findings) -> Health {
         inbox,
         echoes,
         missing,
+        events_of_unknown_rooms: METRICS.events_of_unknown_rooms.get(),
         outbound: Outbound {
             waiting: queues.iter().fold(0, |sum, queue| sum.saturating_add(queue.waiting)),
             failing: failing.collect(),

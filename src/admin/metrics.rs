@@ -25,6 +25,8 @@ pub struct Metrics {
     registry: Registry,
     pub events_accepted: IntCounterVec,
     pub events_refused: IntCounterVec,
+    /// Events of other servers for rooms that are not known.
+    pub events_of_unknown_rooms: IntCounter,
     pub images: IntCounterVec,
     pub images_refused: IntCounterVec,
     pub repairs: IntCounterVec,
@@ -67,6 +69,11 @@ pub fn event_accepted(side: Side) {
 /// An event of another server was refused on `side`.
 pub fn event_refused(side: Side, refusal: &Refusal) {
     METRICS.events_refused.with_label_values(&[side.as_str(), refusal.code()]).inc();
+}
+
+/// An event of another server came for a room that is not known.
+pub fn event_of_unknown_room() {
+    METRICS.events_of_unknown_rooms.inc();
 }
 
 /// An event was carried over to the side `to`, `waited` after it was accepted.
@@ -216,6 +223,13 @@ impl Metrics {
                 "Events of other servers that were refused, by reason.",
                 &["side", "code"],
             ),
+            events_of_unknown_rooms: registered(
+                r,
+                IntCounter::with_opts(opts(
+                    "events_of_unknown_rooms_total",
+                    "Events of other servers for rooms that the database does not know; they were dropped.",
+                )),
+            ),
             images: counter(r, "images_total", "Events that were carried over to a side.", &["to"]),
             images_refused: counter(
                 r,
@@ -355,6 +369,7 @@ mod tests {
     fn what_is_counted_is_shown() {
         event_refused(Side::Lm, &Refusal::NotJson(String::new()));
         event_accepted(Side::Matrix);
+        event_of_unknown_room();
         image(Side::Matrix, Duration::from_millis(3));
         store_group(3, Duration::from_millis(3));
         let text = render();
@@ -364,6 +379,7 @@ mod tests {
             "isthmus_store_group_jobs_count ",
             "isthmus_build_info{version=\"",
             "isthmus_inbox_waiting ",
+            "isthmus_events_of_unknown_rooms_total ",
         ] {
             assert!(text.contains(line), "{line} in\n{text}");
         }

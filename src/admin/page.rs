@@ -66,6 +66,7 @@ mod tests {
             inbox: Waiting::default(),
             echoes: Waiting::default(),
             missing: Waiting::default(),
+            events_of_unknown_rooms: 0,
             outbound: Outbound { waiting: 1, failing: vec![failing] },
             portals: [("active".to_owned(), 3)].into(),
         });

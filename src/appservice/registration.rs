@@ -99,6 +99,9 @@ pub enum RegistrationError {
         /// What is wrong with it.
         problem: String,
     },
+    /// No Synapse could call this.
+    #[error("--url is {0:?}, but it must begin with http:// or https://")]
+    Url(String),
     /// The configuration has no `[appservice]`.
     #[error(
         "the configuration has no section [appservice]: add it with homeserver_url, homeserver_name and registration"
@@ -194,6 +197,9 @@ pub struct Registered {
 pub fn register(config: &Config, url: Option<&Url>) -> Result<Registered, RegistrationError> {
     let Appservice { homeserver_name, registration: path, .. } =
         config.appservice.as_ref().ok_or(RegistrationError::NoAppservice)?;
+    if let Some(url) = url.filter(|url| !matches!(url.scheme(), "http" | "https") || url.host().is_none()) {
+        return Err(RegistrationError::Url(url.to_string()));
+    }
     let before = match Registration::load(path) {
         Ok(before) => Some(before),
         Err(RegistrationError::Absent { .. }) => None,

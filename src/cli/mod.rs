@@ -27,7 +27,7 @@ pub enum Portal {
         /// The localpart of their alias at this gateway.
         #[arg(long)]
         alias: Option<String>,
-        /// Who can join.
+        /// Who can join; by default who is invited, for instance by `isthmus portal invite`.
         #[arg(long, value_parser = ["public", "invite", "knock"])]
         join_rule: Option<String>,
         /// The Matrix room's version.

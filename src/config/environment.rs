@@ -62,8 +62,11 @@ pub(super) const KEYS: &[(&str, Kind)] = &[
 
 /// What all variables begin with.
 const PREFIX: &str = "ISTHMUS_";
-/// Variables with the prefix that are no keys: the command line's own, and those of the tests.
-const NO_KEYS: [&str; 2] = ["ISTHMUS_CONFIG", "ISTHMUS_TEST_"];
+/// Beginnings of variables that are no keys: the command line's own, those of the tests, and those by which Kubernetes and
+/// container links tell of a service that is called isthmus.
+const NO_KEYS: [&str; 4] = ["ISTHMUS_CONFIG", "ISTHMUS_TEST_", "ISTHMUS_SERVICE_", "ISTHMUS_PORT_"];
+/// Of those, one that is a beginning of a section's name.
+const SERVICE: &str = "ISTHMUS_PORT";
 
 /// The name of the variable for a key.
 pub(super) fn variable(key: &str) -> String {
@@ -84,7 +87,7 @@ impl Environment {
         let mut values = Dict::new();
         for (name, text) in variables {
             let Some(rest) = name.strip_prefix(PREFIX) else { continue };
-            if NO_KEYS.iter().any(|other| name.starts_with(other)) {
+            if name == SERVICE || NO_KEYS.iter().any(|other| name.starts_with(other)) {
                 continue;
             }
             let key = rest.to_ascii_lowercase().replace("__", ".");

@@ -50,7 +50,8 @@ server_name = "{server_name}"
 # connections_per_address = 256
 
 [database]
-# A SQLite file, or postgres://USER:PASSWORD@HOST/DATABASE.
+# A SQLite file, or postgres://USER:PASSWORD@HOST/DATABASE. It holds the portals: with another one the gateway knows none of its
+# rooms any more. Keep it together with the signing key.
 # url = "sqlite://isthmus.db"
 # How many days records of what went wrong are kept: why an event did not cross (`isthmus explain`, `isthmus portal show`),
 # what a hub did wrong, what was given up for the homeserver, and portals that have ended (`isthmus portal list`). The newest of

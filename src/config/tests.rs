@@ -103,6 +103,16 @@ fn the_example_shows_every_key_with_its_default() {
     }
 }
 
+/// As Kubernetes and container links set them for a service that is called isthmus.
+#[test]
+fn variables_about_a_service_are_no_keys() {
+    let service = ["PORT", "PORT_8448_TCP_ADDR", "SERVICE_HOST", "SERVICE_PORT"].map(|name| format!("ISTHMUS_{name}"));
+    let service: Vec<(&str, &str)> = service.iter().map(|name| (name.as_str(), "tcp://10.0.0.1:8448")).collect();
+    assert_eq!(load_with("server_name = \"g\"", &service).unwrap().server_name, "g");
+    let hinted = load_with("", &[("ISTHMUS_PORTAL__NOTICES", "true")]).unwrap_err().to_string();
+    assert!(hinted.contains("did you mean ISTHMUS_PORTALS__NOTICES?"), "{hinted}");
+}
+
 #[test]
 fn every_key_can_be_set_in_the_environment() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,6 +1,9 @@
 //! What other servers can ask, under its stable and its unstable names: one table, from which the router is made. A path that both
 //! protocols have is answered by the side that the room is on.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
+
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
@@ -44,6 +47,8 @@ pub struct Federation {
     pub underway: Underway,
     /// Those of them that wait for a third server.
     pub waiting: Underway,
+    /// When the log last told of events of rooms that are not known, in milliseconds.
+    pub stray_told: Arc<AtomicI64>,
 }
 
 impl Federation {
@@ -61,6 +66,7 @@ impl Federation {
             askers: Askers::default(),
             underway: Underway::default(),
             waiting: Underway::waiting(),
+            stray_told: Arc::default(),
         }
     }
 }

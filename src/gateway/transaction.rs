@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use ruma::{RoomId, ServerName};
@@ -30,6 +31,9 @@ const MAX_EVENT_TEXT: usize = 256 << 10;
 
 /// When a hub that has to wait may ask again, in milliseconds.
 const PAUSE_MS: u64 = 10_000;
+
+/// How often the log tells of events of rooms that are not known, in milliseconds.
+const STRAY_EVERY: u64 = 10 * 60 * 1000;
 
 /// In which words the outcome is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,7 +182,7 @@ async fn dispatch(state: &Federation, origin: &ServerName, pdus: Vec<Raw>) -> (V
             Ok(Way::To(Side::Lm)) => linear.push(pdu),
             Ok(Way::To(Side::Matrix)) => graph.push(pdu),
             Ok(Way::Later) => waits = true,
-            Ok(Way::Nowhere) => tracing::debug!(%origin, "dropped an event of a room that is not known here"),
+            Ok(Way::Nowhere) => stray(state, origin, &pdu),
             Err(refusal) => outcomes.push(Received { event_id: None, result: Err(refusal) }),
         }
     }
@@ -189,6 +193,20 @@ async fn dispatch(state: &Federation, origin: &ServerName, pdus: Vec<Raw>) -> (V
         outcomes.extend(counted(Side::Matrix, state.dag.receive(origin, graph).await));
     }
     (outcomes, waits)
+}
+
+/// An event of a room that is not known here is dropped. That may be a stranger's mistake, or a room of the gateway's own that
+/// another database knows, so now and then it is said.
+fn stray(state: &Federation, origin: &ServerName, pdu: &RawValue) {
+    let room = serde_json::from_str::<Peek<'_>>(pdu.get()).ok().and_then(|peek| peek.room_id.map(String::from));
+    metrics::event_of_unknown_room();
+    let now = state.context.clock.now_ms();
+    let told = state.stray_told.load(Ordering::Relaxed);
+    tracing::debug!(%origin, ?room, "dropped an event of a room that is not known here");
+    if now.abs_diff(told) >= STRAY_EVERY {
+        state.stray_told.store(now, Ordering::Relaxed);
+        tracing::warn!(%origin, ?room, "events come for a room that this database does not know: was it made with another one?");
+    }
 }
 
 fn counted(side: Side, outcomes: Vec<Received>) -> Vec<Received> {
