@@ -208,7 +208,7 @@ fn what_keeps_a_gateway_from_starting_is_said_with_what_to_change() {
         (tls(&directory.path().join("empty"), &one.key), "empty with tls_private_key", "give a PEM file"),
         (
             "signing_key = \"key\"\n[federation]\ncustom_ca = [\"empty\"]\n".to_owned(),
-            "no certificate in",
+            "in which there is no PEM certificate",
             "correct `federation.custom_ca`",
         ),
         (

@@ -2,6 +2,7 @@
 //! portal and publishes the alias there, before it answers.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -42,7 +43,7 @@ pub(super) enum AliasError {
     #[error("it is still being looked into after {} s", PATIENCE.as_secs())]
     Slow,
     /// Too many others are being looked into.
-    #[error("more than {AT_ONCE} aliases are being looked into")]
+    #[error("too many aliases of this hub, or of all hubs, are being looked into")]
     Busy,
 }
 
@@ -57,6 +58,22 @@ impl AliasError {
             Self::Busy => "busy",
         }
     }
+}
+
+/// How many of those may be of one owner's hubs, whose answers can be slow.
+const AT_ONCE_OF_ONE: usize = 8;
+
+/// Whose hub an alias names: the end of its host name, since everybody can give names below an own one.
+fn owner(localpart: &str) -> String {
+    let server = localpart.rsplit('_').next().unwrap_or_default();
+    // Colons are written so in aliases.
+    let host = server.split("=3a").next().unwrap_or_default();
+    if host.parse::<IpAddr>().is_ok() || host.starts_with("=5b") {
+        return host.to_owned();
+    }
+    let mut labels: Vec<&str> = host.rsplit('.').take(2).collect();
+    labels.reverse();
+    labels.join(".")
 }
 
 type Query = Shared<BoxFuture<'static, Result<(), AliasError>>>;
@@ -90,16 +107,25 @@ impl Aliases {
         answer
     }
 
+    fn localpart<'a>(&self, alias: &'a str) -> Option<&'a str> {
+        alias.strip_prefix('#')?.strip_suffix(self.homeserver_name.as_str())?.strip_suffix(':')
+    }
+
     fn start(&self, alias: &str) -> Result<Query, AliasError> {
         let not_ours = || AliasError::NotOurs(alias.to_owned());
-        let localpart = alias
-            .strip_prefix('#')
-            .and_then(|rest| rest.strip_suffix(self.homeserver_name.as_str())?.strip_suffix(':'))
+        let localpart = self
+            .localpart(alias)
             .filter(|localpart| localpart.starts_with(PREFIX) && alias.len() <= 255)
             .ok_or_else(not_ours)?;
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(query) = running.get(alias) {
             return Ok(query.clone());
+        }
+        let whose = owner(localpart);
+        if running.keys().filter(|other| owner(self.localpart(other).unwrap_or_default()) == whose).count()
+            >= AT_ONCE_OF_ONE
+        {
+            return Err(AliasError::Busy);
         }
         let permit = self.permits.clone().try_acquire_owned().map_err(|_| AliasError::Busy)?;
         let (publisher, alias, localpart) = (self.publisher.clone(), alias.to_owned(), localpart.to_owned());
@@ -165,5 +191,24 @@ impl Publisher {
         // First, so that the invite is withdrawn even when the gateway stops right after it.
         self.store.write(move |tx| Box::pin(async move { rows::add_invite(tx, &room, now).await })).await?;
         self.portals.invite(room_id, &self.bot).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hubs_below_one_name_are_of_one_owner() {
+        for (localpart, expected) in [
+            ("lm_tea_hub.example", "hub.example"),
+            ("lm_a_tea_x.hub.example=3a8448", "hub.example"),
+            ("lm_tea_y.x.hub.example", "hub.example"),
+            ("lm_tea_localhost=3a27448", "localhost"),
+            ("lm_tea_192.0.2.1=3a8448", "192.0.2.1"),
+            ("", ""),
+        ] {
+            assert_eq!(owner(localpart), expected, "{localpart}");
+        }
     }
 }

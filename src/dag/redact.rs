@@ -11,6 +11,10 @@ use super::stored::Stored;
 use crate::refusal::Refusal;
 use crate::store::redactions;
 
+/// An access control list without its content denies everybody, the gateway too. Setting one needs more power than redacting, so
+/// a redaction must not do what only a new list may.
+const SERVER_ACL: &str = "m.room.server_acl";
+
 impl Batch {
     /// Applies an accepted redaction, when its sender may redact its target and both are of this room.
     pub(super) async fn redact(&mut self, redaction: &Arc<Stored>) -> Result<(), Refusal> {
@@ -24,7 +28,7 @@ impl Batch {
             self.core.awaits_targets = true;
             return Ok(());
         };
-        if target.pdu.room_id != self.room_id {
+        if target.pdu.room_id != self.room_id || target.pdu.kind.to_string() == SERVER_ACL {
             return Ok(());
         }
         if !self.may_redact(redaction, target).await? {

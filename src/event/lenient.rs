@@ -1,6 +1,10 @@
 //! JSON from servers whose parsers take more than ours: what stands in it that we take from nobody is replaced, so that the event
 //! around it can still be read. Its content hash is wrong then, and such an event is taken in its redacted form, as everywhere.
 
+use std::fmt;
+
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -23,9 +27,12 @@ pub fn parse_answer(raw: &[u8]) -> Result<Object, Refusal> {
 }
 
 fn in_pieces(raw: &[u8]) -> Option<Object> {
-    let pieces: std::collections::BTreeMap<String, &RawValue> = serde_json::from_slice(raw).ok()?;
+    let Pieces(pieces) = serde_json::from_slice(raw).ok()?;
     let mut answer = Object::new();
     for (name, piece) in pieces {
+        if answer.contains_key(&name) {
+            return None;
+        }
         let value = match serde_json::from_str::<Vec<&RawValue>>(piece.get()) {
             Ok(entries) => Value::Array(entries.into_iter().filter_map(|entry| value(entry.get()).ok()).collect()),
             Err(_) => value(piece.get()).ok()?,
@@ -33,6 +40,33 @@ fn in_pieces(raw: &[u8]) -> Option<Object> {
         answer.insert(name, value);
     }
     Some(answer)
+}
+
+/// The members of an object, still text, as often as they stand in it.
+struct Pieces<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Pieces<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Members)
+    }
+}
+
+struct Members;
+
+impl<'de> Visitor<'de> for Members {
+    type Value = Pieces<'de>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut members = Vec::new();
+        while let Some(member) = map.next_entry()? {
+            members.push(member);
+        }
+        Ok(Pieces(members))
+    }
 }
 
 fn value(raw: &str) -> Result<Value, Refusal> {
@@ -150,7 +184,9 @@ mod tests {
         let answer = r#"{"pdus":[{"n":1},{"n":2,"n":2},{"n":3,"x":"\ud800"}],"state":"s"}"#;
         let expected = json!({ "pdus": [{ "n": 1 }, { "n": 3, "x": "\u{fffd}" }], "state": "s" });
         assert_eq!(Value::Object(parse_answer(answer.as_bytes()).unwrap()), expected);
-        assert!(parse_answer(b"{\"pdus\":[1").is_err() && parse_answer(b"[]").is_err());
+        for bad in [r#"{"pdus":[1"#, "[]", r#"{"a":1,"a":2}"#] {
+            assert!(parse_answer(bad.as_bytes()).is_err(), "{bad}");
+        }
     }
 
     proptest! {

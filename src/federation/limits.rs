@@ -82,7 +82,9 @@ impl Lines {
         let line = state.lines.get(origin);
         let (requests, line_bytes) = line.map_or((0, 0), |line| (line.requests, line.bytes));
         let full = requests >= self.limits.requests || line_bytes.saturating_add(bytes) > self.limits.bytes;
-        if (requests > 0 && full) || all_bytes > self.limits.all_bytes {
+        // Half of all is for servers of which nothing waits, so that those who have much to say keep nobody out.
+        let limit = if requests > 0 { self.limits.all_bytes / 2 } else { self.limits.all_bytes };
+        if (requests > 0 && full) || all_bytes > limit {
             return Err(Refusal::Budget { what: format!("requests of {origin} that wait"), retry_after_ms: 2_000 });
         }
         state.bytes = all_bytes;
@@ -339,6 +341,13 @@ mod tests {
         assert!(lines.enter(server_name!("c.example"), 1).now_or_never().unwrap().is_err(), "all bytes are used up");
         drop((alone, other));
         assert!(lines.enter(a, 1).now_or_never().unwrap().is_ok());
+
+        let (busy, line) = (lines.enter(a, 60).await.unwrap(), lines.stand(a, 40).unwrap());
+        let (second, refused) = (lines.enter(b, 20).await.unwrap(), lines.stand(b, 10));
+        assert!(refused.is_err(), "those of whom something waits have half of all");
+        let quiet = lines.enter(server_name!("c.example"), 100).now_or_never().unwrap();
+        assert!(quiet.is_ok(), "of whom nothing waits is let in");
+        drop((busy, line, second, quiet));
         assert_eq!(lock(&lines.state).bytes, 0);
     }
 

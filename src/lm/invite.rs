@@ -326,7 +326,13 @@ impl Lm {
         let (give, ready) = oneshot::channel();
         self.submit(cell, Job::Hold { still, ready }).await;
         stands.await.map_err(|_| busy())?;
-        let what = self.ask_target(cell, server, source).await?;
+        let what = match self.ask_target(cell, server, source).await {
+            Err(refusal @ Refusal::Remote { .. }) => {
+                invites.distrusted.insert(server.to_owned(), ()).await;
+                return Err(refusal);
+            }
+            answer => answer?,
+        };
         let (item, outcome) = Item::new(what, origin);
         if give.send(item).is_err() {
             invites.distrusted.insert(server.to_owned(), ()).await;

@@ -19,8 +19,13 @@ pub(super) fn is_critical(event: &Pdu, joiner: &UserId) -> bool {
     if event.kind != "m.room.member" {
         return is_deciding(event);
     }
-    let is_ban = event.content().get("membership").and_then(serde_json::Value::as_str) == Some("ban");
-    is_ban || event.state_key.as_deref() == Some(joiner.as_str())
+    is_ban(event) || event.state_key.as_deref() == Some(joiner.as_str())
+}
+
+/// Whether somebody is banned by it.
+pub(super) fn is_ban(event: &Pdu) -> bool {
+    event.kind == "m.room.member"
+        && event.content().get("membership").and_then(serde_json::Value::as_str) == Some("ban")
 }
 
 /// State by which all of a room is judged.

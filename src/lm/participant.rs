@@ -14,7 +14,7 @@ use super::actor::What;
 use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
 use super::intake::Taking;
-use super::join_check::{Claim, Seen, forbidden, is_critical, without_forbidden};
+use super::join_check::{Claim, Seen, forbidden, is_ban, is_critical, without_forbidden};
 use super::peers::prev_events;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
@@ -371,9 +371,13 @@ fn facts_of(
     let bad = |problem: String| Refusal::Remote { server: hub.to_string(), problem };
     for event in state {
         // Without these nothing else can be judged.
-        if let Err(Bad::Forged(pdu, refusal) | Bad::Unproved(pdu, refusal)) = event
-            && is_critical(pdu, joiner)
-        {
+        let critical = match event {
+            Err(Bad::Forged(pdu, refusal)) if is_critical(pdu, joiner) => Some((pdu, refusal)),
+            // One old ban whose sender's server is gone must not keep everybody out. The hub, which has it, goes by it.
+            Err(Bad::Unproved(pdu, refusal)) if is_critical(pdu, joiner) && !is_ban(pdu) => Some((pdu, refusal)),
+            _ => None,
+        };
+        if let Some((pdu, refusal)) = critical {
             return Err(bad(format!("{} in the answer to a join: {refusal}", pdu.kind)));
         }
     }

@@ -287,6 +287,8 @@ async fn hc_49_redactions_of_others_of_themselves_and_across_rooms() {
         let mut view = scene.view.clone();
         let (own, event) = view.say(&scene.peer, &scene.alice, "my own");
         assert!(scene.put(&event).await.result.is_ok());
+        let acl =
+            scene.gateway.send(&scene.room, state("m.room.server_acl", "", json!({ "allow": ["*"] }))).await.unwrap();
         let elsewhere = scene.gateway.room(version, "public").await;
         let away = scene.gateway.send(&elsewhere, message(&bot(), "elsewhere")).await.unwrap();
         for target in [&other, &away, &own] {
@@ -305,6 +307,11 @@ async fn hc_49_redactions_of_others_of_themselves_and_across_rooms() {
         assert!(body(own.clone()).await.is_none());
         let served = scene.gateway.dag.get_event(&scene.peer.name, &own).await.unwrap();
         assert_eq!(served["pdus"][0]["content"], json!({}));
+        // Without its content it would deny everybody.
+        let redaction = draft(&bot(), "m.room.redaction", None, json!({ "redacts": acl }));
+        scene.gateway.send(&scene.room, redaction).await.unwrap();
+        let kept = scene.gateway.dag.event(&acl).await.unwrap().unwrap();
+        assert_eq!(kept.content.get("allow"), Some(&json!(["*"])));
         let mine = scene.gateway.send(&scene.room, draft(&bot(), "m.room.redaction", None, json!({ "redacts": own })));
         assert_eq!(scene.gateway.dag.event(&mine.await.unwrap()).await.unwrap().unwrap().redacts, Some(own));
     }

@@ -36,8 +36,8 @@ const ECHO_PATIENCE_MS: i64 = 120_000;
 const OVERTAKE_AFTER_MS: i64 = 30_000;
 /// How often it is counted how much waits.
 const COUNT_EVERY_MS: i64 = 2_000;
-/// How often a row is tried that fails here, or that a server does not answer, before it is refused, with pauses of a second
-/// to five minutes: a quarter of an hour in all.
+/// How often a row is tried that fails here before it is refused, with pauses of a second to five minutes: a quarter of an hour in
+/// all.
 const TRIES: u32 = 10;
 /// After what time, in milliseconds, a row that another server does not answer is refused, when it was tried at least so often:
 /// before it counts as the gateway's fault, and also when the gateway is restarted meanwhile.

@@ -95,9 +95,11 @@ async fn hc_22_answers_are_bounded_in_size_and_time() {
         let call =
             Call { timeout: Duration::from_millis(700), limit: 1 << 20, ..Call::get(format!("/_matrix/{path}")) };
         let client = client.clone();
-        async move { client.call(peer(), call, false).await.unwrap_err() }
+        async move { client.call(peer(), call, false).await }
     };
-    for path in ["large", "endless", "gzip", "list", "twice", "deep"] {
+    assert!(call("deep").await.is_ok(), "what is too deep in an answer is replaced");
+    let call = async |path: &str| call(path).await.unwrap_err();
+    for path in ["large", "endless", "gzip", "list", "twice"] {
         let error = call(path).await;
         assert!(matches!(error, RemoteError::BadAnswer(_)), "{path}: {error:?}");
     }
