@@ -14,14 +14,19 @@ use ruma::ServerName;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-/// How many peers there can be; the gateway is told all their addresses.
+/// How many peers there can be; the gateway is told where all of them are.
 pub const MOST: usize = 8;
 /// Where an LM server's endpoints are.
 pub const LM: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
 
-/// The address, and name, of the peer with this number.
-pub fn address(number: usize) -> String {
-    format!("127.0.0.1:{}", 28_100 + number)
+/// The name of the peer with this number. LM knows no names that are addresses.
+pub fn name(number: usize) -> String {
+    format!("localhost:{}", 28_100 + number)
+}
+
+/// Where the server of a name listens.
+pub fn address(name: &str) -> String {
+    name.replace("localhost", "127.0.0.1")
 }
 
 #[derive(Default)]
@@ -62,7 +67,7 @@ impl Order {
 }
 
 impl Ear {
-    /// Listens at the address that the name is.
+    /// Listens at the name's address.
     pub async fn listen(name: &ServerName, key: &SigningKey, linearized: bool) -> Arc<Self> {
         let mut keys = json!({
             "server_name": name, "valid_until_ts": 4_000_000_000_000_u64, "old_verify_keys": {},
@@ -82,7 +87,7 @@ impl Ear {
             .with_state(ear.clone());
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.set_reuseaddr(true).unwrap();
-        socket.bind(name.as_str().parse().unwrap()).unwrap();
+        socket.bind(address(name.as_str()).parse().unwrap()).unwrap();
         let listener = socket.listen(64).unwrap();
         let task = tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
         *ear.listener.lock().unwrap() = Some(task);

@@ -8,10 +8,12 @@ use isthmus::config::Config;
 use ruma::OwnedServerName;
 use serde_json::Value;
 
+use super::ear::address;
+
 /// The gateway, as its peers see it.
 pub struct Gateway {
     process: Child,
-    /// Its server name, which is its address.
+    /// Its server name.
     pub name: OwnedServerName,
     /// Where it listens.
     pub url: String,
@@ -39,7 +41,7 @@ impl Gateway {
         let hello: Value = serde_json::from_str(&line.await.unwrap()).unwrap();
         let rooms = hello["rooms"].as_array().unwrap().iter().map(|room| room.as_str().unwrap().to_owned()).collect();
         let name = hello["name"].as_str().unwrap();
-        Self { process, name: name.try_into().unwrap(), url: format!("http://{name}"), rooms, hello }
+        Self { process, name: name.try_into().unwrap(), url: format!("http://{}", address(name)), rooms, hello }
     }
 
     /// The CPU time that it has used, in seconds.
@@ -71,17 +73,17 @@ pub fn say_hello(hello: &Value) {
     std::io::stdout().flush().unwrap();
 }
 
-/// The configuration of a gateway at this address, with its files in `directory`, that knows the peers' addresses and
-/// keeps none of them within a budget.
+/// The configuration of a gateway with this name, with its files in `directory`, that knows where the peers are and keeps none
+/// of them within a budget.
 pub fn config(directory: &Path, name: &str) -> Config {
-    // The peers' names are their addresses.
     let resolve: String = (0..super::ear::MOST)
-        .map(super::ear::address)
-        .map(|address| format!("\"{address}\" = \"http://{address}\"\n"))
+        .map(super::ear::name)
+        .map(|peer| format!("\"{peer}\" = \"http://{}\"\n", address(&peer)))
         .collect();
+    let listen = address(name);
     let path = directory.join("isthmus.toml");
     let text = format!(
-        "server_name = \"{name}\"\n[listen]\naddress = \"{name}\"\n[database]\nurl = \"sqlite://{}\"\n\
+        "server_name = \"{name}\"\n[listen]\naddress = \"{listen}\"\n[database]\nurl = \"sqlite://{}\"\n\
          [admin]\naddress = \"127.0.0.1:0\"\n[budgets]\nevents_per_second = 0\n[federation]\nallow_private_networks = true\n[federation.resolve]\n{resolve}",
         directory.join("isthmus.db").display()
     );

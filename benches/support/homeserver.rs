@@ -58,7 +58,7 @@ impl KeyPair for Signer<'_> {
 impl Homeserver {
     /// Listens, and joins a room of the gateway.
     pub async fn join(number: usize, gateway: &Gateway, room: &str) -> Self {
-        let name: OwnedServerName = ear::address(number).try_into().unwrap();
+        let name: OwnedServerName = ear::name(number).try_into().unwrap();
         let key = Arc::new(SigningKey::generate());
         let ear = Ear::listen(&name, &key, false).await;
         let http = reqwest::Client::builder().build().unwrap();

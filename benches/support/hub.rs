@@ -24,7 +24,7 @@ pub async fn serve(directory: &Path) {
     let arguments: Vec<String> = std::env::args().collect();
     let rooms: usize = arguments.iter().skip_while(|a| *a != "--rooms").nth(1).unwrap().parse().unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let name = listener.local_addr().unwrap().to_string();
+    let name = format!("localhost:{}", listener.local_addr().unwrap().port());
     let context = context(config(directory, &name), Arc::new(SystemClock)).await.unwrap();
     let between: SharedBetween = Arc::new(Alone);
     let lm = Lm::new(context.clone(), between.clone());

@@ -29,7 +29,7 @@ pub struct Participant {
 impl Participant {
     /// Listens, and joins all rooms of the hub.
     pub async fn join(number: usize, hub: &Gateway) -> Self {
-        let name: OwnedServerName = ear::address(number).try_into().unwrap();
+        let name: OwnedServerName = ear::name(number).try_into().unwrap();
         let key = Arc::new(SigningKey::generate());
         let user = format!("@user:{name}");
         let ear = Ear::listen(&name, &key, true).await;

@@ -20,7 +20,7 @@ pub async fn start(directory: &Path) -> Gateway {
 pub async fn serve(directory: &Path) {
     // The port is its name, so it is found before the gateway is.
     let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let name = free.local_addr().unwrap().to_string();
+    let name = format!("localhost:{}", free.local_addr().unwrap().port());
     drop(free);
     let gateway = Isthmus::start(config(directory, &name), Arc::new(SystemClock)).await.unwrap();
     let new = NewPortal { join_rule: Some("public".to_owned()), ..NewPortal::default() };

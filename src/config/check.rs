@@ -12,6 +12,11 @@ type Problem = (&'static str, String);
 
 /// The first thing that is wrong with `config`, whose paths are absolute.
 pub(super) fn check(config: &Config) -> Result<(), Problem> {
+    if config.server_name.is_ip_literal() {
+        let problem =
+            format!("is {}, but LM knows no names that are addresses: give the gateway one of DNS", config.server_name);
+        return Err(("server_name", problem));
+    }
     listeners(config)?;
     database(&config.database.url)?;
     appservice(config)?;

@@ -348,6 +348,11 @@ fn each_mistake_gets_one_sentence() {
             "`appservice.homeserver_name` is missing: add it, or set ISTHMUS_APPSERVICE__HOMESERVER_NAME",
         ),
         (
+            "server_name = \"192.0.2.1:8448\"",
+            &[],
+            "isthmus.toml: `server_name` is 192.0.2.1:8448, but LM knows no names that are addresses: give the gateway",
+        ),
+        (
             "server_name = \"g\"\n[admin]\naddress = \"127.0.0.1:8448\"",
             &[],
             "isthmus.toml: `admin.address` is 127.0.0.1:8448, which `listen.address` has already",
