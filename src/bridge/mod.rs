@@ -152,6 +152,15 @@ impl Bridge {
         resolve::resolve(&self.core, localpart, &cause).await
     }
 
+    /// The portal of the room that an LM alias (`#NAME:SERVER`) leads to; for an admin, who wants no old answer.
+    pub async fn portal_of_alias(&self, alias: &str) -> Result<Arc<Portal>, Refusal> {
+        let parsed = <&ruma::RoomAliasId>::try_from(alias);
+        let parsed = parsed.map_err(|error| Refusal::malformed("lm_alias", error.to_string()))?;
+        let localpart = alias::of_alias(parsed.alias(), parsed.server_name());
+        self.core.negative.invalidate(&localpart).await;
+        resolve::portal(&self.core, &localpart, &Cause::Admin).await
+    }
+
     /// Why the localpart of an alias led nowhere when it was last resolved, while that answer is kept.
     pub async fn why_not(&self, localpart: &str) -> Option<Refusal> {
         self.core.negative.get(localpart).await

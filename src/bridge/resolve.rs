@@ -100,7 +100,8 @@ fn target(core: &Core, room_id: &RoomId) -> AliasTarget {
     AliasTarget { room_id: room_id.to_owned(), servers: vec![core.context.server_name.clone()] }
 }
 
-async fn portal(core: &Arc<Core>, localpart: &str, cause: &Cause) -> Result<Arc<Portal>, Refusal> {
+/// The portal that the localpart of an alias leads to.
+pub(super) async fn portal(core: &Arc<Core>, localpart: &str, cause: &Cause) -> Result<Arc<Portal>, Refusal> {
     if let Some(entry) = core.registry.of_alias(localpart) {
         return Ok(entry.portal());
     }

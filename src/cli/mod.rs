@@ -10,7 +10,7 @@ use isthmus::config::Config;
 use isthmus::federation::crypto_provider;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::Method;
-use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId};
+use ruma::{OwnedRoomOrAliasId, OwnedServerName, OwnedUserId};
 use serde_json::{Map, Value, json};
 
 /// How long the gateway may take: making a portal asks other servers.
@@ -39,10 +39,10 @@ pub enum Portal {
     },
     /// Join an LM room that lives elsewhere and make a Matrix room of it.
     FromLm {
-        /// The LM room's ID.
-        room_id: OwnedRoomId,
-        /// A server through which it can be joined; may be given more than once.
-        #[arg(long, required = true, value_name = "SERVER")]
+        /// The LM room's ID, or its alias as its hub has it, `#NAME:HUB`.
+        room: OwnedRoomOrAliasId,
+        /// A server through which the room of an ID can be joined, by default the one in the ID; may be given more than once.
+        #[arg(long, value_name = "SERVER")]
         via: Vec<OwnedServerName>,
         /// The localpart of an alias at this gateway.
         #[arg(long)]
@@ -99,8 +99,12 @@ impl Portal {
                 }
                 print(&api.call(Method::POST, "/portals", Some(Value::Object(body))).await?)
             }
-            Self::FromLm { room_id, via, alias } => {
-                let body = json!({ "kind": "from_lm", "lm_room_id": room_id, "via": via, "alias": alias });
+            Self::FromLm { room, mut via, alias } => {
+                if via.is_empty() && room.is_room_id() {
+                    via.extend(room.server_name().map(ToOwned::to_owned));
+                }
+                let named = if room.is_room_id() { "lm_room_id" } else { "lm_alias" };
+                let body = json!({ "kind": "from_lm", named: room, "via": via, "alias": alias });
                 print(&api.call(Method::POST, "/portals", Some(body)).await?)
             }
             Self::List { json } => list(&api, json).await,

@@ -21,8 +21,10 @@ use crate::store::lm::{self as stored, Known};
 
 /// How many events one request for missing ones asks for.
 const PAGE: usize = 100;
-/// How many requests fill one gap at most.
-const PAGES: usize = 50;
+/// How many requests fill one gap at most: there are hubs that give ten events at once, whatever is asked for.
+const PAGES: usize = 500;
+/// How many events fill one gap at most, or a few more.
+const GAP: usize = 5_000;
 /// How many bytes of events fill one gap at most.
 const GAP_BYTES: usize = 16 << 20;
 /// How long filling one gap may take: the hub may be waiting for our answer.
@@ -161,6 +163,9 @@ impl Taking<'_> {
         for _ in 0..PAGES {
             if bytes > GAP_BYTES {
                 return Ok(Fetched::No(format!("there is more than {GAP_BYTES} bytes")));
+            }
+            if found.len() >= GAP {
+                return Ok(Fetched::No(format!("there are more than {GAP} events")));
             }
             let Some(from) = left.last().cloned() else { return Ok(Fetched::All) };
             let page = match self.lm().peers().backfill(&facts.hub, &facts.room_id, &from, PAGE).await {

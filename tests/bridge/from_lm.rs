@@ -502,6 +502,8 @@ async fn names_that_a_hub_makes_up_lead_to_its_portal_and_leave_nothing_behind()
         assert_eq!(target.room_id, portal.matrix_room_id);
     }
     assert_eq!(aliases().await, before);
+    let by_admin = gateway.bridge.portal_of_alias(&format!("#x0:{LM}")).await.unwrap();
+    assert_eq!(by_admin.portal_id, portal.portal_id);
     // Who asks needs no account: of one hub's rooms only so many get a portal.
     for number in 0..3 {
         let lm = room(&world, "public").await;

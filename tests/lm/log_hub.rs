@@ -309,3 +309,31 @@ async fn what_is_missing_and_cannot_be_had_now_is_asked_for_again() {
     assert_eq!(ids(&part.log(&room).await), ids(&hub.log(&room).await));
     assert_eq!(part.lm.room(&room).await.unwrap().unwrap().complaints, Vec::<String>::new());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_hub_said_in_a_long_absence_comes_in_order_though_it_gives_ten_events_at_once() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    let deaf = deafen(&part);
+    hub.meddle(|request, next| async move {
+        let is_backfill = request.uri().path().contains("/backfill/");
+        let response = next.run(request).await;
+        if !is_backfill {
+            return response;
+        }
+        let mut answer = object(response).await;
+        if let Some(Value::Array(pdus)) = answer.get_mut("pdus") {
+            pdus.drain(..pdus.len().saturating_sub(10));
+        }
+        respond(StatusCode::OK, Value::Object(answer))
+    });
+    for n in 0..600 {
+        hub.say(&room, "bot", &n.to_string()).await;
+    }
+    let Sent::Appended(last) = hub.say(&room, "bot", "last").await else { panic!("a hub appends") };
+    deaf.store(false, Ordering::SeqCst);
+    let received = part.lm.receive(&hub.name, vec![raw(&last.event.json)]).await.pop().unwrap();
+    assert_eq!(received.result, Ok(()));
+    assert_eq!(ids(&part.log(&room).await), ids(&hub.log(&room).await));
+}

@@ -43,13 +43,16 @@ pub(super) enum Make {
     /// A Matrix room for an LM room that lives elsewhere.
     FromLm {
         /// The LM room.
-        #[schema(value_type = String)]
-        lm_room_id: OwnedRoomId,
+        #[schema(value_type = Option<String>)]
+        lm_room_id: Option<OwnedRoomId>,
         /// Servers through which it can be joined.
         #[schema(value_type = Vec<String>)]
+        #[serde(default)]
         via: Vec<OwnedServerName>,
         /// The localpart of an alias at the gateway, or the alias.
         alias: Option<String>,
+        /// Instead of these: its alias at its hub, `#NAME:HUB`.
+        lm_alias: Option<String>,
     },
 }
 
@@ -152,8 +155,15 @@ pub(super) async fn make(
             };
             bridge.create_portal(portal).await?
         }
-        Make::FromLm { lm_room_id, via, alias } => {
+        Make::FromLm { lm_room_id: Some(lm_room_id), lm_alias: None, via, alias } => {
             bridge.portal_from_lm(&lm_room_id, &via, localpart(alias)?.as_deref(), Cause::Admin).await?
+        }
+        Make::FromLm { lm_room_id: None, lm_alias: Some(lm_alias), via, alias: None } if via.is_empty() => {
+            bridge.portal_of_alias(&lm_alias).await?
+        }
+        Make::FromLm { .. } => {
+            let either = "a room is named by `lm_room_id`, with `via` and perhaps `alias`, or by `lm_alias` alone";
+            return Err(Refusal::malformed("lm_room_id", either));
         }
     };
     Ok((StatusCode::CREATED, Json(Portal::from(&*portal))))
