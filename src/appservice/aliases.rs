@@ -63,7 +63,8 @@ impl AliasError {
 /// How many of those may be of one owner's hubs, whose answers can be slow.
 const AT_ONCE_OF_ONE: usize = 8;
 
-/// Whose hub an alias names: the end of its host name, since everybody can give names below an own one.
+/// Whose hub an alias names: the last two labels of its host name, since everybody can give names below an own one. Under suffixes
+/// of two labels, as `co.uk`, several owners share what one may have.
 fn owner(localpart: &str) -> String {
     let server = localpart.rsplit('_').next().unwrap_or_default();
     // Colons are written so in aliases.

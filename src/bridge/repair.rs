@@ -74,15 +74,20 @@ impl Repairs {
     }
 
     fn is_due_again(&self, number: i64) {
-        if let Some(again) = self.again.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&number) {
-            again.is_planned = false;
+        let mut all = self.again.lock().unwrap_or_else(PoisonError::into_inner);
+        match all.get_mut(&number) {
+            Some(again) if again.pause > Duration::ZERO => again.is_planned = false,
+            // It came into step meanwhile, and nothing is to be remembered of it.
+            _ => drop(all.remove(&number)),
         }
     }
 
     /// Everything is in step: what was planned does no harm, and the next time it goes quicker again.
     fn is_done(&self, number: i64) {
-        if let Some(again) = self.again.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&number) {
-            again.pause = Duration::ZERO;
+        let mut all = self.again.lock().unwrap_or_else(PoisonError::into_inner);
+        match all.get_mut(&number) {
+            Some(again) if again.is_planned => again.pause = Duration::ZERO,
+            _ => drop(all.remove(&number)),
         }
     }
 
@@ -367,5 +372,8 @@ mod tests {
         repairs.is_due_again(1);
         repairs.is_done(1);
         assert_eq!(repairs.plan_again(1), Some(AGAIN));
+        repairs.is_done(1);
+        repairs.is_due_again(1);
+        assert!(repairs.again.lock().unwrap().is_empty(), "nothing stays of a portal that is in step");
     }
 }
