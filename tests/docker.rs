@@ -40,7 +40,10 @@ fn the_compose_file_names_files_that_are_there() {
     let names: Vec<&str> = services.keys().map(|name| name.as_str().unwrap()).collect();
     assert_eq!(names, ["postgres", "synapse", "isthmus"]);
     for volume in services.values().flat_map(|service| service["volumes"].as_sequence().unwrap()) {
-        let from = volume.as_str().unwrap().split(':').next().unwrap();
+        let from = match volume.as_str() {
+            Some(short) => short.split(':').next().unwrap(),
+            None => volume["source"].as_str().unwrap(),
+        };
         match from.strip_prefix("./") {
             // Made in the course of the first start.
             Some("synapse" | "isthmus.toml") => {}
