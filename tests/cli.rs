@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -176,6 +178,20 @@ fn a_database_that_is_away_is_named_with_what_to_do() {
         "{said}"
     );
     assert!(!said.contains("u:p"), "{said}");
+}
+
+#[test]
+fn a_gateway_that_waits_for_its_database_ends_when_it_is_told_to() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = database.local_addr().unwrap();
+    let config = format!("server_name = \"g.example\"\n[database]\nurl = \"postgres://u:p@{address}/x\"\n");
+    std::fs::write(directory.path().join("isthmus.toml"), config).unwrap();
+    let mut command = std::process::Command::new(BINARY);
+    let mut child = command.arg("serve").current_dir(directory.path()).stdout(Stdio::null()).spawn().unwrap();
+    let _unanswered = database.accept().unwrap();
+    kill(Pid::from_raw(child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "neither killed by the signal nor out of patience");
 }
 
 /// Each in one sentence: what, why (once), and what to change.

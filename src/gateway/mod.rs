@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::middleware::from_fn_with_state;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 pub use self::listen::ListenError;
@@ -223,27 +224,35 @@ impl Gateway {
     }
 }
 
-/// Runs the gateway until the process is told to stop (SIGINT or SIGTERM).
+/// Runs the gateway until the process is told to stop (SIGINT or SIGTERM), which may be while it starts.
 pub async fn serve(config: Config) -> Result<(), GatewayError> {
-    descriptors::raise();
-    let gateway = Gateway::start(config, Arc::new(SystemClock)).await?;
+    let told = told_to_stop();
     let stop = CancellationToken::new();
     let asked = stop.clone();
     tokio::spawn(async move {
-        told_to_stop().await;
+        told.await;
         asked.cancel();
     });
+    descriptors::raise();
+    let gateway = tokio::select! {
+        started = Gateway::start(config, Arc::new(SystemClock)) => started?,
+        () = stop.cancelled() => return Ok(()),
+    };
     gateway.run(stop).await
 }
 
-async fn told_to_stop() {
-    let interrupt = tokio::signal::ctrl_c();
-    match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-        Ok(mut terminate) => tokio::select! {
-            _ = interrupt => {}
-            _ = terminate.recv() => {}
-        },
-        Err(_) => drop(interrupt.await),
+/// Listens from the call on: the first process of a container is not ended by a signal to which it does not listen.
+fn told_to_stop() -> impl Future<Output = ()> {
+    let signals = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
+    async move {
+        match signals {
+            (Ok(mut interrupt), Ok(mut terminate)) => tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            },
+            // They end the process, then.
+            _ => std::future::pending().await,
+        }
     }
 }
 
