@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 
 pub use self::effect::{Effects, EffectsOf, EventEffect, write_effects, write_effects_until_one_fails};
-use crate::event::Object;
+use crate::event::{Edu, Object};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 
@@ -178,6 +178,15 @@ pub trait Between: Send + Sync + 'static {
 
     /// The profile of a user of this gateway as the given side sees it: of ghosts of that side and of bots only.
     async fn profile(&self, side: Side, user_id: &UserId) -> Result<Profile, Refusal>;
+
+    /// What a user of another server does besides events: typing, reading, being there. It is about a user of the server that said
+    /// so; whether that user is in the room is for the bridge to see. Nothing waits for what becomes of it, and it may be lost.
+    fn edu(&self, _side: Side, _edu: Edu) {}
+
+    /// Whether a user of this gateway has such a device, for which messages are to be kept.
+    fn has_device(&self, _user_id: &UserId, _device: &str) -> bool {
+        false
+    }
 
     /// A participant of an LM room is told how the hub judged an LPDU that it sent; again when it could not be recorded.
     async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) -> Result<(), Refusal>;

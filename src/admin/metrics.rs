@@ -27,6 +27,9 @@ pub struct Metrics {
     pub events_refused: IntCounterVec,
     /// Events of other servers for rooms that are not known.
     pub events_of_unknown_rooms: IntCounter,
+    pub edus_received: IntCounterVec,
+    pub edus_sent: IntCounterVec,
+    pub edus_dropped: IntCounterVec,
     pub images: IntCounterVec,
     pub images_refused: IntCounterVec,
     pub repairs: IntCounterVec,
@@ -74,6 +77,21 @@ pub fn event_refused(side: Side, refusal: &Refusal) {
 /// An event of another server came for a room that is not known.
 pub fn event_of_unknown_room() {
     METRICS.events_of_unknown_rooms.inc();
+}
+
+/// Of the EDUs of another server one thing was taken (`ok`), or not, for this reason.
+pub fn edu_received(kind: &'static str, result: &'static str) {
+    METRICS.edus_received.with_label_values(&[kind, result]).inc();
+}
+
+/// An EDU goes to another server.
+pub fn edu_sent(kind: &'static str) {
+    METRICS.edus_sent.with_label_values(&[kind]).inc();
+}
+
+/// EDUs for other servers were dropped, for this reason.
+pub fn edus_dropped(reason: &'static str, count: usize) {
+    METRICS.edus_dropped.with_label_values(&[reason]).inc_by(u64::try_from(count).unwrap_or_default());
 }
 
 /// An event was carried over to the side `to`, `waited` after it was accepted.
@@ -229,6 +247,19 @@ impl Metrics {
                     "events_of_unknown_rooms_total",
                     "Events of other servers for rooms that the database does not know; they were dropped.",
                 )),
+            ),
+            edus_received: counter(
+                r,
+                "edus_received_total",
+                "What other servers' EDUs say, by type and by what became of it.",
+                &["type", "result"],
+            ),
+            edus_sent: counter(r, "edus_sent_total", "EDUs sent to other servers, by type.", &["type"]),
+            edus_dropped: counter(
+                r,
+                "edus_dropped_total",
+                "EDUs for other servers that were dropped, by reason.",
+                &["reason"],
             ),
             images: counter(r, "images_total", "Events that were carried over to a side.", &["to"]),
             images_refused: counter(

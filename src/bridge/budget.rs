@@ -193,7 +193,14 @@ mod tests {
     use super::*;
 
     const fn unlimited() -> config::Budgets {
-        config::Budgets { events_per_second: 0, bytes_per_day: 0, ghosts_per_hour: 0, backlog: 0, portals_per_hour: 0 }
+        config::Budgets {
+            events_per_second: 0,
+            bytes_per_day: 0,
+            ghosts_per_hour: 0,
+            backlog: 0,
+            portals_per_hour: 0,
+            edus_per_second: 0,
+        }
     }
 
     const LIMITS: config::Budgets =

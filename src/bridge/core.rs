@@ -10,6 +10,7 @@ use super::acl::{self, Acls};
 use super::budget::Budgets;
 use super::create::Creations;
 use super::ends;
+use super::ephemeral::Ephemeral;
 use super::gate::Joining;
 use super::notice::Notices;
 use super::pause::Pauses;
@@ -43,6 +44,7 @@ pub(super) struct Core {
     pub(super) acls: Acls,
     pub(super) budgets: Budgets,
     pub(super) pauses: Pauses,
+    pub(super) ephemeral: Ephemeral,
     pub(super) stop: CancellationToken,
     pub(super) tasks: TaskTracker,
     sides: OnceLock<Sides>,
@@ -65,6 +67,7 @@ impl Core {
             leads: resolve::leads(),
             budgets: Budgets::default(),
             pauses: Pauses::default(),
+            ephemeral: Ephemeral::default(),
             acls: acl::acls(context.config.caches.rooms),
             context,
         }

@@ -3,7 +3,8 @@
 //!
 //! An accepted event waits in `inbox`, is put in order by `linearize`, `carry` (with `member` and `translate`, all pure)
 //! says what becomes of it, and `worker` does that with the writes of `effect`. `gate` asks the other side before anybody
-//! joins; `plan` and `repair` bring the two states in step again; `create` makes portals and `ends` ends them.
+//! joins; `plan` and `repair` bring the two states in step again; `create` makes portals and `ends` ends them. Typing,
+//! receipts and presence go by `ephemeral`, with nothing stored.
 
 mod access;
 mod acl;
@@ -15,6 +16,7 @@ mod core;
 mod create;
 mod effect;
 mod ends;
+mod ephemeral;
 mod from_lm;
 mod gate;
 mod home;
@@ -28,6 +30,7 @@ mod pause;
 mod plan;
 mod portal;
 mod power;
+mod read_up_to;
 mod registry;
 mod repair;
 mod resolve;
@@ -117,6 +120,7 @@ impl Bridge {
         repair::at_start(core);
         create::resume(core, loaded.making);
         ends::at_start(core);
+        core.spawn(ephemeral::run(core.clone()));
         Ok(())
     }
 

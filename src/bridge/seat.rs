@@ -10,6 +10,7 @@ use super::portal::Cause;
 use super::side::Event;
 use super::users::Who;
 use super::{access, create, effect, gate, repair, resolve};
+use crate::event::Edu;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{AliasTarget, Between, Handshake, Invite, Profile};
@@ -35,6 +36,11 @@ impl Between for Seat {
 
     fn accepted(&self, side: Side, room_id: &RoomId) {
         self.0.call(side, room_id);
+        self.0.ephemeral.look_at(&self.0, side, room_id);
+    }
+
+    fn edu(&self, side: Side, edu: Edu) {
+        self.0.ephemeral.take(&self.0, side, edu);
     }
 
     async fn invited(&self, invite: Invite) -> Result<(), Refusal> {

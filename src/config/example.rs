@@ -102,6 +102,14 @@ server_name = "{server_name}"
 # Whether the bot tells senders, in the room, why something of theirs did not cross.
 # notices = true
 
+# What crosses besides events; each costs a request to every server in the room across.
+[bridge]
+# Whether it is seen on the other side who is typing, and up to where somebody has read (public receipts only).
+# typing = true
+# receipts = true
+# Whether it is seen who is online; of each user at most twice a minute.
+# presence = false
+
 # How much of one server's users may cross in one portal; what is over waits, and is refused after ten minutes. 0 is no limit.
 [budgets]
 # Events a second; a server that was quiet may send those of a minute at once.
@@ -114,6 +122,9 @@ server_name = "{server_name}"
 # backlog = 20000
 # Portals of one LM server's rooms that are made in an hour by naming aliases, or by inviting the gateway's bot.
 # portals_per_hour = 60
+# What one server says a second besides events (typing, receipts, presence, messages for devices), in all rooms together; a server
+# that was quiet may say that of a minute at once. What is over is dropped.
+# edus_per_second = 100
 
 # The admin API, /health and /metrics. Keep this listener from the internet.
 [admin]

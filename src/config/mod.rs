@@ -44,6 +44,9 @@ pub struct Config {
     /// How portals are made.
     #[serde(default)]
     pub portals: Portals,
+    /// What crosses besides events.
+    #[serde(default)]
+    pub bridge: Bridge,
     /// How much may cross.
     #[serde(default)]
     pub budgets: Budgets,
@@ -158,6 +161,18 @@ pub struct Portals {
     pub notices: bool,
 }
 
+/// `[bridge]`: what crosses besides events.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Bridge {
+    /// Whether it is seen who is typing.
+    pub typing: bool,
+    /// Whether it is seen up to where somebody has read, as far as the user's own client says it publicly.
+    pub receipts: bool,
+    /// Whether it is seen who is online.
+    pub presence: bool,
+}
+
 /// `[budgets]`: how much of one server's users may cross in one portal, and how many portals they may make; 0 is no limit.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -172,6 +187,8 @@ pub struct Budgets {
     pub backlog: u32,
     /// Portals of one LM server's rooms that are made in an hour by naming aliases, or by inviting the gateway's bot.
     pub portals_per_hour: u32,
+    /// EDUs of one server a second, in all rooms together; what is over is dropped.
+    pub edus_per_second: u32,
 }
 
 /// `[admin]`. Debug does not show the token.
@@ -267,6 +284,12 @@ impl Default for Portals {
     }
 }
 
+impl Default for Bridge {
+    fn default() -> Self {
+        Self { typing: true, receipts: true, presence: false }
+    }
+}
+
 impl Default for Budgets {
     fn default() -> Self {
         Self {
@@ -275,6 +298,7 @@ impl Default for Budgets {
             ghosts_per_hour: 5_000,
             backlog: 20_000,
             portals_per_hour: 60,
+            edus_per_second: 100,
         }
     }
 }

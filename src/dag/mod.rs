@@ -257,6 +257,11 @@ impl Dag {
         Ok(self.shared.room(room_id).await?.core().joined.clone())
     }
 
+    /// The servers of the users who are joined now.
+    pub async fn joined_servers(&self, room_id: &RoomId) -> Result<Vec<OwnedServerName>, Refusal> {
+        Ok(self.shared.room(room_id).await?.core().servers.keys().cloned().collect())
+    }
+
     /// One accepted event.
     pub async fn event(&self, event_id: &EventId) -> Result<Option<Arc<GraphEvent>>, Refusal> {
         let event = self.shared.events.get(event_id).await?.filter(|event| event.is_accepted());

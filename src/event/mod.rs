@@ -1,7 +1,8 @@
-//! LM events as data: canonical JSON, hashes, redaction, signatures, LPDUs and room versions. Pure: no I/O, no clock.
+//! LM events as data: canonical JSON, hashes, redaction, signatures, LPDUs and room versions; EDUs of both protocols. Pure: no I/O, no clock.
 
 mod canonical;
 mod canonical_text;
+mod edu;
 mod form;
 mod hash;
 mod id;
@@ -17,6 +18,7 @@ mod tests;
 
 pub use self::canonical::canonical_json;
 pub use self::canonical_text::canonical_text;
+pub use self::edu::{Edu, EduKey, Ignored, Presence, Receipt, ToDevice, Typing};
 pub use self::hash::{content_hash, lpdu_hash, reference_hash};
 pub use self::id::{event_id, parse_event_id};
 pub use self::lenient::{parse_answer, parse_leniently};

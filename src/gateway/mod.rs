@@ -2,6 +2,7 @@
 
 mod connections;
 pub(crate) mod descriptors;
+mod edus;
 mod handshakes;
 mod housekeeping;
 mod listen;

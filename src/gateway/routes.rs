@@ -12,6 +12,7 @@ use http::{Method, StatusCode};
 use ruma::RoomId;
 use serde_json::{Value, json};
 
+use super::edus::EduBudgets;
 use super::handshakes::Handshake::{Join, Knock, Leave};
 use super::signed::{Asked, Given, SignedTransaction};
 use super::transaction::Dialect;
@@ -47,6 +48,8 @@ pub struct Federation {
     pub underway: Underway,
     /// Those of them that wait for a third server.
     pub waiting: Underway,
+    /// How much servers have said besides events.
+    pub edus: EduBudgets,
     /// When the log last told of events of rooms that are not known, in milliseconds.
     pub stray_told: Arc<AtomicI64>,
 }
@@ -66,6 +69,7 @@ impl Federation {
             askers: Askers::default(),
             underway: Underway::default(),
             waiting: Underway::waiting(),
+            edus: EduBudgets::default(),
             stray_told: Arc::default(),
         }
     }

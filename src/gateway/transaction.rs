@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
+use super::edus;
 use super::routes::{Answer, Federation, known_side};
 use super::signed::SignedTransaction;
 use crate::admin::metrics;
@@ -42,6 +43,15 @@ pub(super) enum Dialect {
     Matrix,
     /// `{"failed_pdus": {ID: {"error": …}}}`
     Lm,
+}
+
+impl Dialect {
+    fn side(self) -> Side {
+        match self {
+            Self::Matrix => Side::Matrix,
+            Self::Lm => Side::Lm,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -92,9 +102,10 @@ struct Peek<'a> {
 /// Takes a transaction, once.
 pub(super) async fn send(state: &Federation, transaction: &SignedTransaction, dialect: Dialect) -> Answer {
     // Stable and unstable name are the same endpoint; the Matrix one is another.
-    let (endpoint, protocol) = match dialect {
-        Dialect::Matrix => ("v1/send", Side::Matrix),
-        Dialect::Lm => ("v2/send", Side::Lm),
+    let protocol = dialect.side();
+    let endpoint = match dialect {
+        Dialect::Matrix => "v1/send",
+        Dialect::Lm => "v2/send",
     };
     let start = Instant::now();
     let taken = take(state, endpoint, transaction, dialect).await;
@@ -132,7 +143,7 @@ async fn receive(
     transaction: &SignedTransaction,
     dialect: Dialect,
 ) -> Result<(Value, bool), Refusal> {
-    let (pdus, _edus) = parse(&transaction.body, &transaction.origin)?;
+    let (pdus, edus) = parse(&transaction.body, &transaction.origin)?;
     let (outcomes, waits) = dispatch(state, &transaction.origin, pdus).await;
     // What failed here is no verdict on the event: the whole is sent again, and what was taken is known then.
     if let Some(failure) = outcomes.iter().find_map(|outcome| match &outcome.result {
@@ -146,6 +157,9 @@ async fn receive(
         let what = format!("events of {} that wait", transaction.origin);
         return Err(Refusal::Budget { what, retry_after_ms: PAUSE_MS });
     }
+    // After the events, which they may be about.
+    let (side, txn_id) = (dialect.side(), transaction.segment("txn_id"));
+    edus::receive(state, &transaction.origin, side, txn_id, edus).await?;
     let said_something = outcomes.iter().any(|outcome| outcome.event_id.is_some() || outcome.result.is_err());
     Ok((answer(outcomes, dialect), said_something))
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ruma::{EventId, OwnedEventId, RoomId};
+use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId};
 use serde_json::Value;
 
 use super::room::Snapshot;
@@ -79,6 +79,12 @@ impl Lm {
             found.insert(event);
         }
         Ok(found)
+    }
+
+    /// The servers of the users who are joined now.
+    pub async fn joined_servers(&self, room_id: &RoomId) -> Result<Vec<OwnedServerName>, Refusal> {
+        let (_, snapshot) = self.find(room_id).await?;
+        Ok(snapshot.servers().cloned().collect())
     }
 
     /// One event, with its place.

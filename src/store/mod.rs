@@ -26,6 +26,7 @@ pub(crate) mod testing;
 mod tests;
 pub mod text;
 pub mod times;
+pub mod to_device;
 pub mod transactions;
 mod writer;
 

@@ -4,6 +4,7 @@ mod budgets;
 mod clock;
 mod created;
 mod doors;
+mod edus;
 mod encrypted;
 mod ends;
 mod explain;

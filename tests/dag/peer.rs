@@ -42,6 +42,8 @@ pub struct Memory {
     pub hidden: Mutex<HashSet<OwnedEventId>>,
     signer: Mutex<Option<(OwnedServerName, Arc<SigningKey>, RoomVersion)>>,
     pub invite_states: Mutex<Vec<Value>>,
+    /// What it was told besides events.
+    pub edus: Mutex<Vec<Value>>,
     /// The leaves that were made through it.
     pub leaves: Mutex<Vec<Value>>,
 }
@@ -221,6 +223,10 @@ async fn answer(
     let parts: Vec<&str> = rest.split('/').collect();
     let found = match parts.as_slice() {
         _ if path == "/_matrix/key/v2/server" => Some(memory.keys.lock().unwrap().clone()),
+        ["v1", "send", _] => {
+            memory.edus.lock().unwrap().extend(body["edus"].as_array().into_iter().flatten().cloned());
+            Some(json!({ "pdus": {} }))
+        }
         ["v1", "event", id] => memory.event(id).map(|event| json!({ "pdus": [event] })),
         ["v1", "get_missing_events", _] => Some(memory.missing(&body)),
         ["v1", "event_auth", _, id] => Some(json!({ "auth_chain": memory.chain(&[(*id).to_owned()]) })),

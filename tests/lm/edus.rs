@@ -1,4 +1,4 @@
-//! EDUs: the gateway takes none in yet, whoever sends them and in whose name.
+//! EDUs as a server takes them in: of whom they are believed, what is kept, and that nobody's are passed on.
 
 use std::sync::{Arc, Mutex};
 
@@ -63,4 +63,54 @@ async fn hc_25_hc_53_edus_in_the_name_of_others_change_nothing_and_keep_no_event
     let query = json!({ "device_keys": { alice.as_str(): [], bot.as_str(): [] } }).as_object().unwrap().clone();
     let call = Call::post("/_matrix/federation/v1/user/keys/query", query);
     assert_eq!(third.context.client.call(&hub.name, call, false).await.unwrap()["device_keys"], json!({}));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_6_messages_for_a_device_are_kept_once_in_either_shape() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let (alice, bot) = (part.user("alice"), hub.user("bot"));
+    hub.watcher.devices.lock().unwrap().push((bot.clone(), "D".to_owned()));
+    let put = async |txn_id: &str, edus: &[Value]| {
+        let body = json!({ "pdus": [], "edus": edus }).as_object().unwrap().clone();
+        let call = Call::put(format!("/_matrix/federation/v2/send/{txn_id}"), body);
+        part.context.client.call(&hub.name, call, false).await.unwrap();
+    };
+    let of_matrix = |id: &str, device: &str| {
+        let messages = json!({ bot.as_str(): { device: { "number": id } } });
+        json!({ "edu_type": "m.direct_to_device",
+            "content": { "sender": alice, "type": "org.example", "message_id": id, "messages": messages } })
+    };
+    let of_draft = |sender: &ruma::UserId, number: &str| {
+        json!({ "type": "m.direct_to_device", "sender": sender, "content": { "target": bot, "target_device": "D",
+            "message_type": "org.example", "message": { "number": number } } })
+    };
+    let edus = [
+        of_matrix("1", "D"),
+        of_matrix("2", "E"),
+        of_draft(&alice, "3"),
+        of_draft(&alice, "3"),
+        of_draft(&bot, "forged"),
+        json!({ "edu_type": "m.direct_to_device", "content": [] }),
+    ];
+    // Once each: a transaction that is repeated, and a message that comes in another one.
+    put("a", &edus).await;
+    put("a", &edus).await;
+    put("b", &[of_matrix("1", "D")]).await;
+    let kept = isthmus::store::to_device::waiting(&hub.context.store, &bot, "D", 10).await.unwrap();
+    let numbers: Vec<_> = kept.iter().map(|message| message.content["number"].as_str().unwrap()).collect();
+    assert_eq!(numbers, ["1", "3", "3"]);
+    assert!(kept.iter().all(|message| message.sender == alice && message.kind == "org.example"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_53_the_bridge_hears_of_a_servers_own_users_alone() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    let typing = |user: &ruma::UserId| json!({ "edu_type": "m.typing", "content": { "room_id": room, "user_id": user, "typing": true } });
+    let (alice, bot) = (part.user("alice"), hub.user("bot"));
+    let body = json!({ "edus": [typing(&bot), typing(&alice), 5] }).as_object().unwrap().clone();
+    let call = Call::put("/_matrix/federation/v2/send/typing", body);
+    part.context.client.call(&hub.name, call, false).await.unwrap();
+    let edus = hub.watcher.edus.lock().unwrap();
+    assert_eq!(edus.iter().map(|(_, edu)| edu.user()).collect::<Vec<_>>(), [&*alice]);
 }

@@ -4,6 +4,7 @@ use std::sync::Mutex;
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
+use isthmus::event::Edu;
 use isthmus::identity::Side;
 use isthmus::refusal::Refusal;
 use isthmus::seam::{AliasTarget, Between, Handshake, Invite, Profile};
@@ -24,6 +25,10 @@ pub struct Watcher {
     pub closed: Mutex<Option<Refusal>>,
     /// What is done before an invite is signed.
     pub before_signing: Mutex<Option<Hook>>,
+    /// The devices of this server's users.
+    pub devices: Mutex<Vec<(OwnedUserId, String)>>,
+    /// What other servers' users did besides events.
+    pub edus: Mutex<Vec<(Side, Edu)>>,
     /// Where aliases lead.
     pub aliases: Mutex<Vec<(String, AliasTarget)>>,
 }
@@ -50,6 +55,14 @@ impl Between for Watcher {
 
     fn accepted(&self, _side: Side, _room_id: &RoomId) {
         self.news.send_modify(|news| *news += 1);
+    }
+
+    fn edu(&self, side: Side, edu: Edu) {
+        self.edus.lock().unwrap().push((side, edu));
+    }
+
+    fn has_device(&self, user_id: &UserId, device: &str) -> bool {
+        self.devices.lock().unwrap().iter().any(|(user, known)| user == user_id && known == device)
     }
 
     async fn invited(&self, invite: Invite) -> Result<(), Refusal> {

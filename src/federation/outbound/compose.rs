@@ -5,9 +5,11 @@ use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 use ruma::OwnedServerName;
+use tokio::time::Instant;
 
 use super::slot::{News, Slot};
 use super::{Feed, FeedKind, FeedSource, Shared};
+use crate::event::Edu;
 use crate::identity::Side;
 use crate::store::StoreError;
 use crate::store::outbound::{self as rows, Cursor, InflightRow, PartRow};
@@ -33,7 +35,11 @@ pub(super) struct Composer<'a> {
 pub(super) struct Transaction {
     pub txn_id: String,
     pub composed_ts: i64,
+    /// By which protocol's `send` it goes.
+    pub protocol: Side,
     pub parts: Vec<Part>,
+    /// What goes along once, and is not repeated when that fails.
+    pub edus: Vec<Edu>,
     /// Whether some of it may have arrived already.
     pub uncertain: bool,
 }
@@ -54,6 +60,8 @@ pub(super) enum Composed {
     /// There was nothing to send, but the destination is further now.
     Passed(Vec<Part>),
     Transaction(Transaction),
+    /// Nothing but EDUs that are worth nothing later: not kept.
+    Edus(Transaction),
 }
 
 impl Transaction {
@@ -67,9 +75,10 @@ impl Composer<'_> {
     /// The next transaction, of one event when it is to be `single`. `done` has arrived, but is not kept yet.
     pub(super) async fn compose(&self, single: bool, done: Option<&[PartRow]>) -> Result<Composed, StoreError> {
         let feeds = self.slot.take(MAX_FEEDS);
-        let Some((first, _)) = feeds.first() else { return Ok(Composed::Nothing) };
+        let Some((first, _)) = feeds.first() else { return Ok(self.edus_alone()) };
+        let protocol = first.kind.protocol();
         let one = single || self.takes_one_by_one(&feeds).await;
-        let mut room = Room::new(first.kind.protocol(), one, feeds.len());
+        let mut room = Room::new(protocol, one, feeds.len());
         let mut parts = Vec::new();
         for (feed, news) in feeds {
             if room.is_full() {
@@ -83,8 +92,22 @@ impl Composer<'_> {
         if parts.iter().all(|part| part.positions.is_empty()) {
             return Ok(Composed::Passed(parts));
         }
+        // Where an event may be to blame for a failure, nothing else is.
+        let edus = if single { Vec::new() } else { self.slot.edus().take(protocol, Instant::now()) };
         let (txn_id, composed_ts) = self.txn_id();
-        Ok(Composed::Transaction(Transaction { txn_id, composed_ts, parts, uncertain: single }))
+        Ok(Composed::Transaction(Transaction { txn_id, composed_ts, protocol, parts, edus, uncertain: single }))
+    }
+
+    fn edus_alone(&self) -> Composed {
+        let mut waiting = self.slot.edus();
+        let Some(protocol) = waiting.first_side() else { return Composed::Nothing };
+        let edus = waiting.take(protocol, Instant::now());
+        if edus.is_empty() {
+            return Composed::Passed(Vec::new());
+        }
+        let (txn_id, composed_ts) = self.txn_id();
+        let parts = Vec::new();
+        Composed::Edus(Transaction { txn_id, composed_ts, protocol, parts, edus, uncertain: false })
     }
 
     /// Whether the destination must not get several events at once. One that stops at the first that it does not like keeps those

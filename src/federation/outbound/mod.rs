@@ -1,9 +1,11 @@
 //! Outbound queues, one a destination: persisted as positions in feeds, not as copies of events. A feed is a list of events
 //! with growing positions (an LM room's log, a graph room's outbox, the LPDUs for a hub); a destination has, for each feed
 //! that it gets, the position up to which it has it. So a queue costs nothing per event, survives every crash, and is
-//! caught up from the room itself. One transaction in flight a destination, the same ID and the same events on retry.
+//! caught up from the room itself. One transaction in flight a destination, the same ID and the same events on retry. EDUs go
+//! with the next transaction, or alone (`edus`).
 
 mod compose;
+mod edus;
 mod slot;
 mod verdict;
 mod wire;
@@ -28,7 +30,7 @@ use self::wire::{Network, Sender, Transport};
 use self::worker::Worker;
 use super::Client;
 use crate::clock::SharedClock;
-use crate::event::Object;
+use crate::event::{Edu, Object};
 use crate::identity::{Keyring, Side};
 use crate::refusal::Refusal;
 use crate::store::outbound::{self as rows, CursorKey};
@@ -307,19 +309,36 @@ impl OutboundQueues {
         self.tell(feed, destinations, News::Head(head));
     }
 
-    fn tell(&self, feed: &Feed, destinations: &[OwnedServerName], news: News) {
-        let mut slots = lock(&self.handle.shared.slots);
+    /// Sends an EDU that is worth nothing later, of a user of this gateway, by one protocol's `send`: with the next transaction,
+    /// or alone. In memory only; what is newer of the same replaces it, and destinations that are left alone do not get it.
+    /// Whoever calls this names only servers that may see it.
+    pub fn send_edu(&self, side: Side, destinations: impl IntoIterator<Item = OwnedServerName>, edu: &Edu) {
         for destination in destinations {
-            if let Some(slot) = slots.get(destination) {
-                slot.add(feed.clone(), news);
-                continue;
-            }
-            let slot = Arc::<Slot>::default();
-            slot.add(feed.clone(), news);
-            slots.insert(destination.clone(), slot.clone());
-            if self.handle.started.load(Ordering::SeqCst) {
-                self.handle.spawn(destination.clone(), slot);
-            }
+            self.with_slot(&destination, |slot| slot.add_edu(side, edu));
+        }
+    }
+
+    fn tell(&self, feed: &Feed, destinations: &[OwnedServerName], news: News) {
+        for destination in destinations {
+            self.with_slot(destination, |slot| slot.add(feed.clone(), news));
+        }
+    }
+
+    /// Does something with what is in memory of a destination, and sees to it that its worker runs.
+    fn with_slot(&self, destination: &OwnedServerName, work: impl FnOnce(&Slot)) {
+        let mut slots = lock(&self.handle.shared.slots);
+        if let Some(slot) = slots.get(destination) {
+            work(slot);
+            return;
+        }
+        let slot = Arc::<Slot>::default();
+        work(&slot);
+        if slot.is_clean() {
+            return;
+        }
+        slots.insert(destination.clone(), slot.clone());
+        if self.handle.started.load(Ordering::SeqCst) {
+            self.handle.spawn(destination.clone(), slot);
         }
     }
 

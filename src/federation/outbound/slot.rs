@@ -2,13 +2,17 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use ruma::ServerName;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
+use super::edus::Waiting;
 use super::{Feed, lock};
+use crate::event::Edu;
+use crate::identity::Side;
 use crate::store::outbound as rows;
 use crate::store::{Store, StoreError};
 
@@ -19,6 +23,7 @@ const PLACES: usize = 1024;
 pub(super) struct Slot {
     dirty: Mutex<Dirty>,
     places: Mutex<HashMap<Feed, i64>>,
+    edus: Mutex<Waiting>,
     news: Notify,
     was_heard: AtomicBool,
     heard: Notify,
@@ -119,8 +124,20 @@ impl Slot {
         taken
     }
 
+    /// An EDU that is worth nothing later.
+    pub(super) fn add_edu(&self, side: Side, edu: &Edu) {
+        if lock(&self.edus).add(side, edu, Instant::now()) {
+            self.news.notify_one();
+        }
+    }
+
+    /// The EDUs that wait.
+    pub(super) fn edus(&self) -> MutexGuard<'_, Waiting> {
+        lock(&self.edus)
+    }
+
     pub(super) fn is_clean(&self) -> bool {
-        lock(&self.dirty).order.is_empty()
+        lock(&self.dirty).order.is_empty() && lock(&self.edus).is_empty()
     }
 
     /// Waits until there may be news.

@@ -1,6 +1,7 @@
 //! The queues over a real store and a network that is played.
 
 mod crash;
+mod edus;
 mod failing;
 mod order;
 

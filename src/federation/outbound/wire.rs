@@ -9,7 +9,7 @@ use ruma::{OwnedServerName, ServerName};
 use serde_json::Value;
 
 use crate::admin::metrics;
-use crate::event::{Object, canonical_json};
+use crate::event::{Edu, Object, canonical_json};
 use crate::federation::{Call, Client, RemoteError};
 use crate::identity::{Keyring, Side};
 
@@ -46,6 +46,7 @@ pub(super) struct Envelope<'a> {
     pub composed_ts: i64,
     /// Each in canonical form.
     pub pdus: Vec<Bytes>,
+    pub edus: &'a [Edu],
 }
 
 /// The `send` endpoints of LM under the names that servers may know them by, the first to try first.
@@ -95,6 +96,7 @@ impl Sender {
         let mut head = Object::new();
         head.insert("origin".to_owned(), self.server_name.as_str().into());
         head.insert("origin_server_ts".to_owned(), envelope.composed_ts.into());
+        put_edus(&mut head, envelope.edus, Edu::to_matrix);
         let body = body(&head, &envelope.pdus);
         wire.put(envelope.destination, format!("{MATRIX_SEND}/{}", envelope.txn_id), body).await
     }
@@ -102,7 +104,13 @@ impl Sender {
     async fn send_lm(&self, wire: &dyn Transport, envelope: Envelope<'_>) -> Result<Object, RemoteError> {
         let destination = envelope.destination;
         let known = self.lm_send.get(destination).unwrap_or(0);
-        let body = body(&Object::new(), &envelope.pdus);
+        let mut head = Object::new();
+        if !envelope.edus.is_empty() {
+            // Servers that do both protocols know Matrix's shape of all types, and the draft's of few.
+            let is_lm_alone = wire.is_linearized(destination).await;
+            put_edus(&mut head, envelope.edus, if is_lm_alone { Edu::to_lm } else { Edu::to_matrix });
+        }
+        let body = body(&head, &envelope.pdus);
         let uri = |index: usize| {
             let endpoint = LM_SEND.get(index).copied().unwrap_or(MATRIX_SEND);
             format!("{endpoint}/{}", envelope.txn_id)
@@ -124,6 +132,17 @@ impl Sender {
         }
         answer
     }
+}
+
+fn put_edus(head: &mut Object, edus: &[Edu], shape: fn(&Edu) -> Object) {
+    if edus.is_empty() {
+        return;
+    }
+    for edu in edus {
+        metrics::edu_sent(edu.kind());
+    }
+    let edus = edus.iter().map(|edu| Value::from(shape(edu))).collect();
+    head.insert("edus".to_owned(), Value::Array(edus));
 }
 
 /// What is known of servers, for a day.

@@ -14,6 +14,7 @@ use super::slot::{News, Slot};
 use super::verdict::{Failure, Verdict, asked_for, backoff, judge, may_be_about_events, still_alone};
 use super::wire::Envelope;
 use super::{Feed, Shared, lock};
+use crate::admin::metrics;
 use crate::event::Object;
 use crate::federation::RemoteError;
 use crate::identity::Side;
@@ -102,6 +103,10 @@ impl<'a> Worker<'a> {
                             self.keep(Vec::new(), Some(&transaction)).await?;
                             current = Some(transaction);
                         }
+                        Composed::Edus(transaction) => {
+                            self.keep(Vec::new(), None).await?;
+                            self.send_edus(&transaction).await;
+                        }
                     }
                 }
                 if let Some(transaction) = current.take() {
@@ -134,7 +139,9 @@ impl<'a> Worker<'a> {
         if let Some(failure) = rows::failure(&self.shared.store, name).await? {
             self.failures = failure.failures;
             let left = still_alone(failure.retry_at, self.shared.clock.now_ms(), failure.failures);
+            self.slot.edus().silence(Instant::now(), left);
             self.pause_until_heard(left).await;
+            self.slot.edus().is_back();
         }
         let Some(row) = rows::inflight(&self.shared.store, name).await? else { return Ok(None) };
         let (doubtful, parts): (Vec<PartRow>, Vec<PartRow>) = row.parts.into_iter().partition(|part| part.doubtful);
@@ -143,7 +150,7 @@ impl<'a> Worker<'a> {
             return Ok(None);
         }
         let parts = parts.into_iter().map(|part| {
-            Ok(Part {
+            Ok::<_, StoreError>(Part {
                 feed: Feed::parse(&part.kind, part.room_id)?,
                 after: part.after,
                 through: part.through,
@@ -157,7 +164,9 @@ impl<'a> Worker<'a> {
         for part in &parts {
             self.slot.add(part.feed.clone(), News::Ask);
         }
-        Ok(Some(Transaction { txn_id: row.txn_id, composed_ts: row.composed_ts, parts, uncertain: true }))
+        let protocol = parts.first().map_or(Side::Matrix, |part| part.feed.kind.protocol());
+        let (txn_id, composed_ts) = (row.txn_id, row.composed_ts);
+        Ok(Some(Transaction { txn_id, composed_ts, protocol, parts, edus: Vec::new(), uncertain: true }))
     }
 
     /// Waits for news; true when there is none for a while, and the destination is forgotten.
@@ -169,7 +178,8 @@ impl<'a> Worker<'a> {
         }
         // News comes under this lock.
         let mut slots = lock(&self.shared.slots);
-        let idle = self.slot.is_clean();
+        // Who did not take EDUs is remembered for as long as that counts.
+        let idle = self.slot.is_clean() && !self.slot.edus().is_silent(Instant::now());
         if idle {
             slots.remove(self.destination);
         }
@@ -246,7 +256,14 @@ impl<'a> Worker<'a> {
                 self.arrived(&transaction);
                 Ok(None)
             }
-            Err(error) => self.refused(transaction, events, error).await,
+            Err(error) => {
+                // What is repeated is the same but for what will be old by then; the first answer counts in any case.
+                if !transaction.edus.is_empty() {
+                    transaction.edus.clear();
+                    self.slot.edus().failed(Instant::now());
+                }
+                self.refused(transaction, events, error).await
+            }
         }
     }
 
@@ -276,15 +293,30 @@ impl<'a> Worker<'a> {
         Ok(Ok(()))
     }
 
+    /// Sends what is not repeated when it fails. Neither do events wait for it then, nor does the destination count as failing.
+    async fn send_edus(&mut self, transaction: &Transaction) {
+        match self.send(transaction, Vec::new()).await {
+            Ok(_) if self.failures > 0 => self.arrived(transaction),
+            Ok(_) => self.slot.edus().arrived(),
+            Err(error) => {
+                let edus = transaction.edus.len();
+                tracing::debug!(server = %self.destination, edus, %error, "EDUs were not taken");
+                metrics::edus_dropped("refused", edus);
+                self.slot.edus().failed(Instant::now());
+            }
+        }
+    }
+
     async fn send(&self, transaction: &Transaction, pdus: Vec<Bytes>) -> Result<Object, RemoteError> {
         let places = if self.failures == 0 { &self.shared.healthy } else { &self.shared.failing };
         let _place = places.acquire().await.map_err(|error| RemoteError::Unreachable(error.to_string()))?;
         let envelope = Envelope {
             destination: self.destination,
-            protocol: transaction.parts.first().map_or(Side::Matrix, |part| part.feed.kind.protocol()),
+            protocol: transaction.protocol,
             txn_id: &transaction.txn_id,
             composed_ts: transaction.composed_ts,
             pdus,
+            edus: &transaction.edus,
         };
         match self.shared.sender.send(&*self.shared.wire, envelope).await {
             // With 200 all is said; what else an answer holds is for those who understand it.
@@ -376,6 +408,10 @@ impl<'a> Worker<'a> {
             self.recovered = true;
         }
         (self.failures, self.tries, self.tried_since) = (0, 0, None);
+        match transaction.edus.is_empty() {
+            true => self.slot.edus().is_back(),
+            false => self.slot.edus().arrived(),
+        }
         let done = part_rows(&transaction.parts);
         for doubtful in &mut self.doubtful {
             let through = done.iter().filter(|part| same_feed(part, doubtful)).map(|part| part.through).max();
@@ -407,6 +443,7 @@ impl<'a> Worker<'a> {
             // Destinations that are away for long hold no events in memory.
             part.events = None;
         }
+        self.slot.edus().silence(Instant::now(), delay);
         self.pause(asked).await;
         self.pause_until_heard(delay.saturating_sub(asked)).await;
         Ok(Some(transaction))

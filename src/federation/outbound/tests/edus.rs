@@ -1,0 +1,128 @@
+//! EDUs: with the events of the next transaction or alone, and never at the cost of an event.
+
+use super::*;
+use crate::event::Typing;
+
+fn typing(typing: bool) -> Edu {
+    Edu::Typing(Typing {
+        room_id: "!r:g.example".try_into().unwrap(),
+        user_id: "@u:g.example".try_into().unwrap(),
+        typing,
+    })
+}
+
+fn edus(seen: &Seen) -> Vec<serde_json::Value> {
+    seen.body.get("edus").and_then(|edus| edus.as_array()).cloned().unwrap_or_default()
+}
+
+#[tokio::test]
+async fn edus_go_alone_in_the_shape_that_the_destination_knows_and_nothing_is_stored() {
+    let (_directory, store) = sqlite().await;
+    let mut world = World::new(&store, &Arc::new(Feeds::default()), |_, _, _| ok());
+    world.queues.start().await.unwrap();
+    world.queues.send_edu(Side::Matrix, [name("a.example")], &typing(true));
+    let seen = world.next().await;
+    assert!(seen.uri.starts_with("/_matrix/federation/v1/send/") && seen.numbers().is_empty(), "{seen:?}");
+    assert_eq!(edus(&seen), [serde_json::Value::from(typing(true).to_matrix())]);
+    // By the LM `send` a server that does both protocols gets Matrix's shape too, one that does LM alone the draft's.
+    for (destination, shape) in [("b.example", typing(true).to_matrix()), ("eigen.example", typing(true).to_lm())] {
+        world.queues.send_edu(Side::Lm, [name(destination)], &typing(true));
+        let seen = world.next().await;
+        assert!(seen.uri.starts_with("/_matrix/federation/unstable/"), "{seen:?}");
+        assert_eq!(edus(&seen), [serde_json::Value::from(shape)]);
+    }
+    assert!(rows::inflight_destinations(&store).await.unwrap().is_empty());
+    world.queues.stop().await;
+}
+
+#[tokio::test]
+async fn edus_go_with_events_and_what_was_said_meanwhile_is_the_newest() {
+    let (_directory, store) = sqlite().await;
+    let (feeds, log) = one_log(&store, 1..2, &["a.example"]).await;
+    let (open, gate) = tokio::sync::watch::channel(false);
+    let mut world = World::new(&store, &feeds, move |_, _, _| {
+        let mut gate = gate.clone();
+        Box::pin(async move {
+            gate.wait_for(|open| *open).await.unwrap();
+            ok().await
+        })
+    });
+    world.queues.start().await.unwrap();
+    assert_eq!(world.next().await.numbers(), [1]);
+    // While that is on its way.
+    fill(&store, &feeds, &log, 2..4, &[]).await;
+    world.queues.wake(&log, &[name("a.example")]);
+    for is_typing in [true, false, true, false] {
+        world.queues.send_edu(Side::Lm, [name("a.example")], &typing(is_typing));
+    }
+    open.send(true).unwrap();
+    let seen = world.next().await;
+    assert_eq!((seen.numbers(), edus(&seen)), (vec![2, 3], vec![typing(false).to_matrix().into()]));
+    world.settled().await;
+    world.queues.stop().await;
+}
+
+#[tokio::test]
+async fn hc_60_edus_cost_no_event_and_make_no_destination_fail() {
+    let (_directory, store) = sqlite().await;
+    let (feeds, log) = one_log(&store, 1..2, &["a.example"]).await;
+    // It fails whenever it gets an EDU.
+    let mut world = World::new(&store, &feeds, |_, _, body| match body.contains_key("edus") {
+        true => status(500),
+        false => ok(),
+    });
+    world.queues.send_edu(Side::Lm, [name("a.example")], &typing(true));
+    world.queues.start().await.unwrap();
+    world.queues.wake(&log, &[name("a.example")]);
+    let first = world.next().await;
+    assert_eq!((first.numbers(), edus(&first).len()), (vec![1], 1));
+    // The same again, but for what will be old by then.
+    let second = world.next().await;
+    assert_eq!((second.numbers(), edus(&second).len(), second.txn_id()), (vec![1], 0, first.txn_id()));
+    world.settled().await;
+    // For a while it gets none, alone or with others; events go on.
+    world.queues.send_edu(Side::Lm, [name("a.example")], &typing(true));
+    fill(&store, &feeds, &log, 2..3, &[]).await;
+    world.queues.wake(&log, &[name("a.example")]);
+    let third = world.next().await;
+    assert_eq!((third.numbers(), edus(&third).len()), (vec![2], 0));
+    world.settled().await;
+
+    // One that fails with EDUs alone does not count as failing.
+    world.queues.send_edu(Side::Lm, [name("b.example")], &typing(true));
+    assert_eq!(edus(&world.next().await).len(), 1);
+    fill(&store, &feeds, &feed(FeedKind::Log, "!b:g.example"), 7..8, &["b.example"]).await;
+    world.queues.wake(&feed(FeedKind::Log, "!b:g.example"), &[name("b.example")]);
+    assert_eq!(world.next().await.numbers(), [7]);
+    world.settled().await;
+    world.queues.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_said_while_a_destination_is_left_alone_is_dropped() {
+    let (_directory, store) = sqlite().await;
+    let (feeds, _) = one_log(&store, 1..2, &["a.example"]).await;
+    let away = Arc::new(AtomicBool::new(true));
+    let is_away = away.clone();
+    let mut world = World::new(&store, &feeds, move |_, _, _| match is_away.load(Ordering::SeqCst) {
+        true => unreachable(),
+        false => ok(),
+    });
+    world.queues.start().await.unwrap();
+    world.next().await;
+    let failing = async {
+        while world.queues.status().await.unwrap().iter().all(|queue| queue.failures == 0) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(WAIT, failing).await.unwrap();
+    world.queues.send_edu(Side::Lm, [name("a.example")], &typing(true));
+    away.store(false, Ordering::SeqCst);
+    world.queues.retry(&name("a.example"));
+    let seen = world.next().await;
+    assert_eq!((seen.numbers(), edus(&seen).len()), (vec![1], 0));
+    world.settled().await;
+    world.queues.send_edu(Side::Lm, [name("a.example")], &typing(false));
+    assert_eq!(edus(&world.next().await).len(), 1, "it is back");
+    world.queues.stop().await;
+}
