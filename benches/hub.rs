@@ -3,7 +3,7 @@
 //! twenty; then the time of the echo at half that load. The hub is a process of its own, so that its CPU time and its memory
 //! are its own too; the participants in this process do as little as they can. Machines are noisy: trust the ratios.
 //!
-//! `cargo bench --bench hub` (`-- --seconds 2` for a quick look).
+//! `cargo bench --bench hub` (`-- --seconds 2` for a quick look, `-- --participants 2` to see what each destination costs).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -28,7 +28,7 @@ use self::support::percentile;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// How many servers take part.
+/// How many servers take part, unless told otherwise.
 const PARTICIPANTS: usize = 4;
 /// How many LPDUs each signs in advance, out of the clock's sight.
 const PREPARED: u64 = 60_000;
@@ -42,10 +42,11 @@ fn main() {
         return runtime.block_on(support::hub::serve(directory.as_ref()));
     }
     let seconds = after("--seconds").map_or(5, |text| text.parse().unwrap());
+    let servers = after("--participants").map_or(PARTICIPANTS, |text| text.parse().unwrap());
     let floor = floor();
     println!("floor, one LPDU on one core       {:>8.0} us   {:>8.0} LPDU/s", floor.one, 1e6 / floor.one);
     println!("floor, batches of 50              {:>8.0} us   {:>8.0} LPDU/s", floor.batch, 1e6 / floor.batch);
-    runtime.block_on(measure(seconds, &floor));
+    runtime.block_on(measure(seconds, servers, &floor));
 }
 
 struct Floor {
@@ -100,13 +101,13 @@ fn best_of(mut run: impl FnMut()) -> f64 {
     runs[runs.len() / 2]
 }
 
-async fn measure(seconds: u64, floor: &Floor) {
-    println!("\n{PARTICIPANTS} participants       LPDU/s    hub CPU/LPDU   x floor   sent   lost  doubled  misplaced");
+async fn measure(seconds: u64, servers: usize, floor: &Floor) {
+    println!("\n{servers} participants       LPDU/s    hub CPU/LPDU   x floor   sent   lost  doubled  misplaced");
     let mut half = 0.0;
     for (rooms, batch) in [(1, 50), (20, 50), (1, 1), (20, 1)] {
         let directory = tempfile::tempdir().unwrap();
         let hub = hub::start(directory.path(), rooms).await;
-        let participants = join_all(&hub).await;
+        let participants = join_all(&hub, servers).await;
         let most = if batch == 1 { PREPARED / 4 } else { PREPARED };
         let prepared: Vec<_> = participants.iter().map(|participant| participant.prepare(&hub, batch, most)).collect();
         let cpu = hub.cpu();
@@ -123,11 +124,11 @@ async fn measure(seconds: u64, floor: &Floor) {
         let order = participants.iter().map(|participant| participant.ear.order()).fold(Order::default(), Order::and);
         println!(
             "{rooms:>2} rooms, batches of {batch:<2} {rate:>9.0} {cpu:>12.0} us {per_floor:>9.2} {sent:>6} {:>6} {:>8} {:>10}",
-            sent * PARTICIPANTS - order.different,
+            sent * servers - order.different,
             order.doubled,
             order.misplaced
         );
-        if order.different < sent * PARTICIPANTS {
+        if order.different < sent * servers {
             println!("    of {sent} messages, the hub's log has {}", messages_in_log(directory.path()).await);
         }
         if batch == 50 && rooms == 1 {
@@ -137,13 +138,13 @@ async fn measure(seconds: u64, floor: &Floor) {
     }
     let directory = tempfile::tempdir().unwrap();
     let hub = hub::start(directory.path(), 1).await;
-    let participants = join_all(&hub).await;
-    let pace = Duration::from_secs_f64(50.0 * PARTICIPANTS as f64 / half);
+    let participants = join_all(&hub, servers).await;
+    let pace = Duration::from_secs_f64(50.0 * servers as f64 / half);
     let prepared: Vec<_> = participants.iter().map(|participant| participant.prepare(&hub, 50, PREPARED)).collect();
     let until = Instant::now() + Duration::from_secs(seconds);
     let sending = participants.iter().zip(prepared).enumerate().map(|(number, (participant, prepared))| {
         // Servers that know nothing of each other do not send at the same moment.
-        let phase = pace * number as u32 / PARTICIPANTS as u32;
+        let phase = pace * number as u32 / servers as u32;
         participant.pace(&hub, prepared, (phase, pace), until)
     });
     let sent: usize = futures::future::join_all(sending).await.into_iter().sum();
@@ -158,9 +159,9 @@ async fn measure(seconds: u64, floor: &Floor) {
     );
 }
 
-async fn join_all(hub: &Gateway) -> Vec<Participant> {
+async fn join_all(hub: &Gateway, servers: usize) -> Vec<Participant> {
     let mut participants = Vec::new();
-    for number in 0..PARTICIPANTS {
+    for number in 0..servers {
         participants.push(Participant::join(number, hub).await);
     }
     participants

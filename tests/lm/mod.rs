@@ -8,5 +8,6 @@ mod http;
 mod hub_and_participant;
 pub mod log_hub;
 mod own_events;
+mod schedules;
 mod unreadable;
 pub mod world;

@@ -1,0 +1,343 @@
+//! Servers that come and go: schedules made of a seed, of messages, joins, leaves, kicks, links that are cut, answers that are
+//! lost and servers that are started again. Afterwards each log is its hub's, and nothing is missing or twice.
+//!
+//! `ISTHMUS_SEED=N cargo test schedules` runs the schedules of that seed. The schedule is the same each time; how the servers'
+//! tasks interleave is not.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use axum::extract::Request;
+use axum::http::StatusCode;
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+use isthmus::event::{Object, canonical_json};
+use isthmus::lm::{Appended, Sent};
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
+
+use super::world::{Node, World, assert_dense, member, message};
+use crate::support::between::Watcher;
+
+/// How long the servers may take to come into step after the schedule.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// How many steps a schedule has.
+const STEPS: usize = 60;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_1_inv_3_inv_5_two_servers_that_come_and_go_end_with_one_log() {
+    run(["one.example", "two.example"], 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_1_inv_3_inv_5_three_servers_that_come_and_go_end_with_one_log() {
+    run(["one.example", "two.example", "three.example"], 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_1_inv_3_inv_5_five_servers_that_come_and_go_end_with_one_log() {
+    run(["one.example", "two.example", "three.example", "four.example", "five.example"], 3).await;
+}
+
+/// Each server is the hub of one room and takes part in the others'.
+async fn run<const N: usize>(names: [&str; N], seed: u64) {
+    let seed = std::env::var("ISTHMUS_SEED").map_or(seed, |text| text.parse().unwrap());
+    let (world, nodes) = World::new(names).await;
+    let mut schedule = Schedule {
+        world,
+        random: StdRng::seed_from_u64(seed),
+        links: Arc::new(Links { cut: Mutex::default(), random: Mutex::new(StdRng::seed_from_u64(!seed)) }),
+        nodes: nodes.into_iter().map(Some).collect(),
+        rooms: Vec::new(),
+        watchers: Vec::new(),
+        said: Vec::new(),
+        told: Vec::new(),
+    };
+    schedule.begin().await;
+    for _ in 0..STEPS {
+        schedule.step().await;
+    }
+    schedule.settle().await;
+    schedule.check().await;
+}
+
+/// Which servers cannot reach each other.
+struct Links {
+    cut: Mutex<BTreeSet<(String, String)>>,
+    random: Mutex<StdRng>,
+}
+
+impl Links {
+    fn is_cut(&self, from: &str, to: &str) -> bool {
+        let cut = self.cut.lock().unwrap();
+        cut.contains(&(from.to_owned(), to.to_owned())) || cut.contains(&(to.to_owned(), from.to_owned()))
+    }
+
+    /// Where a link is cut, either the request does not arrive or its answer does not.
+    async fn pass(&self, to: &str, request: Request, next: Next) -> Response {
+        let header = request.headers().get("authorization").and_then(|header| header.to_str().ok()).unwrap_or_default();
+        let from = header.split("origin=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap_or_default();
+        if !self.is_cut(from, to) {
+            return next.run(request).await;
+        }
+        if self.random.lock().unwrap().gen_bool(0.5) {
+            next.run(request).await;
+        }
+        StatusCode::SERVICE_UNAVAILABLE.into_response()
+    }
+}
+
+/// What a server said that it took.
+struct Said {
+    room: usize,
+    sender: OwnedUserId,
+    body: String,
+    /// The LPDU, of what was said to a hub elsewhere.
+    lpdu_id: Option<OwnedEventId>,
+}
+
+struct Schedule {
+    world: World,
+    random: StdRng,
+    links: Arc<Links>,
+    nodes: Vec<Option<Node>>,
+    /// The room that each server is the hub of.
+    rooms: Vec<OwnedRoomId>,
+    /// Of the servers as they were before they were started again too.
+    watchers: Vec<Arc<Watcher>>,
+    said: Vec<Said>,
+    /// What was done, for who reads a failure.
+    told: Vec<String>,
+}
+
+impl Schedule {
+    fn node(&self, index: usize) -> &Node {
+        self.nodes[index].as_ref().unwrap()
+    }
+
+    fn name(&self, index: usize) -> OwnedServerName {
+        self.node(index).name.clone()
+    }
+
+    fn link_up(&mut self, index: usize) {
+        let (links, name) = (self.links.clone(), self.name(index).to_string());
+        self.watchers.push(self.node(index).watcher.clone());
+        self.node(index).meddle(move |request, next| {
+            let (links, name) = (links.clone(), name.clone());
+            async move { links.pass(&name, request, next).await }
+        });
+    }
+
+    async fn begin(&mut self) {
+        for index in 0..self.nodes.len() {
+            self.link_up(index);
+            self.rooms.push(self.node(index).create_room("public").await);
+        }
+        for hub in 0..self.nodes.len() {
+            for part in (0..self.nodes.len()).filter(|part| *part != hub) {
+                self.node(part).join(&self.rooms[hub], "u0", self.node(hub)).await;
+            }
+        }
+    }
+
+    fn pick(&mut self) -> usize {
+        self.random.gen_range(0..self.nodes.len())
+    }
+
+    fn localpart(&mut self) -> &'static str {
+        ["bot", "u0", "u1"][self.random.gen_range(0..3)]
+    }
+
+    async fn step(&mut self) {
+        let (node, room) = (self.pick(), self.pick());
+        let localpart = self.localpart();
+        let user = self.node(node).user(localpart);
+        match self.random.gen_range(0..100) {
+            0..60 => self.speak(room).await,
+            60..72 => {
+                let joined = self.join(node, room, &user).await;
+                self.told.push(format!("{user} joins {room}: {joined}"));
+            }
+            72..78 if user.localpart() != "bot" => {
+                let left = self.send(node, room, member(&user, &user, "leave")).await.is_ok();
+                self.told.push(format!("{user} leaves {room}: {left}"));
+            }
+            78..82 if user.localpart() != "bot" && node != room => {
+                let bot = self.node(room).user("bot");
+                let kicked = self.send(room, room, member(&bot, &user, "leave")).await.is_ok();
+                self.told.push(format!("{user} is kicked from {room}: {kicked}"));
+            }
+            82..90 => {
+                let other = self.pick();
+                let pair = (self.name(node).to_string(), self.name(other).to_string());
+                self.told.push(format!("the link of {} and {} is cut", pair.0, pair.1));
+                self.links.cut.lock().unwrap().insert(pair);
+            }
+            90..95 => self.heal(),
+            _ => {
+                self.told.push(format!("{} starts again", self.name(node)));
+                let stopped = self.nodes[node].take().unwrap();
+                self.nodes[node] = Some(self.world.restart(stopped).await);
+                self.link_up(node);
+            }
+        }
+    }
+
+    fn heal(&mut self) {
+        self.told.push("all links are there again".to_owned());
+        self.links.cut.lock().unwrap().clear();
+        self.hurry();
+    }
+
+    /// Has everything tried now that waits for a better time.
+    fn hurry(&self) {
+        for node in self.nodes.iter().flatten() {
+            for other in self.nodes.iter().flatten().filter(|other| other.name != node.name) {
+                node.context.outbound.retry(&other.name);
+            }
+        }
+    }
+
+    async fn send(&self, node: usize, room: usize, draft: isthmus::seam::Draft) -> Result<Sent, String> {
+        let sending = self.node(node).send(&self.rooms[room], draft);
+        let sent = tokio::time::timeout(PATIENCE, sending).await.expect("a send ends");
+        sent.map_err(|refusal| refusal.to_string())
+    }
+
+    async fn join(&self, node: usize, room: usize, user: &OwnedUserId) -> bool {
+        let via = [self.name(room)];
+        let joining = self.node(node).lm.join(&self.rooms[room], user, &via, Object::new());
+        tokio::time::timeout(PATIENCE, joining).await.expect("a join ends").is_ok()
+    }
+
+    /// Every server says something in a room at once.
+    async fn speak(&mut self, room: usize) {
+        let number = self.told.len();
+        let mut drafts = Vec::new();
+        for node in 0..self.nodes.len() {
+            let localpart = self.localpart();
+            let sender = self.node(node).user(localpart);
+            drafts.push((node, sender.clone(), format!("{number} {sender}")));
+        }
+        let sending = drafts.iter().map(|(node, sender, body)| self.send(*node, room, message(sender, body)));
+        let sent = futures::future::join_all(sending).await;
+        for ((_, sender, body), sent) in drafts.into_iter().zip(sent) {
+            self.told.push(format!("{body} in {room}: {}", if sent.is_ok() { "taken" } else { "refused" }));
+            let Ok(sent) = sent else { continue };
+            let lpdu_id = match sent {
+                Sent::Queued { lpdu_id } => Some(lpdu_id),
+                Sent::Appended(_) => None,
+            };
+            self.said.push(Said { room, sender, body, lpdu_id });
+        }
+    }
+
+    /// Waits until nothing is on its way, with one user of every server in every room.
+    async fn settle(&mut self) {
+        self.heal();
+        self.quiet().await;
+        for hub in 0..self.nodes.len() {
+            for part in (0..self.nodes.len()).filter(|part| *part != hub) {
+                let user = self.node(part).user("u0");
+                assert!(self.join(part, hub, &user).await, "{user} cannot join {hub}: {:#?}", self.told);
+            }
+        }
+        self.quiet().await;
+    }
+
+    async fn quiet(&self) {
+        let start = Instant::now();
+        let mut still = 0;
+        while still < 5 {
+            let mut waiting = Vec::new();
+            for node in self.nodes.iter().flatten() {
+                let queues = node.context.outbound.status().await.unwrap();
+                waiting.extend(queues.into_iter().filter(|queue| queue.waiting > 0).map(|queue| (node.name.clone(), queue)));
+            }
+            still = if waiting.is_empty() { still + 1 } else { 0 };
+            assert!(start.elapsed() < PATIENCE, "waits for ever: {waiting:#?}\n{:#?}", self.told);
+            self.hurry();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    async fn check(&self) {
+        assert!(self.said.len() > STEPS / 2, "hardly anybody said anything: {:#?}", self.told);
+        for (hub, room) in self.rooms.iter().enumerate() {
+            let log = self.node(hub).log(room).await;
+            assert_dense(&log);
+            let mut twice = BTreeSet::new();
+            for event in &log {
+                assert!(event.event.lpdu_id.as_ref().is_none_or(|id| twice.insert(id.clone())), "an LPDU is in the log twice");
+            }
+            self.nothing_is_missing(hub, &log);
+            for (part, node) in self.nodes.iter().enumerate().filter(|(part, _)| *part != hub) {
+                same_log(&log, &node.as_ref().unwrap().log(room).await, &self.name(part));
+                let info = node.as_ref().unwrap().lm.room(room).await.unwrap().unwrap();
+                assert_eq!(info.complaints, Vec::<String>::new(), "{:#?}", self.told);
+            }
+        }
+    }
+
+    /// What was taken is in the log once and in its sender's order, or its sender was told that the hub would not have it.
+    fn nothing_is_missing(&self, hub: usize, log: &[Appended]) {
+        let refused: Vec<OwnedEventId> = self
+            .watchers
+            .iter()
+            .flat_map(|watcher| watcher.refused.lock().unwrap().iter().map(|(id, _)| id.clone()).collect::<Vec<_>>())
+            .collect();
+        let mut places: HashMap<&str, Vec<usize>> = HashMap::new();
+        for (place, event) in log.iter().enumerate() {
+            if let Some(body) = event.event.content().get("body").and_then(|body| body.as_str()) {
+                places.entry(body).or_default().push(place);
+            }
+        }
+        let mut last: BTreeMap<&OwnedUserId, usize> = BTreeMap::new();
+        for said in self.said.iter().filter(|said| said.room == hub) {
+            match places.get(said.body.as_str()).map(Vec::as_slice) {
+                Some([place]) => {
+                    let before = last.insert(&said.sender, *place);
+                    assert!(before < Some(*place), "{} is out of its sender's order: {:#?}", said.body, self.told);
+                }
+                Some(several) => panic!("{} is at {several:?}", said.body),
+                None => {
+                    let told = said.lpdu_id.as_ref().is_some_and(|id| refused.contains(id));
+                    assert!(told, "{} in {hub} is lost: {:#?}", said.body, self.told);
+                }
+            }
+        }
+    }
+}
+
+/// What a participant has is the hub's, byte for byte and in the hub's order, and from its last join on it has all of it.
+fn same_log(hub: &[Appended], part: &[Appended], name: &OwnedServerName) {
+    let at_hub: HashMap<_, _> = hub.iter().map(|event| (&event.event.event_id, event)).collect();
+    for event in part {
+        let original = at_hub.get(&event.event.event_id).expect("an event that the hub does not have");
+        assert_eq!(canonical_json(&event.event.json), canonical_json(&original.event.json));
+    }
+    // Where its last stay began: the last join while it had nobody in the room.
+    let mut joined = BTreeSet::new();
+    let mut began = None;
+    for (place, event) in hub.iter().enumerate() {
+        let json = &event.event.json;
+        let user = json.get("state_key").and_then(|key| key.as_str()).unwrap_or_default();
+        if json["type"] != "m.room.member" || !user.ends_with(&format!(":{name}")) {
+            continue;
+        }
+        if json["content"]["membership"] == "join" {
+            if joined.is_empty() {
+                began = Some(place);
+            }
+            joined.insert(user.to_owned());
+        } else {
+            joined.remove(user);
+        }
+    }
+    assert!(!joined.is_empty(), "{name} has nobody in the room");
+    let stay: Vec<_> = hub[began.unwrap()..].iter().map(|event| &event.event.event_id).collect();
+    let tail = part.iter().skip_while(|event| event.event.event_id != *stay[0]).map(|event| &event.event.event_id);
+    assert_eq!(tail.collect::<Vec<_>>(), stay, "{name} has another log than the hub");
+}
