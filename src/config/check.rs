@@ -17,6 +17,11 @@ pub(super) fn check(config: &Config) -> Result<(), Problem> {
             format!("is {}, but LM knows no names that are addresses: give the gateway one of DNS", config.server_name);
         return Err(("server_name", problem));
     }
+    let small = config.server_name.as_str().to_ascii_lowercase();
+    if small != config.server_name.as_str() {
+        let problem = format!("is {}, but servers compare names letter by letter: write {small}", config.server_name);
+        return Err(("server_name", problem));
+    }
     listeners(config)?;
     database(&config.database.url)?;
     appservice(config)?;

@@ -28,6 +28,12 @@ pub enum ConfigError {
         /// What the system said.
         problem: String,
     },
+    /// The file is no text.
+    #[error("the configuration file {} is not UTF-8 text: save it as UTF-8", path.display())]
+    NoText {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file is no TOML.
     #[error("the configuration file {} is not valid TOML: {problem}", path.display())]
     Syntax {
@@ -89,6 +95,7 @@ pub(super) fn explain(error: figment::Error, figment: &Figment, path: &std::path
             };
             format!("is not a key of the configuration: {hint}")
         }
+        Kind::UnknownVariant(_, [only]) => format!("{shown}, but it must be {only}, the only one that there is"),
         Kind::UnknownVariant(_, expected) => format!("{shown}, but it must be one of {}", expected.join(", ")),
         // What is expected is called by its type in Rust.
         Kind::InvalidType(..) | Kind::InvalidValue(..) => format!("{shown}: {}", advice(&key)),

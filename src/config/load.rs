@@ -25,6 +25,7 @@ impl Config {
     pub fn load_with(path: &Path, variables: impl Iterator<Item = (String, String)>) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
             ErrorKind::NotFound => ConfigError::Absent { path: path.to_owned() },
+            ErrorKind::InvalidData => ConfigError::NoText { path: path.to_owned() },
             _ => ConfigError::Unreadable { path: path.to_owned(), problem: error.to_string() },
         })?;
         Self::from_text(path, &text, variables)

@@ -302,6 +302,16 @@ fn each_mistake_gets_one_sentence() {
             "isthmus.toml: `access.create_by_alias` is \"all\", but it must be one of appservice, anyone, off",
         ),
         (
+            "server_name = \"g\"\n[portals]\nencryption = \"all\"",
+            &[],
+            "isthmus.toml: `portals.encryption` is \"all\", but it must be refuse, the only one that there is",
+        ),
+        (
+            "server_name = \"LM.example.org\"",
+            &[],
+            "isthmus.toml: `server_name` is LM.example.org, but servers compare names letter by letter: write lm.example.org",
+        ),
+        (
             "server_name = \"g\"\n[listen]\ntls_certificate = \"tls.pem\"",
             &[],
             "isthmus.toml: `listen.tls_private_key` is missing although `listen.tls_certificate` is set: ",

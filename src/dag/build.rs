@@ -23,10 +23,9 @@ use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
 
 /// How many forward extremities an event is built on: as many as other servers take. On fewer than there are the state
-/// before it could lack what it needs, as its sender's join.
-const MAX_PREV_EVENTS: usize = 20;
-/// From how many forward extremities on an event joins the oldest of them, so that the next one can be built on all.
-const MAX_BRANCHES: usize = MAX_PREV_EVENTS;
+/// before it could lack what it needs, as its sender's join. From more on an event joins the oldest of them, so that the next one
+/// can be built on all.
+pub(super) const MAX_PREV_EVENTS: usize = 20;
 /// As how many of the gateway's users that is tried.
 const JOINERS: usize = 3;
 /// The type of that event, which other homeservers use for the same. It has no content, and clients do not show it.
@@ -80,9 +79,9 @@ impl Batch {
         self.take_own(event, effect, before).await
     }
 
-    /// Joins the oldest branches of the room where there are too many, as one of the gateway's users who may.
-    pub(super) async fn join_branches(&mut self) {
-        if self.core.tips.len() <= MAX_BRANCHES || self.cannot_join_branches {
+    /// Joins the oldest branches of the room where there are more than `most`, as one of the gateway's users who may.
+    pub(super) async fn join_branches(&mut self, most: usize) {
+        if self.core.tips.len() <= most || self.cannot_join_branches {
             return;
         }
         let own = self.shared.context.server_name.clone();
@@ -97,7 +96,7 @@ impl Batch {
                 content: Object::new(),
                 origin_server_ts: self.shared.context.clock.now_ms(),
             };
-            let oldest: Vec<Tip> = self.core.tips.iter().take(MAX_BRANCHES).cloned().collect();
+            let oldest: Vec<Tip> = self.core.tips.iter().take(MAX_PREV_EVENTS).cloned().collect();
             let built = self.build_on(&draft, oldest).await;
             match self.take_built(built, None, before).await {
                 Ok(_) => return,

@@ -151,7 +151,7 @@ impl Dag {
     }
 
     /// Sends events of the gateway's users into a room, in order: each is built on the newest forward extremities (at
-    /// most 10), put through the check of foreign events, stored and queued, in one transaction with its effect. Each
+    /// most 20), put through the check of foreign events, stored and queued, in one transaction with its effect. Each
     /// fails alone. What is sent here does not go into the bridge's inbox.
     pub async fn send(&self, room_id: &RoomId, events: Vec<Outgoing>) -> Vec<Result<Arc<GraphEvent>, Refusal>> {
         let count = events.len();

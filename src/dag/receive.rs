@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::accept::{Outcome, Source};
 use super::batch::Batch;
+use super::build::MAX_PREV_EVENTS;
 use super::order::linearize;
 use super::pdu::{Unverified, Verified};
 use super::room::Room;
@@ -193,7 +194,13 @@ async fn accept_each(batch: &mut Batch, events: Vec<Verified>, source: Source) -
         if outcome.is_err() {
             batch.roll_back(before);
         } else {
-            batch.join_branches().await;
+            let most = match &source {
+                // A server that joins is sent nothing of what came between the join's template and the join. An event that follows
+                // all branches has it ask for that here, before others name it, who may have joined too late to know.
+                Source::Handshake(origin) if batch.core.has_server(origin) => 1,
+                _ => MAX_PREV_EVENTS,
+            };
+            batch.join_branches(most).await;
         }
         outcomes.insert(event_id, outcome);
     }

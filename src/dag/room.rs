@@ -2,6 +2,7 @@
 //! for and let go when nobody has used it for a while.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -230,12 +231,15 @@ impl Shared {
         version: RoomVersion,
         core: Core,
     ) -> Result<Arc<Room>, Refusal> {
-        let room = self.start(room_id.to_owned(), version, core)?;
-        let slot = Slot::default();
-        let _ = slot.set(Some(room.clone()));
-        match self.rooms.slots().insert(room_id.to_owned(), slot) {
-            None => Ok(room),
-            Some(_) => Err(Refusal::Internal(format!("room {room_id} exists"))),
+        let mut slots = self.rooms.slots();
+        match slots.entry(room_id.to_owned()) {
+            // Also one that somebody is looking for, or whose making has begun: it keeps its place.
+            Entry::Occupied(_) => Err(Refusal::Internal(format!("room {room_id} exists"))),
+            Entry::Vacant(place) => {
+                let room = self.start(room_id.to_owned(), version, core)?;
+                place.insert(Arc::new(OnceCell::new_with(Some(Some(room.clone())))));
+                Ok(room)
+            }
         }
     }
 

@@ -96,13 +96,26 @@ impl Lpdu {
         Ok(known.into_iter().map(check).collect())
     }
 
-    /// Checks the hash and the sender's server's signature.
-    pub fn verify(self, keys: &VerifyKeys) -> Result<VerifiedLpdu, Refusal> {
+    /// Checks the hash and the sender's server's signature. Of `signatures` no more is left than what was checked: the LPDU's
+    /// hash covers none of it, and what the hub passes on unseen could make a participant refuse that knows other keys.
+    pub fn verify(mut self, keys: &VerifyKeys) -> Result<VerifiedLpdu, Refusal> {
         self.check_hash()?;
         for answer in verify_each(&self.signature_checks(keys)?) {
             answer?;
         }
+        self.keep_checked(keys);
         Ok(VerifiedLpdu(self))
+    }
+
+    fn keep_checked(&mut self, keys: &VerifyKeys) {
+        let server = self.sender.server_name();
+        let Some(all) = self.json.get_mut("signatures").and_then(Value::as_object_mut) else { return };
+        all.retain(|signer, _| signer == server.as_str());
+        if let Some((of_server, known)) =
+            all.get_mut(server.as_str()).and_then(Value::as_object_mut).zip(keys.get(server))
+        {
+            of_server.retain(|key_id, _| known.contains_key(key_id));
+        }
     }
 
     /// The same for many; answers in order. Not in one batch: [`verify_each`] says why.

@@ -41,6 +41,36 @@ async fn a_server_joins_speaks_and_leaves() {
 }
 
 #[tokio::test]
+async fn who_joins_while_something_is_said_is_led_to_it() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    for version in VERSIONS {
+        let room = gateway.room(version, "public").await;
+        let alice = peer.user("alice");
+        let versions = [version.as_str().to_owned()];
+        let made = gateway.dag.make_join(&peer.name, &room, &alice, &versions).await.unwrap();
+        let said = gateway.send(&room, message(&bot(), "meanwhile")).await.unwrap();
+        let (join_id, join) = peer.sign(version, made["event"].clone());
+        gateway.dag.send_join(&peer.name, &room, &join_id, join, false).await.unwrap();
+        // Both branches end in one event, of which the newcomer hears.
+        let next = gateway.send(&room, message(&bot(), "next")).await.unwrap();
+        let tie = gateway.dag.event(&next).await.unwrap().unwrap().prev_events.clone();
+        let [tie] = tie.as_slice() else { panic!("{tie:?}") };
+        let mut tied = gateway.dag.event(tie).await.unwrap().unwrap().prev_events.clone();
+        tied.sort();
+        let mut branches = [said, join_id.clone()];
+        branches.sort();
+        assert_eq!(tied, branches);
+        // What it is led to it may ask for.
+        let body = json!({ "earliest_events": [join_id], "latest_events": [tie], "limit": 10, "min_depth": 0 });
+        let missing = gateway.dag.get_missing_events(&peer.name, &room, object(body)).await.unwrap();
+        let contents: Vec<_> =
+            missing["events"].as_array().unwrap().iter().map(|event| &event["content"]["body"]).collect();
+        assert!(contents.contains(&&json!("meanwhile")), "{missing}");
+    }
+}
+
+#[tokio::test]
 async fn a_large_room_is_joined_without_its_members_first() {
     let peer = Peer::start("peer.example").await;
     let gateway = Gateway::start(&[&peer]).await;

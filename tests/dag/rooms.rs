@@ -37,6 +37,18 @@ async fn rooms_of_each_version_are_made_and_survive_a_restart() {
     assert!(gateway.dag.room(RoomId::parse("!other:x").unwrap().as_ref()).await.unwrap().is_none());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rooms_that_are_made_in_the_same_moment_are_rooms_of_their_own() {
+    let gateway = Gateway::start(&[]).await;
+    // The clock stands still.
+    let rooms = futures::future::join_all((0..50).map(|_| gateway.room(RoomVersion::V12, "public"))).await;
+    assert_eq!(rooms.iter().collect::<std::collections::BTreeSet<_>>().len(), rooms.len());
+    for room in rooms {
+        assert_eq!(gateway.state(&room).await.len(), 5);
+        gateway.send(&room, message(&bot(), "here")).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_room_lives_on_either_database() {
     both_stores(|store| async move {

@@ -72,6 +72,32 @@ async fn hc_27_hc_28_an_lpdu_has_nothing_that_the_hub_adds_and_the_right_hash() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_31_a_hub_passes_on_no_signature_that_it_has_not_checked() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let room = room_of(&hub, &part).await;
+    third.join(&room, "carol", &hub).await;
+    // The hub knows none of these keys but the good one; another participant may come to know them, and would refuse the event.
+    let decorated = changed(&lpdu(&part, &hub, &room, "decorated"), |json| {
+        let signatures = json["signatures"].as_object_mut().unwrap();
+        for server in [&hub.name, &third.name, &part.name] {
+            let of_server = signatures.entry(server.to_string()).or_insert_with(|| json!({}));
+            of_server.as_object_mut().unwrap().insert("ed25519:old".to_owned(), json!("AAAA"));
+        }
+        signatures.insert("stranger.example".to_owned(), json!({ "ed25519:a": "AAAA" }));
+    });
+    let received = give(&hub, &part, &decorated).await;
+    assert_eq!(received.result, Ok(()));
+    let appended = hub.wait_for_body(&room, "decorated").await.pop().unwrap();
+    let signatures = appended.event.json["signatures"].as_object().unwrap();
+    assert_eq!(signatures.keys().collect::<Vec<_>>(), [hub.name.as_str(), part.name.as_str()]);
+    for (server, node) in [(&hub.name, &hub), (&part.name, &part)] {
+        let ids: Vec<_> = signatures[server.as_str()].as_object().unwrap().keys().collect();
+        assert_eq!(ids, [node.context.signing_key.id()]);
+    }
+    third.wait_for_body(&room, "decorated").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hc_29_hc_39_nobody_speaks_for_users_of_another_server() {
     let (_world, [hub, part, evil]) = World::new(["hub.example", "part.example", "evil.example"]).await;
     let room = room_of(&hub, &part).await;

@@ -254,7 +254,9 @@ impl Schedule {
             let mut waiting = Vec::new();
             for node in self.nodes.iter().flatten() {
                 let queues = node.context.outbound.status().await.unwrap();
-                waiting.extend(queues.into_iter().filter(|queue| queue.waiting > 0).map(|queue| (node.name.clone(), queue)));
+                waiting.extend(
+                    queues.into_iter().filter(|queue| queue.waiting > 0).map(|queue| (node.name.clone(), queue)),
+                );
             }
             still = if waiting.is_empty() { still + 1 } else { 0 };
             assert!(start.elapsed() < PATIENCE, "waits for ever: {waiting:#?}\n{:#?}", self.told);
@@ -270,7 +272,10 @@ impl Schedule {
             assert_dense(&log);
             let mut twice = BTreeSet::new();
             for event in &log {
-                assert!(event.event.lpdu_id.as_ref().is_none_or(|id| twice.insert(id.clone())), "an LPDU is in the log twice");
+                assert!(
+                    event.event.lpdu_id.as_ref().is_none_or(|id| twice.insert(id.clone())),
+                    "an LPDU is in the log twice"
+                );
             }
             self.nothing_is_missing(hub, &log);
             for (part, node) in self.nodes.iter().enumerate().filter(|(part, _)| *part != hub) {
