@@ -31,6 +31,8 @@ struct Seen {
     /// State and timeline of each room, as they came.
     timelines: BTreeMap<String, Vec<Value>>,
     invites: BTreeMap<String, Value>,
+    /// Who types and who has read what, as it came.
+    ephemeral: BTreeMap<String, Vec<Value>>,
 }
 
 /// An error that the server answered with.
@@ -256,6 +258,8 @@ impl Client {
             seen.invites.remove(&room);
             // The state before the timeline belongs to what is known, as after a join.
             let events = ["state", "timeline"].into_iter().flat_map(|part| news[part]["events"].as_array());
+            let ephemeral = news["ephemeral"]["events"].as_array().into_iter().flatten();
+            seen.ephemeral.entry(room.clone()).or_default().extend(ephemeral.cloned());
             seen.timelines.entry(room).or_default().extend(events.flatten().cloned());
         }
         seen.invites.extend(rooms("invite"));
@@ -307,6 +311,24 @@ impl Client {
     /// Waits until a user's membership is the one given.
     pub async fn wait_for_member(&self, room: &str, user: &str, membership: &str) -> Result<Value> {
         self.wait_for_state(room, "m.room.member", user, |content| content["membership"] == membership).await
+    }
+
+    /// Says that the user types for half a minute, or has stopped.
+    pub async fn set_typing(&self, room: &str, typing: bool) -> Result<()> {
+        let rest = format!("typing/{}", segment(&self.user_id));
+        let body = json!({ "typing": typing, "timeout": 30_000 });
+        self.in_room(Method::PUT, room, &rest, Some(body)).await.map(drop)
+    }
+
+    /// Says that the user has read up to an event.
+    pub async fn read(&self, room: &str, event_id: &str) -> Result<()> {
+        let rest = format!("receipt/m.read/{}", segment(event_id));
+        self.in_room(Method::POST, room, &rest, Some(json!({}))).await.map(drop)
+    }
+
+    /// Waits until what has come of typing and reading in a room matches, oldest first.
+    pub async fn wait_for_ephemeral(&self, room: &str, what: &str, matches: impl Fn(&[Value]) -> bool) -> Result<()> {
+        self.wait(what, |seen| matches(seen.ephemeral.get(room)?).then_some(())).await
     }
 
     /// Waits until as many events as `count` of the timeline match, and returns them in the timeline's order.

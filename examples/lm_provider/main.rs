@@ -107,7 +107,7 @@ async fn command(provider: &Provider, user: &UserId, room: &mut Option<OwnedRoom
         "" => return Ok(()),
         "/help" => {
             eprintln!("any text · /join ALIAS or ROOM SERVER · /invite USER · /kick USER · /ban USER · /topic TEXT");
-            eprintln!("/name TEXT · /members · /rooms · /room ROOM · /leave · /quit");
+            eprintln!("/name TEXT · /typing · /typing off · /read · /members · /rooms · /room ROOM · /leave · /quit");
             return Ok(());
         }
         "/join" => {
@@ -134,6 +134,11 @@ async fn command(provider: &Provider, user: &UserId, room: &mut Option<OwnedRoom
         "/ban" => drop(provider.set_membership(user, &room_id, &target()?, "ban", None)?),
         "/topic" => drop(provider.send(user, &room_id, "m.room.topic", Some(""), json!({ "topic": rest }))?),
         "/name" => drop(provider.send(user, &room_id, "m.room.name", Some(""), json!({ "name": rest }))?),
+        "/typing" => provider.set_typing(user, &room_id, rest != "off").await,
+        "/read" => {
+            let last = provider.log(&room_id).last().map(|event| event.event_id.clone());
+            provider.read(user, &room_id, &last.context("nothing to read")?, None).await;
+        }
         "/members" => members(provider, &room_id),
         "/leave" => {
             provider.leave(user, &room_id).await?;
@@ -162,6 +167,11 @@ fn print(provider: &Provider, news: &News, as_json: bool) {
             if let Some(line) = describe(provider, room, event) {
                 println!("{line}");
             }
+        }
+        News::Edu(_, edu) if as_json => println!("{edu}"),
+        News::Edu(origin, edu) => {
+            let kind = edu.get("edu_type").or_else(|| edu.get("type")).and_then(Value::as_str).unwrap_or_default();
+            println!("* {origin}: {kind} {}", edu.get("content").unwrap_or(&Value::Null));
         }
         News::Refused(_, id, error) => eprintln!("the hub refused {id}: {error}"),
         News::Invited(room, sender, target) => eprintln!("{sender} invites {target}: /join {room}"),

@@ -309,9 +309,13 @@ async fn carry_typing(core: &Core, side: Side, typing: Typing) -> Result<Done, R
         stop_typing(core, side, &typing.room_id, &typing.user_id).await?;
         return Ok(if is_known { Done::Carried } else { Done::Ignored(Ignored::Old) });
     }
-    let Across { portal, ghost } = match across(core, side, &typing.room_id, &typing.user_id).await? {
-        Ok(across) => across,
-        Err(reason) => return Ok(Done::Ignored(reason)),
+    let Across { portal, ghost } = match across(core, side, &typing.room_id, &typing.user_id).await {
+        Ok(Ok(across)) => across,
+        // Who may not type any more has stopped.
+        ended => {
+            stop_typing(core, side, &typing.room_id, &typing.user_id).await?;
+            return ended.map(|across| Done::Ignored(across.err().unwrap_or(Ignored::Refused)));
+        }
     };
     let now = core.now_ms();
     let until = now.saturating_add(TYPING_MS);
@@ -435,7 +439,14 @@ async fn carry_presence(core: &Core, side: Side, presence: Presence) -> Result<D
     }
     let mut servers = std::collections::BTreeSet::new();
     let mut image = None;
-    for number in portals_of(core, side, &user).await?.iter() {
+    let mut portals = portals_of(core, side, &user).await?;
+    let mut side = side;
+    if portals.is_empty() {
+        // Some servers send all that they have to say by one protocol's endpoint.
+        side = side.other();
+        portals = portals_of(core, side, &user).await?;
+    }
+    for number in portals.iter() {
         let Some(portal) = core.registry.get(*number).map(|entry| entry.portal()) else { continue };
         let Ok(Ok(Across { portal, ghost })) = across(core, side, portal.room(side), &user).await else { continue };
         let far = portal.room(side.other());

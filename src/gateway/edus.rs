@@ -68,10 +68,9 @@ pub(super) async fn receive(
     let rate = state.context.config.budgets.edus_per_second;
     for (index, raw) in edus.iter().enumerate() {
         for (entry_index, entry) in Edu::read(raw.get(), origin).into_iter().enumerate() {
+            let in_budget = state.edus.spend(origin, rate, state.context.clock.now_ms());
             let (kind, taken) = match entry {
-                Ok(_) | Err(_) if !state.edus.spend(origin, rate, state.context.clock.now_ms()) => {
-                    ("any", Err(Ignored::Budget))
-                }
+                _ if !in_budget => ("any", Err(Ignored::Budget)),
                 Err(reason) => ("any", Err(reason)),
                 Ok(edu) => {
                     let kind = edu.kind();

@@ -35,7 +35,7 @@ impl FeedSource for Feeds {
         match feed.kind {
             FeedKind::Log => lm.read_log(&feed.room_id, destination, after, until, limit).await,
             FeedKind::Lpdus => lm.read_lpdus(&feed.room_id, after, until, limit).await,
-            FeedKind::Graph => Ok(Vec::new()),
+            FeedKind::Graph | FeedKind::LmEdus | FeedKind::MatrixEdus => Ok(Vec::new()),
         }
     }
 

@@ -12,6 +12,7 @@ pub mod images;
 pub mod inbox;
 pub mod lm;
 pub mod outbound;
+pub mod outbound_edus;
 pub mod outliers;
 pub mod overview;
 pub mod portals;

@@ -131,6 +131,16 @@ pub async fn advance(tx: &mut Tx, kind: &str, room_id: &str, head: i64) -> Resul
     Ok(())
 }
 
+/// The feed's last position; 0 before it has any.
+pub async fn head(tx: &mut Tx, kind: &str, room_id: &str) -> Result<i64, StoreError> {
+    let row: Option<(i64,)> = sqlx::query_as("SELECT head FROM outbound_feeds WHERE kind = $1 AND room_id = $2")
+        .bind(kind)
+        .bind(room_id)
+        .fetch_optional(tx)
+        .await?;
+    Ok(row.map_or(0, |(head,)| head))
+}
+
 /// Where the destination is in a feed; none when the feed is not for it.
 pub async fn cursor(store: &Store, key: &CursorKey) -> Result<Option<Cursor>, StoreError> {
     let row = sqlx::query(

@@ -6,6 +6,7 @@ mod crossing;
 mod directory;
 mod eigen;
 mod ends;
+mod ephemeral;
 mod fork;
 mod gate;
 mod kill;

@@ -3,6 +3,7 @@
 //! format, signatures and server names with the gateway; the two roles are written anew here, in memory.
 #![allow(dead_code, missing_docs)]
 
+mod edus;
 mod eigen;
 mod hub;
 mod journal;
@@ -63,6 +64,8 @@ pub enum News {
     Event(OwnedRoomId, Arc<Pdu>),
     /// A hub has refused an LPDU of ours.
     Refused(OwnedRoomId, OwnedEventId, String),
+    /// A server said something besides events.
+    Edu(OwnedServerName, Value),
     /// One of our users was invited.
     Invited(OwnedRoomId, OwnedUserId, OwnedUserId),
 }
@@ -105,6 +108,10 @@ struct Inner {
     aliases: Mutex<BTreeMap<String, OwnedRoomId>>,
     invites: Mutex<BTreeMap<OwnedRoomId, Invite>>,
     names: Mutex<BTreeMap<OwnedUserId, String>>,
+    /// What other servers said besides events.
+    heard: Mutex<Vec<(OwnedServerName, Value)>>,
+    /// Numbers of transactions that hold nothing but EDUs.
+    numbers: Mutex<std::ops::RangeFrom<u64>>,
     outboxes: Mutex<HashMap<OwnedServerName, Arc<Notify>>>,
     /// The tasks of the outboxes, and the one that serves until it is told to stop.
     tasks: Mutex<Vec<JoinHandle<()>>>,
@@ -149,6 +156,8 @@ impl Provider {
             aliases: Mutex::new(kept.aliases),
             invites: Mutex::default(),
             names: Mutex::default(),
+            heard: Mutex::default(),
+            numbers: Mutex::new(0..),
             outboxes: Mutex::default(),
             tasks: Mutex::default(),
             serving: Mutex::default(),

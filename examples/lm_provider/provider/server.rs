@@ -172,6 +172,7 @@ impl Inner {
         if self.eigen {
             return self.receive_as_eigen(&origin, pdus).await;
         }
+        self.hear(&origin, &body);
         let mut failed = Object::new();
         for pdu in pdus.iter().filter_map(Value::as_object).cloned() {
             let id = isthmus::event::reference_hash(&pdu, isthmus::event::Redaction::Draft);

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use ruma::OwnedServerName;
 use tokio::time::Instant;
 
+use super::edus::MAX_EDUS;
 use super::slot::{News, Slot};
 use super::{Feed, FeedKind, FeedSource, Shared};
 use crate::event::Edu;
@@ -93,7 +94,9 @@ impl Composer<'_> {
             return Ok(Composed::Passed(parts));
         }
         // Where an event may be to blame for a failure, nothing else is.
-        let edus = if single { Vec::new() } else { self.slot.edus().take(protocol, Instant::now()) };
+        let kept = parts.iter().filter(|part: &&Part| part.feed.kind.is_edus()).map(|part| part.positions.len()).sum();
+        let space = if single { 0 } else { MAX_EDUS.saturating_sub(kept) };
+        let edus = self.slot.edus().take(protocol, space, Instant::now());
         let (txn_id, composed_ts) = self.txn_id();
         Ok(Composed::Transaction(Transaction { txn_id, composed_ts, protocol, parts, edus, uncertain: single }))
     }
@@ -101,7 +104,7 @@ impl Composer<'_> {
     fn edus_alone(&self) -> Composed {
         let mut waiting = self.slot.edus();
         let Some(protocol) = waiting.first_side() else { return Composed::Nothing };
-        let edus = waiting.take(protocol, Instant::now());
+        let edus = waiting.take(protocol, MAX_EDUS, Instant::now());
         if edus.is_empty() {
             return Composed::Passed(Vec::new());
         }
@@ -114,7 +117,7 @@ impl Composer<'_> {
     /// before it. As a hub it hands each event round before it takes the next, which lasts as long as a dead server in the room
     /// has it wait: of several, nobody could tell which it will still take.
     async fn takes_one_by_one(&self, feeds: &[(Feed, News)]) -> bool {
-        let is_lm = |(feed, _): &(Feed, News)| feed.kind != FeedKind::Graph;
+        let is_lm = |(feed, _): &(Feed, News)| matches!(feed.kind, FeedKind::Log | FeedKind::Lpdus);
         feeds.iter().any(is_lm) && self.shared.sender.stops_at_first(&*self.shared.wire, self.destination).await
     }
 
@@ -190,12 +193,12 @@ impl Composer<'_> {
         source.ok_or_else(|| StoreError::corrupt("feed", format!("nobody has registered for {:?}", feed.kind)))
     }
 
-    /// The events of a transaction, read again when they are not at hand.
-    pub(super) async fn load(&self, transaction: &mut Transaction) -> Result<Vec<Bytes>, StoreError> {
-        let mut pdus = Vec::new();
+    /// The events of a transaction and its EDUs that must not be lost, read again when they are not at hand.
+    pub(super) async fn load(&self, transaction: &mut Transaction) -> Result<(Vec<Bytes>, Vec<Edu>), StoreError> {
+        let (mut pdus, mut edus) = (Vec::new(), Vec::new());
         for part in &mut transaction.parts {
             if let Some(events) = part.events.take() {
-                pdus.extend(events);
+                self.put_loaded(&part.feed, events, &mut pdus, &mut edus);
                 continue;
             }
             if part.positions.is_empty() {
@@ -204,9 +207,20 @@ impl Composer<'_> {
             let source = self.source(&part.feed)?;
             let found = source.read(&part.feed, self.destination, part.after, Some(part.through), MAX_PDUS).await?;
             let wanted = found.into_iter().filter(|delivery| part.positions.contains(&delivery.position));
-            pdus.extend(wanted.filter_map(|delivery| delivery.event));
+            let events = wanted.filter_map(|delivery| delivery.event).collect();
+            self.put_loaded(&part.feed, events, &mut pdus, &mut edus);
         }
-        Ok(pdus)
+        Ok((pdus, edus))
+    }
+
+    fn put_loaded(&self, feed: &Feed, events: Vec<Bytes>, pdus: &mut Vec<Bytes>, edus: &mut Vec<Edu>) {
+        if !feed.kind.is_edus() {
+            pdus.extend(events);
+            return;
+        }
+        for edu in events.iter().filter_map(|edu| std::str::from_utf8(edu).ok()) {
+            edus.extend(Edu::read(edu, self.shared.sender.server_name()).into_iter().flatten());
+        }
     }
 }
 

@@ -19,7 +19,8 @@ const MAX_BYTES: usize = 10_000;
 const MAX_WAITING: usize = 1_000;
 /// After this time nobody believes any more that somebody is typing.
 const TYPING_LASTS: Duration = Duration::from_secs(30);
-/// How long a destination that did not take EDUs gets none, at most.
+/// How long a destination that did not take EDUs gets none: at first as many times this as failing ones are left alone, and at most.
+const SILENCE: u32 = 10;
 const LONGEST_SILENCE: Duration = Duration::from_secs(600);
 
 /// The EDUs that wait, the one that has waited longest first.
@@ -60,11 +61,11 @@ impl Waiting {
         self.order.front().map(|(side, _)| *side)
     }
 
-    /// Takes those of one protocol for a transaction.
-    pub(super) fn take(&mut self, side: Side, now: Instant) -> Vec<Edu> {
+    /// Takes those of one protocol for a transaction, at most `limit`.
+    pub(super) fn take(&mut self, side: Side, limit: usize, now: Instant) -> Vec<Edu> {
         let (mut taken, mut left, mut bytes) = (Vec::new(), VecDeque::new(), 0_usize);
         while let Some(key) = self.order.pop_front() {
-            if key.0 != side || taken.len() >= MAX_EDUS || bytes >= MAX_BYTES {
+            if key.0 != side || taken.len() >= limit || bytes >= MAX_BYTES {
                 left.push_back(key);
                 continue;
             }
@@ -88,7 +89,7 @@ impl Waiting {
     /// One that held some failed: perhaps because of them, so the destination gets none for a while. Events do not wait for that.
     pub(super) fn failed(&mut self, now: Instant) {
         self.failures = self.failures.saturating_add(1);
-        let silence = backoff(self.failures, 1.0).min(LONGEST_SILENCE);
+        let silence = backoff(self.failures, 1.0).saturating_mul(SILENCE).min(LONGEST_SILENCE);
         self.silence(now, silence);
     }
 
@@ -136,10 +137,10 @@ mod tests {
         }
         waiting.add(Side::Matrix, &typing(1, true), now);
         assert_eq!(waiting.first_side(), Some(Side::Lm));
-        assert_eq!(waiting.take(Side::Lm, now), [typing(1, false), typing(2, true)]);
+        assert_eq!(waiting.take(Side::Lm, MAX_EDUS, now), [typing(1, false), typing(2, true)]);
         assert!(!waiting.is_empty());
-        assert_eq!(waiting.take(Side::Matrix, now), [typing(1, true)]);
-        assert!(waiting.is_empty() && waiting.take(Side::Lm, now).is_empty());
+        assert_eq!(waiting.take(Side::Matrix, MAX_EDUS, now), [typing(1, true)]);
+        assert!(waiting.is_empty() && waiting.take(Side::Lm, MAX_EDUS, now).is_empty());
     }
 
     #[test]
@@ -152,7 +153,7 @@ mod tests {
         assert!(waiting.add(Side::Matrix, &typing(0, false), now), "in the place of an older one");
         let mut all = 0;
         loop {
-            let taken = waiting.take(Side::Matrix, now);
+            let taken = waiting.take(Side::Matrix, MAX_EDUS, now);
             let bytes: usize = taken.iter().map(|edu| canonical_json(&edu.to_lm()).len()).sum();
             assert!(taken.len() <= MAX_EDUS && bytes < MAX_BYTES + 1_000);
             all += taken.len();
@@ -167,7 +168,7 @@ mod tests {
     fn what_is_old_or_comes_while_the_destination_is_left_alone_is_dropped() {
         let (mut waiting, now) = (Waiting::default(), Instant::now());
         waiting.add(Side::Lm, &typing(1, true), now);
-        assert!(waiting.take(Side::Lm, now + TYPING_LASTS).is_empty() && waiting.is_empty());
+        assert!(waiting.take(Side::Lm, MAX_EDUS, now + TYPING_LASTS).is_empty() && waiting.is_empty());
 
         waiting.add(Side::Lm, &typing(1, true), now);
         waiting.silence(now, Duration::from_secs(60));

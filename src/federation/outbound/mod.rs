@@ -2,10 +2,11 @@
 //! with growing positions (an LM room's log, a graph room's outbox, the LPDUs for a hub); a destination has, for each feed
 //! that it gets, the position up to which it has it. So a queue costs nothing per event, survives every crash, and is
 //! caught up from the room itself. One transaction in flight a destination, the same ID and the same events on retry. EDUs go
-//! with the next transaction, or alone (`edus`).
+//! with the next transaction, or alone (`edus`); those that must not be lost are a feed (`kept`).
 
 mod compose;
 mod edus;
+mod kept;
 mod slot;
 mod verdict;
 mod wire;
@@ -25,6 +26,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::kept::KeptEdus;
 use self::slot::{News, Slot};
 use self::wire::{Network, Sender, Transport};
 use self::worker::Worker;
@@ -45,6 +47,10 @@ pub enum FeedKind {
     Lpdus,
     /// Events of a graph room that this gateway must send. Sent with the Matrix `send`.
     Graph,
+    /// EDUs that must not be lost, for LM servers. Sent with the LM `send`.
+    LmEdus,
+    /// The same for Matrix servers.
+    MatrixEdus,
 }
 
 impl FeedKind {
@@ -53,20 +59,35 @@ impl FeedKind {
             Self::Log => "log",
             Self::Lpdus => "lpdus",
             Self::Graph => "graph",
+            Self::LmEdus => "lm_edus",
+            Self::MatrixEdus => "matrix_edus",
         }
     }
 
     fn parse(text: &str) -> Result<Self, StoreError> {
-        let known = [Self::Log, Self::Lpdus, Self::Graph].into_iter().find(|kind| kind.as_str() == text);
+        let all = [Self::Log, Self::Lpdus, Self::Graph, Self::LmEdus, Self::MatrixEdus];
+        let known = all.into_iter().find(|kind| kind.as_str() == text);
         known.ok_or_else(|| StoreError::corrupt("feed kind", text))
     }
 
     /// By which protocol's `send` it goes.
     fn protocol(self) -> Side {
         match self {
-            Self::Log | Self::Lpdus => Side::Lm,
-            Self::Graph => Side::Matrix,
+            Self::Log | Self::Lpdus | Self::LmEdus => Side::Lm,
+            Self::Graph | Self::MatrixEdus => Side::Matrix,
         }
+    }
+
+    fn of_edus(side: Side) -> Self {
+        match side {
+            Side::Lm => Self::LmEdus,
+            Side::Matrix => Self::MatrixEdus,
+        }
+    }
+
+    /// Whether what is in it goes among the EDUs of a transaction.
+    fn is_edus(self) -> bool {
+        matches!(self, Self::LmEdus | Self::MatrixEdus)
     }
 }
 
@@ -218,12 +239,14 @@ impl OutboundQueues {
     }
 
     fn over(store: Store, clock: SharedClock, server_name: OwnedServerName, wire: Arc<dyn Transport>) -> Self {
+        let kept: Arc<dyn FeedSource> = Arc::new(KeptEdus(store.clone()));
+        let sources = [FeedKind::LmEdus, FeedKind::MatrixEdus].map(|kind| (kind, kept.clone()));
         let shared = Shared {
             store,
             clock,
             wire,
             sender: Sender::new(server_name),
-            sources: RwLock::default(),
+            sources: RwLock::new(sources.into()),
             slots: Mutex::default(),
             healthy: Semaphore::new(HEALTHY_AT_ONCE),
             failing: Semaphore::new(FAILING_AT_ONCE),

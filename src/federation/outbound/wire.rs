@@ -46,7 +46,7 @@ pub(super) struct Envelope<'a> {
     pub composed_ts: i64,
     /// Each in canonical form.
     pub pdus: Vec<Bytes>,
-    pub edus: &'a [Edu],
+    pub edus: Vec<&'a Edu>,
 }
 
 /// The `send` endpoints of LM under the names that servers may know them by, the first to try first.
@@ -68,6 +68,11 @@ pub(super) struct Sender {
 impl Sender {
     pub(super) fn new(server_name: OwnedServerName) -> Self {
         Self { server_name, lm_send: remembering(), itemizes: remembering() }
+    }
+
+    /// Who sends.
+    pub(super) fn server_name(&self) -> &ServerName {
+        &self.server_name
     }
 
     /// Whether a server stops at the first event of an LM transaction that it does not like, answers the whole with an error,
@@ -96,7 +101,7 @@ impl Sender {
         let mut head = Object::new();
         head.insert("origin".to_owned(), self.server_name.as_str().into());
         head.insert("origin_server_ts".to_owned(), envelope.composed_ts.into());
-        put_edus(&mut head, envelope.edus, Edu::to_matrix);
+        put_edus(&mut head, &envelope.edus, Edu::to_matrix);
         let body = body(&head, &envelope.pdus);
         wire.put(envelope.destination, format!("{MATRIX_SEND}/{}", envelope.txn_id), body).await
     }
@@ -108,7 +113,7 @@ impl Sender {
         if !envelope.edus.is_empty() {
             // Servers that do both protocols know Matrix's shape of all types, and the draft's of few.
             let is_lm_alone = wire.is_linearized(destination).await;
-            put_edus(&mut head, envelope.edus, if is_lm_alone { Edu::to_lm } else { Edu::to_matrix });
+            put_edus(&mut head, &envelope.edus, if is_lm_alone { Edu::to_lm } else { Edu::to_matrix });
         }
         let body = body(&head, &envelope.pdus);
         let uri = |index: usize| {
@@ -134,7 +139,7 @@ impl Sender {
     }
 }
 
-fn put_edus(head: &mut Object, edus: &[Edu], shape: fn(&Edu) -> Object) {
+fn put_edus(head: &mut Object, edus: &[&Edu], shape: fn(&Edu) -> Object) {
     if edus.is_empty() {
         return;
     }

@@ -15,7 +15,7 @@ use super::verdict::{Failure, Verdict, asked_for, backoff, judge, may_be_about_e
 use super::wire::Envelope;
 use super::{Feed, Shared, lock};
 use crate::admin::metrics;
-use crate::event::Object;
+use crate::event::{Edu, Object};
 use crate::federation::RemoteError;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -240,14 +240,14 @@ impl<'a> Worker<'a> {
         {
             return self.failed(transaction, problem, Duration::ZERO).await;
         }
-        let pdus = self.composer().load(&mut transaction).await?;
-        if pdus.is_empty() {
+        let (pdus, kept) = self.composer().load(&mut transaction).await?;
+        if pdus.is_empty() && kept.is_empty() {
             self.singles = self.singles.saturating_sub(1);
             self.arrived(&transaction);
             return Ok(None);
         }
-        let events = pdus.len();
-        match self.send(&transaction, pdus).await {
+        let events = pdus.len().saturating_add(kept.len());
+        match self.send(&transaction, pdus, &kept).await {
             Ok(answer) => {
                 if let Err(refusal) = self.tell(&transaction, &answer).await {
                     return self.failed(transaction, refusal.to_string(), Duration::ZERO).await;
@@ -295,7 +295,7 @@ impl<'a> Worker<'a> {
 
     /// Sends what is not repeated when it fails. Neither do events wait for it then, nor does the destination count as failing.
     async fn send_edus(&mut self, transaction: &Transaction) {
-        match self.send(transaction, Vec::new()).await {
+        match self.send(transaction, Vec::new(), &[]).await {
             Ok(_) if self.failures > 0 => self.arrived(transaction),
             Ok(_) => self.slot.edus().arrived(),
             Err(error) => {
@@ -307,7 +307,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    async fn send(&self, transaction: &Transaction, pdus: Vec<Bytes>) -> Result<Object, RemoteError> {
+    async fn send(&self, transaction: &Transaction, pdus: Vec<Bytes>, kept: &[Edu]) -> Result<Object, RemoteError> {
         let places = if self.failures == 0 { &self.shared.healthy } else { &self.shared.failing };
         let _place = places.acquire().await.map_err(|error| RemoteError::Unreachable(error.to_string()))?;
         let envelope = Envelope {
@@ -316,7 +316,7 @@ impl<'a> Worker<'a> {
             txn_id: &transaction.txn_id,
             composed_ts: transaction.composed_ts,
             pdus,
-            edus: &transaction.edus,
+            edus: kept.iter().chain(&transaction.edus).collect(),
         };
         match self.shared.sender.send(&*self.shared.wire, envelope).await {
             // With 200 all is said; what else an answer holds is for those who understand it.

@@ -1,7 +1,7 @@
 //! EDUs: with the events of the next transaction or alone, and never at the cost of an event.
 
 use super::*;
-use crate::event::Typing;
+use crate::event::{ToDevice, Typing};
 
 fn typing(typing: bool) -> Edu {
     Edu::Typing(Typing {
@@ -124,5 +124,90 @@ async fn what_is_said_while_a_destination_is_left_alone_is_dropped() {
     world.settled().await;
     world.queues.send_edu(Side::Lm, [name("a.example")], &typing(false));
     assert_eq!(edus(&world.next().await).len(), 1, "it is back");
+    world.queues.stop().await;
+}
+
+/// A message for a device.
+fn message(id: &str) -> Edu {
+    Edu::ToDevice(Box::new(ToDevice {
+        sender: "@u:g.example".try_into().unwrap(),
+        message_id: Some(id.to_owned()),
+        kind: "m.room.encrypted".to_owned(),
+        target: "@bob:a.example".try_into().unwrap(),
+        device: "D".to_owned(),
+        content: json!({ "ciphertext": id }).as_object().unwrap().clone(),
+    }))
+}
+
+async fn keep(store: &Store, side: Side, destination: &str, ids: &[&str]) {
+    let (destination, edus) = (name(destination), ids.iter().map(|id| message(id)).collect::<Vec<_>>());
+    let write = store.write(move |tx| {
+        Box::pin(async move {
+            for edu in &edus {
+                OutboundQueues::keep_edu(tx, side, &destination, edu).await?;
+            }
+            Ok(())
+        })
+    });
+    write.await.unwrap();
+}
+
+#[tokio::test]
+async fn inv_6_messages_for_devices_survive_a_crash_with_the_same_transaction() {
+    both_stores(|store| async move {
+        let feeds = Arc::new(Feeds::default());
+        keep(&store, Side::Matrix, "a.example", &["1", "2"]).await;
+        let mut world = World::new(&store, &feeds, |_, _, _| never());
+        world.queues.start().await.unwrap();
+        let first = world.next().await;
+        let expected = [message("1"), message("2")].map(|edu| serde_json::Value::from(edu.to_matrix()));
+        assert_eq!(edus(&first), expected);
+        keep(&store, Side::Matrix, "a.example", &["3"]).await;
+        drop(world);
+
+        let mut world = World::new(&store, &feeds, |_, _, _| ok());
+        world.queues.start().await.unwrap();
+        let again = world.next().await;
+        assert_eq!((again.txn_id(), edus(&again)), (first.txn_id(), edus(&first)));
+        let rest = world.next().await;
+        assert_eq!(edus(&rest), [serde_json::Value::from(message("3").to_matrix())]);
+        world.settled().await;
+        let left = crate::store::outbound_edus::range(&store, "matrix_edus", &name("a.example"), 0, 99, 99).await;
+        assert_eq!(left.unwrap(), []);
+        world.queues.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn hc_20_messages_and_what_may_be_lost_are_a_hundred_together() {
+    let (_directory, store) = sqlite().await;
+    let (feeds, log) = one_log(&store, 1..3, &["eigen.example"]).await;
+    let ids: Vec<String> = (0..60).map(|n| n.to_string()).collect();
+    keep(&store, Side::Lm, "eigen.example", &ids.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let mut world = World::new(&store, &feeds, |_, _, _| answer(json!({ "failed_pdus": {} })));
+    for user in 0..200 {
+        let user_id = format!("@u{user}:g.example").try_into().unwrap();
+        let typing = Typing { room_id: "!r:g.example".try_into().unwrap(), user_id, typing: true };
+        world.queues.send_edu(Side::Lm, [name("eigen.example")], &Edu::Typing(typing));
+    }
+    world.queues.start().await.unwrap();
+    world.queues.wake(&log, &[name("eigen.example")]);
+    let (mut messages, mut others) = (Vec::new(), 0);
+    while messages.len() < 60 || others < 200 {
+        let seen = world.next().await;
+        let edus = edus(&seen);
+        assert!(edus.len() <= 100, "{}", edus.len());
+        for edu in edus {
+            match edu["type"].as_str().unwrap() {
+                "m.direct_to_device" => {
+                    messages.push(edu["content"]["message"]["ciphertext"].as_str().unwrap().to_owned())
+                }
+                _ => others += 1,
+            }
+        }
+    }
+    assert_eq!((messages, others), (ids, 200));
+    world.settled().await;
     world.queues.stop().await;
 }
