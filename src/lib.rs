@@ -6,6 +6,7 @@ pub mod appservice;
 pub mod bridge;
 pub mod clock;
 pub mod config;
+pub mod conformance;
 pub mod dag;
 pub mod doctor;
 pub mod event;

@@ -65,6 +65,8 @@ enum Command {
         /// The event's ID, of either side.
         event_id: String,
     },
+    /// Examine an LM server: numbered checks, as a participant of one of its rooms or as the hub of a room.
+    Conformance(Box<cli::Conformance>),
 }
 
 #[derive(Args)]
@@ -131,6 +133,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Doctor { config } => return doctor(&config.load()?),
         Command::Portal { config, command } => runtime()?.block_on(command.run(&config.load()?))?,
+        Command::Conformance(conformance) => return runtime()?.block_on(conformance.run()),
         Command::Explain { config, event_id } => runtime()?.block_on(cli::explain(&config.load()?, &event_id))?,
     }
     Ok(ExitCode::SUCCESS)

@@ -5,6 +5,7 @@
 
 mod bridge;
 mod cli;
+mod conformance;
 mod dag;
 mod docker;
 mod doctor;

@@ -1,5 +1,7 @@
 //! Commands that talk to the admin API of a running gateway.
 
+mod conformance;
+
 use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -12,6 +14,8 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::Method;
 use ruma::{OwnedRoomOrAliasId, OwnedServerName, OwnedUserId};
 use serde_json::{Map, Value, json};
+
+pub use self::conformance::Conformance;
 
 /// How long the gateway may take: making a portal asks other servers.
 const TIMEOUT: Duration = Duration::from_secs(120);

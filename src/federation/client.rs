@@ -123,6 +123,7 @@ struct Inner {
     server_name: OwnedServerName,
     signing_key: Arc<SigningKey>,
     overrides: BTreeMap<OwnedServerName, Route>,
+    custom_ca: Vec<PathBuf>,
     network: Network,
     to_host: Arc<Http>,
     to_srv: Http,
@@ -168,6 +169,7 @@ impl Client {
         Ok(Self {
             inner: Arc::new(Inner {
                 overrides: overrides.collect::<Result<_, _>>()?,
+                custom_ca: options.custom_ca,
                 server_name,
                 signing_key,
                 network: Network::new(to_host.clone(), srv.clone()),
@@ -237,11 +239,7 @@ impl Client {
     async fn answer(&self, destination: &ServerName, call: Call, signing: Signing) -> Result<Answer, RemoteError> {
         let inner = &*self.inner;
         let (url, route) = self.locate(destination, &call.uri).await?;
-        let http = match route.dial {
-            Dial::Host => &*inner.to_host,
-            Dial::Srv => &inner.to_srv,
-            Dial::Trusted => &inner.to_trusted,
-        };
+        let http = self.dial(route.dial);
         let mut request = http.request(call.method.clone(), url)?.header(header::HOST, &route.host);
         let content = call.body;
         let signed = match (&content, signing) {
@@ -275,13 +273,32 @@ impl Client {
         answer
     }
 
+    /// Where a server is.
+    pub(super) async fn route(&self, destination: &ServerName) -> Route {
+        match self.inner.overrides.get(destination) {
+            Some(route) => route.clone(),
+            None => discover(destination, &self.inner.network).await,
+        }
+    }
+
+    /// What dials it.
+    pub(super) fn dial(&self, dial: Dial) -> &Http {
+        match dial {
+            Dial::Host => &self.inner.to_host,
+            Dial::Srv => &self.inner.to_srv,
+            Dial::Trusted => &self.inner.to_trusted,
+        }
+    }
+
+    /// The certificate authorities that are trusted besides the system's.
+    pub(super) fn custom_ca(&self) -> &[PathBuf] {
+        &self.inner.custom_ca
+    }
+
     /// The URL of `uri` at `destination`. What is signed must be what goes over the wire, so a `uri` that a URL parser would
     /// change is not sent.
     async fn locate(&self, destination: &ServerName, uri: &str) -> Result<(Url, Route), RemoteError> {
-        let route = match self.inner.overrides.get(destination) {
-            Some(route) => route.clone(),
-            None => discover(destination, &self.inner.network).await,
-        };
+        let route = self.route(destination).await;
         let text = format!("{}{uri}", route.base);
         let url = Url::parse(&text).map_err(|error| RemoteError::Unreachable(format!("{text:?}: {error}")))?;
         let path = &url[url::Position::BeforePath..url::Position::AfterQuery];

@@ -12,6 +12,7 @@ mod loopback_tests;
 mod outbound;
 mod pace;
 mod peer_address;
+mod probe;
 mod srv;
 mod transactions;
 mod well_known;
@@ -28,5 +29,6 @@ pub use self::limits::{ByteBudget, Counted, Held, LineLimits, Lines, Reserved, S
 pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, OutboundQueues, QueueStatus};
 pub use self::pace::Pace;
 pub use self::peer_address::peer_address;
+pub use self::probe::{Probe, ProbeAnswer, TlsFacts};
 pub use self::transactions::{Begun, Processing, Transactions};
 pub use self::x_matrix::{Authenticated, Claimed, Claims, authenticate, authorization_header};

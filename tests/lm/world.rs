@@ -69,12 +69,25 @@ impl World {
 
     /// The same, with a clock of the test's.
     pub async fn with_clock<const N: usize>(names: [&str; N], clock: SharedClock) -> (Self, [Node; N]) {
+        Self::begin(names, &[], clock).await
+    }
+
+    /// The same, among others that are somewhere else.
+    pub async fn with_others<const N: usize>(names: [&str; N], others: &[(&str, SocketAddr)]) -> (Self, [Node; N]) {
+        Self::begin(names, others, Arc::new(SystemClock)).await
+    }
+
+    async fn begin<const N: usize>(
+        names: [&str; N],
+        others: &[(&str, SocketAddr)],
+        clock: SharedClock,
+    ) -> (Self, [Node; N]) {
         let directory = tempfile::tempdir().unwrap();
         let listeners = names.map(|name| (name, std::net::TcpListener::bind("127.0.0.1:0").unwrap()));
-        let resolve = listeners.iter().map(|(name, listener)| {
-            let url = format!("http://{}", listener.local_addr().unwrap());
-            (ServerName::parse(*name).unwrap(), url.parse().unwrap())
-        });
+        let own = listeners.iter().map(|(name, listener)| (*name, listener.local_addr().unwrap()));
+        let resolve = own
+            .chain(others.iter().copied())
+            .map(|(name, address)| (ServerName::parse(name).unwrap(), format!("http://{address}").parse().unwrap()));
         let world = Self { resolve: resolve.collect(), directory, clock };
         let mut nodes = Vec::new();
         for (name, listener) in listeners {

@@ -1,0 +1,57 @@
+//! The checks, by what they look at. Their numbers are for good: one that is dropped is not given again.
+
+mod authentication;
+mod events;
+mod hub;
+mod keys;
+mod lpdus;
+mod membership;
+mod reads;
+mod rules;
+mod second;
+mod send;
+mod transport;
+
+use futures::FutureExt as _;
+
+use super::Check;
+use super::session::Session;
+
+/// Declares checks: number, section of the draft, what must hold, and what finds out.
+macro_rules! checks {
+    ($($id:literal, $section:literal, $title:literal, $run:expr;)*) => {
+        vec![$($crate::conformance::Check { id: $id, section: $section, title: $title, run: |session, id| Box::pin($run(session, id)) }),*]
+    };
+}
+use checks;
+
+/// The checks for which the suite is a participant of the target's room, in the order in which they are run.
+pub(super) fn as_participant() -> Vec<Check> {
+    let mut all = transport::checks();
+    all.extend(keys::checks());
+    all.extend(authentication::checks());
+    all.extend(membership::before());
+    all.extend(send::checks());
+    all.extend(lpdus::checks());
+    all.extend(rules::checks());
+    all.extend(reads::checks());
+    all.extend(second::checks());
+    all.extend(events::checks());
+    all.extend(transport::overall());
+    all.extend(membership::after());
+    all
+}
+
+/// The checks for which the suite is the hub.
+pub(super) fn as_hub() -> Vec<Check> {
+    hub::checks()
+}
+
+/// Takes the suite's users out of the room, if they are still in it.
+pub(super) async fn leave(session: &Session) {
+    if session.invitee.is_some() {
+        hub::end(session).boxed().await;
+    } else {
+        membership::leave_all(session).boxed().await;
+    }
+}

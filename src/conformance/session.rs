@@ -1,0 +1,504 @@
+//! One run of the suite: who plays whom, what is known of the target and the room, and how the checks ask and wait.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId, ServerName, UserId};
+use serde_json::{Value, json};
+
+use super::ear::{Arrival, Ear, lock};
+use super::report::{Outcome, Unmet, ensure, fail, skip};
+use super::wire::{Answer, Ask, Identity, Signing, object, segment};
+use crate::clock::SharedClock;
+use crate::event::{Object, Redaction, VerifyKey, canonical_json, lpdu_hash, redact, reference_hash};
+use crate::federation::{Client, Probe};
+
+/// How often a request is repeated that the target has no time for.
+const PATIENT: usize = 5;
+
+/// The prefix under which the draft's own endpoints are found until they have stable names.
+const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+/// The room versions that the suite speaks, the one that the peers know first.
+pub(super) const VERSIONS: [&str; 2] = ["org.matrix.i-d.ralston-mimi-linearized-matrix.02", "I.1"];
+
+/// Endpoints that have a stable and an unstable name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Endpoint {
+    Send,
+    Event,
+    Backfill,
+    Invite,
+    SendJoin,
+    SendLeave,
+    SendKnock,
+    Device,
+}
+
+impl Endpoint {
+    pub const ALL: [Self; 8] = [
+        Self::Send,
+        Self::Event,
+        Self::Backfill,
+        Self::Invite,
+        Self::SendJoin,
+        Self::SendLeave,
+        Self::SendKnock,
+        Self::Device,
+    ];
+
+    fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Send => ("v2", "send"),
+            Self::Event => ("v2", "event"),
+            Self::Backfill => ("v2", "backfill"),
+            Self::Invite => ("v3", "invite"),
+            Self::SendJoin => ("v3", "send_join"),
+            Self::SendLeave => ("v3", "send_leave"),
+            Self::SendKnock => ("v3", "send_knock"),
+            Self::Device => ("v1", "user"),
+        }
+    }
+
+    pub fn stable(self, rest: &str) -> String {
+        let (version, name) = self.names();
+        format!("/_matrix/federation/{version}/{name}/{rest}")
+    }
+
+    pub fn unstable(self, rest: &str) -> String {
+        format!("{UNSTABLE}/{}/{rest}", self.names().1)
+    }
+
+    /// A request that is well signed and says nothing of use.
+    fn trial(self, uri: String) -> Ask {
+        match self {
+            Self::Send => Ask::put(uri, json!({ "pdus": [], "edus": [] })),
+            Self::Event | Self::Backfill | Self::Device => Ask::get(uri),
+            Self::Invite | Self::SendJoin | Self::SendLeave | Self::SendKnock => Ask::post(uri, json!({})),
+        }
+    }
+
+    fn trial_rest(self) -> &'static str {
+        match self {
+            Self::Event => "%24AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+            Self::Backfill => "%21nowhere%3Ainvalid?v=%24AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA&limit=1",
+            Self::Device => "%40nobody%3Ainvalid/device/ABC",
+            _ => "trial",
+        }
+    }
+}
+
+/// What was learned on the way.
+#[derive(Default)]
+pub(super) struct Notes {
+    /// Keys of servers, by server and key ID.
+    pub keys: BTreeMap<OwnedServerName, BTreeMap<String, VerifyKey>>,
+    /// The prefix under which each endpoint answered; none where none did.
+    pub names: BTreeMap<Endpoint, Option<bool>>,
+    /// The answer to the join.
+    pub joined: Option<Value>,
+    /// The version of the room.
+    pub version: String,
+    /// Whether the user without power is in the room.
+    pub low_is_in: bool,
+    /// Whether the second server is in the room, and by which event it came in.
+    pub second_is_in: bool,
+    /// Events of which the second server may know, and those of which it must not.
+    pub before_second: Option<Value>,
+    pub secret: Option<Value>,
+    pub after_second: Option<Value>,
+    /// An invite as it reached the second server.
+    pub invite: Option<(Value, Value)>,
+    /// Marks of what must not get into the room.
+    pub bad: BTreeSet<String>,
+    /// What of the answers was not as every answer must be.
+    pub not_utf8: Vec<String>,
+    pub not_typed: Vec<String>,
+}
+
+/// One run.
+pub(super) struct Session {
+    pub target: OwnedServerName,
+    pub room: OwnedRoomId,
+    pub first: Arc<Identity>,
+    pub second: Option<Arc<Identity>>,
+    /// The user who does most, and one who is to have no power.
+    pub user: OwnedUserId,
+    pub low: OwnedUserId,
+    /// For how long people are waited for.
+    pub patience: Duration,
+    /// How long the target may take for an answer, and for sending an event on.
+    pub limit: Duration,
+    pub ear: Arc<Ear>,
+    pub clock: SharedClock,
+    pub client: Client,
+    /// Whom to invite, as the hub.
+    pub invitee: Option<OwnedUserId>,
+    pub run: String,
+    pub counter: AtomicU64,
+    pub notes: Mutex<Notes>,
+}
+
+impl Session {
+    /// A number that was not used yet.
+    pub fn fresh(&self) -> u64 {
+        self.counter.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A mark by which an event is known again.
+    pub fn mark(&self, check: &str) -> String {
+        format!("{}.{check}.{}", self.run, self.fresh())
+    }
+
+    /// A mark of something that must not get into the room.
+    pub fn bad_mark(&self, check: &str) -> String {
+        let mark = self.mark(&format!("{check}.bad"));
+        lock(&self.notes).bad.insert(mark.clone());
+        mark
+    }
+
+    pub fn txn(&self) -> String {
+        format!("{}-{}", self.run, self.fresh())
+    }
+
+    /// A user of one of the suite's servers.
+    pub fn user_of(&self, identity: &Identity, localpart: &str) -> Result<OwnedUserId, Unmet> {
+        UserId::parse(format!("@{localpart}:{}", identity.name)).map_err(|error| skip(error.to_string()))
+    }
+
+    pub fn second(&self) -> Result<&Arc<Identity>, Unmet> {
+        self.second.as_ref().ok_or_else(|| skip("it needs a second server: --second NAME"))
+    }
+
+    /// Sends a request signed as it should be.
+    pub async fn ask(&self, identity: &Identity, ask: Ask) -> Result<Answer, Unmet> {
+        let header = self.sign(identity, &ask);
+        self.ask_with(vec![header], ask).await
+    }
+
+    /// The signature that a request should have.
+    pub fn sign(&self, identity: &Identity, ask: &Ask) -> String {
+        let empty = json!({});
+        self.signing(identity, ask, ask.body.as_ref().unwrap_or(&empty)).header()
+    }
+
+    pub fn signing<'a>(&'a self, identity: &'a Identity, ask: &'a Ask, content: &'a Value) -> Signing<'a> {
+        Signing {
+            origin: identity.name.as_str(),
+            destination: self.target.as_str(),
+            key: &identity.key,
+            key_id: identity.key.id(),
+            method: ask.method.as_str(),
+            uri: &ask.uri,
+            content: Some(content),
+        }
+    }
+
+    /// Sends a request with these headers.
+    pub async fn ask_with(&self, authorization: Vec<String>, ask: Ask) -> Result<Answer, Unmet> {
+        let body = ask.body.as_ref().map(|body| match body {
+            Value::Object(body) => canonical_json(body).into(),
+            other => Bytes::from(other.to_string()),
+        });
+        self.ask_raw(authorization, ask, body).await
+    }
+
+    /// Sends a request with these headers and this body, and again after a while when the target says that it was asked too often.
+    pub async fn ask_raw(&self, authorization: Vec<String>, ask: Ask, body: Option<Bytes>) -> Result<Answer, Unmet> {
+        for _ in 0..PATIENT {
+            let answer = self.ask_once(authorization.clone(), ask.clone(), body.clone()).await?;
+            let wait = answer.field("retry_after_ms").and_then(Value::as_u64).map(Duration::from_millis);
+            if answer.status != 429 {
+                return Ok(answer);
+            }
+            tokio::time::sleep(wait.unwrap_or(Duration::from_secs(1)).min(self.limit)).await;
+        }
+        self.ask_once(authorization, ask, body).await
+    }
+
+    async fn ask_once(&self, authorization: Vec<String>, ask: Ask, body: Option<Bytes>) -> Result<Answer, Unmet> {
+        let Ask { method, uri, .. } = ask;
+        let asked = format!("{method} {uri}");
+        let probe = Probe { method, uri, authorization, body, timeout: self.limit };
+        let answer = self.client.probe(&self.target, probe).await;
+        let answer = answer.map_err(|error| fail(format!("an answer to {asked} within {:?}", self.limit), error))?;
+        let content_type = answer.headers.get(http::header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let content_type = content_type.unwrap_or_default().to_owned();
+        let text = String::from_utf8_lossy(&answer.body).into_owned();
+        let utf8 = std::str::from_utf8(&answer.body).is_ok();
+        let json = if utf8 { serde_json::from_slice(&answer.body).ok() } else { None };
+        let answer = Answer { status: answer.status.as_u16(), content_type, text, json, asked };
+        let mut notes = lock(&self.notes);
+        if !utf8 {
+            notes.not_utf8.push(answer.to_string());
+        }
+        if !answer.content_type.starts_with("application/json") {
+            notes.not_typed.push(format!("{answer} with the content type {:?}", answer.content_type));
+        }
+        drop(notes);
+        Ok(answer)
+    }
+
+    /// Finds out under which name each endpoint answers.
+    pub async fn learn_names(&self) {
+        for endpoint in Endpoint::ALL {
+            let mut found = None;
+            for (stable, uri) in
+                [(true, endpoint.stable(endpoint.trial_rest())), (false, endpoint.unstable(endpoint.trial_rest()))]
+            {
+                let answer = self.ask(&self.first, endpoint.trial(uri)).await;
+                if answer.is_ok_and(|answer| !answer.is_unrecognized()) {
+                    found = Some(stable);
+                    break;
+                }
+            }
+            lock(&self.notes).names.insert(endpoint, found);
+        }
+    }
+
+    /// The path of an endpoint under the name that it has at the target.
+    pub fn path(&self, endpoint: Endpoint, rest: &str) -> Result<String, Unmet> {
+        match lock(&self.notes).names.get(&endpoint).copied().flatten() {
+            Some(true) => Ok(endpoint.stable(rest)),
+            Some(false) => Ok(endpoint.unstable(rest)),
+            None => Err(skip(format!("the target has no {}", endpoint.names().1))),
+        }
+    }
+
+    /// The answer to the join, once the suite is in the room.
+    pub fn joined(&self) -> Result<Value, Unmet> {
+        lock(&self.notes).joined.clone().ok_or_else(|| skip("the suite's user is not in the room"))
+    }
+
+    /// The keys of a server, fetched from it when they are not known.
+    pub async fn keys_of(&self, server: &ServerName) -> Option<BTreeMap<String, VerifyKey>> {
+        let own = self.first.name == server || self.second.as_ref().is_some_and(|second| second.name == server);
+        if own {
+            let identity = if self.first.name == server { Some(&self.first) } else { self.second.as_ref() }?;
+            let key = VerifyKey::from_base64(&identity.key.public_base64()).ok()?;
+            return Some(BTreeMap::from([(identity.key.id().to_owned(), key)]));
+        }
+        if let Some(known) = lock(&self.notes).keys.get(server) {
+            return Some(known.clone());
+        }
+        let probe = Probe {
+            method: http::Method::GET,
+            uri: "/_matrix/key/v2/server".to_owned(),
+            authorization: Vec::new(),
+            body: None,
+            timeout: self.limit,
+        };
+        let answer = self.client.probe(server, probe).await.ok()?;
+        let answer: Value = serde_json::from_slice(&answer.body).ok()?;
+        let mut keys = BTreeMap::new();
+        for list in ["verify_keys", "old_verify_keys"] {
+            for (id, key) in answer.get(list).and_then(Value::as_object).into_iter().flatten() {
+                let decoded = key.get("key").and_then(Value::as_str).map(VerifyKey::from_base64);
+                if let Some(Ok(key)) = decoded {
+                    keys.insert(id.clone(), key);
+                }
+            }
+        }
+        lock(&self.notes).keys.insert(server.to_owned(), keys.clone());
+        Some(keys)
+    }
+
+    /// An event without hashes and signatures, with a mark in its type and in its content.
+    pub fn message(&self, sender: &UserId, mark: &str) -> Object {
+        object(json!({
+            "type": format!("im.isthmus.conformance.{mark}"),
+            "room_id": self.room,
+            "sender": sender,
+            "origin_server_ts": self.clock.now_ms(),
+            "hub_server": self.target,
+            "content": { "body": format!("conformance {mark}"), "mark": mark },
+        }))
+    }
+
+    /// A state event.
+    pub fn state(&self, sender: &UserId, kind: &str, state_key: &str, content: Value) -> Object {
+        object(json!({
+            "type": kind,
+            "state_key": state_key,
+            "room_id": self.room,
+            "sender": sender,
+            "origin_server_ts": self.clock.now_ms(),
+            "hub_server": self.target,
+            "content": content,
+        }))
+    }
+
+    /// Sends a transaction with a new ID.
+    pub async fn send(&self, identity: &Identity, pdus: Vec<Object>) -> Result<Answer, Unmet> {
+        let uri = self.path(Endpoint::Send, &self.txn())?;
+        self.ask(identity, Ask::put(uri, json!({ "pdus": pdus }))).await
+    }
+
+    /// Says something good as `user` and waits until the hub has sent it to `identity` itself.
+    pub async fn say(&self, identity: &Identity, user: &UserId, check: &str) -> Result<Value, Unmet> {
+        let mark = self.mark(check);
+        let lpdu = sealed(self.message(user, &mark), identity);
+        self.send(identity, vec![lpdu]).await?.is_good()?;
+        self.echo(identity, &mark).await
+    }
+
+    /// Sends a good state event and waits for it to come back.
+    pub async fn set(&self, identity: &Identity, event: Object) -> Result<Value, Unmet> {
+        let hash = lpdu_hash(&event);
+        self.send(identity, vec![sealed(event, identity)]).await?.is_good()?;
+        self.arrived(identity, "the hub sends a state event back to its sender", move |event| {
+            event.pointer("/hashes/lpdu/sha256").and_then(Value::as_str) == Some(hash.as_str())
+        })
+        .await
+    }
+
+    /// Waits for the event with this mark.
+    pub async fn echo(&self, identity: &Identity, mark: &str) -> Result<Value, Unmet> {
+        let expected = format!("the hub sends the event {mark} to {}", identity.name);
+        self.arrived(identity, &expected, |event| mark_of(event) == Some(mark)).await
+    }
+
+    /// Waits for an event.
+    pub async fn arrived(
+        &self,
+        identity: &Identity,
+        expected: &str,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<Value, Unmet> {
+        let found = self.ear.wait(self.limit, |arrivals| {
+            pushed(arrivals, identity).find(|(_, event)| wanted(event)).map(|(_, e)| e.clone())
+        });
+        found.await.ok_or_else(|| fail(expected, format!("nothing such within {:?}", self.limit)))
+    }
+
+    /// Passes when nothing with this mark has come, after everything that the hub took before now has.
+    pub async fn absent(&self, check: &str, mark: &str) -> Outcome {
+        self.say(&self.first, &self.user, check).await?;
+        let arrivals = self.ear.arrivals();
+        let found = pushed(&arrivals, &self.first).find(|(_, event)| mark_of(event) == Some(mark));
+        ensure(found.is_none(), "the event is not sent on", || {
+            format!("the hub sent on {}", found.map(|(_, event)| event.to_string()).unwrap_or_default())
+        })
+    }
+
+    /// The room's state as far as the suite knows it: by the join's answer and by everything that came since.
+    pub fn state_event(&self, kind: &str, state_key: &str) -> Option<Value> {
+        let (joined, bad) = {
+            let notes = lock(&self.notes);
+            (notes.joined.clone()?, notes.bad.clone())
+        };
+        let matches = |event: &&Value| {
+            event.get("type").and_then(Value::as_str) == Some(kind)
+                && event.get("state_key").and_then(Value::as_str) == Some(state_key)
+                && !mark_of(event).is_some_and(|mark| bad.contains(mark))
+        };
+        let arrivals = self.ear.arrivals();
+        let later = pushed(&arrivals, &self.first).map(|(_, event)| event).filter(matches).last().cloned();
+        let own = joined.get("event").filter(matches).cloned();
+        let before =
+            joined.get("state").and_then(Value::as_array).and_then(|state| state.iter().find(matches)).cloned();
+        later.or(own).or(before)
+    }
+
+    /// The power level of a user.
+    pub fn level(&self, user: &UserId) -> i64 {
+        let levels = self.state_event("m.room.power_levels", "").and_then(|event| event.get("content").cloned());
+        let Some(levels) = levels else { return 0 };
+        let of_user = levels.get("users").and_then(|users| users.get(user.as_str())).and_then(Value::as_i64);
+        of_user.or_else(|| levels.get("users_default").and_then(Value::as_i64)).unwrap_or(0)
+    }
+
+    /// Skips where the suite's user has not this much power.
+    pub fn needs_power(&self, level: i64) -> Outcome {
+        let has = self.level(&self.user);
+        if has >= level {
+            return Ok(());
+        }
+        Err(skip(format!("{} has the level {has}: give it {level} in the room", self.user)))
+    }
+
+    /// Skips where the user who is to have no power has some.
+    pub fn low_is_low(&self) -> Outcome {
+        if !lock(&self.notes).low_is_in {
+            return Err(skip(format!("{} is not in the room", self.low)));
+        }
+        match self.level(&self.low) {
+            level if level < 50 => Ok(()),
+            level => Err(skip(format!("{} has the level {level}", self.low))),
+        }
+    }
+
+    /// A GET about the room.
+    pub fn about_room(&self, endpoint: &str, query: &[(&str, &str)]) -> Ask {
+        let query: Vec<String> = query.iter().map(|(name, value)| format!("{name}={}", segment(value))).collect();
+        Ask::get(format!("/_matrix/federation/v1/{endpoint}/{}?{}", segment(self.room.as_str()), query.join("&")))
+    }
+
+    /// A backfill of the room.
+    pub fn backfill(&self, from: &str, limit: usize) -> Result<Ask, Unmet> {
+        let rest = format!("{}?v={}&limit={limit}", segment(self.room.as_str()), segment(from));
+        Ok(Ask::get(self.path(Endpoint::Backfill, &rest)?))
+    }
+
+    /// A look-up of an event.
+    pub fn event(&self, id: &str) -> Result<Ask, Unmet> {
+        Ok(Ask::get(self.path(Endpoint::Event, &segment(id))?))
+    }
+
+    /// A template.
+    pub fn make(&self, change: &str, room: &str, user: &UserId, versions: &[&str]) -> Ask {
+        let versions: Vec<String> = versions.iter().map(|version| format!("ver={}", segment(version))).collect();
+        let (room, user) = (segment(room), segment(user.as_str()));
+        let query = if versions.is_empty() { String::new() } else { format!("?{}", versions.join("&")) };
+        Ask::get(format!("/_matrix/federation/v1/make_{change}/{room}/{user}{query}"))
+    }
+}
+
+/// The mark of an event, if it has one.
+pub(super) fn mark_of(event: &Value) -> Option<&str> {
+    let in_content = event.pointer("/content/mark").and_then(Value::as_str);
+    let in_kind = || event.get("type").and_then(Value::as_str)?.strip_prefix("im.isthmus.conformance.");
+    in_content.or_else(in_kind)
+}
+
+/// The events that came to one of the suite's servers, in order; those of transactions that it refused are left out.
+pub(super) fn pushed<'a>(
+    arrivals: &'a [Arrival],
+    identity: &'a Identity,
+) -> impl Iterator<Item = (&'a Arrival, &'a Value)> {
+    arrivals
+        .iter()
+        .filter(|arrival| arrival.endpoint == "send" && arrival.to == identity.name)
+        .filter(|arrival| arrival.answered.is_none_or(|status| status == 200))
+        .flat_map(|arrival| {
+            let pdus = arrival.body.as_ref().and_then(|body| body.get("pdus")).and_then(Value::as_array);
+            pdus.into_iter().flatten().map(move |pdu| (arrival, pdu))
+        })
+}
+
+/// The event's ID.
+pub(super) fn id_of(event: &Value) -> String {
+    event.as_object().map(|event| format!("${}", reference_hash(event, Redaction::Draft))).unwrap_or_default()
+}
+
+/// Adds the hash and the signature that an LPDU needs.
+pub(super) fn sealed(mut lpdu: Object, identity: &Identity) -> Object {
+    let hash = lpdu_hash(&lpdu);
+    lpdu.insert("hashes".to_owned(), json!({ "lpdu": { "sha256": hash } }));
+    signed(lpdu, identity)
+}
+
+/// Adds the signature alone.
+pub(super) fn signed(lpdu: Object, identity: &Identity) -> Object {
+    signed_by(lpdu, identity.name.as_str(), identity.key.id(), &identity.key)
+}
+
+/// Signs in any name.
+pub(super) fn signed_by(mut lpdu: Object, name: &str, key_id: &str, key: &crate::identity::SigningKey) -> Object {
+    lpdu.remove("signatures");
+    let signature = key.sign(&canonical_json(&redact(&lpdu, Redaction::Draft)));
+    lpdu.insert("signatures".to_owned(), json!({ name: { key_id: signature } }));
+    lpdu
+}

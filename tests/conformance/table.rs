@@ -1,0 +1,55 @@
+//! `docs/conformance.md` names every check and no other, and tests that are there.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use isthmus::conformance::catalogue;
+
+const TABLE: &str = include_str!("../../docs/conformance.md");
+
+/// The rows of the table.
+fn rows() -> impl Iterator<Item = Vec<&'static str>> {
+    let rows = TABLE.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| |"));
+    rows.map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+}
+
+#[test]
+fn every_check_has_a_row_and_every_row_checks_that_exist() {
+    let there: BTreeSet<&str> = catalogue().iter().map(|check| check.id).collect();
+    assert_eq!(there.len(), catalogue().len(), "a number is given twice");
+    let mut named = BTreeSet::new();
+    for row in rows() {
+        assert_eq!(row.len(), 7, "{row:?}");
+        let (checks, why_not) = (row[4], row[6]);
+        assert!(checks != "—" || !row[5].is_empty() || !why_not.is_empty(), "neither checked nor explained: {row:?}");
+        named.extend(checks.split(", ").filter(|check| *check != "—"));
+    }
+    let known = TABLE.split(|c: char| !c.is_ascii_alphanumeric() && c != '-').filter(|word| word.starts_with("LM-"));
+    assert_eq!(named, there);
+    assert_eq!(known.filter(|word| !there.contains(word)).collect::<Vec<_>>(), Vec::<&str>::new());
+}
+
+#[test]
+fn every_test_that_is_named_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut code = String::new();
+    for folder in ["src", "tests"] {
+        read(&root.join(folder), &mut code);
+    }
+    for row in rows() {
+        for name in row[5].split('`').skip(1).step_by(2).filter(|name| !name.contains('/')) {
+            assert!(code.contains(&format!("fn {name}(")), "{name}");
+        }
+    }
+}
+
+fn read(folder: &Path, code: &mut String) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            read(&path, code);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            code.push_str(&std::fs::read_to_string(&path).unwrap());
+        }
+    }
+}
