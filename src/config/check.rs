@@ -8,6 +8,9 @@ use url::{Host, Url};
 use super::Config;
 use crate::event::VerifyKey;
 
+/// How many notaries there may be: they are asked one after the other.
+const NOTARIES: usize = 5;
+
 type Problem = (&'static str, String);
 
 /// The first thing that is wrong with `config`, whose paths are absolute.
@@ -122,6 +125,15 @@ fn federation(config: &Config) -> Result<(), Problem> {
             );
             return Err(("federation.leaked_keys", problem));
         }
+    }
+    if config.federation.notaries.contains(&config.server_name) {
+        let problem = format!("holds {}, which is this gateway: name other servers only", config.server_name);
+        return Err(("federation.notaries", problem));
+    }
+    if config.federation.notaries.len() > NOTARIES {
+        let problem =
+            format!("names {} servers, of which at most {NOTARIES} can be asked", config.federation.notaries.len());
+        return Err(("federation.notaries", problem));
     }
     for (server, url) in &config.federation.resolve {
         base_url("federation.resolve", url)?;

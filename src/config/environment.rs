@@ -38,6 +38,7 @@ pub(super) const KEYS: &[(&str, Kind)] = &[
     ("appservice.registration", Kind::Text),
     ("federation.custom_ca", Kind::List),
     ("federation.leaked_keys", Kind::List),
+    ("federation.notaries", Kind::List),
     ("federation.allow_private_networks", Kind::Switch),
     ("federation.resolve", Kind::Table),
     ("access.hubs", Kind::List),

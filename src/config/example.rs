@@ -74,6 +74,9 @@ server_name = "{server_name}"
 # Public keys (ed25519 in unpadded base64, as servers publish them) that are known to have leaked, whosever they are:
 # nothing that is signed with them is believed.
 # leaked_keys = []
+# Servers that are asked for the signing keys of others which do not answer themselves, one after the other. Whoever is named
+# here is believed about servers that are away and whose keys are not known yet.
+# notaries = []
 
 # Servers that are reached at a given base URL, without discovery; plain http for loopback only.
 [federation.resolve]

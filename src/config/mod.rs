@@ -106,6 +106,8 @@ pub struct Federation {
     pub allow_private_networks: bool,
     /// Public keys (ed25519, unpadded base64) that are known to have leaked: nothing signed with them is believed.
     pub leaked_keys: Vec<String>,
+    /// Servers that are believed about the keys of others that cannot be asked themselves, in the order in which they are asked.
+    pub notaries: Vec<OwnedServerName>,
     /// Servers whose base URL is given, without discovery.
     pub resolve: BTreeMap<OwnedServerName, Url>,
 }

@@ -137,6 +137,7 @@ fn every_key_can_be_set_in_the_environment() {
         ("appservice.registration", "r", appservice),
         ("federation.custom_ca", "a.pem, b.pem", ""),
         ("federation.leaked_keys", "Noi6WqcDj0QmPxCNQqgezwTlBKrfqehY1u2FyWP9uYw", ""),
+        ("federation.notaries", "matrix.example, hub.example:8448", ""),
         ("federation.allow_private_networks", "true", ""),
         ("federation.resolve", "a.example=http://127.0.0.1:1,b=https://c", ""),
         ("access.hubs", "a,*.b", ""),
@@ -315,6 +316,11 @@ fn each_mistake_gets_one_sentence() {
             "server_name = \"g\"\n[listen]\ntls_certificate = \"tls.pem\"",
             &[],
             "isthmus.toml: `listen.tls_private_key` is missing although `listen.tls_certificate` is set: ",
+        ),
+        (
+            "server_name = \"g\"\n[federation]\nnotaries = [\"g\"]",
+            &[],
+            "isthmus.toml: `federation.notaries` holds g, which is this gateway: name other servers only",
         ),
         (
             "server_name = \"g\"\n[federation]\nleaked_keys = [\"AAAA\"]",

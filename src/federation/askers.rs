@@ -15,9 +15,17 @@ const STRANGERS: usize = 128;
 const OF_ONE_ADDRESS: usize = 32;
 
 /// The servers that are being asked; clones share them.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Askers {
     asked: Arc<Mutex<HashMap<OwnedServerName, Asked>>>,
+    strangers: usize,
+    of_one_address: usize,
+}
+
+impl Default for Askers {
+    fn default() -> Self {
+        Self::new(STRANGERS, OF_ONE_ADDRESS)
+    }
 }
 
 struct Asked {
@@ -35,6 +43,11 @@ pub struct Asker {
 }
 
 impl Askers {
+    /// So many servers at once with which nothing is shared, and so many because of one address.
+    pub fn new(strangers: usize, of_one_address: usize) -> Self {
+        Self { asked: Arc::default(), strangers, of_one_address }
+    }
+
     /// Lets a request wait for the keys of `server`, or refuses it. Those who wait for the same server wait for one answer.
     pub fn enter(&self, server: &ServerName, address: Option<IpAddr>, is_stranger: bool) -> Result<Asker, Refusal> {
         let mut asked = lock(&self.asked);
@@ -43,7 +56,7 @@ impl Askers {
         } else {
             let strangers = asked.values().filter(|asked| asked.is_stranger).count();
             let of_one = asked.values().filter(|asked| address.is_some() && asked.address == address).count();
-            if (is_stranger && strangers >= STRANGERS) || of_one >= OF_ONE_ADDRESS {
+            if (is_stranger && strangers >= self.strangers) || of_one >= self.of_one_address {
                 return Err(Refusal::Budget { what: "servers asked for their keys".to_owned(), retry_after_ms: 5_000 });
             }
             asked.insert(server.to_owned(), Asked { address, is_stranger, waiting: 1 });

@@ -136,6 +136,8 @@ struct Inner {
 const ERROR_LIMIT: usize = 16 << 10;
 /// How large the keys of a server may be.
 const KEYS_LIMIT: usize = 64 << 10;
+/// How large a notary's answer about one server may be.
+const NOTARY_LIMIT: usize = 256 << 10;
 const KEYS_TIMEOUT: Duration = Duration::from_secs(20);
 const KEY_FETCHES: usize = 256;
 /// How long a fetch of keys waits for its turn.
@@ -367,11 +369,29 @@ fn retry_after(headers: &HeaderMap, body: &Object) -> Option<Duration> {
 #[async_trait]
 impl KeyFetcher for Client {
     async fn fetch_keys(&self, server: &ServerName) -> Result<Object, Refusal> {
+        let call = Call { limit: KEYS_LIMIT, ..Call::get("/_matrix/key/v2/server") };
+        self.keys(server, call).await
+    }
+
+    async fn ask_notary(
+        &self,
+        notary: &ServerName,
+        server: &ServerName,
+        minimum_valid_until_ts: i64,
+    ) -> Result<Object, Refusal> {
+        let uri = format!("/_matrix/key/v2/query/{server}?minimum_valid_until_ts={minimum_valid_until_ts}");
+        let call = Call { limit: NOTARY_LIMIT, ..Call::get(uri) };
+        self.keys(notary, call).await
+    }
+}
+
+impl Client {
+    async fn keys(&self, server: &ServerName, call: Call) -> Result<Object, Refusal> {
         let unavailable = |problem: String| Refusal::KeysUnavailable { server: server.to_string(), problem };
         let turn = tokio::time::timeout(KEYS_TURN, self.inner.key_fetches.acquire()).await;
         let turn = turn.map_err(|_| unavailable(format!("{KEY_FETCHES} servers are being asked already")))?;
         let _permit = turn.map_err(|error| unavailable(error.to_string()))?;
-        let call = Call { timeout: KEYS_TIMEOUT, limit: KEYS_LIMIT, ..Call::get("/_matrix/key/v2/server") };
+        let call = Call { timeout: KEYS_TIMEOUT, ..call };
         self.get_json(server, call).await.map_err(|error| unavailable(error.to_string()))
     }
 }

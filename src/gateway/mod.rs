@@ -2,11 +2,13 @@
 
 mod connections;
 pub(crate) mod descriptors;
+mod devices;
 mod edus;
 mod handshakes;
 mod housekeeping;
 mod listen;
 mod lookups;
+mod notary;
 mod reads;
 mod routes;
 mod signed;
@@ -33,7 +35,7 @@ use crate::config::Config;
 use crate::dag::Dag;
 use crate::event::VerifyKey;
 use crate::federation::{Client, ClientOptions, Context, OutboundQueues};
-use crate::identity::{Keyring, SigningKey, SigningKeyError};
+use crate::identity::{Keyring, SigningKey, SigningKeyError, Trust};
 use crate::lm::Lm;
 use crate::refusal::Refusal;
 use crate::store::{Store, StoreError};
@@ -111,7 +113,8 @@ async fn context_on(store: Store, config: Config, clock: SharedClock) -> Result<
         return Err(GatewayError::OwnKeyLeaked(config.signing_key));
     }
     let (own, fetcher) = (signing_key.clone(), Arc::new(client.clone()));
-    let keyring = Keyring::with_denied(server_name.clone(), own, fetcher, store.clone(), clock.clone(), leaked);
+    let trust = Trust { denied: leaked, notaries: config.federation.notaries.clone() };
+    let keyring = Keyring::with_trust(server_name.clone(), own, fetcher, store.clone(), clock.clone(), trust);
     keyring.remember_own().await?;
     let outbound =
         OutboundQueues::new(store.clone(), clock.clone(), server_name.clone(), client.clone(), keyring.clone());

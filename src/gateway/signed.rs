@@ -16,7 +16,7 @@ use crate::refusal::Refusal;
 use crate::store::overview;
 
 /// The size of a body, but for transactions: an event of 64 KiB and what goes with it.
-const BODY_LIMIT: usize = 1 << 20;
+pub(super) const BODY_LIMIT: usize = 1 << 20;
 /// The size of a transaction: 50 PDUs of 64 KiB and 100 EDUs.
 const TRANSACTION_LIMIT: usize = 10 << 20;
 
@@ -79,11 +79,13 @@ impl<B> Signed<B> {
 
     /// The value of a parameter of the query that is a number.
     pub fn number(&self, name: &str) -> Result<Option<i64>, Refusal> {
-        let number = |text: String| {
-            text.parse().map_err(|_| Refusal::malformed(name, format!("{:?} is not an integer", shown(&text))))
-        };
-        self.value(name).map(number).transpose()
+        self.value(name).map(|text| integer(name, &text)).transpose()
     }
+}
+
+/// Parses an integer; `what` is how a refusal calls it.
+pub(super) fn integer(what: &str, text: &str) -> Result<i64, Refusal> {
+    text.parse().map_err(|_| Refusal::malformed(what, format!("{:?} is not an integer", shown(text))))
 }
 
 /// Parses an identifier; `what` is how a refusal calls it.
@@ -178,7 +180,7 @@ fn whose(parts: &Parts, claimed: &Claimed) -> String {
     peer(parts).map_or_else(|| claimed.origin().to_string(), |address| address.to_string())
 }
 
-fn peer(parts: &Parts) -> Option<IpAddr> {
+pub(super) fn peer(parts: &Parts) -> Option<IpAddr> {
     parts.extensions.get::<Peer>().and_then(|peer| peer.0)
 }
 

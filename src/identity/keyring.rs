@@ -1,5 +1,8 @@
-//! The keys of other servers: fetched directly from them, checked, kept in the database and in a cache, each server
-//! fetched once at a time.
+//! The keys of other servers: fetched directly from them, or from notaries when that fails, checked, kept in the database and in a
+//! cache, each server fetched once at a time.
+
+mod notaries;
+mod notary;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -10,6 +13,7 @@ use moka::future::Cache;
 use ruma::{OwnedServerName, ServerName};
 use serde_json::{Value, json};
 
+pub use self::notary::KeyQuery;
 use super::SigningKey;
 use super::server_keys::{ServerKeys, Validity};
 use crate::admin::metrics;
@@ -36,6 +40,26 @@ const OWN_VALIDITY_MS: i64 = 12 * 3600 * 1000;
 pub trait KeyFetcher: Send + Sync + 'static {
     /// `GET /_matrix/key/v2/server` of `server`, at most 64 KiB of it, unauthenticated.
     async fn fetch_keys(&self, server: &ServerName) -> Result<Object, Refusal>;
+
+    /// `GET /_matrix/key/v2/query/SERVER` of `notary`, for answers that are valid until then, unauthenticated.
+    async fn ask_notary(
+        &self,
+        notary: &ServerName,
+        server: &ServerName,
+        minimum_valid_until_ts: i64,
+    ) -> Result<Object, Refusal> {
+        let _ = (server, minimum_valid_until_ts);
+        Err(Refusal::KeysUnavailable { server: notary.to_string(), problem: "notaries are not asked".to_owned() })
+    }
+}
+
+/// Whom the key ring believes.
+#[derive(Debug, Clone, Default)]
+pub struct Trust {
+    /// Public keys (unpadded base64) that are never believed because they are known to have leaked.
+    pub denied: BTreeSet<String>,
+    /// Servers that are asked, in this order, for the keys of one that does not give them itself.
+    pub notaries: Vec<OwnedServerName>,
 }
 
 /// Why keys could not be had.
@@ -72,7 +96,7 @@ struct Inner {
     fetcher: Arc<dyn KeyFetcher>,
     store: Store,
     clock: SharedClock,
-    denied: BTreeSet<String>,
+    trust: Trust,
     lookups: Cache<OwnedServerName, Arc<Lookup>>,
     meter: metrics::CacheMeter,
 }
@@ -112,17 +136,17 @@ impl Keyring {
         store: Store,
         clock: SharedClock,
     ) -> Self {
-        Self::with_denied(server_name, own, fetcher, store, clock, BTreeSet::new())
+        Self::with_trust(server_name, own, fetcher, store, clock, Trust::default())
     }
 
-    /// The same, with public keys (unpadded base64) that are never believed because they are known to have leaked.
-    pub fn with_denied(
+    /// The same, with whom it believes and whom not.
+    pub fn with_trust(
         server_name: OwnedServerName,
         own: Arc<SigningKey>,
         fetcher: Arc<dyn KeyFetcher>,
         store: Store,
         clock: SharedClock,
-        denied: BTreeSet<String>,
+        trust: Trust,
     ) -> Self {
         let current = VerifyKey::from_base64(&own.public_base64()).ok().map(|key| (own.id().to_owned(), key));
         let own_keys = ArcSwap::from_pointee(ServerKeys {
@@ -134,7 +158,7 @@ impl Keyring {
         });
         let lookups = Cache::new(CACHED_SERVERS);
         let meter = metrics::CacheMeter::watch("server_keys", &lookups);
-        Self { inner: Arc::new(Inner { server_name, own, own_keys, fetcher, store, clock, denied, lookups, meter }) }
+        Self { inner: Arc::new(Inner { server_name, own, own_keys, fetcher, store, clock, trust, lookups, meter }) }
     }
 
     /// Takes up, at the start, the keys that this server had before: they are published as old ones from now on, so that
@@ -148,7 +172,7 @@ impl Keyring {
                 .ok_or_else(|| StoreError::corrupt("own keys", "not as this program writes them"))?;
             keys = keys.remember(&before, now_ms);
         }
-        server_keys::save(store, server_name, keys.to_bytes(), now_ms).await?;
+        server_keys::save(store, server_name, keys.to_bytes(), Vec::new(), now_ms).await?;
         own_keys.store(Arc::new(keys));
         Ok(())
     }
@@ -192,6 +216,13 @@ impl Keyring {
             Some(error) if found.is_empty() => Err(error.clone()),
             _ => Ok(found),
         }
+    }
+
+    /// Whether the server may be asked again now.
+    async fn may_be_asked(&self, server: &ServerName) -> bool {
+        let now_ms = self.inner.clock.now_ms();
+        let lookup = self.inner.lookups.get(server).await;
+        server != self.inner.server_name && lookup.is_none_or(|lookup| lookup.is_stale(now_ms, true))
     }
 
     /// Whether the server would have to be asked for some of these of its keys.
@@ -297,31 +328,40 @@ impl Inner {
         let asked = self.ask(server, now_ms).await;
         // How old an answer is counts from when it is here: whoever asks may have waited long for it.
         let asked_ts = self.clock.now_ms();
-        match asked {
-            Ok(keys) => {
-                let keys = match &before {
-                    Some(before) => keys.remember(before, now_ms),
-                    None => keys,
-                };
+        let (told, error) = match asked {
+            Ok(told) => {
+                let valid_until_ts = told.keys.valid_until_ts;
                 // Events of its time can be checked with it; but who asks again soon would be told the same.
-                let outdated = keys.valid_until_ts <= asked_ts;
-                if !(outdated && before.as_deref() == Some(&keys))
-                    && let Err(error) = server_keys::save(&self.store, server, keys.to_bytes(), now_ms).await
-                {
-                    tracing::warn!(%server, %error, "the keys of a server could not be stored");
-                }
-                let error = outdated.then(|| KeyringError::Rejected {
+                let error = (valid_until_ts <= asked_ts).then(|| KeyringError::Rejected {
                     server: server.to_string(),
-                    problem: format!("valid_until_ts is {}, and it is {asked_ts} now", keys.valid_until_ts),
+                    problem: format!("valid_until_ts is {valid_until_ts}, and it is {asked_ts} now"),
                 });
-                let failures = if outdated { failures() } else { 0 };
-                Lookup { keys: Some(Arc::new(keys)), error, asked_ts, failures }
+                let keys = match &before {
+                    Some(before) => told.keys.remember(before, now_ms),
+                    None => told.keys,
+                };
+                (Some(Told { keys, ..told }), error)
             }
             Err(error) => {
-                tracing::info!(%server, %error, "no new keys of a server");
-                Lookup { keys: before, error: Some(error), asked_ts, failures: failures() }
+                let told = self.ask_notaries(server, before.as_deref(), now_ms).await;
+                let helped = told.as_ref().is_some_and(|told| told.keys.valid_until_ts > asked_ts);
+                (told, (!helped).then_some(error))
             }
+        };
+        if let Some(error) = &error {
+            tracing::info!(%server, %error, "no new keys of a server");
         }
+        let failures = if error.is_some() { failures() } else { 0 };
+        let Some(Told { keys, answers }) = told else {
+            return Lookup { keys: before, error, asked_ts, failures };
+        };
+        // What is out of date already and says nothing new is not written down again and again.
+        if !(error.is_some() && before.as_deref() == Some(&keys))
+            && let Err(error) = server_keys::save(&self.store, server, keys.to_bytes(), answers, now_ms).await
+        {
+            tracing::warn!(%server, %error, "the keys of a server could not be stored");
+        }
+        Lookup { keys: Some(Arc::new(keys)), error, asked_ts, failures }
     }
 
     async fn remembered(&self, server: &ServerName) -> Option<(Arc<ServerKeys>, i64)> {
@@ -329,8 +369,8 @@ impl Inner {
             Ok(stored) => {
                 let (bytes, fetched_ts) = stored?;
                 let mut keys = ServerKeys::from_bytes(server, &bytes)?;
-                keys.current.retain(|_, key| !self.denied.contains(&key.to_base64()));
-                keys.old.retain(|_, (key, _)| !self.denied.contains(&key.to_base64()));
+                keys.current.retain(|_, key| !self.trust.denied.contains(&key.to_base64()));
+                keys.old.retain(|_, (key, _)| !self.trust.denied.contains(&key.to_base64()));
                 Some((Arc::new(keys), fetched_ts))
             }
             Err(error) => {
@@ -340,13 +380,22 @@ impl Inner {
         }
     }
 
-    async fn ask(&self, server: &ServerName, now_ms: i64) -> Result<ServerKeys, KeyringError> {
+    async fn ask(&self, server: &ServerName, now_ms: i64) -> Result<Told, KeyringError> {
         let answer = self.fetcher.fetch_keys(server).await;
         metrics::key_fetch(answer.is_ok());
         let answer = answer.map_err(|refusal| unreachable(server, &refusal.to_string()))?;
-        ServerKeys::check(&answer, server, now_ms, &self.denied)
-            .map_err(|problem| KeyringError::Rejected { server: server.to_string(), problem })
+        let keys = ServerKeys::check(&answer, server, now_ms, &self.trust.denied)
+            .map_err(|problem| KeyringError::Rejected { server: server.to_string(), problem })?;
+        let answers = keys.as_told(answer, now_ms).into_iter().collect();
+        Ok(Told { keys, answers })
     }
+}
+
+/// What was learned of a server.
+struct Told {
+    keys: ServerKeys,
+    /// The answers that it is from.
+    answers: Vec<server_keys::KeyAnswer>,
 }
 
 /// How long a server is left alone that could not be asked so many times in a row.

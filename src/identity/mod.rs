@@ -6,6 +6,6 @@ mod server_keys;
 mod signing_key;
 
 pub use self::ghost::{Ghost, GhostNames, Side};
-pub use self::keyring::{KeyFetcher, Keyring, KeyringError};
+pub use self::keyring::{KeyFetcher, KeyQuery, Keyring, KeyringError, Trust};
 pub use self::server_keys::{ServerKeys, Validity};
 pub use self::signing_key::{SigningKey, SigningKeyError};

@@ -3,11 +3,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ruma::{OwnedServerName, ServerName};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
-use crate::event::{Object, VerifyKey, verify_object};
+use crate::event::{Object, VerifyKey, canonical_json, verify_object};
+use crate::store::server_keys::KeyAnswer;
 
 /// Keys are not believed for longer than this after they were fetched.
 const MAX_VALIDITY_MS: i64 = 7 * 24 * 3600 * 1000;
@@ -15,6 +19,8 @@ const MAX_VALIDITY_MS: i64 = 7 * 24 * 3600 * 1000;
 const MAX_KEY_ID: usize = 100;
 /// How many keys of a server are kept, in use and out of use each.
 const MAX_KEYS: usize = 50;
+/// How large an answer may be that is kept to be given to others, in bytes.
+const MAX_ANSWER: usize = 16 << 10;
 
 /// For what moment keys must be valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,6 +91,41 @@ impl ServerKeys {
             valid_until_ts: valid_until_ts.min(now_ms.saturating_add(MAX_VALIDITY_MS)),
             linearized: answer.get("m.linearized").and_then(Value::as_bool).unwrap_or(false),
         })
+    }
+
+    /// The answer that these keys are from, to be given to others, unless it is too large: with the server's own signatures alone,
+    /// since anybody can add some of his.
+    pub(super) fn as_told(&self, mut answer: Object, fetched_ts: i64) -> Option<KeyAnswer> {
+        let own = answer.get("signatures").and_then(|all| all.get(self.server.as_str())).cloned()?;
+        answer.insert("signatures".to_owned(), json!({ self.server.as_str(): own }));
+        let answer = canonical_json(&answer);
+        let keys: Vec<_> = self.current.iter().map(|(id, key)| format!("{id} {}", key.to_base64())).collect();
+        let key_set = URL_SAFE_NO_PAD.encode(Sha256::digest(keys.join(" ")));
+        let kept = KeyAnswer { key_set, answer, fetched_ts, valid_until_ts: self.valid_until_ts };
+        Some(kept).filter(|kept| kept.answer.len() <= MAX_ANSWER)
+    }
+
+    /// None at all.
+    pub(super) fn none(server: &ServerName) -> Self {
+        let (current, old) = (BTreeMap::new(), BTreeMap::new());
+        Self { server: server.to_owned(), current, old, valid_until_ts: 0, linearized: false }
+    }
+
+    /// Adds what a notary says of the same server. Nothing that is known gives way to it: where the two say different things of a key,
+    /// the notary's is of no use.
+    pub(super) fn and_by_notary(before: Option<&Self>, told: Self, now_ms: i64) -> Result<Self, String> {
+        let Some(before) = before else { return Ok(told) };
+        for (key_id, key) in told.all() {
+            if before.all().any(|(known, other)| known == key_id && other != key) {
+                return Err(format!("{key_id} is another key than the one that is known"));
+            }
+        }
+        let newer = told.valid_until_ts > before.valid_until_ts;
+        Ok(if newer { told.remember(before, now_ms) } else { before.clone().remember(&told, now_ms) })
+    }
+
+    fn all(&self) -> impl Iterator<Item = (&String, &VerifyKey)> {
+        self.current.iter().chain(self.old.iter().map(|(id, (key, _))| (id, key)))
     }
 
     /// Keeps what `before` knew: a key that is published no more is an old key, which expired when it was last vouched for.

@@ -63,8 +63,11 @@ pub async fn prune(store: &Store, prune: Prune) -> Result<u64, StoreError> {
             )
             .bind(prune.keys_before)
             .bind(prune.own.as_str())
-            .execute(tx)
+            .execute(&mut *tx)
             .await?;
+            let answers =
+                "DELETE FROM server_key_answers WHERE server_name NOT IN (SELECT server_name FROM server_keys)";
+            sqlx::query(answers).execute(tx).await?;
             Ok(work.rows_affected().saturating_add(keys.rows_affected()))
         })
     });
@@ -191,7 +194,7 @@ mod tests {
             });
             waits.await.unwrap();
             for server in ["g.example", "shared.example", "hub.example", "gone.example"] {
-                super::super::server_keys::save(&store, &ruma::ServerName::parse(server).unwrap(), Vec::new(), 5).await.unwrap();
+                super::super::server_keys::save(&store, &ruma::ServerName::parse(server).unwrap(), Vec::new(), Vec::new(), 5).await.unwrap();
             }
             let shared = "INSERT INTO outbound_cursors (destination, kind, room_id, sent) \
                           VALUES ('shared.example', $2, '!r:h', $1)";

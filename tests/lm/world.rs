@@ -59,6 +59,8 @@ pub struct World {
     directory: tempfile::TempDir,
     clock: SharedClock,
     resolve: BTreeMap<OwnedServerName, url::Url>,
+    /// Whom all others believe about the keys of those who do not answer.
+    notary: Option<&'static str>,
 }
 
 impl World {
@@ -69,18 +71,28 @@ impl World {
 
     /// The same, with a clock of the test's.
     pub async fn with_clock<const N: usize>(names: [&str; N], clock: SharedClock) -> (Self, [Node; N]) {
-        Self::begin(names, &[], clock).await
+        Self::begin(names, &[], clock, None).await
     }
 
     /// The same, among others that are somewhere else.
     pub async fn with_others<const N: usize>(names: [&str; N], others: &[(&str, SocketAddr)]) -> (Self, [Node; N]) {
-        Self::begin(names, others, Arc::new(SystemClock)).await
+        Self::begin(names, others, Arc::new(SystemClock), None).await
+    }
+
+    /// The same, with a server among them that is the notary of all others.
+    pub async fn with_notary<const N: usize>(
+        names: [&str; N],
+        clock: SharedClock,
+        notary: Option<&'static str>,
+    ) -> (Self, [Node; N]) {
+        Self::begin(names, &[], clock, notary).await
     }
 
     async fn begin<const N: usize>(
         names: [&str; N],
         others: &[(&str, SocketAddr)],
         clock: SharedClock,
+        notary: Option<&'static str>,
     ) -> (Self, [Node; N]) {
         let directory = tempfile::tempdir().unwrap();
         let listeners = names.map(|name| (name, std::net::TcpListener::bind("127.0.0.1:0").unwrap()));
@@ -88,7 +100,7 @@ impl World {
         let resolve = own
             .chain(others.iter().copied())
             .map(|(name, address)| (ServerName::parse(name).unwrap(), format!("http://{address}").parse().unwrap()));
-        let world = Self { resolve: resolve.collect(), directory, clock };
+        let world = Self { resolve: resolve.collect(), directory, clock, notary };
         let mut nodes = Vec::new();
         for (name, listener) in listeners {
             nodes.push(world.node(name, listener).await);
@@ -98,11 +110,12 @@ impl World {
 
     async fn node(&self, name: &str, listener: std::net::TcpListener) -> Node {
         let file = |ending: &str| self.directory.path().join(format!("{name}.{ending}"));
+        let notaries: Vec<_> = self.notary.into_iter().filter(|notary| *notary != name).collect();
         let config = json!({
             "server_name": name,
             "signing_key": file("key"),
             "database": { "url": format!("sqlite://{}", file("db").display()) },
-            "federation": { "allow_private_networks": true, "resolve": self.resolve },
+            "federation": { "allow_private_networks": true, "resolve": self.resolve, "notaries": notaries },
         });
         let config: Config = serde_json::from_value(config).unwrap();
         let context = isthmus::gateway::context(config, self.clock.clone()).await.unwrap();

@@ -203,10 +203,10 @@ async fn hc_09_leaked_keys_are_refused() {
     both_stores(|store| async move {
         let (servers, key) = (Arc::new(Servers::default()), SigningKey::generate());
         servers.set(hub(), answer(hub(), &[&key], json!({}), NOW + DAY));
-        let denied = BTreeSet::from([key.public_base64()]);
+        let trust = Trust { denied: BTreeSet::from([key.public_base64()]), ..Trust::default() };
         let own = Arc::new(SigningKey::generate());
         let name = server_name!("g.example").to_owned();
-        let ring = Keyring::with_denied(name, own, servers, store, ManualClock::new(NOW), denied);
+        let ring = Keyring::with_trust(name, own, servers, store, ManualClock::new(NOW), trust);
         assert!(ring.server_keys(hub()).await.unwrap_err().to_string().contains("leaked"));
     })
     .await;
