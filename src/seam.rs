@@ -1,6 +1,7 @@
 //! The seam between the two sides: what `lm` and `dag` have in common, and what they ask of the bridge, which stands between
 //! them and which neither of them knows.
 
+mod devices;
 mod effect;
 
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 
+pub use self::devices::{Device, Devices, NoDevices, SharedDevices};
 pub use self::effect::{Effects, EffectsOf, EventEffect, write_effects, write_effects_until_one_fails};
 use crate::event::{Edu, Object};
 use crate::identity::Side;

@@ -13,6 +13,7 @@ mod outbound;
 mod pace;
 mod peer_address;
 mod probe;
+mod rates;
 mod srv;
 mod transactions;
 mod well_known;
@@ -30,5 +31,6 @@ pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, OutboundQueues, Q
 pub use self::pace::Pace;
 pub use self::peer_address::peer_address;
 pub use self::probe::{Probe, ProbeAnswer, TlsFacts};
+pub use self::rates::{Rate, Rates};
 pub use self::transactions::{Begun, Processing, Transactions};
 pub use self::x_matrix::{Authenticated, Claimed, Claims, authenticate, authorization_header};

@@ -8,7 +8,7 @@ use ruma::{OwnedUserId, UserId};
 use serde_json::{Map, Value, json};
 
 use super::routes::{Answer, Federation, error};
-use super::signed::{Asked, Given, parse};
+use super::signed::{Asked, parse};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 
@@ -58,32 +58,7 @@ pub(super) async fn profile(federation: Federation, asked: Asked) -> Answer {
     Ok(Value::Object(body))
 }
 
-/// A user's devices.
-pub(super) async fn devices(federation: Federation, asked: Asked) -> Answer {
-    let user_id = asked.user_id()?;
-    // Unknown users are unknown here too. Ghosts have no devices: encrypted rooms are not bridged.
-    federation.between.profile(side_of_user(&user_id), &user_id).await?;
-    Ok(json!({ "user_id": user_id, "stream_id": 0, "devices": [] }))
-}
-
-/// The keys of devices: there are none.
-pub(super) async fn keys(given: Given) -> Answer {
-    object(&given, "device_keys")?;
-    Ok(json!({ "device_keys": {} }))
-}
-
-/// Keys that serve once: there are none.
-pub(super) async fn one_time_keys(given: Given) -> Answer {
-    object(&given, "one_time_keys")?;
-    Ok(json!({ "one_time_keys": {} }))
-}
-
-fn object(given: &Given, name: &str) -> Result<(), Refusal> {
-    let there = given.body.get(name).is_some_and(Value::is_object);
-    if there { Ok(()) } else { Err(Refusal::malformed(name, "missing or no object")) }
-}
-
 /// On which side a user of the gateway's name is seen: `@mx_*` exists on LM only, everybody else on Matrix.
-fn side_of_user(user_id: &UserId) -> Side {
+pub(super) fn side_of_user(user_id: &UserId) -> Side {
     if user_id.localpart().starts_with("mx_") { Side::Lm } else { Side::Matrix }
 }

@@ -4,26 +4,27 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 
-use axum::extract::State;
+use axum::extract::{FromRequest, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
 use axum::{Json, Router};
 use http::{Method, StatusCode};
-use ruma::RoomId;
+use ruma::{RoomId, ServerName};
 use serde_json::{Value, json};
 
 use super::edus::EduBudgets;
 use super::handshakes::Handshake::{Join, Knock, Leave};
+use super::notary::{self, Anyone, Notary};
 use super::signed::{Asked, Given, SignedTransaction};
 use super::transaction::Dialect;
 use super::unproved::Unproved;
-use super::{handshakes, lookups, reads, transaction};
+use super::{devices, handshakes, lookups, reads, transaction};
 use crate::dag::Dag;
-use crate::federation::{Askers, Context, Lines, Transactions, Underway};
+use crate::federation::{Askers, Context, Lines, Rate, Rates, Transactions, Underway};
 use crate::identity::Side;
 use crate::lm::Lm;
 use crate::refusal::Refusal;
-use crate::seam::SharedBetween;
+use crate::seam::{NoDevices, SharedBetween, SharedDevices};
 
 /// What the routes stand in front of.
 #[derive(Clone)]
@@ -44,6 +45,12 @@ pub struct Federation {
     pub unproved: Unproved,
     /// Requests that wait for their servers' keys.
     pub askers: Askers,
+    /// What those may cause who ask for the keys of third servers.
+    pub notary: Notary,
+    /// How often servers ask.
+    pub rates: Rates,
+    /// The devices of the gateway's users.
+    pub devices: SharedDevices,
     /// Other requests that are worked on.
     pub underway: Underway,
     /// Those of them that wait for a third server.
@@ -67,6 +74,9 @@ impl Federation {
             lines: Lines::default(),
             unproved: Unproved::default(),
             askers: Askers::default(),
+            notary: Notary::default(),
+            rates: Rates::default(),
+            devices: Arc::new(NoDevices),
             underway: Underway::default(),
             waiting: Underway::waiting(),
             edus: EduBudgets::default(),
@@ -98,6 +108,8 @@ pub struct Endpoint {
 pub enum Takes {
     /// Nothing: it answers everybody.
     Nothing,
+    /// An object as the body: it answers everybody.
+    OpenBody,
     /// A signature.
     Signature,
     /// A signature, and an object as the body.
@@ -118,6 +130,8 @@ pub fn federation_endpoints() -> Vec<Endpoint> {
     let mut all = vec![
         Endpoint::open("/_matrix/key/v2/server", get(lookups::own_keys)),
         Endpoint::open("/_matrix/key/v2/server/{key_id}", get(lookups::own_keys)),
+        Endpoint::anyone(Method::GET, "/_matrix/key/v2/query/{server_name}", notary::query_one),
+        Endpoint::anyone(Method::POST, "/_matrix/key/v2/query", notary::query),
         Endpoint::open("/.well-known/matrix/server", get(lookups::well_known)),
         Endpoint::open("/_matrix/federation/v1/version", get(lookups::version)),
         Endpoint::transaction("/v1/send/{txn_id}", Dialect::Matrix),
@@ -138,9 +152,9 @@ pub fn federation_endpoints() -> Vec<Endpoint> {
         Endpoint::post("/v1/get_missing_events/{room_id}", reads::missing_events),
         Endpoint::get("/v1/publicRooms", reads::public_rooms),
         Endpoint::post("/v1/publicRooms", reads::search_public_rooms),
-        Endpoint::get("/v1/user/devices/{user_id}", lookups::devices),
-        Endpoint::post("/v1/user/keys/query", |_, given| lookups::keys(given)),
-        Endpoint::post("/v1/user/keys/claim", |_, given| lookups::one_time_keys(given)),
+        Endpoint::get("/v1/user/devices/{user_id}", devices::devices),
+        Endpoint::post("/v1/user/keys/query", devices::keys),
+        Endpoint::post("/v1/user/keys/claim", devices::claim),
         // Under the LM prefix it is certain that the LM room is meant.
         Endpoint::get(&format!("{UNSTABLE}/query/directory"), |g, asked| lookups::directory(g, asked, Some(Side::Lm))),
     ];
@@ -153,6 +167,9 @@ pub fn federation_endpoints() -> Vec<Endpoint> {
             Endpoint::post(&at("/send_knock/{txn_id}"), |g, given| handshakes::send_lm(Knock, g, given)),
             Endpoint::post(&at("/invite/{txn_id}"), handshakes::invite_lm),
         ]);
+    }
+    for prefix in ["/v1", UNSTABLE] {
+        all.push(Endpoint::get(&format!("{prefix}/user/{{user_id}}/device/{{device_id}}"), devices::device));
     }
     for prefix in ["/v2", UNSTABLE] {
         let at = |name: &str| format!("{prefix}{name}");
@@ -171,14 +188,35 @@ impl Endpoint {
         Self { method: Method::GET, path: path.to_owned(), takes: Takes::Nothing, handler }
     }
 
+    /// One that answers everybody who says what is wanted.
+    fn anyone<B, F, A>(method: Method, path: &str, answer: F) -> Self
+    where
+        B: Send + 'static,
+        Anyone<B>: FromRequest<Federation, Rejection = Refusal>,
+        F: Fn(Federation, Anyone<B>) -> A + Clone + Send + Sync + 'static,
+        A: Future<Output = Answer> + Send + 'static,
+    {
+        let handler = move |State(federation): State<Federation>, asked: Anyone<B>| {
+            let answer = answer(federation, asked);
+            async { answer.await.map(Json) }
+        };
+        let (takes, filter) = match method {
+            Method::GET => (Takes::Nothing, MethodFilter::GET),
+            _ => (Takes::OpenBody, MethodFilter::POST),
+        };
+        Self { method, path: path.to_owned(), takes, handler: on(filter, handler) }
+    }
+
     fn get<F, A>(path: &str, answer: F) -> Self
     where
         F: Fn(Federation, Asked) -> A + Clone + Send + Sync + 'static,
         A: Future<Output = Answer> + Send + 'static,
     {
+        let rate = rate_of(path);
         let handler = move |State(federation): State<Federation>, asked: Asked| {
-            let answer = answer(federation, asked);
-            async { answer.await.map(Json) }
+            let limited = limited(&federation, &asked.origin, rate);
+            let answer = limited.map(|()| answer(federation, asked));
+            async move { answer?.await.map(Json) }
         };
         Self { method: Method::GET, path: federated(path), takes: Takes::Signature, handler: get(handler) }
     }
@@ -204,9 +242,11 @@ impl Endpoint {
         F: Fn(Federation, Given) -> A + Clone + Send + Sync + 'static,
         A: Future<Output = Answer> + Send + 'static,
     {
+        let rate = rate_of(path);
         let handler = move |State(federation): State<Federation>, given: Given| {
-            let answer = answer(federation, given);
-            async { answer.await.map(Json) }
+            let limited = limited(&federation, &given.origin, rate);
+            let answer = limited.map(|()| answer(federation, given));
+            async move { answer?.await.map(Json) }
         };
         Self { method, path: federated(path), takes: Takes::Body, handler: on(filter, handler) }
     }
@@ -218,6 +258,26 @@ impl Endpoint {
         let handler = on(MethodFilter::PUT, handler);
         Self { method: Method::PUT, path: federated(path), takes: Takes::Transaction, handler }
     }
+}
+
+/// With what an endpoint is counted together. The draft limits all but transactions, keys and look-ups.
+fn rate_of(path: &str) -> Option<Rate> {
+    let names = |parts: &[&str]| path.split('/').any(|segment| parts.contains(&segment));
+    if path.split('/').any(|segment| segment.starts_with("make_") || segment.starts_with("send_")) {
+        Some(Rate::Handshakes)
+    } else if names(&["invite"]) {
+        Some(Rate::Invites)
+    } else if names(&["user"]) {
+        Some(Rate::Devices)
+    } else if names(&["event", "event_auth", "state", "state_ids", "backfill", "get_missing_events"]) {
+        Some(Rate::Reads)
+    } else {
+        None
+    }
+}
+
+fn limited(federation: &Federation, origin: &ServerName, rate: Option<Rate>) -> Result<(), Refusal> {
+    rate.map_or(Ok(()), |rate| federation.rates.take(origin, rate))
 }
 
 fn federated(path: &str) -> String {
@@ -252,4 +312,24 @@ pub(super) async fn known_side(federation: &Federation, room_id: &RoomId) -> Res
     } else {
         federation.lm.is_joining(room_id).then_some(Side::Lm)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_draft_limits_is_limited() {
+        let limited = |rate| {
+            let paths = federation_endpoints().into_iter().map(|endpoint| endpoint.path);
+            paths.filter(|path| rate_of(path) == rate).collect::<Vec<_>>()
+        };
+        for path in limited(None) {
+            let free = ["/send/", "/query/", "/key/", "/version", "/.well-known/", "/publicRooms", "/key/v2/query"];
+            assert!(free.iter().any(|part| path.contains(part)), "{path}");
+        }
+        assert_eq!(limited(Some(Rate::Handshakes)).len(), 3 + 3 + 2 * 3);
+        assert_eq!(limited(Some(Rate::Invites)).len(), 3);
+        assert_eq!(limited(Some(Rate::Devices)).len(), 3 + 2);
+    }
 }
