@@ -171,6 +171,20 @@ pub enum Refusal {
         /// What it did.
         problem: String,
     },
+    /// A third server, which was asked because of a request, refused: its answer is passed on as it is.
+    #[error("{server}: {error}")]
+    Declined {
+        /// The server that was asked.
+        server: String,
+        /// Its status, from 400 to 599.
+        status: u16,
+        /// Its `errcode`.
+        errcode: String,
+        /// Its `error`.
+        error: String,
+        /// How long it asks to be left alone, in milliseconds.
+        retry_after_ms: Option<u64>,
+    },
     /// This gateway has a fault that shows with this event, each time it comes.
     #[error("this gateway fails on {0}")]
     Fails(String),
@@ -217,14 +231,16 @@ impl Refusal {
             Self::Loop(_) => "loop",
             Self::NotBridged(_) => "not_bridged",
             Self::Remote { .. } => "remote",
+            Self::Declined { .. } => "declined",
             Self::Fails(_) => "fails",
             Self::Corrupt(_) | Self::Internal(_) => "internal",
         }
     }
 
     /// The Matrix error code that goes with it.
-    pub fn errcode(&self) -> &'static str {
+    pub fn errcode(&self) -> &str {
         match self {
+            Self::Declined { errcode, .. } => errcode,
             Self::NotJson(_) => "M_NOT_JSON",
             Self::Malformed { .. } => "M_BAD_JSON",
             Self::TooLarge { .. } => "M_TOO_LARGE",
@@ -247,6 +263,7 @@ impl Refusal {
             | Self::WrongHub { .. }
             | Self::UnableToAuthoriseJoin { .. }
             | Self::IncompatibleRoomVersion(_) => StatusCode::BAD_REQUEST,
+            Self::Declined { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::FORBIDDEN),
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::UnknownRoom(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
@@ -281,7 +298,12 @@ impl From<StoreError> for Refusal {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let mut body = json!({ "errcode": self.errcode(), "error": self.to_string() });
-        if let (Self::Budget { retry_after_ms, .. }, Some(object)) = (&self, body.as_object_mut()) {
+        let retry_after = match &self {
+            Self::Budget { retry_after_ms, .. } => Some(*retry_after_ms),
+            Self::Declined { retry_after_ms, .. } => *retry_after_ms,
+            _ => None,
+        };
+        if let (Some(retry_after_ms), Some(object)) = (retry_after, body.as_object_mut()) {
             object.insert("retry_after_ms".to_owned(), json!(retry_after_ms));
         }
         if let (Self::IncompatibleRoomVersion(version), Some(object)) = (&self, body.as_object_mut()) {

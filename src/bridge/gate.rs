@@ -68,6 +68,10 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
             join_at_hub(core, &entry, &ghost, &handshake.content).await
         }
         Membership::Join => may_join(core, &portal, handshake.side.other(), &ghost).await,
+        Membership::Knock if at_hub => {
+            core.users.keep(&core.context.store, handshake.side, [user]).await?;
+            knock_at_hub(core, &portal, &ghost, &handshake.content).await
+        }
         Membership::Knock => {
             let rooms = core.sides()?.rooms(handshake.side.other());
             let draft = core.member(&ghost, &ghost, "knock");
@@ -94,6 +98,41 @@ async fn may_join(core: &Core, portal: &Portal, side: Side, ghost: &UserId) -> R
 
 fn needs_invite(state: &State, ghost: &UserId) -> bool {
     !is_public(state) && state.membership(ghost) != "invite"
+}
+
+/// Has the ghost knock at the hub, and waits for that. A knock that comes too late is taken back.
+async fn knock_at_hub(core: &Arc<Core>, portal: &Arc<Portal>, ghost: &UserId, content: &Object) -> Result<(), Refusal> {
+    let lm = core.sides()?.lm.clone();
+    // Before the state, which holds what came back meanwhile.
+    let key = (MEMBER.to_owned(), ghost.to_string());
+    let coming = lm.on_its_way(&portal.lm_room_id, std::slice::from_ref(&key)).await?;
+    let leaves = coming.get(&key).is_some_and(|coming| coming.membership() != Some("knock"));
+    let state = State::Log(lm.state_events(&portal.lm_room_id, &[key]).await?);
+    if state.membership(ghost) == "knock" && !leaves {
+        return Ok(());
+    }
+    let content = member_content(content, "knock");
+    let (room_id, via, user) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
+    let knocking = core.clone();
+    let mut knock =
+        Box::pin(async move { knocking.in_task(async move { lm.knock(&room_id, &user, &via, content).await }).await });
+    match tokio::time::timeout(HUB_PATIENCE, &mut knock).await {
+        Ok(knocked) => knocked.map(drop),
+        Err(_) => {
+            let (lm, portal, ghost) = (core.sides()?.lm.clone(), portal.clone(), ghost.to_owned());
+            let hub = portal.lm_hub.clone();
+            core.spawn(async move {
+                if knock.await.is_ok()
+                    && let Err(refusal) =
+                        lm.leave(&portal.lm_room_id, &ghost, std::slice::from_ref(&portal.lm_hub)).await
+                {
+                    tracing::warn!(portal = portal.portal_id, %ghost, %refusal, "a late knock could not be taken back");
+                }
+            });
+            let waited = HUB_PATIENCE.as_secs();
+            Err(Refusal::Forbidden(format!("the hub {hub} has not answered the knock in {waited} s")))
+        }
+    }
 }
 
 /// Has the ghost join the LM room at its hub, and waits for that. A join that comes too late is left again.

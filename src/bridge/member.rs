@@ -60,6 +60,12 @@ fn joins(case: &Case<'_>, ghost: &UserId) -> Outcome {
 }
 
 fn knocks(case: &Case<'_>, ghost: &UserId) -> Outcome {
+    // At a foreign hub the ghost has knocked before the user's knock was taken.
+    let there = case.far.member(ghost).filter(|there| there.membership() == "knock" && there.sender == ghost);
+    let stays = |coming: &Coming| coming.membership() == Some("knock");
+    if let Some(there) = there.filter(|_| case.ahead.get(ghost).is_none_or(stays)) {
+        return Outcome::Adopt(there.event_id.to_owned());
+    }
     if case.membership_there(ghost) != "leave" {
         return Outcome::Nothing("the ghost is invited, joined or banned across");
     }

@@ -78,6 +78,7 @@ impl Lm {
         let room = self.hubbed(room_id).await?;
         supported(&room, versions)?;
         let content = self.may_make(origin, &room, user_id, Membership::Knock)?;
+        self.between().gate(&handshake(&room, user_id, Membership::Knock, Stage::Make, content.clone())).await?;
         Ok(self.template(&room, user_id, content))
     }
 
@@ -139,8 +140,8 @@ impl Lm {
         is_what_was_made(&lpdu, expected)?;
         self.invited_meanwhile(&room_id, &lpdu.sender).await;
         let cell = self.rooms().find(&room_id).await?.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))?;
-        if expected == Membership::Join {
-            self.pass_gate(&cell, &lpdu).await?;
+        if matches!(expected, Membership::Join | Membership::Knock) {
+            self.pass_gate(&cell, &lpdu, expected).await?;
         }
         let from = Origin { foreign: true, answered: expected == Membership::Join, effect: None };
         let outcome = self.append(&cell, vec![(What::Lpdu(lpdu), from)]).await.pop();

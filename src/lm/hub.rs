@@ -170,10 +170,10 @@ impl Lm {
         let mut waiting = Vec::new();
         for (place, verified) in self.verify(origin, parsed).await {
             let passed = match verified {
-                Ok(lpdu) if is_join(&lpdu) => {
+                Ok(lpdu) if let Some(membership) = gated(&lpdu) => {
                     // What comes before it in the transaction may decide whether it is allowed.
                     self.flush(cell, &mut waiting, &mut results).await;
-                    guarded(&lpdu.lpdu_id, self.pass_gate(cell, &lpdu)).await.map(|()| lpdu)
+                    guarded(&lpdu.lpdu_id, self.pass_gate(cell, &lpdu, membership)).await.map(|()| lpdu)
                 }
                 other => other,
             };
@@ -206,6 +206,7 @@ impl Lm {
         if let Ok(before) = before {
             for appended in results.iter().flatten().filter(|appended| appended.position.0 > before.head) {
                 self.tell_invited(&before, appended);
+                self.tell_removed(&before, appended);
             }
         }
         results
@@ -280,10 +281,16 @@ impl Lm {
         lpdu.verify(&keys)
     }
 
-    /// Asks the other side about a user who joins, if the rules allow the join and it is a new one.
-    pub(super) async fn pass_gate(&self, cell: &Arc<RoomCell>, lpdu: &VerifiedLpdu) -> Result<(), Refusal> {
+    /// Asks the other side about a user who joins or knocks, if the rules allow it and it is new.
+    pub(super) async fn pass_gate(
+        &self,
+        cell: &Arc<RoomCell>,
+        lpdu: &VerifiedLpdu,
+        membership: Membership,
+    ) -> Result<(), Refusal> {
         let room = cell.snapshot(&self.context().store).await?;
-        let in_already = lpdu.state_key.as_deref().is_some_and(|user| room.membership(user) == Some("join"));
+        let current = lpdu.state_key.as_deref().and_then(|user| room.membership(user));
+        let in_already = current == Some(membership.as_str());
         if in_already || self.event_of_lpdu(&lpdu.lpdu_id).await?.is_some() {
             return Ok(());
         }
@@ -296,7 +303,7 @@ impl Lm {
             signed_by_hub: Some(true),
         };
         room.judge(&subject, &room.auth_events(&subject).0)?;
-        self.between().gate(&handshake(&room, &lpdu.sender, Membership::Join, Stage::Send, content)).await
+        self.between().gate(&handshake(&room, &lpdu.sender, membership, Stage::Send, content)).await
     }
 }
 
@@ -336,8 +343,10 @@ async fn verify_all(keys: VerifyKeys, mut lpdus: Vec<Lpdu>) -> Vec<Result<Verifi
     results
 }
 
-fn is_join(lpdu: &Lpdu) -> bool {
-    lpdu.kind == "m.room.member" && membership(lpdu) == Some(Membership::Join)
+/// The membership that the other side is asked about.
+fn gated(lpdu: &Lpdu) -> Option<Membership> {
+    let asked = |membership: &Membership| matches!(membership, Membership::Join | Membership::Knock);
+    membership(lpdu).filter(asked).filter(|_| lpdu.kind == "m.room.member")
 }
 
 pub(super) fn membership(lpdu: &Lpdu) -> Option<Membership> {

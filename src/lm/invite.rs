@@ -13,7 +13,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use super::actor::{Item, Job, Outcome, What};
 use super::batch::Origin;
 use super::handshake::stripped_state;
-use super::participant::into_refusal;
+use super::participant::{into_refusal, passed_on};
 use super::room::Snapshot;
 use super::rooms::{RoomCell, lock};
 use super::{Appended, Lm, Role, Sent};
@@ -219,6 +219,34 @@ impl Lm {
         });
     }
 
+    /// Tells the server of somebody who was invited, or has knocked, and was kicked or banned: it is not in the room, so the log does
+    /// not tell it. Done once and in the background, like an invite that nobody was asked about.
+    pub(super) fn tell_removed(&self, room: &Snapshot, removal: &Appended) {
+        let event = &removal.event;
+        let membership = event.content().get("membership").and_then(Value::as_str);
+        if event.kind != "m.room.member" || !matches!(membership, Some("leave" | "ban")) {
+            return;
+        }
+        let Some(Ok(target)) = event.state_key.as_deref().map(UserId::parse) else { return };
+        let server = target.server_name().to_owned();
+        let outside = !room.has_server(&server) && server != self.context().server_name;
+        let waited = matches!(room.membership(target.as_str()), Some("invite" | "knock"));
+        if !outside || !waited || target == event.sender {
+            return;
+        }
+        let Ok(permit) = self.inner.invites.telling.clone().try_acquire_owned() else {
+            tracing::warn!(room = %event.room_id, %server, "too many at once: the server of a removed user was not told");
+            return;
+        };
+        let (lm, event) = (self.clone(), event.clone());
+        tokio::spawn(async move {
+            let _permit = permit;
+            if let Err(error) = lm.peers().transact(&server, &event.event_id, &event.json).await {
+                tracing::info!(room = %event.room_id, %server, %error, "the server of a removed user was not told");
+            }
+        });
+    }
+
     /// Waits until no invite of a user is on its way into the log: the invited server may answer it before the hub has
     /// put it there. Not for long, since that server may be waiting for our answer before it signs.
     pub(super) async fn invited_meanwhile(&self, room_id: &RoomId, user: &UserId) {
@@ -280,7 +308,11 @@ impl Lm {
         };
         let (version, stripped) = (room.facts.version, stripped_state(&room));
         let answer = self.peers().invite(server, &pdu.event_id, &pdu.json, version, stripped).await;
-        let signed = answer.map_err(|error| into_refusal(error, server))?;
+        let signed = answer.map_err(|error| match source {
+            Source::Own(_) => into_refusal(error, server),
+            // The participant is told what the target's server says.
+            Source::Lpdu(_) => passed_on(error, server),
+        })?;
         self.take_signature(server, &mut pdu, signed).await;
         Ok(What::Signed { pdu: Box::new(pdu), after: room.last_id().cloned() })
     }
@@ -327,7 +359,7 @@ impl Lm {
         self.submit(cell, Job::Hold { still, ready }).await;
         stands.await.map_err(|_| busy())?;
         let what = match self.ask_target(cell, server, source).await {
-            Err(refusal @ Refusal::Remote { .. }) => {
+            Err(refusal @ (Refusal::Remote { .. } | Refusal::Declined { status: 500.., .. })) => {
                 invites.distrusted.insert(server.to_owned(), ()).await;
                 return Err(refusal);
             }
@@ -382,9 +414,13 @@ impl Lm {
 }
 
 /// Whether a hub would have a participant's invite sent like any other event. There are hubs that answer every other one
-/// as if they themselves were the invited server, with 400.
+/// as if they themselves were the invited server, with 400. What the invited server has said is another thing.
 fn takes_no_invites(error: &RemoteError) -> bool {
-    error.is_unrecognized() || matches!(error, RemoteError::Status { status, .. } if *status == StatusCode::BAD_REQUEST)
+    let verdicts = ["M_INCOMPATIBLE_ROOM_VERSION", "M_WRONG_SERVER", "M_FORBIDDEN", "M_NOT_FOUND", "M_LIMIT_EXCEEDED"];
+    let is_no_verdict = |errcode: &String| !verdicts.contains(&errcode.as_str());
+    error.is_unrecognized()
+        || matches!(error, RemoteError::Status { status, errcode, .. }
+            if *status == StatusCode::BAD_REQUEST && is_no_verdict(errcode))
 }
 
 /// The user whom an event invites.

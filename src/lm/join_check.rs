@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ruma::{EventId, OwnedEventId, UserId};
+use serde_json::Value;
 
 use super::finished::{Bad, Finished};
 use super::room::{Facts, Snapshot, Subject};
 use super::rules::{Before, Slot};
-use crate::event::{Pdu, Redaction};
+use crate::event::{Object, Pdu, Redaction};
 use crate::refusal::Refusal;
 
 type Checked = [Result<Finished, Bad>];
@@ -151,11 +152,15 @@ impl Judge<'_> {
         let of = |kind: &'static str| content.get(&(kind, "")).copied();
         self.follows_levels(event, of("m.room.power_levels"))?;
         let membership = |user: &str| content.get(&("m.room.member", user))?.content().get("membership")?.as_str();
+        // A knock need not name the join rules, as the draft selects what allows it: then they were such that it was taken.
+        let knock = Object::from_iter([("join_rule".to_owned(), Value::from("knock"))]);
+        let is_knock = event.content().get("membership").and_then(Value::as_str) == Some("knock");
+        let unnamed = (event.kind == "m.room.member" && is_knock).then_some(&knock);
         let before = Before {
             creator: Some(&create.sender),
             follows_create: event.prev_events.first() == Some(&create.event_id) && event.prev_events.len() == 1,
             power_levels: of("m.room.power_levels").map(Pdu::content),
-            join_rules: of("m.room.join_rules").map(Pdu::content),
+            join_rules: of("m.room.join_rules").map(Pdu::content).or(unnamed),
             sender_membership: membership(event.sender.as_str()),
             target_membership: event.state_key.as_deref().and_then(membership),
         };

@@ -24,6 +24,7 @@ mod intake;
 mod invite;
 mod join_check;
 mod join_state;
+mod knock;
 mod lpdus;
 mod names;
 mod participant;

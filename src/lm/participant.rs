@@ -163,7 +163,7 @@ impl Lm {
 
     /// `via`, then the hub of a room that was known before, then the server that the room's ID names; each once and not
     /// ourselves.
-    async fn candidates(&self, room_id: &RoomId, via: &[OwnedServerName]) -> Vec<OwnedServerName> {
+    pub(super) async fn candidates(&self, room_id: &RoomId, via: &[OwnedServerName]) -> Vec<OwnedServerName> {
         let known = self.find(room_id).await.ok().map(|(_, room)| room.facts.hub.clone());
         let mut servers: Vec<OwnedServerName> = Vec::new();
         for server in via.iter().map(|server| &**server).chain(known.as_deref()).chain(room_id.server_name()) {
@@ -333,7 +333,7 @@ impl Lm {
     }
 
     /// A member event that a user of ours sends about itself.
-    fn own_member(&self, user: &UserId, content: Object) -> Draft {
+    pub(super) fn own_member(&self, user: &UserId, content: Object) -> Draft {
         Draft {
             sender: user.to_owned(),
             kind: "m.room.member".to_owned(),
@@ -403,6 +403,23 @@ pub(super) fn into_refusal(error: RemoteError, server: &ServerName) -> Refusal {
         (http::StatusCode::NOT_FOUND, "M_NOT_FOUND") => Refusal::NotFound(format!("{server}: {text}")),
         (_, "M_INCOMPATIBLE_ROOM_VERSION") => Refusal::IncompatibleRoomVersion(format!("unknown ({server}: {text})")),
         _ => error.into_refusal(server),
+    }
+}
+
+/// What a third server answered, for the server that wanted it asked: as it came where it is a verdict.
+pub(super) fn passed_on(error: RemoteError, server: &ServerName) -> Refusal {
+    // Of these two the asker would think that they are about its own request.
+    let about_us = [http::StatusCode::UNAUTHORIZED, http::StatusCode::METHOD_NOT_ALLOWED];
+    match error {
+        RemoteError::Status { status, errcode, error, retry_after }
+            if (status.is_client_error() || status.is_server_error())
+                && !about_us.contains(&status)
+                && !matches!(errcode.as_str(), "" | "M_UNRECOGNIZED") =>
+        {
+            let retry_after_ms = retry_after.and_then(|wait| u64::try_from(wait.as_millis()).ok());
+            Refusal::Declined { server: server.to_string(), status: status.as_u16(), errcode, error, retry_after_ms }
+        }
+        error => into_refusal(error, server),
     }
 }
 

@@ -67,7 +67,12 @@ impl Lm {
         from: &EventId,
         limit: i64,
     ) -> Result<Value, Refusal> {
-        let (room, until) = self.hubbed_and_seen(origin, room_id).await?;
+        let seen = self.hubbed_and_seen(origin, room_id).await;
+        let (room, until) = seen.map_err(|refusal| match refusal {
+            // That another server keeps the log is said by the endpoints for which the draft has it.
+            Refusal::WrongHub { .. } => Refusal::UnknownRoom(room_id.to_string()),
+            refusal => refusal,
+        })?;
         let last = self.position_of(&room, from, until).await?;
         let limit = limit.clamp(0, BACKFILL);
         let first = last.saturating_sub(limit).saturating_add(1).max(0);

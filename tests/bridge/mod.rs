@@ -11,6 +11,7 @@ mod explain;
 mod faults;
 mod from_lm;
 mod invites;
+mod knocks;
 mod loops;
 mod poison;
 mod world;

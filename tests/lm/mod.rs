@@ -1,13 +1,19 @@
 //! The linear side: hubs and participants that talk to each other over loopback HTTP, and what misbehaves there.
 
+mod devices;
 mod edus;
+mod errors;
 mod holes;
 mod hostile_hub;
 mod hostile_participant;
 mod http;
 mod hub_and_participant;
+mod knocks;
 pub mod log_hub;
+mod memberships;
+mod notary;
 mod own_events;
 mod schedules;
+mod transactions;
 mod unreadable;
 pub mod world;

@@ -238,6 +238,8 @@ fn what_a_user_does_to_itself_its_ghost_does() {
     assert!(matches!(setting(out.clone()).of(&member(ALICE, ALICE, "leave")), Outcome::Nothing(_)));
     let crossing = setting(out).crossing(&member("@carol:h", "@carol:h", "knock"));
     assert_eq!(acts(&crossing), [did("@mx_carol_h:g", "@mx_carol_h:g", "knock")]);
+    let knocked = far(&[("@mx_carol_h:g", "knock", "@mx_carol_h:g")], "knock", json!({}));
+    assert!(matches!(setting(knocked).of(&member("@carol:h", "@carol:h", "knock")), Outcome::Adopt(_)));
     // What the gate has done already is the image.
     let mut event = member(ALICE, ALICE, "join");
     event.content = json!({"membership": "join", "displayname": ALICE_GHOST}).as_object().unwrap().clone();

@@ -13,6 +13,7 @@ use ruma::{RoomId, UserId};
 use serde_json::Value;
 
 pub use self::levels::{Action, Levels};
+use self::selection::is_tolerated;
 pub use self::selection::{Slot, selected_slots};
 use crate::event::{Object, RoomVersion};
 use crate::refusal::Refusal;
@@ -143,7 +144,8 @@ fn auth_events(event: &Judged<'_>) -> Result<(), Refusal> {
         }
     }
     let selected = selected_slots(event.kind, event.sender, event.state_key, event.content);
-    if let Some(slot) = event.auth_events.iter().find(|slot| !selected.contains(slot)) {
+    let is_too_much = |slot: &&Slot<'_>| !selected.contains(slot) && !is_tolerated(event.kind, event.content, slot);
+    if let Some(slot) = event.auth_events.iter().find(is_too_much) {
         return refuse("4.2", format!("auth_events hold {slot}, which is not selected for {:?}", event.kind));
     }
     if !event.auth_events.iter().any(|slot| slot.kind == "m.room.create") {

@@ -1,0 +1,195 @@
+//! Memberships between three servers: invites of participants, what the invited server says of them, and what a server may read when
+//! its last user is gone.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use axum::Json;
+use axum::response::IntoResponse as _;
+use http::{Method, StatusCode};
+use isthmus::event::Object;
+use isthmus::lm::Sent;
+use isthmus::refusal::Refusal;
+use isthmus::seam::Outgoing;
+use ruma::{OwnedRoomId, OwnedUserId, RoomId};
+use serde_json::{Value, json};
+
+use super::http::{Answered, ask_signed};
+use super::world::{Node, World, bodies, member};
+
+const V2: &str = "/_matrix/federation/v2";
+
+/// A room of the hub in which `@alice` of the participant may invite, kick and ban.
+async fn room_of_alice(hub: &Node, part: &Node) -> (OwnedRoomId, OwnedUserId) {
+    let alice = part.user("alice");
+    let levels = json!({ "users": { hub.user("bot"): 100, alice.clone(): 60 } });
+    let room = hub.create_room_with("invite", levels).await;
+    let draft = member(&hub.user("bot"), &alice, "invite");
+    hub.lm.invite(&room, Outgoing { draft, effect: None }).await.unwrap();
+    part.join(&room, "alice", hub).await;
+    (room, alice)
+}
+
+async fn wait_for(node: &Node, room: &RoomId, user: &OwnedUserId, membership: &str) {
+    node.wait(room, membership, |log| {
+        let of_user = log.iter().rev().find(|event| event.event.state_key.as_deref() == Some(user.as_str()));
+        of_user.is_some_and(|event| event.event.content()["membership"] == membership)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_invited_server_says_is_passed_on_as_it_is() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let (room, alice) = room_of_alice(&hub, &part).await;
+    let before = hub.log(&room).await.len();
+    let carol = third.user("carol");
+    let invite = async |number: usize| -> Answered {
+        let mut draft = member(&alice, &carol, "invite");
+        draft.origin_server_ts += i64::try_from(number).unwrap();
+        let lpdu = part.lpdu(&room, &hub.name, &draft);
+        let body = json!({ "event": lpdu.json, "room_version": "org.matrix.i-d.ralston-mimi-linearized-matrix.02" });
+        let uri = format!("/_matrix/federation/v3/invite/{number}");
+        ask_signed(&part, &hub, &Method::POST, &uri, Some(&body)).await
+    };
+    let cases = [
+        (403, json!({ "errcode": "M_FORBIDDEN", "error": "no spam" }), (403, "M_FORBIDDEN")),
+        (400, json!({ "errcode": "M_INCOMPATIBLE_ROOM_VERSION", "error": "x" }), (400, "M_INCOMPATIBLE_ROOM_VERSION")),
+        (404, json!({ "errcode": "M_NOT_FOUND", "error": "who?" }), (404, "M_NOT_FOUND")),
+        (418, json!({ "errcode": "EXAMPLE_TEAPOT", "error": "tea" }), (418, "EXAMPLE_TEAPOT")),
+        (
+            429,
+            json!({ "errcode": "M_LIMIT_EXCEEDED", "error": "x", "retry_after_ms": 7000 }),
+            (429, "M_LIMIT_EXCEEDED"),
+        ),
+        (500, json!({ "errcode": "M_UNKNOWN", "error": "oops", "more": "x".repeat(9000) }), (500, "M_UNKNOWN")),
+        // Nothing that the participant could mistake for a word about its own request, nor what is no error of Matrix's.
+        (401, json!({ "errcode": "M_FORBIDDEN", "error": "signature" }), (502, "M_UNKNOWN")),
+        (404, json!({ "errcode": "M_UNRECOGNIZED", "error": "x" }), (502, "M_UNKNOWN")),
+        (500, json!("no object"), (502, "M_UNKNOWN")),
+    ];
+    for (number, (status, body, expected)) in cases.into_iter().enumerate() {
+        let shown = body.clone();
+        third.meddle(move |request, next| {
+            let body = body.clone();
+            async move {
+                match request.uri().path().contains("/invite/") {
+                    true => (StatusCode::from_u16(status).unwrap(), Json(body)).into_response(),
+                    false => next.run(request).await,
+                }
+            }
+        });
+        let (status, answer) = invite(number).await;
+        assert_eq!((status, answer["errcode"].as_str().unwrap()), expected, "{shown}: {answer}");
+        assert!(answer["error"].as_str().unwrap().contains("third.example"), "{answer}");
+        assert_eq!(answer.get("retry_after_ms"), shown.get("retry_after_ms"));
+        assert!(answer.to_string().len() < 2000);
+    }
+    assert_eq!(hub.log(&room).await.len(), before, "nothing was appended");
+    // The rules come first: who may not invite has nobody asked.
+    let draft = member(&part.user("mallory"), &carol, "invite");
+    let body = json!({ "event": part.lpdu(&room, &hub.name, &draft).json, "room_version": "I.1" });
+    let (status, answer) = ask_signed(&part, &hub, &Method::POST, "/_matrix/federation/v3/invite/x", Some(&body)).await;
+    assert_eq!((status, answer["errcode"].as_str().unwrap()), (403, "M_FORBIDDEN"), "{answer}");
+
+    // The participant that is refused does not try another way in.
+    third.meddle(|request, next| async move {
+        match request.uri().path().contains("/invite/") {
+            true => {
+                let body = json!({ "errcode": "M_INCOMPATIBLE_ROOM_VERSION", "error": "too new" });
+                (StatusCode::BAD_REQUEST, Json(body)).into_response()
+            }
+            false => next.run(request).await,
+        }
+    });
+    let refused = part.lm.invite(&room, Outgoing { draft: member(&alice, &carol, "invite"), effect: None }).await;
+    assert!(matches!(refused, Err(Refusal::IncompatibleRoomVersion(_))), "{refused:?}");
+    assert_eq!(hub.log(&room).await.len(), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_participant_invites_kicks_bans_and_lets_in_again_users_of_a_third_server() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let (room, alice) = room_of_alice(&hub, &part).await;
+    let carol = third.user("carol");
+    let via = std::slice::from_ref(&hub.name);
+    // What says the same at the same time is the same LPDU, which is appended once.
+    let clock = AtomicI64::new(0);
+    let draft = |membership: &str| {
+        let mut draft = member(&alice, &carol, membership);
+        draft.origin_server_ts += clock.fetch_add(1, Ordering::SeqCst);
+        draft
+    };
+    let invite = async || part.lm.invite(&room, Outgoing { draft: draft("invite"), effect: None }).await;
+    let set = async |membership: &str| {
+        part.send(&room, draft(membership)).await.unwrap();
+        wait_for(&hub, &room, &carol, membership).await;
+        wait_for(&part, &room, &carol, membership).await;
+    };
+    // Declined, asked again, accepted.
+    let Ok(Sent::Queued { lpdu_id }) = invite().await else { panic!("a participant asks the hub") };
+    wait_for(&part, &room, &carol, "invite").await;
+    let at_hub = hub.lm.event_of_lpdu(&lpdu_id).await.unwrap().unwrap();
+    let signers: BTreeSet<_> =
+        at_hub.event.json["signatures"].as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(signers, BTreeSet::from(["hub.example", "part.example", "third.example"]));
+    third.lm.leave(&room, &carol, via).await.unwrap();
+    wait_for(&part, &room, &carol, "leave").await;
+    assert!(matches!(third.lm.join(&room, &carol, via, Object::new()).await, Err(Refusal::Forbidden(_))));
+    invite().await.unwrap();
+    third.join(&room, "carol", &hub).await;
+    wait_for(&part, &room, &carol, "join").await;
+    // Kicked, asked again, back.
+    set("leave").await;
+    wait_for(&third, &room, &carol, "leave").await;
+    assert!(matches!(third.lm.join(&room, &carol, via, Object::new()).await, Err(Refusal::Forbidden(_))));
+    invite().await.unwrap();
+    third.join(&room, "carol", &hub).await;
+    wait_for(&part, &room, &carol, "join").await;
+    // Banned: no invite helps, until the ban is lifted.
+    set("ban").await;
+    wait_for(&third, &room, &carol, "ban").await;
+    assert!(invite().await.is_err());
+    assert!(matches!(third.lm.join(&room, &carol, via, Object::new()).await, Err(Refusal::Forbidden(_))));
+    set("leave").await;
+    invite().await.unwrap();
+    third.join(&room, "carol", &hub).await;
+    third.say(&room, "carol", "back again").await;
+    assert_eq!(bodies(&part.wait_for_body(&room, "back again").await), ["back again"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_reads_a_room_up_to_what_ended_its_membership() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let (room, alice) = room_of_alice(&hub, &part).await;
+    let carol = third.user("carol");
+    part.lm.invite(&room, Outgoing { draft: member(&alice, &carol, "invite"), effect: None }).await.unwrap();
+    let get = async |uri: String| third.get(&hub, &uri).await.ok();
+    // An invite gives no right to read.
+    let head = hub.log(&room).await.pop().unwrap().event.event_id.clone();
+    assert!(get(format!("{V2}/event/{head}")).await.is_none());
+    third.join(&room, "carol", &hub).await;
+    hub.say(&room, "bot", "before").await;
+    third.wait_for_body(&room, "before").await;
+    part.send(&room, member(&alice, &carol, "leave")).await.unwrap();
+    wait_for(&hub, &room, &carol, "leave").await;
+    let kick = hub.log(&room).await.pop().unwrap().event.event_id.clone();
+    hub.say(&room, "bot", "after").await;
+    let after = hub.log(&room).await.pop().unwrap().event.event_id.clone();
+    let v1 = "/_matrix/federation/v1";
+    let pdus = |answer: Option<Object>| Some(answer?["pdus"].as_array().unwrap().len());
+    let until_kick = hub.log(&room).await.len() - 1;
+    assert!(get(format!("{V2}/event/{kick}")).await.is_some());
+    assert_eq!(pdus(get(format!("{V2}/backfill/{room}?v={kick}&limit=100")).await), Some(until_kick));
+    assert!(get(format!("{v1}/state/{room}?event_id={kick}")).await.is_some());
+    assert!(get(format!("{v1}/state_ids/{room}?event_id={kick}")).await.is_some());
+    for uri in [
+        format!("{V2}/event/{after}"),
+        format!("{V2}/backfill/{room}?v={after}&limit=100"),
+        format!("{v1}/state/{room}?event_id={after}"),
+        format!("{v1}/state_ids/{room}?event_id={after}"),
+    ] {
+        let (status, answer): (u16, Value) = ask_signed(&third, &hub, &Method::GET, &uri, None).await;
+        assert_eq!((status, answer["errcode"].as_str().unwrap()), (404, "M_NOT_FOUND"), "{uri}: {answer}");
+    }
+}

@@ -1,0 +1,83 @@
+//! Transactions: the same ID gives the same answer and is worked on once, the same LPDU is in the log once.
+
+use futures::future::join_all;
+use http::Method;
+use ruma::OwnedRoomId;
+use serde_json::{Value, json};
+
+use super::http::ask_signed;
+use super::world::{Node, World, bodies, message};
+
+const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+
+async fn room_of(hub: &Node, part: &Node) -> OwnedRoomId {
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", hub).await;
+    room
+}
+
+async fn send(part: &Node, hub: &Node, at: &str, txn_id: &str, pdus: &[Value]) -> Value {
+    let uri = format!("{at}/send/{txn_id}");
+    let (status, answer) = ask_signed(part, hub, &Method::PUT, &uri, Some(&json!({ "pdus": pdus }))).await;
+    assert_eq!(status, 200, "{answer}");
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_35_the_same_id_gives_the_same_answer_across_restarts_and_names() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    let to = hub.name.clone();
+    let lpdu = |localpart: &str, body: &str| part.lpdu(&room, &to, &message(&part.user(localpart), body));
+    let (good, bad, other) = (lpdu("alice", "good"), lpdu("nobody", "bad"), lpdu("alice", "other"));
+    let good_and_bad = [json!(good.json), json!(bad.json)];
+    let first = send(&part, &hub, UNSTABLE, "1", &good_and_bad).await;
+    // What failed is named as it came: by the LPDU's ID, since it never became an event.
+    let failed = first["failed_pdus"].as_object().unwrap();
+    assert_eq!(failed.keys().collect::<Vec<_>>(), [bad.lpdu_id.as_str()]);
+    assert!(failed[bad.lpdu_id.as_str()]["error"].as_str().unwrap().contains("@nobody"), "{first}");
+
+    // Whatever comes under the ID again, and under whichever name of the endpoint.
+    for at in [UNSTABLE, "/_matrix/federation/v2"] {
+        assert_eq!(send(&part, &hub, at, "1", &good_and_bad).await, first);
+        assert_eq!(send(&part, &hub, at, "1", &[json!(other.json)]).await, first);
+    }
+    let hub = world.restart(hub).await;
+    assert_eq!(send(&part, &hub, UNSTABLE, "1", &[json!(other.json)]).await, first);
+    assert_eq!(bodies(&hub.log(&room).await), ["good"]);
+    // Another server's IDs are its own.
+    let none = json!({ "failed_pdus": {} });
+    // The same LPDU under another ID: it is there already, and no failure.
+    assert_eq!(send(&part, &hub, UNSTABLE, "2", &[json!(good.json), json!(other.json)]).await, none);
+    assert_eq!(bodies(&hub.log(&room).await), ["good", "other"]);
+    // At the graph's endpoint the ID is another.
+    let uri = "/_matrix/federation/v1/send/1";
+    let body = json!({ "pdus": [lpdu("alice", "third").json], "origin": part.name, "origin_server_ts": 1 });
+    let (status, _) = ask_signed(&part, &hub, &Method::PUT, uri, Some(&body)).await;
+    assert_eq!(status, 200);
+    assert_eq!(bodies(&hub.log(&room).await), ["good", "other", "third"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_transactions_at_once_are_taken_one_after_the_other_and_none_is_lost() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    let texts: Vec<String> = (0..40).map(|number| format!("message {number}")).collect();
+    let lpdus: Vec<_> =
+        texts.iter().map(|body| part.lpdu(&room, &hub.name, &message(&part.user("alice"), body)).json).collect();
+    // Each twice, under the same ID, and all at the same time.
+    let sending = lpdus.iter().enumerate().flat_map(|(number, lpdu)| {
+        [(); 2].map(|()| {
+            let (part, hub, id) = (&part, &hub, format!("t{number}"));
+            async move { send(part, hub, UNSTABLE, &id, &[json!(lpdu)]).await }
+        })
+    });
+    for answer in join_all(sending).await {
+        assert_eq!(answer, json!({ "failed_pdus": {} }));
+    }
+    let mut said = bodies(&hub.log(&room).await);
+    said.sort();
+    let mut texts = texts;
+    texts.sort();
+    assert_eq!(said, texts);
+}
