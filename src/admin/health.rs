@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use http::StatusCode;
 use ruma::OwnedServerName;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -11,8 +12,8 @@ use super::Admin;
 use super::metrics::METRICS;
 use crate::appservice::HomeserverStatus;
 use crate::federation::QueueStatus;
-use crate::store::StoreError;
 use crate::store::overview::{Overview, overview};
+use crate::store::{StoreError, lm};
 
 /// How long an event may wait in the inbox before something is wrong, in milliseconds.
 const LONGEST_WAIT: i64 = 10 * 60 * 1000;
@@ -30,6 +31,8 @@ const LISTED: usize = 50;
 pub struct Health {
     /// Whether nothing is wrong.
     pub ok: bool,
+    /// Whether what is wrong keeps the gateway from working.
+    pub status: Status,
     /// What is wrong, each in a sentence.
     pub problems: Vec<String>,
     /// The gateway's server name.
@@ -46,6 +49,8 @@ pub struct Health {
     pub echoes: Waiting,
     /// Events of foreign hubs' logs that could not be had, or not be checked, so far.
     pub missing: Waiting,
+    /// Long parts of foreign hubs' logs, from an absence, that are being fetched.
+    pub catching_up: CatchingUp,
     /// Events of other servers, since the start, for rooms that the database does not know. Where there are many, it may be that
     /// the rooms were made with another database.
     pub events_of_unknown_rooms: u64,
@@ -55,6 +60,30 @@ pub struct Health {
     pub portals: BTreeMap<String, i64>,
 }
 
+/// How bad it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Nothing is wrong.
+    #[default]
+    Ok,
+    /// Something is wrong outside, or somewhere: the rest goes on, and starting the gateway anew mends nothing.
+    Degraded,
+    /// The gateway can take nothing: its database cannot be read or written.
+    Failing,
+}
+
+impl Status {
+    /// What a monitor is answered. What is only degraded still serves: a supervisor that restarts it then, or sends its traffic
+    /// elsewhere, makes it worse.
+    pub(super) fn code(self) -> StatusCode {
+        match self {
+            Self::Ok | Self::Degraded => StatusCode::OK,
+            Self::Failing => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+}
+
 /// Events that wait for something.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 pub struct Waiting {
@@ -62,6 +91,17 @@ pub struct Waiting {
     pub waiting: i64,
     /// How long the oldest has waited.
     pub oldest_age_ms: i64,
+}
+
+/// Parts of logs that are too long to be fetched at once.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct CatchingUp {
+    /// In how many rooms.
+    pub rooms: i64,
+    /// How many events were fetched so far, from the newest on.
+    pub fetched: i64,
+    /// How many of these are in the logs here, from the oldest on.
+    pub taken: i64,
 }
 
 /// Events that wait to be sent.
@@ -157,6 +197,8 @@ fn judge(findings: Findings) -> Health {
         problems.push(format!("the outbound queues cannot be read: {error}"));
         Vec::new()
     });
+    // All of these are of the gateway's own database; what follows is of others, or of single rooms.
+    let is_failing = !problems.is_empty();
     let waiting = |waiting: i64, oldest: Option<i64>| Waiting {
         waiting,
         oldest_age_ms: oldest.map_or(0, |oldest| findings.now_ms.saturating_sub(oldest).max(0)),
@@ -175,11 +217,16 @@ fn judge(findings: Findings) -> Health {
         ));
     }
     let missing = waiting(store.missing.count, store.missing.since);
+    let lm::Missing { gaps: rooms, fetched, taken, .. } = store.missing;
     if missing.oldest_age_ms > LONGEST_WAIT {
         let (count, minutes) = (missing.waiting, missing.oldest_age_ms / 60_000);
         let why = store.missing.last_error.as_deref().unwrap_or_default();
+        let progress = match rooms {
+            0 => String::new(),
+            _ => format!("; {fetched} events of long absences were fetched so far, {taken} of them are taken"),
+        };
         problems.push(format!(
-            "{count} events of foreign hubs' logs are missing here, the first for {minutes} minutes ({why}): \
+            "{count} events of foreign hubs' logs are missing here, the first for {minutes} minutes ({why}{progress}): \
              `isthmus portal show` says where"
         ));
     }
@@ -196,6 +243,11 @@ fn judge(findings: Findings) -> Health {
     });
     Health {
         ok: problems.is_empty(),
+        status: match (is_failing, problems.is_empty()) {
+            (true, _) => Status::Failing,
+            (false, false) => Status::Degraded,
+            (false, true) => Status::Ok,
+        },
         problems,
         server_name: findings.server_name,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -203,6 +255,7 @@ fn judge(findings: Findings) -> Health {
         inbox,
         echoes,
         missing,
+        catching_up: CatchingUp { rooms, fetched, taken },
         events_of_unknown_rooms: METRICS.events_of_unknown_rooms.get(),
         outbound: Outbound {
             waiting: queues.iter().fold(0, |sum, queue| sum.saturating_add(queue.waiting)),
@@ -243,10 +296,14 @@ mod tests {
             count: 3,
             since: Some(10_000_000 - 12 * 60_000),
             last_error: Some("hub.example does not give it".to_owned()),
+            gaps: 1,
+            fetched: 70,
+            taken: 30,
         };
         let holes = Overview { missing: holes, ..Overview::default() };
         let down = HomeserverStatus { error: Some("502".to_owned()), ..HomeserverStatus::default() };
-        for (findings, problem) in [
+        let failing = 5;
+        let cases = [
             (Findings { store: Err("gone".to_owned()), ..good() }, "the store does not answer: gone"),
             (Findings { write_lasts: Duration::from_secs(12), ..good() }, "has not ended a write for 12 s"),
             (
@@ -257,11 +314,18 @@ mod tests {
             (Findings { queues: Err(StoreError::Closed), ..good() }, "the outbound queues cannot be read"),
             (Findings { store: Ok(old), ..good() }, "has waited 11 minutes"),
             (Findings { store: Ok(lost), ..good() }, "took 90 minutes ago did not come back"),
-            (Findings { store: Ok(holes), ..good() }, "first for 12 minutes (hub.example does not give it)"),
+            (
+                Findings { store: Ok(holes), ..good() },
+                "first for 12 minutes (hub.example does not give it; 70 events of long absences were fetched so far, 30 of them",
+            ),
             (Findings { homeserver: Some(down), ..good() }, "did not come back (502)"),
-        ] {
+        ];
+        for (index, (findings, problem)) in cases.into_iter().enumerate() {
+            // Who serves federation is not to be restarted because the homeserver is down.
+            let status = if index < failing { Status::Failing } else { Status::Degraded };
             let health = judge(findings);
-            assert!(!health.ok && health.problems.len() == 1, "{health:?}");
+            assert_eq!(health.status.code() == 503, index < failing);
+            assert!(!health.ok && health.status == status && health.problems.len() == 1, "{health:?}");
             assert!(health.problems[0].contains(problem), "{health:?}");
         }
     }

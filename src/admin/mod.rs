@@ -10,9 +10,9 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use http::{StatusCode, header};
+use http::header;
 
-pub use self::health::{Failing, Health, Outbound, Waiting};
+pub use self::health::{CatchingUp, Failing, Health, Outbound, Status, Waiting};
 use crate::appservice::Appservice;
 use crate::bridge::Bridge;
 use crate::dag::Dag;
@@ -52,8 +52,7 @@ impl Admin {
 
 async fn health(State(admin): State<Admin>) -> Response {
     let health = admin.health().await;
-    let status = if health.ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(health)).into_response()
+    (health.status.code(), Json(health)).into_response()
 }
 
 async fn show_metrics(State(admin): State<Admin>) -> Response {

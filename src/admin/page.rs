@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::Health;
+use super::{Health, Status};
 
 /// The page.
 pub(super) fn render(health: &Health) -> String {
@@ -13,7 +13,12 @@ pub(super) fn render(health: &Health) -> String {
     };
     row("server name", health.server_name.as_str());
     row("version", &health.version);
-    row("state", if health.ok { "all is well" } else { "something is wrong" });
+    let state = match health.status {
+        Status::Ok => "all is well",
+        Status::Degraded => "something is wrong, the rest goes on",
+        Status::Failing => "it cannot work",
+    };
+    row("state", state);
     for problem in &health.problems {
         row("problem", problem);
     }
@@ -26,6 +31,10 @@ pub(super) fn render(health: &Health) -> String {
     row("events to carry over", &health.inbox.waiting.to_string());
     row("events to come back from hubs", &health.echoes.waiting.to_string());
     row("events of hubs that are missing here", &health.missing.waiting.to_string());
+    if health.catching_up.rooms > 0 {
+        let (fetched, taken) = (health.catching_up.fetched, health.catching_up.taken);
+        row("events of long absences", &format!("{fetched} fetched so far, {taken} taken"));
+    }
     row("events to send", &health.outbound.waiting.to_string());
     for failing in &health.outbound.failing {
         let error = failing.error.as_deref().unwrap_or_default();
@@ -45,7 +54,7 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Failing, Outbound, Waiting};
+    use super::super::{CatchingUp, Failing, Outbound, Waiting};
     use super::*;
 
     #[test]
@@ -59,6 +68,7 @@ mod tests {
         };
         let page = render(&Health {
             ok: true,
+            status: Status::Ok,
             problems: Vec::new(),
             server_name: "g.example".try_into().unwrap(),
             version: "1".to_owned(),
@@ -66,6 +76,7 @@ mod tests {
             inbox: Waiting::default(),
             echoes: Waiting::default(),
             missing: Waiting::default(),
+            catching_up: CatchingUp::default(),
             events_of_unknown_rooms: 0,
             outbound: Outbound { waiting: 1, failing: vec![failing] },
             portals: [("active".to_owned(), 3)].into(),

@@ -66,6 +66,10 @@ pub struct Missing {
     pub since: Option<i64>,
     /// What was in the way of that one last.
     pub last_error: Option<String>,
+    /// Of a part of the log that is too long to be fetched at once: how many events of it were fetched so far.
+    pub fetched: i64,
+    /// How many of these are in the log here.
+    pub taken: i64,
 }
 
 /// How many members there are.
@@ -171,7 +175,8 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
     let (from_matrix, since_matrix) = inbox::backlog(store, Side::Matrix, &portal.matrix_room_id).await?;
     let (from_lm, since_lm) = inbox::backlog(store, Side::Lm, &portal.lm_room_id).await?;
     let (pending, since_pending) = images::pending(store, number).await?;
-    let lm::Missing { count, since, last_error } = lm::missing(store, Some(&portal.lm_room_id)).await?;
+    let lm::Missing { count, since, last_error, gaps: _, fetched, taken } =
+        lm::missing(store, Some(&portal.lm_room_id)).await?;
     let late = |since: Option<i64>| since.is_some_and(|since| now.saturating_sub(since) > OVERDUE_MS);
     Ok(Health {
         waiting: [
@@ -179,7 +184,7 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
             Waiting { side: Side::Lm.as_str(), count: from_lm, since: since_lm },
         ],
         pending,
-        missing: Missing { count, since, last_error },
+        missing: Missing { count, since, last_error, fetched, taken },
         paused: core.pauses.is_paused(number),
         overdue: [since_matrix, since_lm, since_pending, since].into_iter().any(late),
         members: Members {

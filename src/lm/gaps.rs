@@ -1,5 +1,6 @@
 //! What is missing of a hub's log, fetched from the hub when something names it. Where the hub will not give it, its state is
-//! taken instead, and it is asked again later ([`super::holes`]).
+//! taken instead, and it is asked again later ([`super::holes`]). What is too much to be filled at once is fetched in the background
+//! ([`super::staged`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -7,13 +8,16 @@ use std::time::Duration;
 
 use http::StatusCode;
 use ruma::{EventId, OwnedEventId, RoomId, ServerName};
+use tokio::time::Instant;
 
 use super::Lm;
 use super::finished::{Bad, Finished};
 use super::intake::Taking;
 use super::join_check::{Claim, Seen, forbidden, without_forbidden};
 use super::peers::prev_events;
+use super::room::Facts;
 use super::rooms::{RoomCell, stored_pdu};
+use super::staged::Found;
 use crate::event::Pdu;
 use crate::federation::RemoteError;
 use crate::refusal::Refusal;
@@ -21,14 +25,10 @@ use crate::store::lm::{self as stored, Known};
 
 /// How many events one request for missing ones asks for.
 const PAGE: usize = 100;
-/// How many requests fill one gap at most: there are hubs that give ten events at once, whatever is asked for.
+/// How many requests are made for one gap at once: there are hubs that give ten events at once, whatever is asked for.
 const PAGES: usize = 500;
-/// How many events fill one gap at most, or a few more.
-const GAP: usize = 5_000;
-/// How many bytes of events fill one gap at most.
-const GAP_BYTES: usize = 16 << 20;
-/// How long filling one gap may take: the hub may be waiting for our answer.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How much one gap may have to be filled at once, and how long that may take: the hub may be waiting for our answer.
+const AT_ONCE: Bounds = Bounds { events: 5_000, bytes: 16 << 20, patience: Duration::from_secs(30) };
 /// As how many of our users a hub is asked where its log ends.
 const ASKERS: usize = 3;
 
@@ -43,9 +43,22 @@ pub(super) enum Filled {
     NotNow,
 }
 
+/// How much is asked for before something is done with it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// How many events, or a few more.
+    pub events: usize,
+    /// How many bytes they have, or a few more.
+    pub bytes: usize,
+    /// For how long.
+    pub patience: Duration,
+}
+
 /// What became of asking for events.
-enum Fetched {
+pub(super) enum Fetched {
     All,
+    /// There is more than the bounds allow.
+    Long(String),
     /// Why not all of it is there.
     No(String),
     NotNow(String),
@@ -104,18 +117,23 @@ impl Taking<'_> {
 
     /// Fetches and takes what is missing before (or at) an event.
     pub(super) async fn fill(&mut self, event: &EventId, missing: Vec<OwnedEventId>) -> Result<Filled, Refusal> {
+        if self.gap_is_open {
+            return Ok(Filled::NotNow);
+        }
         let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
         tracing::info!(room = %room_id, %hub, event = %event, "events are missing, asking the hub");
         let is_itself = missing.iter().any(|missing| missing == event);
-        let (mut found, mut passed, mut left) = (BTreeMap::new(), BTreeMap::new(), missing);
-        let fetching = self.fetch(&mut found, &mut passed, &mut left);
-        let fetched = match tokio::time::timeout(PATIENCE, fetching).await {
-            Ok(fetched) => fetched?,
-            Err(_) => Fetched::NotNow(format!("{hub} did not give it within {} s", PATIENCE.as_secs())),
-        };
+        let mut found = Found { left: missing, ..Found::default() };
+        let fetched = self.fetch(&mut found, AT_ONCE).await?;
+        if matches!(fetched, Fetched::Long(_)) && self.waits.late.is_none() && self.waits.asking.is_none() {
+            self.asked = Some(Filled::NotNow);
+            self.stage(found).await?;
+            return Ok(Filled::NotNow);
+        }
+        let Found { events: found, passed, left } = found;
         let (filled, problem) = match fetched {
             Fetched::All => (Filled::Whole, String::new()),
-            Fetched::No(problem) => (Filled::Bridged, problem),
+            Fetched::No(problem) | Fetched::Long(problem) => (Filled::Bridged, problem),
             Fetched::NotNow(problem) if self.last_try => (Filled::Bridged, problem),
             Fetched::NotNow(problem) => (Filled::NotNow, problem),
         };
@@ -152,32 +170,33 @@ impl Taking<'_> {
     }
 
     /// Looks for everything between the log and what is `left`, in which what was not found remains.
-    async fn fetch(
-        &mut self,
-        found: &mut BTreeMap<OwnedEventId, Result<Finished, Bad>>,
-        passed: &mut BTreeMap<OwnedEventId, Passed>,
-        left: &mut Vec<OwnedEventId>,
-    ) -> Result<Fetched, Refusal> {
+    pub(super) async fn fetch(&mut self, found: &mut Found, bounds: Bounds) -> Result<Fetched, Refusal> {
+        let Found { events: found, passed, left } = found;
         let facts = self.room().facts.clone();
+        let until = Instant::now() + bounds.patience;
         let mut bytes: usize = 0;
         for _ in 0..PAGES {
-            if bytes > GAP_BYTES {
-                return Ok(Fetched::No(format!("there is more than {GAP_BYTES} bytes")));
-            }
-            if found.len() >= GAP {
-                return Ok(Fetched::No(format!("there are more than {GAP} events")));
-            }
             let Some(from) = left.last().cloned() else { return Ok(Fetched::All) };
-            let page = match self.lm().peers().backfill(&facts.hub, &facts.room_id, &from, PAGE).await {
-                Ok(page) => page,
-                Err(error) => {
+            if bytes > bounds.bytes {
+                return Ok(Fetched::Long(format!("there is more than {} bytes", bounds.bytes)));
+            }
+            if found.len() >= bounds.events {
+                return Ok(Fetched::Long(format!("there are more than {} events", bounds.events)));
+            }
+            let page = match tokio::time::timeout_at(until, self.page(&facts, &from)).await {
+                Ok(Ok(page)) => page,
+                Ok(Err(error)) => {
                     tracing::info!(room = %facts.room_id, hub = %facts.hub, %error, "no backfill");
                     let problem = error.to_string();
                     return Ok(if is_verdict(&error) { Fetched::No(problem) } else { Fetched::NotNow(problem) });
                 }
+                Err(_) => {
+                    let problem =
+                        format!("{} did not give all of it within {} s", facts.hub, bounds.patience.as_secs());
+                    return Ok(if found.is_empty() { Fetched::NotNow(problem) } else { Fetched::Long(problem) });
+                }
             };
-            let page = page.into_iter().take(PAGE).collect();
-            for event in self.lm().check_finished(page, self.room().redaction).await {
+            for event in page {
                 if let Err(Bad::Malformed { event_id, prev_events, refusal }) = event {
                     // It is refused whenever it comes, and nothing waits for it.
                     if !self.knows(&event_id).await? {
@@ -218,7 +237,14 @@ impl Taking<'_> {
                 }
             }
         }
-        Ok(if left.is_empty() { Fetched::All } else { Fetched::No("there is more than was asked for".to_owned()) })
+        Ok(if left.is_empty() { Fetched::All } else { Fetched::Long("there is more than was asked for".to_owned()) })
+    }
+
+    /// What the hub gives up to an event.
+    async fn page(&self, facts: &Facts, from: &EventId) -> Result<Vec<Result<Finished, Bad>>, RemoteError> {
+        let page = self.lm().peers().backfill(&facts.hub, &facts.room_id, from, PAGE).await?;
+        let page = page.into_iter().take(PAGE).collect();
+        Ok(self.lm().check_finished(page, self.room().redaction).await)
     }
 
     /// Where an event is in the log if that is behind the hole that is being filled: as state that was taken instead of it,
@@ -235,7 +261,7 @@ impl Taking<'_> {
     }
 
     /// Takes the state that the hub has before an event, where the events that made it cannot be had.
-    async fn adopt_state_before(&mut self, event_id: &EventId) -> Result<(), Refusal> {
+    pub(super) async fn adopt_state_before(&mut self, event_id: &EventId) -> Result<(), Refusal> {
         let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
         match self.lm().peers().state(&hub, &room_id, event_id).await {
             Ok((state, chain, _held)) => {
@@ -329,7 +355,7 @@ fn is_verdict(error: &RemoteError) -> bool {
     }
 }
 
-fn event_of(event: &Result<Finished, Bad>) -> Option<&Pdu> {
+pub(super) fn event_of(event: &Result<Finished, Bad>) -> Option<&Pdu> {
     match event {
         Ok(event) => Some(&event.pdu),
         Err(Bad::Unproved(pdu, _) | Bad::Forged(pdu, _)) => Some(pdu),
@@ -338,7 +364,7 @@ fn event_of(event: &Result<Finished, Bad>) -> Option<&Pdu> {
 }
 
 /// An event of the log, of which something before it is missing.
-struct Passed {
+pub(super) struct Passed {
     position: i64,
     prev_events: Vec<OwnedEventId>,
 }
@@ -346,7 +372,7 @@ struct Passed {
 /// Each event after those that it names as its predecessors, as far as they are there, with the position after which it
 /// would stand: the last of them after `last`, the others before what was passed on the way to them. What was itself put into
 /// the log late stands far back there and says little.
-fn in_order(
+pub(super) fn in_order(
     mut found: BTreeMap<OwnedEventId, Result<Finished, Bad>>,
     passed: &BTreeMap<OwnedEventId, Passed>,
     last: i64,

@@ -5,7 +5,7 @@
 //! room. It waits here, in our store, and the hub is told that it was delivered. What comes after it waits for a moment
 //! ([`super::waits`]); after that only what its own server sends, and what the rules forbid as long as it is not there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,7 +54,8 @@ impl Lm {
     /// Goes on looking after what was missing when the gateway was stopped.
     pub async fn resume(&self) -> Result<(), Refusal> {
         let store = &self.context().store;
-        for room_id in stored::rooms_with_holes(store).await? {
+        let rooms = stored::rooms_with_holes(store).await?.into_iter().chain(stored::rooms_with_gaps(store).await?);
+        for room_id in rooms.collect::<BTreeSet<_>>() {
             match self.rooms().find(&room_id).await? {
                 Some(cell) => self.attend(&cell),
                 // Of a join that was broken off.
@@ -117,6 +118,7 @@ impl Lm {
                 Err(_) if self.context().store.reader().is_closed() => return,
                 Err(refusal) => {
                     tracing::info!(room = %cell.room_id, %refusal, "events are still missing");
+                    tokio::time::sleep(FIRST).await;
                     BTreeMap::new()
                 }
             };
@@ -146,7 +148,7 @@ impl Lm {
         job.await
     }
 
-    async fn forget_holes(&self, room_id: &RoomId) -> Result<(), StoreError> {
+    pub(super) async fn forget_holes(&self, room_id: &RoomId) -> Result<(), StoreError> {
         let room_id = room_id.to_owned();
         self.context().store.write(move |tx| Box::pin(async move { stored::forget_holes(tx, &room_id).await })).await
     }
@@ -154,6 +156,9 @@ impl Lm {
     /// Tries what is due at `now`; what was in the way.
     async fn try_holes(&self, cell: &Arc<RoomCell>, now: i64) -> Result<BTreeMap<OwnedEventId, String>, Refusal> {
         let store = &self.context().store;
+        if self.go_on_with_gap(cell).await? {
+            return Ok(BTreeMap::new());
+        }
         let _turn = cell.intake.lock().await;
         let room = cell.snapshot(store).await?;
         if !room.has_server(&self.context().server_name) {
@@ -201,6 +206,9 @@ impl Lm {
     pub(super) async fn is_behind(&self, cell: &RoomCell) -> bool {
         if !lock(&cell.missing).at_work {
             return false;
+        }
+        if matches!(stored::gap(&self.context().store, &cell.room_id).await, Ok(Some(_))) {
+            return true;
         }
         let holes = stored::holes(&self.context().store, &cell.room_id, false).await.unwrap_or_default();
         let is_open = |hole: &Hole| {

@@ -93,6 +93,8 @@ pub(super) struct Taking<'a> {
     pub(super) asked: Option<Filled>,
     /// Whether a hub that cannot be asked now counts like one that will not give what is missing.
     pub(super) last_try: bool,
+    /// Whether a long gap of the room is being filled: what comes after it is not taken before that.
+    pub(super) gap_is_open: bool,
     /// What of the log is missing.
     pub(super) waits: Waits,
 }
@@ -108,6 +110,7 @@ impl<'a> Taking<'a> {
             looked_up: BTreeMap::new(),
             asked: None,
             last_try: false,
+            gap_is_open: false,
             waits: Waits::default(),
         }
     }
@@ -116,6 +119,9 @@ impl<'a> Taking<'a> {
     pub async fn begin(lm: &'a Lm, cell: &RoomCell, room: Arc<Snapshot>) -> Result<Self, Refusal> {
         let mut taking = Self::new(lm, Batch::new(room));
         if lock(&cell.missing).is_any() {
+            if stored::gap(&lm.context().store, &cell.room_id).await?.is_some() {
+                (taking.gap_is_open, taking.asked) = (true, Some(Filled::NotNow));
+            }
             taking.take_waiting().await?;
         }
         Ok(taking)
@@ -160,7 +166,12 @@ impl<'a> Taking<'a> {
         if filled == Filled::NotNow {
             // No verdict on the event: the hub is to send it again, and those that do not are asked for it.
             let problem = "what is before the event cannot be had from the hub now".to_owned();
-            self.note(&event.pdu.event_id, None, None, &problem);
+            if self.gap_is_open {
+                // It is asked for with all that came meanwhile.
+                self.waits.newest = Some(event.pdu.event_id);
+            } else {
+                self.note(&event.pdu.event_id, None, None, &problem);
+            }
             return Ok(Err(Refusal::Internal(problem)));
         }
         self.place(event).await
@@ -334,7 +345,7 @@ impl<'a> Taking<'a> {
     }
 
     /// Asks the store about many events at once.
-    async fn look_up(&mut self, event_ids: BTreeSet<OwnedEventId>) -> Result<(), Refusal> {
+    pub(super) async fn look_up(&mut self, event_ids: BTreeSet<OwnedEventId>) -> Result<(), Refusal> {
         let ids: Vec<&EventId> = event_ids.iter().map(|id| &**id).collect();
         let room_id = self.room().facts.room_id.clone();
         let known = stored::known_of(&self.lm.context().store, &room_id, &ids).await?;

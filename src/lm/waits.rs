@@ -55,6 +55,8 @@ pub(super) struct Waits {
     pub asked: Vec<String>,
     /// Whether something no longer waits.
     pub freed: bool,
+    /// The newest event that came while a long gap was being filled.
+    pub newest: Option<OwnedEventId>,
 }
 
 struct Stayed {
@@ -378,7 +380,7 @@ impl Taking<'_> {
     pub(super) async fn finish(self, cell: Option<&Arc<RoomCell>>) -> Result<Committed, Refusal> {
         let lm = self.lm().clone();
         let room_id = self.room().facts.room_id.clone();
-        let Waits { noted, mut closed, asked, again, overflows, freed, any, .. } = self.waits;
+        let Waits { noted, mut closed, asked, again, overflows, freed, any, newest, .. } = self.waits;
         // What was asked for, and came, and waits now is still missing.
         closed.retain(|id| self.fresh.contains(id) || noted.iter().all(|noted| noted.event_id != *id));
         if any {
@@ -386,7 +388,15 @@ impl Taking<'_> {
         }
         let hasten = freed && !overflows.is_empty();
         let settled = !closed.is_empty() || !asked.is_empty() || hasten;
-        let changes = !noted.is_empty() || settled;
+        let changes = !noted.is_empty() || settled || newest.is_some() || self.gap_is_open;
+        if let Some(newest) = newest {
+            let room_id = room_id.clone();
+            let job = lm
+                .context()
+                .store
+                .write(move |tx| Box::pin(async move { stored::note_newest(tx, &room_id, &newest).await }));
+            job.await?;
+        }
         if !noted.is_empty() {
             lm.note_holes(&room_id, noted).await?;
         }

@@ -25,6 +25,9 @@ pub async fn bring_back(store: &Store, now_ms: i64, longest: Longest) -> Result<
                 ("UPDATE bridge_inbox SET received_ts = $2 WHERE received_ts > $1", 0, 0),
                 ("UPDATE bridge_images SET made_ts = $2 WHERE pending = 1 AND made_ts > $1", 0, 0),
                 ("UPDATE lm_holes SET noticed_ts = $2 WHERE noticed_ts > $1", 0, 0),
+                ("UPDATE lm_gaps SET noticed_ts = $2 WHERE noticed_ts > $1", 0, 0),
+                // It is gone on with at once, whatever it waited for.
+                ("UPDATE lm_gaps SET retry_at = $2 WHERE retry_at > $1", 0, 0),
                 ("UPDATE appservice_work SET due_ts = $2 WHERE failed IS NULL AND attempts = 0 AND due_ts > $1", 0, 0),
                 ("UPDATE appservice_work SET due_ts = $2 WHERE failed IS NULL AND due_ts > $1", longest.appservice, 0),
                 (

@@ -337,3 +337,40 @@ async fn what_a_hub_said_in_a_long_absence_comes_in_order_though_it_gives_ten_ev
     assert_eq!(received.result, Ok(()));
     assert_eq!(ids(&part.log(&room).await), ids(&hub.log(&room).await));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_hub_said_in_a_very_long_absence_comes_in_order_across_a_restart() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let faulty = Faulty::of(&hub);
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    deafen(&part);
+    let message = |n: usize| isthmus::seam::Outgoing {
+        draft: super::world::message(&hub.user("bot"), &n.to_string()),
+        effect: None,
+    };
+    for from in (0..5_500).step_by(500) {
+        hub.lm.send(&room, (from..from + 500).map(message).collect()).await;
+    }
+    let Sent::Appended(last) = hub.say(&room, "bot", "last").await else { panic!("a hub appends") };
+    hub.context.outbound.stop().await;
+    let received = part.lm.receive(&hub.name, vec![raw(&last.event.json)]).await.pop().unwrap();
+    assert!(matches!(received.result, Err(Refusal::Internal(_))), "{received:?}");
+    let missing = isthmus::store::lm::missing(&part.context.store, Some(&room)).await.unwrap();
+    assert_eq!((missing.gaps, missing.taken), (1, 0), "{missing:?}");
+    assert!((5_000..=5_500).contains(&missing.fetched), "{missing:?}");
+    // The hub is away when the rest is asked for, and the gateway is stopped.
+    faulty.away.store(1, Ordering::SeqCst);
+    let part = world.restart(part).await;
+    let closed = async {
+        while isthmus::store::lm::missing(&part.context.store, None).await.unwrap().count > 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), closed).await.unwrap();
+    let log = async |node: &Node| ids(&node.lm.log(&room, Position(0), 10_000).await.unwrap());
+    let (at_part, at_hub) = (log(&part).await, log(&hub).await);
+    assert_eq!((at_part.len(), at_hub.last()), (at_hub.len(), Some(&last.event.event_id)));
+    assert!(at_part == at_hub, "in another order");
+    assert_eq!(part.lm.room(&room).await.unwrap().unwrap().complaints, Vec::<String>::new());
+}

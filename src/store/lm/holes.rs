@@ -1,8 +1,8 @@
 //! What of foreign hubs' logs is missing here: events that could not be fetched, and events that could not be checked.
 
 use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId};
-use sqlx::Row as _;
 use sqlx::any::AnyRow;
+use sqlx::{AssertSqlSafe, Row as _};
 
 use super::read::parsed;
 use crate::store::{Store, StoreError, Tx, text};
@@ -62,6 +62,12 @@ pub struct Missing {
     pub since: Option<i64>,
     /// What was in the way of that one last.
     pub last_error: Option<String>,
+    /// How many rooms have gaps that are too long to be filled at once.
+    pub gaps: i64,
+    /// How many events of those gaps were fetched so far, from the newest on.
+    pub fetched: i64,
+    /// How many of these are in the log, from the oldest on.
+    pub taken: i64,
 }
 
 /// How many holes of each kind a room has, or may have.
@@ -206,7 +212,13 @@ pub async fn close_holes(tx: &mut Tx, room_id: &RoomId, event_ids: &[OwnedEventI
 
 /// Forgets all of a room.
 pub async fn forget_holes(tx: &mut Tx, room_id: &RoomId) -> Result<(), StoreError> {
-    sqlx::query("DELETE FROM lm_holes WHERE room_id = $1").bind(room_id.as_str()).execute(tx).await?;
+    for sql in [
+        "DELETE FROM lm_holes WHERE room_id = $1",
+        "DELETE FROM lm_staged WHERE room_id = $1",
+        "DELETE FROM lm_gaps WHERE room_id = $1",
+    ] {
+        sqlx::query(sql).bind(room_id.as_str()).execute(&mut *tx).await?;
+    }
     Ok(())
 }
 
@@ -270,12 +282,11 @@ fn hole(row: &AnyRow) -> Result<Hole, StoreError> {
     })
 }
 
-/// When the next hole of a room is to be tried again, if it has any.
+/// When the next hole of a room is to be tried again, or its gap gone on with, if it has any.
 pub async fn next_try(store: &Store, room_id: &RoomId) -> Result<Option<i64>, StoreError> {
-    let row = sqlx::query("SELECT MIN(retry_at) AS next FROM lm_holes WHERE room_id = $1")
-        .bind(room_id.as_str())
-        .fetch_one(store.reader())
-        .await?;
+    let sql = "SELECT MIN(retry_at) AS next FROM (SELECT retry_at FROM lm_holes WHERE room_id = $1 \
+               UNION ALL SELECT retry_at FROM lm_gaps WHERE room_id = $2) AS due";
+    let row = sqlx::query(sql).bind(room_id.as_str()).bind(room_id.as_str()).fetch_one(store.reader()).await?;
     Ok(row.try_get("next")?)
 }
 
@@ -288,17 +299,28 @@ pub async fn rooms_with_holes(store: &Store) -> Result<Vec<OwnedRoomId>, StoreEr
 /// What is missing in a room, or in all.
 pub async fn missing(store: &Store, room_id: Option<&RoomId>) -> Result<Missing, StoreError> {
     let (all, of) = (i64::from(room_id.is_none()), room_id.map_or("", RoomId::as_str));
-    let row =
-        sqlx::query("SELECT COUNT(*) AS missing, MIN(noticed_ts) AS since FROM lm_holes WHERE $1 = 1 OR room_id = $2")
-            .bind(all)
-            .bind(of)
-            .fetch_one(store.reader())
-            .await?;
-    let first = sqlx::query("SELECT last_error FROM lm_holes WHERE $1 = 1 OR room_id = $2 ORDER BY noticed_ts LIMIT 1")
-        .bind(all)
-        .bind(of)
-        .fetch_optional(store.reader())
-        .await?;
+    const ALL: &str = "(SELECT noticed_ts, last_error FROM lm_holes WHERE $1 = 1 OR room_id = $2 \
+         UNION ALL SELECT noticed_ts, last_error FROM lm_gaps WHERE $3 = 1 OR room_id = $4) AS missing";
+    let bound = |sql: String| sqlx::query(AssertSqlSafe(sql)).bind(all).bind(of).bind(all).bind(of);
+    let row = bound(format!("SELECT COUNT(*) AS missing, MIN(noticed_ts) AS since FROM {ALL}"));
+    let row = row.fetch_one(store.reader()).await?;
+    let first = bound(format!("SELECT last_error FROM {ALL} ORDER BY noticed_ts LIMIT 1"));
+    let first = first.fetch_optional(store.reader()).await?;
     let last_error = first.map(|row| row.try_get("last_error").map(|error: String| text::decode(error))).transpose()?;
-    Ok(Missing { count: row.try_get("missing")?, since: row.try_get("since")?, last_error })
+    let gaps = sqlx::query(
+        "SELECT COUNT(*) AS gaps, CAST(COALESCE(SUM(events), 0) AS BIGINT) AS fetched, \
+         CAST(COALESCE(SUM(taken), 0) AS BIGINT) AS taken FROM lm_gaps WHERE $1 = 1 OR room_id = $2",
+    )
+    .bind(all)
+    .bind(of)
+    .fetch_one(store.reader())
+    .await?;
+    Ok(Missing {
+        count: row.try_get("missing")?,
+        since: row.try_get("since")?,
+        last_error,
+        gaps: gaps.try_get("gaps")?,
+        fetched: gaps.try_get("fetched")?,
+        taken: gaps.try_get("taken")?,
+    })
 }

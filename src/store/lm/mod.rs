@@ -3,6 +3,7 @@
 
 mod holes;
 mod read;
+mod staged;
 mod write;
 
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
@@ -14,6 +15,9 @@ pub use self::holes::{
 pub use self::read::{
     Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,
     queued_lpdus, range, room, room_ids, state_before, state_now, state_of_kind_before, stays,
+};
+pub use self::staged::{
+    Gap, Staged, bytes_of_other_gaps, close_gap, gap, note_newest, rooms_with_gaps, stage, staged, staged_of, unstage,
 };
 pub use self::write::{
     advance_head, append, complain, forget_lpdus, insert_room, queue_lpdu, server_joined, server_left, set_redaction,

@@ -193,7 +193,10 @@ async fn holes_are_kept_in_order_and_within_bounds_until_they_are_closed() {
         let again = holes(&store, other, false).await.unwrap();
         assert_eq!(again, [Hole { place: Some(3), ..hole("d", 5) }]);
         let shown = missing(&store, None).await.unwrap();
-        assert_eq!(shown, Missing { count: 5, since: Some(5), last_error: Some("d\u{0}".to_owned()) });
+        assert_eq!(
+            shown,
+            Missing { count: 5, since: Some(5), last_error: Some("d\u{0}".to_owned()), ..Missing::default() }
+        );
         assert_eq!(missing(&store, Some(room_id)).await.unwrap().count, 4);
         assert_eq!(rooms_with_holes(&store).await.unwrap().len(), 2);
 

@@ -1,0 +1,226 @@
+//! Gaps of a hub's log that are too long to be filled while something waits for it: who was away for a week comes back to them.
+//! A hub gives its log backwards alone. So what it gives is written down from the newest event on, and put into the log from the
+//! oldest on when that is there, in the hub's order. Nothing else of the room is taken meanwhile. It is gone on with after a
+//! restart. What is longer than the space for it is closed like a gap of which the hub does not give the rest.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ruma::OwnedEventId;
+
+use super::Lm;
+use super::finished::{Bad, Finished};
+use super::gaps::{Bounds, Fetched, Passed, event_of, in_order};
+use super::holes::{AGAIN_MS, first_try};
+use super::intake::Taking;
+use super::rooms::{RoomCell, stored_pdu};
+use crate::event::Redaction;
+use crate::refusal::Refusal;
+use crate::store::StoreError;
+use crate::store::lm::{self as stored, EventRow, Gap, Hole, Staged};
+
+/// How many bytes are written down for all gaps together. A room may have half of what the others leave.
+const SPACE: i64 = 1 << 30;
+/// How much is asked for, and for how long, before it is written down.
+const ROUND: Bounds = Bounds { events: 2_000, bytes: 8 << 20, patience: Duration::from_secs(5) };
+/// How many events are put into the log at once.
+const AT_ONCE: i64 = 200;
+/// How often a hub is asked that gives nothing, more than an hour in all, before the rest counts as not to be had.
+const TRIES: i64 = 5;
+/// How many branches of a log that forks are followed.
+const EDGES: usize = 100;
+
+/// What is said of a gap when nothing is in the way.
+const UNDER_WAY: &str = "a long part of the log is being fetched";
+
+/// What a round of asking found.
+#[derive(Default)]
+pub(super) struct Found {
+    pub events: BTreeMap<OwnedEventId, Result<Finished, Bad>>,
+    pub passed: BTreeMap<OwnedEventId, Passed>,
+    /// What is before them, and is not there.
+    pub left: Vec<OwnedEventId>,
+}
+
+impl Taking<'_> {
+    /// Goes on with a gap later, from what was found of it.
+    pub(super) async fn stage(&mut self, found: Found) -> Result<(), Refusal> {
+        let (room_id, hub) = (&self.room().facts.room_id, &self.room().facts.hub);
+        tracing::info!(room = %room_id, %hub, "much is missing: it is fetched in the background");
+        let now = self.lm().context().clock.now_ms();
+        let gap = Gap { noticed_ts: now, retry_at: now, last_error: UNDER_WAY.to_owned(), ..Gap::default() };
+        self.write_down(gap, found).await?;
+        self.gap_is_open = true;
+        Ok(())
+    }
+
+    /// Returns the gap as it is then.
+    async fn write_down(&self, mut gap: Gap, found: Found) -> Result<Gap, Refusal> {
+        let (context, room_id) = (self.lm().context(), self.room().facts.room_id.clone());
+        let ids: Vec<OwnedEventId> = found.events.keys().chain(&found.left).cloned().collect();
+        let there = stored::staged_of(&context.store, &room_id, &ids).await?;
+        let events = in_order(found.events, &found.passed, 0).into_iter().filter_map(|(_, event)| {
+            let proved =
+                matches!(&event, Ok(event) if event.redacted.is_none() && event.redaction == self.room().redaction);
+            let pdu = event_of(&event).filter(|pdu| !there.contains(&pdu.event_id))?;
+            Some(Staged { seq: 0, event_id: pdu.event_id.clone(), proved, json: raw(&event)? })
+        });
+        let mut events: Vec<Staged> = events.collect();
+        let count = i64::try_from(events.len()).unwrap_or(i64::MAX);
+        gap.lowest = gap.lowest.saturating_sub(count);
+        for (seq, event) in (gap.lowest..).zip(&mut events) {
+            event.seq = seq;
+            gap.bytes = gap.bytes.saturating_add(i64::try_from(event.json.len()).unwrap_or(i64::MAX));
+        }
+        gap.events = gap.events.saturating_add(count);
+        gap.edges = found.left.into_iter().filter(|id| !there.contains(id)).take(EDGES).collect();
+        let (written, id) = (gap.clone(), room_id);
+        let job =
+            context.store.write(move |tx| Box::pin(async move { stored::stage(tx, &id, &written, &events).await }));
+        job.await?;
+        Ok(gap)
+    }
+}
+
+/// An event as it came, as far as it is known.
+fn raw(event: &Result<Finished, Bad>) -> Option<Vec<u8>> {
+    event_of(event).map(|pdu| pdu.to_bytes())
+}
+
+impl Lm {
+    /// Goes on with the gap of a room for a moment. False when it has none.
+    pub(super) async fn go_on_with_gap(&self, cell: &Arc<RoomCell>) -> Result<bool, Refusal> {
+        let store = &self.context().store;
+        if stored::gap(store, &cell.room_id).await?.is_none() {
+            return Ok(false);
+        }
+        let _turn = cell.intake.lock().await;
+        let room = cell.snapshot(store).await?;
+        let Some(gap) = stored::gap(store, &cell.room_id).await? else { return Ok(false) };
+        if !room.has_server(&self.context().server_name) {
+            // The hub owes us nothing any more.
+            self.forget_holes(&cell.room_id).await?;
+            return Ok(true);
+        }
+        let mut taking = Taking::begin(self, cell, room).await?;
+        if gap.place.is_none() {
+            self.fetch_more(&mut taking, gap).await?;
+            taking.finish(Some(cell)).await?;
+            return Ok(true);
+        }
+        let rows = stored::staged(store, &cell.room_id, AT_ONCE).await?;
+        let Some(last) = rows.last().map(|row| row.seq) else {
+            self.end_gap(cell, gap).await?;
+            return Ok(true);
+        };
+        let count = i64::try_from(rows.len()).unwrap_or(i64::MAX);
+        if let (0, Some(problem), Some(first)) = (gap.taken, &gap.problem, rows.first()) {
+            taking.complain(&first.event_id, &format!("the hub did not give all that is before it: {problem}"));
+            taking.adopt_state_before(&first.event_id).await?;
+        }
+        self.take_staged(&mut taking, rows).await?;
+        taking.finish(Some(cell)).await?;
+        let room_id = cell.room_id.clone();
+        let job = store.write(move |tx| Box::pin(async move { stored::unstage(tx, &room_id, last, count).await }));
+        job.await?;
+        if gap.taken % 10_000 < count {
+            tracing::info!(room = %cell.room_id, taken = gap.taken.saturating_add(count), of = gap.events, "a long gap is put into the log");
+        }
+        Ok(true)
+    }
+
+    /// Asks the hub for more of what is missing.
+    async fn fetch_more(&self, taking: &mut Taking<'_>, mut gap: Gap) -> Result<(), Refusal> {
+        let (room_id, place) = (taking.room().facts.room_id.clone(), taking.room().head);
+        let others = stored::bytes_of_other_gaps(&self.context().store, &room_id).await?;
+        let now = self.context().clock.now_ms();
+        let mut found = Found { left: std::mem::take(&mut gap.edges), ..Found::default() };
+        let fetched = taking.fetch(&mut found, ROUND).await?;
+        let has_found = !found.events.is_empty() || !found.passed.is_empty();
+        (gap.tries, gap.retry_at) = if has_found { (0, now) } else { (gap.tries.saturating_add(1), now) };
+        let ended = |gap: &mut Gap, problem: Option<String>| (gap.place, gap.problem) = (Some(place), problem);
+        match fetched {
+            Fetched::All => ended(&mut gap, None),
+            Fetched::No(problem) => ended(&mut gap, Some(problem)),
+            Fetched::Long(_) if gap.bytes > SPACE.saturating_sub(others) / 2 => {
+                let problem = format!("there are more than the {} events for which there is space", gap.events);
+                ended(&mut gap, Some(problem));
+            }
+            Fetched::Long(_) => {}
+            Fetched::NotNow(problem) if gap.tries > TRIES => ended(&mut gap, Some(problem)),
+            Fetched::NotNow(problem) => {
+                let tries = usize::try_from(gap.tries.saturating_sub(1)).unwrap_or_default();
+                let delay = AGAIN_MS.get(tries).or(AGAIN_MS.last());
+                gap.retry_at = now.saturating_add(delay.copied().unwrap_or_default());
+                gap.last_error = problem;
+            }
+        }
+        if has_found {
+            gap.last_error = UNDER_WAY.to_owned();
+        }
+        let gap = taking.write_down(gap, found).await?;
+        tracing::info!(room = %room_id, fetched = gap.events, whole = gap.place.is_some(), "a long gap is fetched");
+        Ok(())
+    }
+
+    async fn take_staged(&self, taking: &mut Taking<'_>, rows: Vec<Staged>) -> Result<(), Refusal> {
+        let redaction = taking.room().redaction;
+        let mut unproved = Vec::new();
+        let mut events = Vec::with_capacity(rows.len());
+        for row in rows {
+            if row.proved
+                && let Some(pdu) = proved(taking, &row, redaction)
+            {
+                events.push(Some(Ok(pdu)));
+                continue;
+            }
+            let json = serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("event", error))?;
+            unproved.push(json);
+            events.push(None);
+        }
+        let mut checked = self.check_finished(unproved, redaction).await.into_iter();
+        let coming = events.iter().flatten().filter_map(|event| event_of(event));
+        let ids = coming.flat_map(|pdu| pdu.prev_events.iter().chain([&pdu.event_id])).cloned();
+        taking.look_up(ids.collect()).await?;
+        for event in events {
+            let Some(event) = event.or_else(|| checked.next()) else { continue };
+            // A complaint was recorded where one was due.
+            let _ = match taking.admit(event) {
+                Ok(event) => taking.place(event).await?,
+                Err(outcome) => outcome,
+            };
+        }
+        Ok(())
+    }
+
+    /// Nothing of a gap is left to be put into the log.
+    async fn end_gap(&self, cell: &Arc<RoomCell>, gap: Gap) -> Result<(), Refusal> {
+        let (store, now) = (self.context().store.clone(), self.context().clock.now_ms());
+        let problem = gap.problem.unwrap_or_default();
+        let hole = |event_id, place, retry_at| Hole {
+            event_id,
+            json: None,
+            place,
+            given: false,
+            tries: 0,
+            retry_at,
+            noticed_ts: gap.noticed_ts,
+            last_error: problem.clone(),
+            overflow: None,
+        };
+        let holes = gap.edges.into_iter().map(|edge| hole(edge, gap.place, first_try(now)));
+        let holes: Vec<Hole> = holes.chain(gap.newest.map(|newest| hole(newest, None, now))).collect();
+        tracing::info!(room = %cell.room_id, events = gap.events, "a long gap is closed");
+        self.note_holes(&cell.room_id, holes).await?;
+        let room_id = cell.room_id.clone();
+        let job = store.write(move |tx| Box::pin(async move { stored::close_gap(tx, &room_id, now).await }));
+        Ok(job.await?)
+    }
+}
+
+fn proved(taking: &Taking<'_>, row: &Staged, redaction: Redaction) -> Option<Finished> {
+    let room_id = taking.room().facts.room_id.clone();
+    let row = EventRow { room_id, position: 0, event_id: row.event_id.clone(), json: row.json.clone() };
+    Some(Finished { pdu: stored_pdu(row, redaction).ok()?, redaction, redacted: None })
+}
