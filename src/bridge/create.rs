@@ -13,6 +13,7 @@ use ruma::{OwnedRoomId, OwnedServerName, RoomId};
 use super::core::Core;
 use super::portal::{Cause, NewPortal, Portal, PortalKind, Request};
 use super::rooms;
+use super::space::{LookedAt, make_space, one_more_of};
 use super::{access, ends, from_lm, repair};
 use crate::config::EncryptionPolicy;
 use crate::event::{Family, RoomVersion};
@@ -31,6 +32,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 #[derive(Default)]
 pub(super) struct Creations {
     running: Mutex<HashMap<OwnedRoomId, Running>>,
+    pub(super) looked_at: LookedAt,
 }
 
 /// Makes both rooms and the portal between them.
@@ -214,7 +216,8 @@ fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Running {
 }
 
 /// Writes down what is to be made, if there is room for it. Its alias is its own from now on.
-async fn begin(core: &Core, row: PortalRow) -> Result<PortalRow, Refusal> {
+async fn begin(core: &Arc<Core>, row: PortalRow) -> Result<PortalRow, Refusal> {
+    make_space(core).await?;
     let stored = row.clone();
     let limit = core.context.config.access.max_portals;
     let write = core.context.store.write(move |tx| {
@@ -443,16 +446,4 @@ fn check_alias(core: &Core, localpart: &str) -> Result<(), Refusal> {
 
 fn taken(localpart: &str, number: i64) -> Refusal {
     Refusal::AliasTaken { alias: localpart.to_owned(), portal_id: format!("p{number}") }
-}
-
-/// Refuses what [`begin`] would, before anything is done for it.
-pub(super) async fn room_for_one_more(core: &Core) -> Result<(), Refusal> {
-    one_more_of(portals::count_open(core.context.store.reader()).await?, core.context.config.access.max_portals)
-}
-
-fn one_more_of(count: i64, limit: u32) -> Result<(), Refusal> {
-    if count < i64::from(limit) {
-        return Ok(());
-    }
-    Err(Refusal::Policy(format!("there are {count} portals, max_portals is {limit}")))
 }

@@ -3,6 +3,7 @@
 //! start.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ruma::{OwnedRoomId, OwnedServerName, RoomId, UserId};
@@ -60,9 +61,16 @@ pub(super) async fn end(core: &Arc<Core>, entry: &Arc<Entry>, reason: &str) -> R
     let ended = core.in_task(async move { finish(&inner, &ending).await }).await;
     if ended.is_err() {
         // It is written down, and nobody may ask again.
-        core.spawn(finish_again(core.clone(), entry.clone()));
+        finish_later(core, entry);
     }
     ended.map(|()| entry.portal())
+}
+
+/// Sees to it that one task brings about an end that failed.
+fn finish_later(core: &Arc<Core>, entry: &Arc<Entry>) {
+    if !entry.is_ending.swap(true, Ordering::SeqCst) {
+        core.spawn(finish_again(core.clone(), entry.clone()));
+    }
 }
 
 /// Brings about an end that failed, however often it fails.
@@ -89,7 +97,7 @@ pub(super) fn at_start(core: &Arc<Core>) {
                 inner.spawn(async move {
                     if let Err(refusal) = finish(&core, &entry).await {
                         tracing::warn!(portal = entry.portal().portal_id, %refusal, "a portal could not be ended");
-                        finish_again(core, entry).await;
+                        finish_later(&core, &entry);
                     }
                 });
             }
@@ -109,8 +117,14 @@ pub(super) async fn due(core: &Arc<Core>) -> Result<(), Refusal> {
     for number in portals::to_be_left(store, core.now_ms()).await? {
         if let Some(entry) = core.registry.get(number) {
             let portal = entry.portal();
-            for side in [Side::Matrix, Side::Lm] {
-                leave(core, &portal, side, false).await?;
+            let left = async {
+                leave(core, &portal, Side::Matrix, false).await?;
+                leave(core, &portal, Side::Lm, false).await
+            };
+            if let Err(refusal) = left.await {
+                // It is due until it is done; the others do not wait for that.
+                tracing::warn!(portal = portal.portal_id, %refusal, "ghosts could not leave a suspended portal");
+                continue;
             }
             tracing::info!(portal = portal.portal_id, "the ghosts have left a suspended portal");
         }
@@ -118,10 +132,12 @@ pub(super) async fn due(core: &Arc<Core>) -> Result<(), Refusal> {
     }
     for number in portals::unused(store, core.now_ms()).await? {
         match core.registry.get(number) {
+            // A task is at it.
+            Some(entry) if entry.portal().state == PortalState::Ending => {}
             Some(entry) if entry.portal().state != PortalState::Ended && !was_used(core, &entry.portal()).await? => {
-                end(core, &entry, "nobody has used it").await?;
+                ended(&entry, end(core, &entry, "nobody has used it").await);
             }
-            _ => keep(core, number).await?,
+            _ => seen(core, number).await?,
         }
     }
     Ok(())
@@ -239,8 +255,12 @@ async fn replace(
     end(core, entry, &format!("the LM room was replaced by {room_id}")).await.map(drop)
 }
 
-/// A portal stays, used or not.
+/// An admin wants a portal: it stays, used or not.
 pub(super) async fn keep(core: &Core, number: i64) -> Result<(), Refusal> {
+    Ok(core.context.store.write(move |tx| Box::pin(async move { portals::wanted(tx, number).await })).await?)
+}
+
+async fn seen(core: &Core, number: i64) -> Result<(), Refusal> {
     Ok(core.context.store.write(move |tx| Box::pin(async move { portals::used(tx, number).await })).await?)
 }
 

@@ -3,8 +3,8 @@
 //!
 //! An accepted event waits in `inbox`, is put in order by `linearize`, `carry` (with `member` and `translate`, all pure)
 //! says what becomes of it, and `worker` does that with the writes of `effect`. `gate` asks the other side before anybody
-//! joins; `plan` and `repair` bring the two states in step again; `create` makes portals and `ends` ends them. Typing,
-//! receipts and presence go by `ephemeral`, with nothing stored.
+//! joins; `plan` and `repair` bring the two states in step again; `create` makes portals, as far as there is `space`, and
+//! `ends` ends them. Typing, receipts and presence go by `ephemeral`, with nothing stored.
 
 mod access;
 mod acl;
@@ -37,6 +37,7 @@ mod resolve;
 mod rooms;
 mod seat;
 mod side;
+mod space;
 mod translate;
 mod users;
 mod worker;

@@ -69,6 +69,11 @@ impl PortalState {
     pub fn carries(self) -> bool {
         matches!(self, Self::Active | Self::Degraded)
     }
+
+    /// Whether one that nobody uses may be ended for another.
+    pub(super) fn may_give_way(self) -> bool {
+        self.carries() || self == Self::Suspended
+    }
 }
 
 /// A pair of rooms kept in step.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use arc_swap::ArcSwap;
 use ruma::{OwnedRoomId, RoomId, ServerName};
@@ -20,6 +20,8 @@ pub(super) struct Entry {
     portal: ArcSwap<Portal>,
     pub(super) from_matrix: Direction,
     pub(super) from_lm: Direction,
+    /// Whether a task tries again and again to end it.
+    pub(super) is_ending: AtomicBool,
 }
 
 impl Entry {
@@ -174,6 +176,7 @@ impl Registry {
             }
             None => {
                 let entry = Arc::new(Entry {
+                    is_ending: AtomicBool::default(),
                     number,
                     portal: ArcSwap::from_pointee(portal),
                     from_matrix: Direction::default(),

@@ -10,7 +10,7 @@ use ruma::{OwnedRoomId, OwnedServerName, RoomId, ServerName};
 use super::alias::{self, Named};
 use super::core::Core;
 use super::portal::{Cause, Portal, PortalState};
-use super::{access, create};
+use super::{access, create, space};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
@@ -130,7 +130,7 @@ pub(super) async fn portal(core: &Arc<Core>, localpart: &str, cause: &Cause) -> 
         Some(_) => {}
         None => {
             may_create.clone()?;
-            create::room_for_one_more(core).await?;
+            space::room_for_one_more(core).await?;
             if *cause != Cause::Admin {
                 core.budgets.portal(&core.context.config.budgets, server, core.now_ms())?;
             }
@@ -152,7 +152,7 @@ async fn lead(
 ) -> Result<(OwnedRoomId, Vec<OwnedServerName>), Refusal> {
     let (Named::Alias { server, .. } | Named::Room { server, .. }) = named;
     if *server == core.context.server_name {
-        return Err(Refusal::NotFound(format!("the alias {localpart:?}: there is no LM room of this gateway by it,")));
+        return Err(Refusal::NotFound(format!("an LM room of this gateway by the alias {localpart:?}")));
     }
     access::takes_part(&core.context.config.access, Side::Lm, server)?;
     match named {

@@ -9,7 +9,7 @@ use super::core::Core;
 use super::portal::Cause;
 use super::side::Event;
 use super::users::Who;
-use super::{access, create, effect, gate, repair, resolve};
+use super::{access, create, effect, gate, repair, resolve, space};
 use crate::event::Edu;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -87,14 +87,14 @@ async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
                     && event.get("content").is_some_and(|content| content.get("encryption").is_some())
             });
             if encrypted {
-                return Err(Refusal::Encryption(format!("the room {}", invite.room_id)));
+                return Err(Refusal::Encryption(invite.room_id.to_string()));
             }
             let server = invite.sender.server_name();
             access::takes_part(policy, Side::Lm, server)?;
             let cause = Cause::Invite(invite.sender.clone());
             access::may_create(policy, &cause)?;
             if core.registry.of_room(Side::Lm, &invite.room_id).is_none() {
-                create::room_for_one_more(core).await?;
+                space::room_for_one_more(core).await?;
                 core.budgets.portal(&core.context.config.budgets, server, core.now_ms())?;
             }
             // What an admin has made stays, whether it is used or not.

@@ -94,7 +94,7 @@ server_name = "{server_name}"
 # create_by_invite = []
 # Users who may ask the Synapse's bot for the portals and have it invite into them, and whose portals stay.
 # admins = []
-# How many portals there may be.
+# How many portals there may be. Where there are as many, the oldest that nobody uses gives way, but no admin's.
 # max_portals = 10000
 
 [portals]

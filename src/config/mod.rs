@@ -139,7 +139,7 @@ pub struct Access {
     pub create_by_invite: Vec<String>,
     /// Who may ask the Synapse's bot for the portals and have it invite into them, and whose portals stay.
     pub admins: Vec<OwnedUserId>,
-    /// How many portals there may be.
+    /// How many portals there may be; where there are as many, the oldest that nobody uses gives way, but no admin's.
     pub max_portals: u32,
 }
 

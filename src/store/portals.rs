@@ -30,7 +30,7 @@ pub struct PortalRow {
     pub request: Vec<u8>,
     /// When it was asked for, in milliseconds.
     pub created_ts: i64,
-    /// Until when it may go unused, in milliseconds; none when it may for ever.
+    /// Until when it may go unused, in milliseconds; none when it may for ever. Only an admin's has none from the start.
     pub unused_until_ts: Option<i64>,
 }
 
@@ -45,8 +45,8 @@ pub async fn insert(tx: &mut Tx, row: &PortalRow) -> Result<i64, StoreError> {
         .await?;
     sqlx::query(
         "INSERT INTO bridge_portals \
-         (number, kind, state, matrix_room_id, lm_room_id, lm_hub, alias, reason, request, created_ts, unused_until_ts) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+         (number, kind, state, matrix_room_id, lm_room_id, lm_hub, alias, reason, request, created_ts, \
+         unused_until_ts, by_admin) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
     )
     .bind(number)
     .bind(row.kind.as_str())
@@ -59,6 +59,7 @@ pub async fn insert(tx: &mut Tx, row: &PortalRow) -> Result<i64, StoreError> {
     .bind(row.request.as_slice())
     .bind(row.created_ts)
     .bind(row.unused_until_ts)
+    .bind(i64::from(row.unused_until_ts.is_none()))
     .execute(tx)
     .await?;
     Ok(number)
@@ -132,7 +133,30 @@ pub async fn unused(store: &Store, now_ms: i64) -> Result<Vec<i64>, StoreError> 
     .await
 }
 
-/// A portal is used, or kept although it is not.
+/// Portals that no admin wants and that were asked for before a time: those after a number, in the order of their making.
+pub async fn nobodys(store: &Store, before_ms: i64, after: i64, limit: i64) -> Result<Vec<i64>, StoreError> {
+    let rows: Vec<(i64,)> = sqlx::query_as(
+        "SELECT number FROM bridge_portals WHERE by_admin = 0 AND state <> 'ended' AND created_ts <= $1 AND number > $2 \
+         ORDER BY number LIMIT $3",
+    )
+    .bind(before_ms)
+    .bind(after)
+    .bind(limit)
+    .fetch_all(store.reader())
+    .await?;
+    Ok(rows.into_iter().map(|(number,)| number).collect())
+}
+
+/// An admin wants a portal: it stays, used or not.
+pub async fn wanted(tx: &mut Tx, number: i64) -> Result<(), StoreError> {
+    sqlx::query("UPDATE bridge_portals SET by_admin = 1, unused_until_ts = NULL WHERE number = $1")
+        .bind(number)
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
+/// It need not be looked again whether a portal is used.
 pub async fn used(tx: &mut Tx, number: i64) -> Result<(), StoreError> {
     sqlx::query("UPDATE bridge_portals SET unused_until_ts = NULL WHERE number = $1").bind(number).execute(tx).await?;
     Ok(())

@@ -241,6 +241,49 @@ async fn a_portal_that_an_alias_made_ends_after_an_hour_unless_somebody_came() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unused_portal_whose_end_fails_is_ended_by_one_task_however_often_it_is_due() {
+    let (world, gateway) = World::new(json!({})).await;
+    let lm = room(&world, "public").await;
+    let alias = format!("lm_{}_{LM}", lm.as_str().split(':').next().unwrap());
+    gateway.bridge.resolve_alias(&alias, Cause::Appservice).await.unwrap();
+    let portal = gateway.bridge.portals(None, 10).await.unwrap().pop().unwrap();
+    world.break_inserts("lm_lpdu_queue").await;
+    world.advance(2 * HOUR);
+    for _ in 0..3 {
+        // That one fails keeps nothing else that is due from being done.
+        gateway.bridge.look_for_ends().await.unwrap();
+        assert_eq!(state(&gateway, &portal).await.0, PortalState::Ending);
+    }
+    world.mend_inserts("lm_lpdu_queue").await;
+    so("the end", || async { state(&gateway, &portal).await.0 == PortalState::Ended }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_there_is_no_space_the_oldest_portal_that_nobody_uses_gives_way_but_no_admins() {
+    let (world, gateway) = World::new(json!({ "access": { "max_portals": 3 } })).await;
+    let alias = |room: &ruma::RoomId| format!("lm_{}_{LM}", room.as_str().split(':').next().unwrap());
+    let mut portals = Vec::new();
+    for cause in [Cause::Admin, Cause::Appservice, Cause::Appservice] {
+        let lm = room(&world, "public").await;
+        gateway.bridge.resolve_alias(&alias(&lm), cause).await.unwrap();
+        portals.push(gateway.bridge.portals(None, 10).await.unwrap().pop().unwrap());
+    }
+    let [wanted, used, unused] = &portals[..] else { panic!() };
+    let alice = world.matrix_user("alice");
+    world.matrix_join(&gateway, &used.matrix_room_id, &alice).await.unwrap();
+    // Who asked for it may be on the way.
+    let lm = room(&world, "public").await;
+    let refusal = gateway.bridge.resolve_alias(&alias(&lm), Cause::Appservice).await.unwrap_err();
+    assert!(refusal.to_string().contains("max_portals is 3"), "{refusal}");
+    world.advance(HOUR / 6);
+    gateway.bridge.resolve_alias(&alias(&lm), Cause::Appservice).await.unwrap();
+    assert_eq!(state(&gateway, unused).await.0, PortalState::Ended);
+    for portal in [wanted, used] {
+        assert_eq!(state(&gateway, portal).await.0, PortalState::Active);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_portal_is_made_by_an_invite_only_of_those_who_may_and_ends_after_a_day_too() {
     let invited = async |world: &World, gateway: &Gateway, by: &str| {
         let lm = room(world, "public").await;
