@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
+use ruma::EventId;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::Shared;
 use super::batch::Batch;
 use super::room::Room;
 use crate::refusal::Refusal;
+use crate::store::StoreError;
 
 /// How many events a batch has before it is committed, however many jobs wait.
 const BATCH: usize = 200;
@@ -102,9 +104,19 @@ pub(super) async fn run(shared: &Arc<Shared>, room: &Arc<Room>, jobs: &mut Jobs)
                 batch.roll_back(before);
             }
             done.push(job);
-            next = if batch.len() < BATCH { jobs.try_recv().ok() } else { None };
+            let is_alone = shared.careful.is(&room.room_id);
+            next = if batch.len() < BATCH && !is_alone { jobs.try_recv().ok() } else { None };
         }
-        let committed = batch.commit(room).await;
+        let events = batch.added();
+        let panicked = || {
+            let events: Vec<&EventId> = events.iter().map(|id| &**id).collect();
+            shared.careful.panicked(&room.room_id, &events)
+        };
+        let committed = match AssertUnwindSafe(batch.commit(room)).catch_unwind().await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(StoreError::Panicked)) | Err(_) => Err(panicked()),
+            Ok(Err(error)) => Err(error.into()),
+        };
         if let Err(refusal) = &committed {
             tracing::error!(room = %room.room_id, error = %refusal, "a batch of events was not committed");
         }

@@ -7,6 +7,7 @@ use ruma::room_version_rules::RoomVersionRules;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
 use super::Shared;
+use super::build::DUMMY;
 use super::events::EventMap;
 use super::resolve::resolve;
 use super::room::{Core, Room};
@@ -94,6 +95,12 @@ impl Batch {
     /// How many events it has.
     pub fn len(&self) -> usize {
         self.changes.events.len()
+    }
+
+    /// The events that it adds, without those that join branches on the way.
+    pub fn added(&self) -> Vec<OwnedEventId> {
+        let added = self.changes.events.iter().map(|row| row.event_id.clone());
+        added.filter(|id| self.staged.get(id).is_none_or(|event| event.pdu.kind.to_string() != DUMMY)).collect()
     }
 
     /// Whether it changes nothing.
@@ -280,7 +287,7 @@ impl Batch {
     }
 
     /// Commits everything or nothing, since each event names those before it, and tells those who wait for it.
-    pub(super) async fn commit(self, room: &Room) -> Result<(), Refusal> {
+    pub(super) async fn commit(self, room: &Room) -> Result<(), StoreError> {
         if self.is_empty() {
             return Ok(());
         }
@@ -349,6 +356,7 @@ impl Batch {
             .await;
         if !redacted.is_empty() {
             shared.states.invalidate(&room_id).await;
+            shared.listings.invalidate(&room_id).await;
         }
         to_wake.extend(core.servers.keys().filter(|server| **server != shared.context.server_name).cloned());
         match &written {
@@ -358,7 +366,11 @@ impl Batch {
                 }
                 shared.events.committed(staged.into_values().chain(redacted), groups.into_values().collect()).await;
                 shared.events.forget(pruned.iter()).await;
+                let has_other_state = room.core().current.id != core.current.id;
                 room.set_core(core);
+                if has_other_state {
+                    shared.listings.invalidate(&room_id).await;
+                }
             }
             // It may be committed all the same: then queues and bridge find it, and what was redacted is not read from memory.
             Err(_) => shared.events.forget(redacted.iter().map(|event| &event.pdu.event_id)).await,
@@ -370,6 +382,6 @@ impl Batch {
         if watched {
             shared.between.accepted(Side::Matrix, &room_id);
         }
-        Ok(written?)
+        written
     }
 }

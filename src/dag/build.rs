@@ -29,7 +29,7 @@ pub(super) const MAX_PREV_EVENTS: usize = 20;
 /// As how many of the gateway's users that is tried.
 const JOINERS: usize = 3;
 /// The type of that event, which other homeservers use for the same. It has no content, and clients do not show it.
-const DUMMY: &str = "org.matrix.dummy_event";
+pub(super) const DUMMY: &str = "org.matrix.dummy_event";
 /// The largest integer of canonical JSON.
 const MAX_DEPTH: i64 = (1 << 53) - 1;
 

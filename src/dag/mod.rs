@@ -36,12 +36,14 @@ pub use self::acl::Acl;
 use self::batch::Batch;
 use self::events::Events;
 use self::outbox::Outbox;
+pub use self::pdu::id_as_received;
 pub use self::query::DirectoryQuery;
 use self::room::Rooms;
 use self::snapshot::Snapshot;
 use crate::admin::metrics::CacheMeter;
 use crate::event::{Object, RoomVersion};
 use crate::federation::{Context, FeedKind, FeedSource};
+use crate::guard::Careful;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing, SharedBetween};
 
@@ -96,6 +98,9 @@ pub struct NewRoom {
     pub initial_state: Vec<Draft>,
 }
 
+/// Of how many rooms at least it is kept how they are listed.
+const LISTINGS: u64 = 10_000;
+
 /// The graph side; clones share it.
 #[derive(Clone)]
 pub struct Dag {
@@ -108,6 +113,7 @@ struct Shared {
     between: SharedBetween,
     events: Events,
     rooms: Rooms,
+    careful: Careful,
     /// The groups that states were resolved to.
     resolved: Cache<Vec<i64>, i64>,
     acls: Cache<OwnedEventId, Arc<Acl>>,
@@ -115,6 +121,8 @@ struct Shared {
     strays: Mutex<accept::Strays>,
     /// The current states that were asked for as a whole.
     states: Cache<OwnedRoomId, (Snapshot, Arc<State>)>,
+    /// How rooms are listed in the public directory, if they are, as of their current state.
+    listings: Cache<OwnedRoomId, Option<Arc<serde_json::Value>>>,
     resolved_meter: CacheMeter,
     acls_meter: CacheMeter,
     states_meter: CacheMeter,
@@ -133,6 +141,8 @@ impl Dag {
             between,
             events,
             rooms: Rooms::default(),
+            careful: Careful::default(),
+            listings: Cache::new(rooms.max(LISTINGS)),
             resolved_meter: CacheMeter::watch("graph_resolutions", &resolved),
             acls_meter: CacheMeter::watch("graph_acls", &acls),
             states_meter: CacheMeter::watch("graph_whole_states", &states),

@@ -464,6 +464,13 @@ mod tests {
         let received = dag.receive(origin, events[..1].to_vec()).await.remove(0);
         assert_eq!(received.result, Ok(()));
         assert_eq!(tips(&after), [received.event_id.unwrap()]);
+        // The whole again: now each goes alone, so that it is known which one it is.
+        for _ in 0..2 {
+            let received = dag.receive(origin, events.clone()).await;
+            let [one, other] = &received[..] else { panic!("{received:?}") };
+            assert_eq!(one.result, Ok(()));
+            assert!(matches!(other.result, Err(Refusal::Fails(_))), "{other:?}");
+        }
         dag.shared.context.store.close().await;
     }
 }

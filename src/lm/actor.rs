@@ -190,7 +190,16 @@ enum Verdict {
     Moved,
 }
 
-async fn process(lm: &Lm, cell: &Arc<RoomCell>, mut items: Vec<Item>) {
+async fn process(lm: &Lm, cell: &Arc<RoomCell>, items: Vec<Item>) {
+    if !lm.careful().is(&cell.room_id) {
+        return in_batches(lm, cell, items).await;
+    }
+    for item in items {
+        in_batches(lm, cell, vec![item]).await;
+    }
+}
+
+async fn in_batches(lm: &Lm, cell: &Arc<RoomCell>, mut items: Vec<Item>) {
     while !items.is_empty() {
         items = match try_batch(lm, cell, items).await {
             Ok(rest) => rest,

@@ -2,17 +2,19 @@
 //! and told about only after the commit (INV-6).
 
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::FutureExt as _;
 use ruma::{OwnedEventId, OwnedServerName};
 
-use super::room::{Move, Snapshot};
+use super::room::{Move, Snapshot, Subject};
 use super::rooms::RoomCell;
 use super::{Appended, Lm, Position};
 use crate::event::{Pdu, Redaction};
 use crate::federation::{Feed, FeedKind, OutboundQueues};
-use crate::guard::trip;
+use crate::guard::{fails_on, guarded_now, trip};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{EffectsOf, EventEffect, write_effects_until_one_fails};
@@ -91,8 +93,28 @@ impl Batch {
         self.entries.is_empty() && self.complaints.is_empty() && self.after.redaction == self.before.redaction
     }
 
-    /// Writes everything, then tells the room's cell, the queues and the bridge.
+    /// Writes everything, then tells the room's cell, the queues and the bridge. What this gateway fails on is found out: the
+    /// events of a hub are tried each alone at once, since their place in its log is fixed; those of a room that is hubbed here
+    /// when they come again.
     pub async fn commit(self, lm: &Lm, cell: Option<&Arc<RoomCell>>) -> Result<Committed, Refusal> {
+        let room_id = self.after.facts.room_id.clone();
+        let is_hub = self.after.facts.hub == lm.context().server_name;
+        let events: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
+        let refusal = match AssertUnwindSafe(self.write(lm, cell)).catch_unwind().await {
+            Ok(Err(StoreError::Panicked)) | Err(_) => {
+                let known_as = |event: &'_ Arc<Pdu>| event.lpdu_id.clone().unwrap_or_else(|| event.event_id.clone());
+                let ids: Vec<OwnedEventId> = events.iter().map(known_as).collect();
+                lm.careful().panicked(&room_id, &ids.iter().map(|id| &**id).collect::<Vec<_>>())
+            }
+            Ok(written) => return Ok(written?),
+        };
+        let Some(cell) = cell else { return Err(refusal) };
+        // It may have been committed.
+        cell.forget();
+        if is_hub { Err(refusal) } else { each_alone(lm, cell, events).await }
+    }
+
+    async fn write(self, lm: &Lm, cell: Option<&Arc<RoomCell>>) -> Result<Committed, StoreError> {
         if self.is_empty() {
             return Ok(Committed { appended: Vec::new(), failed: None, untried: Vec::new() });
         }
@@ -126,7 +148,7 @@ impl Batch {
                 if let Some(cell) = cell {
                     cell.forget();
                 }
-                return Err(error.into());
+                return Err(error);
             }
         };
         let appended = appended(&before, &events, kept);
@@ -174,6 +196,44 @@ impl Batch {
         servers.retain(|server| server != own);
         servers
     }
+}
+
+/// Appends events of a hub one by one. One on which this gateway fails is refused for good, and so is what the rules forbid
+/// without it.
+async fn each_alone(lm: &Lm, cell: &Arc<RoomCell>, events: Vec<Arc<Pdu>>) -> Result<Committed, Refusal> {
+    let store = &lm.context().store;
+    let mut committed = Committed { appended: Vec::new(), failed: None, untried: Vec::new() };
+    for event in events {
+        if stored::event(store, &event.event_id).await?.is_some() {
+            continue;
+        }
+        let room = cell.snapshot(store).await?;
+        let subject = Subject::of(&event);
+        let judged = guarded_now(&event.event_id, || room.judge(&subject, &room.auth_events(&subject).0));
+        let refusal = match judged {
+            Ok(()) => {
+                let mut batch = Batch::new(room.clone());
+                let weight = room.weight_after(&event);
+                batch.push(Pdu::clone(&event), Origin { foreign: true, ..Origin::default() });
+                batch.after.weight = weight;
+                match AssertUnwindSafe(batch.write(lm, Some(cell))).catch_unwind().await {
+                    Ok(Ok(done)) => {
+                        committed.appended.extend(done.appended);
+                        continue;
+                    }
+                    Ok(Err(error)) if !matches!(error, StoreError::Panicked) => return Err(error.into()),
+                    _ => fails_on(&event.event_id),
+                }
+            }
+            Err(refusal) => refusal,
+        };
+        cell.forget();
+        let mut batch = Batch::new(cell.snapshot(store).await?);
+        let problem = refusal.to_string();
+        batch.complain(Complaint { event_id: event.event_id.clone(), problem, settled: true });
+        batch.write(lm, Some(cell)).await?;
+    }
+    Ok(committed)
 }
 
 fn appended(before: &Snapshot, events: &[Arc<Pdu>], kept: usize) -> Vec<Appended> {

@@ -6,7 +6,7 @@
 //! (own events, LPDUs), `handshake`, `invite`, `served`, `visibility` and `join_state`; the participant's in `participant` (joining), `join_check`
 //! (the state that comes with a join),
 //! `intake` (what the hub sends), `gaps` (what is missing of
-//! that), `holes` (what stays missing), `waits` (what waits to be
+//! that), `staged` (where that is much), `holes` (what stays missing), `waits` (what waits to be
 //! judged), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
 //! not come back from there). `weight` bounds the state that a foreign hub can have us keep. `feed` is what
 //! the outbound queues read, `peers` what is asked of others, `reads` what the gateway itself asks.
@@ -34,6 +34,7 @@ mod room;
 mod rooms;
 pub mod rules;
 mod served;
+mod staged;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -48,6 +49,7 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
 pub use self::ahead::Coming;
 use self::feed::Feeds;
 pub use self::holes::AGAIN_MS as HOLES_AGAIN_MS;
+pub use self::hub::id_as_received;
 use self::invite::Invites;
 use self::participant::Joining;
 use self::peers::Peers;
@@ -56,6 +58,7 @@ pub use self::state::State;
 use crate::admin::metrics::CacheMeter;
 use crate::event::{Pdu, RoomVersion};
 use crate::federation::{Context, FeedKind};
+use crate::guard::Careful;
 use crate::seam::{Draft, SharedBetween};
 
 /// An index in a log, from 0; once written it never changes (INV-1).
@@ -131,6 +134,7 @@ struct Inner {
     context: Context,
     between: SharedBetween,
     rooms: Rooms,
+    careful: Careful,
     /// Events by ID.
     events: moka::future::Cache<OwnedEventId, Appended>,
     events_meter: CacheMeter,
@@ -151,6 +155,7 @@ impl Lm {
             .build();
         let inner = Inner {
             rooms: Rooms::new(context.store.clone(), caches.rooms),
+            careful: Careful::default(),
             events_meter: CacheMeter::watch("log_events", &events),
             events,
             peers: Peers::new(context.client.clone(), context.keyring.clone()),
@@ -175,6 +180,10 @@ impl Lm {
 
     fn rooms(&self) -> &Rooms {
         &self.inner.rooms
+    }
+
+    fn careful(&self) -> &Careful {
+        &self.inner.careful
     }
 
     fn peers(&self) -> &Peers {
