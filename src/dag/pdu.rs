@@ -18,7 +18,8 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::version::rules_of;
-use crate::event::{Object, RoomVersion, VerifyKeys, event_id, parse_event_id};
+use crate::event::{Object, RoomVersion, VerifyKeys, event_id, integers, parse_event_id, parse_object};
+use crate::guard::guarded_now;
 use crate::refusal::Refusal;
 
 /// The fields of an event of a graph, and the event itself as it goes over the wire (canonical JSON without `unsigned`).
@@ -79,6 +80,21 @@ struct Wire {
     auth_events: Vec<OwnedEventId>,
     redacts: Option<serde_json::Value>,
     content: Box<RawValue>,
+}
+
+/// The ID by which the sender of what cannot be taken as an event of a graph knows it. An integer that is not written as one is
+/// none in a graph; such an event is named by what it would be with an integer.
+pub fn id_as_received(raw: &str, version: RoomVersion) -> Option<OwnedEventId> {
+    let id = || {
+        let mut object = parse_object(raw.as_bytes())?;
+        object.remove("unsigned");
+        integers(&mut object);
+        let malformed = |error: String| Refusal::malformed("event", error);
+        let json = try_from_json_map(object).map_err(|error| malformed(error.to_string()))?;
+        let hash = reference_hash(&json, rules_of(version)?).map_err(|error| malformed(error.to_string()))?;
+        Ok(event_id(&format!("${hash}")))
+    };
+    guarded_now(&"the ID of an event", id).ok()?
 }
 
 impl Unverified {

@@ -11,10 +11,10 @@ use super::accept::{Outcome, Source};
 use super::batch::Batch;
 use super::build::MAX_PREV_EVENTS;
 use super::order::linearize;
-use super::pdu::{Unverified, Verified};
+use super::pdu::{Unverified, Verified, id_as_received};
 use super::room::Room;
 use super::{Dag, Shared};
-use crate::event::parse_object;
+use crate::event::{RoomVersion, parse_object};
 use crate::guard::{fails_on, guarded, trip};
 use crate::refusal::Refusal;
 use crate::seam::{Raw, Received};
@@ -55,7 +55,10 @@ impl Dag {
     async fn intake(&self, origin: &ServerName, raw: &str) -> Intake {
         match guarded(&"an event", self.try_intake(origin, raw)).await {
             Ok(intake) => intake,
-            Err(refusal) => Intake::Done(Received { event_id: None, result: Err(verdict(refusal)) }),
+            Err(refusal) => {
+                let event_id = id_as_received(raw, RoomVersion::V12);
+                Intake::Done(Received { event_id, result: Err(verdict(refusal)) })
+            }
         }
     }
 
@@ -68,7 +71,13 @@ impl Dag {
         if !room.core().has_server(&self.shared.context.server_name) {
             return Ok(dropped());
         }
-        let event = Unverified::from_object(object, room.version)?;
+        let event = match Unverified::from_object(object, room.version) {
+            Ok(event) => event,
+            Err(refusal) => {
+                let event_id = id_as_received(raw, room.version);
+                return Ok(Intake::Done(Received { event_id, result: Err(refusal) }));
+            }
+        };
         let event_id = event.pdu().event_id.clone();
         if let Err(refusal) = self.shared.check_acl(&room, origin).await {
             return Ok(Intake::Done(Received { event_id: Some(event_id), result: Err(refusal) }));
@@ -180,7 +189,19 @@ impl Shared {
     ) -> Result<Outcomes, Refusal> {
         let events =
             linearize(events, Verified::pdu, |pdu| pdu.prev_events.iter().chain(&pdu.auth_events).cloned().collect());
-        self.run(room, move |batch| Box::pin(accept_each(batch, events, source))).await
+        if !self.careful.is(&room.room_id) {
+            return self.run(room, move |batch| Box::pin(accept_each(batch, events, source))).await;
+        }
+        let mut outcomes = Outcomes::new();
+        for event in events {
+            let (event_id, source) = (event.pdu().event_id.clone(), source.clone());
+            match self.run(room, move |batch| Box::pin(accept_each(batch, vec![event], source))).await {
+                Ok(outcome) => outcomes.extend(outcome),
+                Err(refusal @ Refusal::Fails(_)) => drop(outcomes.insert(event_id, Err(refusal))),
+                Err(refusal) => return Err(refusal),
+            }
+        }
+        Ok(outcomes)
     }
 }
 
@@ -190,10 +211,8 @@ async fn accept_each(batch: &mut Batch, events: Vec<Verified>, source: Source) -
     for event in events {
         let event_id = event.pdu().event_id.clone();
         let before = batch.savepoint();
-        let outcome = guarded(&event_id, batch.accept(event, &source, None)).await;
-        if outcome.is_err() {
-            batch.roll_back(before);
-        } else {
+        let accepting = async {
+            let outcome = batch.accept(event, &source, None).await?;
             let most = match &source {
                 // A server that joins is sent nothing of what came between the join's template and the join. An event that follows
                 // all branches has it ask for that here, before others name it, who may have joined too late to know.
@@ -201,6 +220,11 @@ async fn accept_each(batch: &mut Batch, events: Vec<Verified>, source: Source) -
                 _ => MAX_PREV_EVENTS,
             };
             batch.join_branches(most).await;
+            Ok(outcome)
+        };
+        let outcome = guarded(&event_id, accepting).await;
+        if outcome.is_err() {
+            batch.roll_back(before);
         }
         outcomes.insert(event_id, outcome);
     }

@@ -5,6 +5,7 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
 use serde_json::Value;
 
 use super::Object;
+use super::canonical::canonical_number;
 use super::id::event_id;
 use super::parse::kind;
 use crate::refusal::Refusal;
@@ -113,6 +114,27 @@ pub(super) fn check_numbers(value: &Value) -> Result<(), Refusal> {
         Value::Array(items) => items.iter().try_for_each(check_numbers),
         Value::Object(object) => object.values().try_for_each(check_numbers),
         _ => Ok(()),
+    }
+}
+
+/// Writes numbers that are integers as such, however a server wrote them (`50.0`, `5e1`, `-0`): RFC 8785 knows one form for each,
+/// by which events are hashed and signed, so they are the same event.
+pub(crate) fn integers(object: &mut Object) {
+    object.values_mut().for_each(integer);
+}
+
+fn integer(value: &mut Value) {
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            // Its form without a fraction or exponent, where it has one, is exact.
+            let exact = canonical_number(number).parse::<i64>().ok().filter(|exact| exact.abs() <= MAX_INTEGER);
+            if let Some(exact) = exact {
+                *number = exact.into();
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(integer),
+        Value::Object(object) => integers(object),
+        _ => {}
     }
 }
 

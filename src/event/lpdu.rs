@@ -5,7 +5,7 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, ServerName};
 use serde_json::{Value, json};
 
 use super::canonical::canonical_len;
-use super::form::{Common, MAX_EVENT, check_numbers, sha256, strip, wrong};
+use super::form::{Common, MAX_EVENT, check_numbers, integers, sha256, strip, wrong};
 use super::hash::{event_id_of, lpdu_hash, lpdu_signing_bytes};
 use super::sign::{add_signature, known_signatures};
 use super::{Object, Redaction, SignatureCheck, VerifyKeys, verify_each};
@@ -43,6 +43,7 @@ impl Lpdu {
     /// `unsigned` and `event_id` are stripped.
     pub fn parse(mut json: Object) -> Result<Self, Refusal> {
         strip(&mut json);
+        integers(&mut json);
         for field in ["auth_events", "prev_events"] {
             if json.contains_key(field) {
                 return Err(Refusal::malformed(field, "present in an LPDU, where only the hub may set it"));

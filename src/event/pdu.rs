@@ -6,7 +6,7 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, ServerName};
 use serde_json::{Value, json};
 
 use super::canonical::canonical_len;
-use super::form::{Common, MAX_EVENT, check_numbers, event_ids, sha256, strip, wrong};
+use super::form::{Common, MAX_EVENT, check_numbers, event_ids, integers, sha256, strip, wrong};
 use super::hash::{content_hash, event_id_of, lpdu_hash, lpdu_signing_bytes, signing_bytes};
 use super::lpdu::lpdu_id;
 use super::sign::{add_signature, known_signatures};
@@ -67,6 +67,7 @@ impl Pdu {
     /// must take what its hub sends. `unsigned` and `event_id` are stripped.
     pub fn parse(mut json: Object, redaction: Redaction) -> Result<Self, Refusal> {
         strip(&mut json);
+        integers(&mut json);
         let common = Common::read(&json)?;
         check_hashes_form(&json, common.hub_server.is_some())?;
         let auth_events = event_ids(&json, "auth_events", MAX_REFERENCES)?;

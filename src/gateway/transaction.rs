@@ -16,10 +16,12 @@ use super::edus;
 use super::routes::{Answer, Federation, known_side};
 use super::signed::SignedTransaction;
 use crate::admin::metrics;
+use crate::event::RoomVersion;
 use crate::federation::Begun;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Raw, Received};
+use crate::{dag, lm};
 
 /// How many PDUs a transaction may have.
 const MAX_PDUS: usize = 50;
@@ -144,7 +146,7 @@ async fn receive(
     dialect: Dialect,
 ) -> Result<(Value, bool), Refusal> {
     let (pdus, edus) = parse(&transaction.body, &transaction.origin)?;
-    let (outcomes, waits) = dispatch(state, &transaction.origin, pdus).await;
+    let (outcomes, waits) = dispatch(state, &transaction.origin, pdus, dialect).await;
     // What failed here is no verdict on the event: the whole is sent again, and what was taken is known then.
     if let Some(failure) = outcomes.iter().find_map(|outcome| match &outcome.result {
         Err(refusal) if refusal.is_failure() => Some(refusal.clone()),
@@ -189,7 +191,7 @@ enum Way {
 }
 
 /// Hands the events over, those of one side together, and keeps their order within a side. Also whether some have to wait.
-async fn dispatch(state: &Federation, origin: &ServerName, pdus: Vec<Raw>) -> (Vec<Received>, bool) {
+async fn dispatch(state: &Federation, origin: &ServerName, pdus: Vec<Raw>, dialect: Dialect) -> (Vec<Received>, bool) {
     let (mut linear, mut graph, mut outcomes, mut waits) = (Vec::new(), Vec::new(), Vec::new(), false);
     for pdu in pdus {
         match way_of(state, &pdu).await {
@@ -197,7 +199,13 @@ async fn dispatch(state: &Federation, origin: &ServerName, pdus: Vec<Raw>) -> (V
             Ok(Way::To(Side::Matrix)) => graph.push(pdu),
             Ok(Way::Later) => waits = true,
             Ok(Way::Nowhere) => stray(state, origin, &pdu),
-            Err(refusal) => outcomes.push(Received { event_id: None, result: Err(refusal) }),
+            Err(refusal) => {
+                let event_id = match dialect {
+                    Dialect::Lm => lm::id_as_received(&pdu),
+                    Dialect::Matrix => dag::id_as_received(pdu.get(), RoomVersion::V12),
+                };
+                outcomes.push(Received { event_id, result: Err(refusal) });
+            }
         }
     }
     if !linear.is_empty() {

@@ -411,9 +411,10 @@ fn with_room(object: Object) -> Result<(OwnedRoomId, Object), Refusal> {
     Ok((room_id, object))
 }
 
-fn id_as_received(raw: &Raw) -> Option<OwnedEventId> {
+/// The ID by which the sender of what cannot be taken as an event of a log knows it.
+pub fn id_as_received(raw: &Raw) -> Option<OwnedEventId> {
     let id = || {
-        let object = parse_object(raw.get().as_bytes())?;
+        let object = parse_leniently(raw.get())?;
         Ok(event_id(&format!("${}", reference_hash(&object, Redaction::Draft))))
     };
     guarded_now(&"the ID of an event", id).ok()?

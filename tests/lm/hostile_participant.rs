@@ -245,6 +245,42 @@ async fn hc_16_hc_17_an_event_that_cannot_be_parsed_fails_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_14_an_integer_is_one_however_it_is_written() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    let levels = json!({ "users": { hub.user("bot"): 100, part.user("alice"): 50 }, "ban": 50 });
+    hub.send(&room, draft(&hub.user("bot"), "m.room.power_levels", Some(""), levels)).await.unwrap();
+    part.wait(&room, "the levels", |log| log.iter().any(|event| event.event.kind == "m.room.power_levels")).await;
+    let levels =
+        json!({ "users": { hub.user("bot"): 100, part.user("alice"): 50 }, "ban": 50, "kick": 40, "invite": 0 });
+    let good = part.lpdu(&room, &hub.name, &draft(&part.user("alice"), "m.room.power_levels", Some(""), levels));
+    let text = |json: &Object| {
+        let text =
+            raw(json).get().replace(r#""kick":40"#, r#""kick":4e1"#).replace(r#""invite":0"#, r#""invite":-0.0"#);
+        assert!(text.contains("4e1") && text.contains("-0.0"), "{text}");
+        serde_json::value::RawValue::from_string(text).unwrap()
+    };
+    let deaf = super::log_hub::deafen(&part);
+    let received = hub.lm.receive(&part.name, vec![text(&good.json)]).await.pop().unwrap();
+    assert_eq!((received.event_id, received.result), (Some(good.lpdu_id.clone()), Ok(())));
+    let appended = hub.log(&room).await.pop().unwrap().event;
+    assert_eq!(appended.lpdu_id.as_ref(), Some(&good.lpdu_id));
+    assert_eq!((&appended.content()["kick"], &appended.content()["invite"]), (&json!(40), &json!(0)));
+    // From a hub that hands on what it was given too.
+    deaf.store(false, std::sync::atomic::Ordering::SeqCst);
+    let received = part.lm.receive(&hub.name, vec![text(&appended.json)]).await.pop().unwrap();
+    assert_eq!((received.event_id.as_ref(), received.result), (Some(&appended.event_id), Ok(())));
+    assert_eq!(ids(&part.log(&room).await), ids(&hub.log(&room).await));
+    assert_eq!(part.lm.room(&room).await.unwrap().unwrap().complaints, Vec::<String>::new());
+    // What is no integer is refused, by the ID by which its sender knows it.
+    let half = changed(&good, |json| json["content"]["kick"] = json!(40.5));
+    let received = give(&hub, &part, &half).await;
+    let id = format!("${}", isthmus::event::reference_hash(&half, isthmus::event::Redaction::Draft));
+    assert_eq!(received.result.unwrap_err().code(), "malformed");
+    assert_eq!(received.event_id.as_ref().map(|id| id.as_str()), Some(&*id));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hc_18_an_lpdu_that_fits_while_its_event_does_not_is_refused() {
     let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
     let room = room_of(&hub, &part).await;

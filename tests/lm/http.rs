@@ -327,3 +327,21 @@ async fn a_transaction_out_of_bounds_is_refused_and_says_why() {
     // An event that is larger than any may be does not keep its transaction from being answered.
     assert!(send(json!({ "pdus": [{ "room_id": "!r:b.example", "x": "x".repeat(300 << 10) }] })).await.is_ok());
 }
+
+#[tokio::test]
+async fn what_names_no_room_is_refused_by_its_id() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    for (version, field) in [("v1", "pdus"), ("v2", "failed_pdus")] {
+        for event in [json!({ "type": "m.x", "content": {} }), json!({ "type": "m.x", "content": {}, "room_id": "r" })]
+        {
+            let uri = format!("/_matrix/federation/{version}/send/{}", event.as_object().unwrap().len());
+            let body = json!({ "pdus": [event] });
+            let call = isthmus::federation::Call::put(uri, body.as_object().unwrap().clone());
+            let answer = a.context.client.call(&b.name, call, true).await.unwrap();
+            let redaction = isthmus::event::Redaction::Draft;
+            let id = format!("${}", isthmus::event::reference_hash(event.as_object().unwrap(), redaction));
+            let problem = answer[field][&id]["error"].as_str().unwrap_or_default().to_owned();
+            assert!(problem.starts_with("room_id"), "{answer:?}");
+        }
+    }
+}
