@@ -1,6 +1,8 @@
 //! Questions to other homeservers, and the public directory.
 
-use ruma::{OwnedServerName, ServerName};
+use std::sync::Arc;
+
+use ruma::{OwnedServerName, RoomId, ServerName};
 use serde_json::{Value, json};
 
 use super::Dag;
@@ -14,6 +16,8 @@ use crate::store::dag::listed_rooms;
 
 /// How many rooms a page of the public directory has at most, and how many are looked at for it.
 const MAX_ROOMS: i64 = 500;
+/// How many of them are loaded for it, of those of which it is not known how they are listed.
+const MAX_LOADED: usize = 50;
 /// How many servers are taken from a directory's answer.
 const MAX_SERVERS: usize = 20;
 
@@ -67,23 +71,42 @@ impl Dag {
     pub async fn public_rooms(&self, asked: &DirectoryQuery) -> Result<Value, Refusal> {
         let limit = usize::try_from(asked.limit.unwrap_or(MAX_ROOMS).clamp(0, MAX_ROOMS)).unwrap_or(0);
         let since = asked.since.as_deref().unwrap_or_default();
-        let rows = listed_rooms(&self.shared.context.store, since, MAX_ROOMS).await?;
-        let mut more = i64::try_from(rows.len()).is_ok_and(|count| count == MAX_ROOMS);
-        let (mut chunk, mut last) = (Vec::new(), None);
-        for row in rows {
-            if chunk.len() == limit {
+        let rooms = listed_rooms(&self.shared.context.store, since, MAX_ROOMS).await?;
+        let mut more = i64::try_from(rooms.len()).is_ok_and(|count| count == MAX_ROOMS);
+        let (mut chunk, mut last, mut loaded) = (Vec::new(), None, 0_usize);
+        for room_id in rooms {
+            let known = self.shared.listings.get(&room_id).await;
+            if chunk.len() == limit || (known.is_none() && loaded == MAX_LOADED) {
                 more = true;
                 break;
             }
-            let room = self.shared.room(&row.room_id).await?;
-            chunk.extend(self.listing(&room).await?.filter(|listing| asked.wants(listing)));
-            last = Some(row.room_id);
+            let listing = match known {
+                Some(listing) => listing,
+                None => {
+                    loaded = loaded.saturating_add(1);
+                    self.list(&room_id).await?
+                }
+            };
+            chunk.extend(listing.filter(|listing| asked.wants(listing)).map(|listing| Value::clone(&listing)));
+            last = Some(room_id);
         }
         let mut answer = json!({ "total_room_count_estimate": chunk.len(), "chunk": chunk });
         if let (true, Some(last), Some(answer)) = (more, last, answer.as_object_mut()) {
             answer.insert("next_batch".to_owned(), json!(last));
         }
         Ok(answer)
+    }
+
+    /// How a room is listed, from now on until its state changes.
+    async fn list(&self, room_id: &RoomId) -> Result<Option<Arc<Value>>, Refusal> {
+        let room = self.shared.room(room_id).await?;
+        let state = room.core().current.id;
+        let listing = self.listing(&room).await?.map(Arc::new);
+        self.shared.listings.insert(room_id.to_owned(), listing.clone()).await;
+        if room.core().current.id != state {
+            self.shared.listings.invalidate(room_id).await;
+        }
+        Ok(listing)
     }
 
     async fn listing(&self, room: &Room) -> Result<Option<Value>, Refusal> {

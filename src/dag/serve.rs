@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::Dag;
 use super::events::{EventMap, Events};
 use super::room::Room;
+use super::snapshot::Snapshot;
 use super::stored::{Status, Stored};
 use crate::event::{Object, parse_event_id};
 use crate::refusal::Refusal;
@@ -26,7 +27,7 @@ impl Dag {
     pub async fn get_event(&self, origin: &ServerName, event_id: &EventId) -> Result<Value, Refusal> {
         let not_found = || Refusal::NotFound(format!("event {event_id}"));
         let event = self.shared.events.get(event_id).await?.ok_or_else(not_found)?;
-        self.reader(origin, &event.pdu.room_id).await?;
+        self.reader(origin, &event.pdu.room_id, std::slice::from_ref(&event.pdu.event_id)).await?;
         if event.status == Status::Rejected {
             return Err(not_found());
         }
@@ -40,7 +41,7 @@ impl Dag {
         room_id: &RoomId,
         event_id: &EventId,
     ) -> Result<Value, Refusal> {
-        self.reader(origin, room_id).await?;
+        self.reader(origin, room_id, &[event_id.to_owned()]).await?;
         let event = self.event_of(room_id, event_id).await?;
         let chain = auth_chain_of(&self.shared.events, vec![event], &EventMap::new()).await?;
         Ok(json!({ "auth_chain": values(chain) }))
@@ -54,7 +55,7 @@ impl Dag {
         event_id: &EventId,
         ids: bool,
     ) -> Result<Value, Refusal> {
-        self.reader(origin, room_id).await?;
+        self.reader(origin, room_id, &[event_id.to_owned()]).await?;
         let event = self.event_of(room_id, event_id).await?;
         let groups = event.groups.ok_or_else(|| Refusal::NotFound(format!("the state at {event_id}")))?;
         let state = self.shared.events.group(groups.before).await?;
@@ -76,9 +77,9 @@ impl Dag {
         from: &[OwnedEventId],
         limit: i64,
     ) -> Result<Value, Refusal> {
-        let room = self.reader(origin, room_id).await?;
+        let start: Vec<_> = from.iter().take(20).cloned().collect();
+        let room = self.reader(origin, room_id, &start).await?;
         let limit = usize::try_from(limit).unwrap_or(0).min(MAX_PAGE);
-        let start = from.iter().take(20).cloned().collect();
         let events = self.history(&room, start, &HashSet::new(), 0, limit).await?;
         let mut pdus = Vec::new();
         for event in events {
@@ -94,11 +95,11 @@ impl Dag {
         room_id: &RoomId,
         body: Object,
     ) -> Result<Value, Refusal> {
-        let room = self.reader(origin, room_id).await?;
+        let latest = event_ids(&body, "latest_events")?;
+        let room = self.reader(origin, room_id, &latest).await?;
         let limit = body.get("limit").and_then(Value::as_u64).unwrap_or(10);
         let limit = usize::try_from(limit).unwrap_or(MAX_MISSING).min(MAX_MISSING);
         let min_depth = body.get("min_depth").and_then(Value::as_i64).unwrap_or(0);
-        let latest = event_ids(&body, "latest_events")?;
         let earliest: HashSet<OwnedEventId> = event_ids(&body, "earliest_events")?.into_iter().collect();
         let heads = self.shared.events.get_many(&latest).await?;
         let heads: Vec<_> = heads.into_values().filter(|event| event.pdu.room_id == room.room_id).collect();
@@ -149,15 +150,47 @@ impl Dag {
         }
     }
 
-    /// The room, when the server has somebody in it. (HC-50)
-    pub(super) async fn reader(&self, origin: &ServerName, room_id: &RoomId) -> Result<Arc<Room>, Refusal> {
+    /// The room, when the server has somebody in it, or had at each of the events: who was kicked may not have all yet that came
+    /// before that. (HC-50)
+    async fn reader(&self, origin: &ServerName, room_id: &RoomId, at: &[OwnedEventId]) -> Result<Arc<Room>, Refusal> {
         let room = self.shared.room(room_id).await?;
         self.shared.check_acl(&room, origin).await?;
-        if room.core().has_server(origin) {
+        if room.core().has_server(origin) || self.was_in(origin, &room, at).await? {
             Ok(room)
         } else {
             Err(Refusal::Forbidden(format!("{origin} is not in room {room_id}")))
         }
+    }
+
+    /// Whether a server had somebody in the room before each of these events, up to the one by which the last was taken out.
+    async fn was_in(&self, origin: &ServerName, room: &Room, at: &[OwnedEventId]) -> Result<bool, Refusal> {
+        let events = self.shared.events.get_many(at).await?;
+        if at.is_empty() || !at.iter().all(|id| events.contains_key(id)) {
+            return Ok(false);
+        }
+        for event in events.values() {
+            let Some(groups) = event.groups.filter(|_| event.pdu.room_id == room.room_id) else { return Ok(false) };
+            let before = self.shared.events.group(groups.before).await?;
+            if event.status == Status::Rejected || !self.has(origin, &before, &[Membership::Join]).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether a user of a server has one of these memberships in a state.
+    async fn has(&self, origin: &ServerName, state: &Snapshot, wanted: &[Membership]) -> Result<bool, Refusal> {
+        let first = ("m.room.member".to_owned(), String::new());
+        let suffix = format!(":{origin}");
+        let ids: Vec<_> = state
+            .map
+            .range(first..)
+            .take_while(|((kind, _), _)| kind == "m.room.member")
+            .filter(|((_, user), _)| user.ends_with(&suffix))
+            .map(|(_, id)| id.clone())
+            .collect();
+        let members = self.shared.events.get_many(&ids).await?;
+        Ok(members.values().any(|event| event.membership().is_some_and(|found| wanted.contains(&found))))
     }
 
     async fn event_of(&self, room_id: &RoomId, event_id: &EventId) -> Result<Arc<Stored>, Refusal> {
@@ -176,34 +209,37 @@ impl Dag {
         }
     }
 
+    /// By the history visibility before the event or after it, whichever shows more: also state, which is given in full where the
+    /// state of the room is asked for.
     async fn is_visible(&self, origin: &ServerName, event: &Arc<Stored>) -> Result<bool, Refusal> {
-        if event.pdu.sender.server_name() == origin || event.pdu.state_key.is_some() {
+        if event.pdu.sender.server_name() == origin {
             return Ok(true);
         }
-        let events = &self.shared.events;
-        let Some(groups) = event.groups else { return Ok(false) };
-        let state = events.group(groups.before).await?;
+        // What came alone, because something stands on it, has no place in the history.
+        let Some(groups) = event.groups else { return Ok(event.pdu.state_key.is_some()) };
+        let before = self.shared.events.group(groups.before).await?;
+        if self.shows(origin, &before).await? {
+            return Ok(true);
+        }
+        if groups.after == groups.before {
+            return Ok(false);
+        }
+        let after = self.shared.events.group(groups.after).await?;
+        self.shows(origin, &after).await
+    }
+
+    /// Whether a room in this state shows its history to a server.
+    async fn shows(&self, origin: &ServerName, state: &Snapshot) -> Result<bool, Refusal> {
         let visibility = match state.get("m.room.history_visibility", "") {
-            Some(id) => events.get(id).await?.map(|event| event.content()),
+            Some(id) => self.shared.events.get(id).await?.map(|event| event.content()),
             None => None,
         };
         let visibility = visibility.and_then(|content| Some(content.get("history_visibility")?.as_str()?.to_owned()));
-        let enough: &[Membership] = match visibility.as_deref() {
-            Some("joined") => &[Membership::Join],
-            Some("invited") => &[Membership::Join, Membership::Invite],
-            _ => return Ok(true),
-        };
-        let first = ("m.room.member".to_owned(), String::new());
-        let suffix = format!(":{origin}");
-        let ids: Vec<_> = state
-            .map
-            .range(first..)
-            .take_while(|((kind, _), _)| kind == "m.room.member")
-            .filter(|((_, user), _)| user.ends_with(&suffix))
-            .map(|(_, id)| id.clone())
-            .collect();
-        let members = events.get_many(&ids).await?;
-        Ok(members.values().any(|event| event.membership().is_some_and(|found| enough.contains(&found))))
+        match visibility.as_deref() {
+            Some("joined") => self.has(origin, state, &[Membership::Join]).await,
+            Some("invited") => self.has(origin, state, &[Membership::Join, Membership::Invite]).await,
+            _ => Ok(true),
+        }
     }
 
     fn page(&self, pdus: Vec<Value>) -> Value {

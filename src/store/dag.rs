@@ -244,17 +244,15 @@ pub async fn room(store: &Store, room_id: &RoomId) -> Result<Option<RoomRow>, St
 }
 
 /// The rooms of the public directory after `after`, in order.
-pub async fn listed_rooms(store: &Store, after: &str, limit: i64) -> Result<Vec<RoomRow>, StoreError> {
-    let mut rooms = sqlx::query("SELECT * FROM dag_rooms WHERE listed = 1")
-        .fetch_all(store.reader())
-        .await?
-        .into_iter()
-        .map(room_row)
-        .collect::<Result<Vec<_>, _>>()?;
-    rooms.retain(|room| room.room_id.as_str() > after);
-    rooms.sort_by(|a, b| a.room_id.cmp(&b.room_id));
+pub async fn listed_rooms(store: &Store, after: &str, limit: i64) -> Result<Vec<OwnedRoomId>, StoreError> {
+    // Databases sort text each in its own way.
+    let rows: Vec<(String,)> =
+        sqlx::query_as("SELECT room_id FROM dag_rooms WHERE listed = 1").fetch_all(store.reader()).await?;
+    let mut rooms: Vec<String> =
+        rows.into_iter().map(|(room_id,)| room_id).filter(|room_id| **room_id > *after).collect();
+    rooms.sort();
     rooms.truncate(usize::try_from(limit).unwrap_or(0));
-    Ok(rooms)
+    rooms.into_iter().map(|id| RoomId::parse(id).map_err(|error| StoreError::corrupt("room ID", error))).collect()
 }
 
 /// Lists a room, or takes it out.

@@ -56,6 +56,24 @@ async fn hc_29_bad_and_missing_signatures_are_refused() {
 }
 
 #[tokio::test]
+async fn hc_14_an_integer_that_is_not_written_as_one_is_refused_by_its_id() {
+    for version in [RoomVersion::V10, RoomVersion::V12] {
+        let scene = scene(version).await;
+        let (id, event) = scene.changed("content", json!({ "msgtype": "m.text", "body": "x", "n": 50 }));
+        for written in ["50.0", "5e1", "50.00"] {
+            let text = serde_json::to_string(&event).unwrap().replace(r#""n":50"#, &format!(r#""n":{written}"#));
+            assert!(text.contains(written));
+            let raw = serde_json::value::RawValue::from_string(text).unwrap();
+            let received = scene.gateway.dag.receive(&scene.peer.name, vec![raw]).await.remove(0);
+            assert_eq!((received.event_id.as_ref(), received.result.unwrap_err().code()), (Some(&id), "malformed"));
+        }
+        // The same with an integer is another matter.
+        let received = scene.put(&event).await;
+        assert_eq!((received.event_id, received.result), (Some(id), Ok(())));
+    }
+}
+
+#[tokio::test]
 async fn a_wrong_content_hash_leaves_the_redacted_copy() {
     let scene = scene(RoomVersion::V11).await;
     let (id, mut event) = scene.changed("depth", json!(20));
@@ -359,6 +377,34 @@ async fn hc_50_other_servers_and_other_rooms_read_nothing() {
 }
 
 #[tokio::test]
+async fn a_server_whose_last_user_was_kicked_reads_up_to_that() {
+    let scene = scene(RoomVersion::V12).await;
+    let (dag, peer) = (&scene.gateway.dag, &scene.peer.name);
+    let before = scene.gateway.send(&scene.room, message(&bot(), "before")).await.unwrap();
+    let kick = state("m.room.member", scene.alice.as_str(), json!({ "membership": "leave" }));
+    let kick = scene.gateway.send(&scene.room, kick).await.unwrap();
+    let after = scene.gateway.send(&scene.room, message(&bot(), "after")).await.unwrap();
+    let missing =
+        |latest: &OwnedEventId| object(json!({ "latest_events": [latest], "earliest_events": [], "limit": 1 }));
+
+    let answer = dag.get_missing_events(peer, &scene.room, missing(&kick)).await.unwrap();
+    assert_eq!(answer["events"][0]["content"]["body"], "before");
+    let page = dag.backfill(peer, &scene.room, std::slice::from_ref(&kick), 2).await.unwrap();
+    assert_eq!(page["pdus"].as_array().unwrap().len(), 2);
+    assert_eq!(dag.get_event(peer, &before).await.unwrap()["pdus"][0]["content"]["body"], "before");
+    for ids in [true, false] {
+        assert!(dag.get_state(peer, &scene.room, &kick, ids).await.is_ok());
+        assert_eq!(dag.get_state(peer, &scene.room, &after, ids).await.unwrap_err().code(), "forbidden");
+    }
+    assert_eq!(dag.get_event(peer, &after).await.unwrap_err().code(), "forbidden");
+    assert_eq!(
+        dag.backfill(peer, &scene.room, &[kick.clone(), after.clone()], 9).await.unwrap_err().code(),
+        "forbidden"
+    );
+    assert_eq!(dag.get_missing_events(peer, &scene.room, missing(&after)).await.unwrap_err().code(), "forbidden");
+}
+
+#[tokio::test]
 async fn history_that_was_not_visible_is_given_without_its_content() {
     let peer = Peer::start("peer.example").await;
     let gateway = Gateway::start(&[&peer]).await;
@@ -372,8 +418,18 @@ async fn history_that_was_not_visible_is_given_without_its_content() {
         )
         .await;
     let before = gateway.send(&room, message(&bot(), "before")).await.unwrap();
+    let topic = |topic: &str| state("m.room.topic", "", json!({ "topic": topic }));
+    let topic_before = gateway.send(&room, topic("before")).await.unwrap();
     peer.join(&gateway, &room, &peer.user("alice")).await.unwrap();
     let after = gateway.send(&room, message(&bot(), "after")).await.unwrap();
+    let topic_after = gateway.send(&room, topic("after")).await.unwrap();
+    // State too; what is current is given with the state of the room.
+    let topic_at = async |event: &OwnedEventId| {
+        gateway.dag.get_event(&peer.name, event).await.unwrap()["pdus"][0]["content"]["topic"].clone()
+    };
+    assert_eq!((topic_at(&topic_before).await, topic_at(&topic_after).await), (json!(null), json!("after")));
+    let state = gateway.dag.get_state(&peer.name, &room, &after, false).await.unwrap();
+    assert!(state["pdus"].as_array().unwrap().iter().any(|event| event["content"]["topic"] == "before"), "{state}");
     let body = |event: serde_json::Value| event["pdus"][0]["content"]["body"].clone();
     assert_eq!(body(gateway.dag.get_event(&peer.name, &before).await.unwrap()), json!(null));
     assert_eq!(body(gateway.dag.get_event(&peer.name, &after).await.unwrap()), json!("after"));

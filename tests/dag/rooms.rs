@@ -140,6 +140,22 @@ async fn listed_rooms_are_in_the_public_directory() {
     assert_eq!(listed(&gateway, DirectoryQuery::default()).await, [json!(rooms[0]), json!(rooms[1])]);
 }
 
+#[tokio::test]
+async fn a_page_of_the_public_directory_loads_few_rooms_and_the_next_begins_there() {
+    let gateway = Gateway::start(&[]).await;
+    for _ in 0..60 {
+        let room = gateway.room(RoomVersion::V12, "public").await;
+        gateway.dag.set_listed(&room, true).await.unwrap();
+    }
+    let first = gateway.dag.public_rooms(&DirectoryQuery::default()).await.unwrap();
+    assert_eq!(ids(&first).len(), 50);
+    let since = first["next_batch"].as_str().map(str::to_owned);
+    let rest = gateway.dag.public_rooms(&DirectoryQuery { since, ..DirectoryQuery::default() }).await.unwrap();
+    assert_eq!((ids(&rest).len(), &rest["next_batch"]), (10, &Value::Null));
+    // How they are listed is known now.
+    assert_eq!(listed(&gateway, DirectoryQuery::default()).await, [ids(&first), ids(&rest)].concat());
+}
+
 /// The rooms that the public directory answers.
 async fn listed(gateway: &Gateway, asked: DirectoryQuery) -> Vec<Value> {
     ids(&gateway.dag.public_rooms(&asked).await.unwrap())
