@@ -229,7 +229,7 @@ fn what_keeps_a_gateway_from_starting_is_said_with_what_to_change() {
         ),
         (
             "signing_key = \"key\"\n[database]\nurl = \"sqlite://noise.db\"\n".to_owned(),
-            "noise.db: error returned from database: (code: 26) file is not a database",
+            "noise.db: (code: 26) file is not a database",
             "restore the file from a backup, or name another one",
         ),
     ] {

@@ -63,8 +63,12 @@ impl AliasError {
 /// How many of those may be of one owner's hubs, whose answers can be slow.
 const AT_ONCE_OF_ONE: usize = 8;
 
-/// Whose hub an alias names: the last two labels of its host name, since everybody can give names below an own one. Under suffixes
-/// of two labels, as `co.uk`, several owners share what one may have.
+/// What registries of countries put between the country and the names that they give: `co.uk`, `com.au`, `or.jp`. Nearly nobody
+/// can own such a name, so who asks under one is told by the label before it.
+const SECOND_LEVEL: [&str; 13] = ["ac", "co", "com", "edu", "go", "gob", "gov", "ne", "net", "nom", "or", "org", "sch"];
+
+/// Whose hub an alias names: the last two labels of its host name, since everybody can give names below an own one; under the
+/// suffixes of countries that have two labels the last three.
 fn owner(localpart: &str) -> String {
     let server = localpart.rsplit('_').next().unwrap_or_default();
     // Colons are written so in aliases.
@@ -72,7 +76,10 @@ fn owner(localpart: &str) -> String {
     if host.parse::<IpAddr>().is_ok() || host.starts_with("=5b") {
         return host.to_owned();
     }
-    let mut labels: Vec<&str> = host.rsplit('.').take(2).collect();
+    let mut last = host.rsplit('.');
+    let of_country = last.next().is_some_and(|label| label.len() == 2)
+        && last.next().is_some_and(|label| SECOND_LEVEL.contains(&label));
+    let mut labels: Vec<&str> = host.rsplit('.').take(if of_country { 3 } else { 2 }).collect();
     labels.reverse();
     labels.join(".")
 }
@@ -205,6 +212,11 @@ mod tests {
             ("lm_tea_hub.example", "hub.example"),
             ("lm_a_tea_x.hub.example=3a8448", "hub.example"),
             ("lm_tea_y.x.hub.example", "hub.example"),
+            ("lm_tea_x.hub.co.uk=3a8448", "hub.co.uk"),
+            ("lm_tea_other.com.au", "other.com.au"),
+            ("lm_tea_co.uk", "co.uk"),
+            ("lm_tea_x.hub.de", "hub.de"),
+            ("lm_tea_x.co.example", "co.example"),
             ("lm_tea_localhost=3a27448", "localhost"),
             ("lm_tea_192.0.2.1=3a8448", "192.0.2.1"),
             ("", ""),

@@ -69,7 +69,7 @@ impl crate::identity::KeyFetcher for KeysOf {
     async fn fetch_keys(&self, server: &ruma::ServerName) -> Result<crate::event::Object, crate::refusal::Refusal> {
         let contexts = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let context = contexts.iter().find(|context| context.server_name == server);
-        let unknown = || crate::refusal::Refusal::NotFound(server.to_string());
+        let unknown = || crate::refusal::Refusal::NotFound(format!("the server {server}"));
         context.map(|context| context.keyring.own_keys()).ok_or_else(unknown)
     }
 }

@@ -83,6 +83,17 @@ pub enum KeyringError {
     },
 }
 
+impl KeyringError {
+    /// As a refusal, which names the server itself.
+    pub fn into_refusal(self) -> Refusal {
+        let (server, problem) = match self {
+            Self::Unreachable { server, problem } => (server, problem),
+            Self::Rejected { server, problem } => (server, format!("its answer is not acceptable: {problem}")),
+        };
+        Refusal::KeysUnavailable { server, problem }
+    }
+}
+
 /// The key ring; clones share it.
 #[derive(Clone)]
 pub struct Keyring {
@@ -255,7 +266,7 @@ impl Keyring {
             let keys = self
                 .keys_for(server, &wanted, Validity::At(origin_server_ts))
                 .await
-                .map_err(|error| Refusal::KeysUnavailable { server: server.to_string(), problem: error.to_string() })?;
+                .map_err(KeyringError::into_refusal)?;
             collected.insert(server.clone(), keys);
         }
         Ok(collected)
@@ -383,7 +394,11 @@ impl Inner {
     async fn ask(&self, server: &ServerName, now_ms: i64) -> Result<Told, KeyringError> {
         let answer = self.fetcher.fetch_keys(server).await;
         metrics::key_fetch(answer.is_ok());
-        let answer = answer.map_err(|refusal| unreachable(server, &refusal.to_string()))?;
+        let answer = answer.map_err(|refusal| match refusal {
+            // They name the server as this one does.
+            Refusal::KeysUnavailable { problem, .. } | Refusal::Remote { problem, .. } => unreachable(server, &problem),
+            refusal => unreachable(server, &refusal.to_string()),
+        })?;
         let keys = ServerKeys::check(&answer, server, now_ms, &self.trust.denied)
             .map_err(|problem| KeyringError::Rejected { server: server.to_string(), problem })?;
         let answers = keys.as_told(answer, now_ms).into_iter().collect();

@@ -22,6 +22,7 @@ use super::weight::Weight;
 use super::{Appended, Lm, Role};
 use crate::event::{Family, Lpdu, Object, Redaction, RoomVersion};
 use crate::federation::RemoteError;
+use crate::identity::KeyringError;
 use crate::refusal::Refusal;
 use crate::seam::{AliasTarget, Draft, Membership, Outgoing};
 
@@ -191,10 +192,7 @@ impl Lm {
     /// Whether a hub whose template is one for graph servers takes LPDUs all the same. One that does LM alone says so in
     /// its signed keys; one that serves graphs too does not, and goes by what ours say of us.
     async fn does_logs_alone(&self, server: &ServerName) -> Result<bool, Refusal> {
-        self.peers()
-            .is_linearized(server)
-            .await
-            .map_err(|error| Refusal::KeysUnavailable { server: server.to_string(), problem: error.to_string() })
+        self.peers().is_linearized(server).await.map_err(KeyringError::into_refusal)
     }
 
     /// Checks and stores what the hub answered to a join.
@@ -400,8 +398,10 @@ pub(super) fn into_refusal(error: RemoteError, server: &ServerName) -> Refusal {
     let RemoteError::Status { status, errcode, error: text, .. } = &error else { return error.into_refusal(server) };
     match (*status, errcode.as_str()) {
         (http::StatusCode::FORBIDDEN, _) => Refusal::Forbidden(format!("{server}: {text}")),
-        (http::StatusCode::NOT_FOUND, "M_NOT_FOUND") => Refusal::NotFound(format!("{server}: {text}")),
-        (_, "M_INCOMPATIBLE_ROOM_VERSION") => Refusal::IncompatibleRoomVersion(format!("unknown ({server}: {text})")),
+        (http::StatusCode::NOT_FOUND, "M_NOT_FOUND") => Refusal::NotFound(asked_for(server, text)),
+        (_, "M_INCOMPATIBLE_ROOM_VERSION") => {
+            Refusal::IncompatibleRoomVersion(format!("unknown here ({server}: {text})"))
+        }
         _ => error.into_refusal(server),
     }
 }
@@ -423,11 +423,39 @@ pub(super) fn passed_on(error: RemoteError, server: &ServerName) -> Refusal {
     }
 }
 
+/// What was not found, without saying twice that it was not.
+fn asked_for(server: &ServerName, text: &str) -> String {
+    if text.is_empty() || text.to_lowercase().contains("not found") {
+        return format!("what {server} was asked for");
+    }
+    format!("what {server} was asked for ({text:?})")
+}
+
 #[cfg(test)]
 mod tests {
     use ruma::{room_id, server_name};
 
     use super::*;
+
+    #[test]
+    fn what_a_hub_answers_is_told_in_one_sentence() {
+        let hub = server_name!("hub.example");
+        let status = |status, errcode: &str, error: &str| {
+            let (errcode, error) = (errcode.to_owned(), error.to_owned());
+            let error = RemoteError::Status { status, errcode, error, retry_after: None };
+            into_refusal(error, hub).to_string()
+        };
+        let unknown = "the room was not found";
+        assert_eq!(
+            status(http::StatusCode::NOT_FOUND, "M_NOT_FOUND", unknown),
+            "what hub.example was asked for was not found"
+        );
+        let unknown = status(http::StatusCode::NOT_FOUND, "M_NOT_FOUND", "Unknown room");
+        assert_eq!(unknown, "what hub.example was asked for (\"Unknown room\") was not found");
+        let problem = "not reachable: refused".to_owned();
+        let keys = KeyringError::Unreachable { server: hub.to_string(), problem }.into_refusal();
+        assert_eq!(keys.to_string(), "the keys of hub.example could not be fetched: not reachable: refused");
+    }
 
     #[test]
     fn what_comes_before_a_join_is_kept_only_from_servers_that_were_asked() {

@@ -62,7 +62,7 @@ pub type Effect = Box<dyn for<'c> FnOnce(&'c mut Tx) -> TxFuture<'c, ()> + Send>
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
     /// The database answered with an error or could not be reached.
-    #[error("database: {0}")]
+    #[error("the database: {}", said(.0))]
     Database(Arc<sqlx::Error>),
     /// The schema could not be brought up to date, for instance because a newer isthmus has written it.
     #[error("database schema: {0}")]
@@ -104,6 +104,12 @@ pub enum StoreError {
     /// The store is shutting down.
     #[error("the store is closed")]
     Closed,
+}
+
+/// What a database says, without the words that say that it says it.
+fn said(error: &sqlx::Error) -> String {
+    let text = error.to_string();
+    text.strip_prefix("error returned from database: ").map_or_else(|| text.clone(), str::to_owned)
 }
 
 impl From<sqlx::Error> for StoreError {
@@ -200,7 +206,7 @@ pub(crate) async fn connect(url: &str) -> Result<AnyConnection, StoreError> {
     sqlx::any::install_default_drivers();
     match timeout(OPENING, AnyConnection::connect(url)).await {
         Ok(Ok(connection)) => Ok(connection),
-        Ok(Err(error)) => Err(unopened(url, error)),
+        Ok(Err(error)) => Err(unopened(url, said(&error))),
         Err(_) => Err(unopened(url, format!("no answer within {} s", OPENING.as_secs()))),
     }
 }
