@@ -54,7 +54,7 @@ impl Careful {
         }
         tracing::error!(room = %room_id, events = events.len(), "this gateway failed on one of several events");
         self.0.insert(room_id.to_owned(), ());
-        Refusal::Internal(format!("this gateway failed on one of {} events", events.len()))
+        Refusal::Internal("this gateway failed on one of several events".to_owned())
     }
 }
 

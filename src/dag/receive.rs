@@ -189,8 +189,13 @@ impl Shared {
     ) -> Result<Outcomes, Refusal> {
         let events =
             linearize(events, Verified::pdu, |pdu| pdu.prev_events.iter().chain(&pdu.auth_events).cloned().collect());
-        if !self.careful.is(&room.room_id) {
-            return self.run(room, move |batch| Box::pin(accept_each(batch, events, source))).await;
+        if !self.careful.is(&room.room_id) && events.len() > 1 {
+            let accepted = self.run(room, move |batch| Box::pin(accept_each(batch, events, source))).await;
+            // One of them was new, and it is not known which.
+            return accepted.map_err(|refusal| match refusal {
+                Refusal::Fails(_) => self.careful.panicked(&room.room_id, &[]),
+                refusal => refusal,
+            });
         }
         let mut outcomes = Outcomes::new();
         for event in events {

@@ -245,7 +245,17 @@ async fn try_batch(lm: &Lm, cell: &Arc<RoomCell>, items: Vec<Item>) -> Result<Ve
     }
     let committed = match batch.commit(lm, Some(cell)).await {
         Ok(committed) => committed,
-        Err(refusal) => return Err((judged.into_iter().map(|(.., reply)| reply).collect(), refusal)),
+        Err(refusal) => {
+            for (verdict, _, effect, reply) in judged {
+                let _ = reply.send(match verdict {
+                    Verdict::Entry(_) => Outcome::Refused(refusal.clone()),
+                    Verdict::Known(appended) => Outcome::Appended(appended),
+                    Verdict::Refused(refusal) => Outcome::Refused(refusal),
+                    Verdict::Moved => Outcome::Moved(effect),
+                });
+            }
+            return Ok(Vec::new());
+        }
     };
     let kept = committed.appended.len();
     let mut untried = committed.untried;

@@ -288,7 +288,7 @@ impl Store {
             make_private(url).map_err(|error| unopened(url, error))?;
         }
         let mut first = connect(url).await?;
-        first.execute(backend.settings()).await.map_err(|error| unopened(url, error))?;
+        first.execute(backend.settings()).await.map_err(|error| unopened(url, said(&error)))?;
         first.close().await?;
         let options = AnyConnectOptions::from_str(url)?;
         // The session that writes may have the claim: it does not end because of its age.
