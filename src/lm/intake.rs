@@ -122,7 +122,8 @@ impl<'a> Taking<'a> {
             if stored::gap(&lm.context().store, &cell.room_id).await?.is_some() {
                 (taking.gap_is_open, taking.asked) = (true, Some(Filled::NotNow));
             }
-            taking.take_waiting().await?;
+            // Boxed: what is beneath it is nested too deeply for the compiler to see at once that it may go to another thread.
+            taking.take_waiting().boxed().await?;
         }
         Ok(taking)
     }
