@@ -83,6 +83,16 @@ pub fn on_both(scenario: impl AsyncFn(&'static World)) {
     });
 }
 
+/// Runs a scenario with both gateways, the one on SQLite first. Without PostgreSQL on the machine, which CI does not allow, not at all.
+pub fn with_two(scenario: impl AsyncFn(&'static World, &'static World)) {
+    run(async {
+        let worlds = worlds().await;
+        if let Some(second) = &worlds.postgres {
+            scenario(&worlds.sqlite, second).await;
+        }
+    });
+}
+
 /// Says on which database a scenario failed.
 async fn told(database: &str, scenario: impl Future<Output = ()>) {
     if let Err(panic) = AssertUnwindSafe(scenario).catch_unwind().await {

@@ -11,4 +11,5 @@ mod fork;
 mod gate;
 mod kill;
 mod outage;
+mod pair;
 mod poison;
