@@ -135,6 +135,26 @@ impl Waiting {
         }
     }
 
+    /// Somebody types: whether that is to be said across. None when there is no room to look after it.
+    fn types(&mut self, side: Side, typing: &Typing, ghost: &UserId, now: i64) -> Option<bool> {
+        let until = now.saturating_add(TYPING_MS);
+        let key = (side, typing.key());
+        // Something newer may have come meanwhile, like the end of it.
+        if !self.jobs.contains_key(&key) && !self.put(key, until, What::Look) {
+            return None;
+        }
+        if let Some(typer) =
+            self.typer(side, typing).filter(|typer| now.abs_diff(typer.said) < TYPING_AGAIN_MS.unsigned_abs())
+        {
+            typer.until = until;
+            return Some(false);
+        }
+        let typer = Typer { ghost: ghost.to_owned(), said: now, until };
+        let typers = self.typing.entry((side, typing.room_id.clone())).or_default();
+        typers.insert(typing.user_id.clone(), typer);
+        Some(true)
+    }
+
     fn typer(&mut self, side: Side, typing: &Typing) -> Option<&mut Typer> {
         self.typing.get_mut(&(side, typing.room_id.clone()))?.get_mut(&typing.user_id)
     }
@@ -317,26 +337,11 @@ async fn carry_typing(core: &Core, side: Side, typing: Typing) -> Result<Done, R
             return ended.map(|across| Done::Ignored(across.err().unwrap_or(Ignored::Refused)));
         }
     };
-    let now = core.now_ms();
-    let until = now.saturating_add(TYPING_MS);
-    let is_new = {
-        let mut waiting = core.ephemeral.waiting();
-        let key = (side, typing.key());
-        if !waiting.put(key, until, What::Look) {
-            return Ok(Done::Ignored(Ignored::Budget));
-        }
-        match waiting.typer(side, &typing) {
-            Some(typer) if now.abs_diff(typer.said) < TYPING_AGAIN_MS.unsigned_abs() => {
-                typer.until = until;
-                false
-            }
-            _ => {
-                let typer = Typer { ghost: ghost.clone(), said: now, until };
-                let typers = waiting.typing.entry((side, typing.room_id.clone())).or_default();
-                typers.insert(typing.user_id.clone(), typer);
-                true
-            }
-        }
+    let is_new = core.ephemeral.waiting().types(side, &typing, &ghost, core.now_ms());
+    let Some(is_new) = is_new else {
+        // Nobody would see the end of it.
+        stop_typing(core, side, &typing.room_id, &typing.user_id).await?;
+        return Ok(Done::Ignored(Ignored::Budget));
     };
     if is_new {
         let room_id = portal.room(side.other());
@@ -513,6 +518,26 @@ mod tests {
         let (key, edu) = typing(3);
         waiting.put((Side::Lm, key), 1_000_000, What::Carry(edu, 0));
         assert!(waiting.take(0).is_ok());
+    }
+
+    #[test]
+    fn the_end_of_typing_that_comes_while_the_beginning_is_carried_is_carried_too() {
+        let mut waiting = Waiting::default();
+        let (key, edu) = typing(1);
+        let key = (Side::Matrix, key);
+        let Edu::Typing(begins) = edu else { panic!() };
+        let ends = What::Carry(Edu::Typing(Typing { typing: false, ..begins.clone() }), 0);
+        waiting.put(key.clone(), 5, ends.clone());
+        let ghost: OwnedUserId = "@ghost:g.example".try_into().unwrap();
+        assert_eq!(waiting.types(Side::Matrix, &begins, &ghost, 5), Some(true));
+        assert_eq!(waiting.take(5).unwrap(), (key.clone(), ends));
+        assert_eq!(waiting.types(Side::Matrix, &begins, &ghost, 6), Some(false));
+        assert_eq!(waiting.take(6 + TYPING_MS).unwrap(), (key, What::Look));
+        // Who cannot be looked after does not begin.
+        for user in 0..MAX_WAITING {
+            waiting.put((Side::Lm, typing(user).0), 0, What::Look);
+        }
+        assert_eq!(waiting.types(Side::Matrix, &begins, &ghost, 7), None);
     }
 
     #[test]

@@ -28,10 +28,28 @@ const LONGEST_SILENCE: Duration = Duration::from_secs(600);
 pub(super) struct Waiting {
     order: VecDeque<(Side, EduKey)>,
     known: HashMap<(Side, EduKey), (Edu, Instant)>,
-    /// Until when there is no use in keeping any.
-    silent_until: Option<Instant>,
-    /// How often in a row a transaction failed that held some.
+    /// The destination answered what held some with an error.
+    refused: Silence,
+    /// The destination is left alone, or was not reached when it was to get some.
+    away: Silence,
+}
+
+/// A while in which there is no use in keeping any.
+#[derive(Debug, Clone, Copy, Default)]
+struct Silence {
+    until: Option<Instant>,
+    /// How often in a row there was reason for it.
     failures: i64,
+}
+
+impl Silence {
+    fn lengthen(&mut self, until: Option<Instant>) {
+        self.until = self.until.max(until);
+    }
+
+    fn is_on(&self, now: Instant) -> bool {
+        self.until.is_some_and(|until| now < until)
+    }
 }
 
 impl Waiting {
@@ -83,35 +101,39 @@ impl Waiting {
 
     /// A transaction that held some got through.
     pub(super) fn arrived(&mut self) {
-        (self.failures, self.silent_until) = (0, None);
+        (self.refused, self.away) = (Silence::default(), Silence::default());
     }
 
-    /// One that held some failed: perhaps because of them, so the destination gets none for a while. Events do not wait for that.
-    pub(super) fn failed(&mut self, now: Instant) {
-        self.failures = self.failures.saturating_add(1);
-        let silence = backoff(self.failures, 1.0).saturating_mul(SILENCE).min(LONGEST_SILENCE);
-        self.silence(now, silence);
+    /// One that held some failed: if it was `answered` perhaps because of them, so the destination gets none for a while. Events do
+    /// not wait for that.
+    pub(super) fn failed(&mut self, now: Instant, answered: bool) {
+        self.drop_all();
+        let silence = if answered { &mut self.refused } else { &mut self.away };
+        silence.failures = silence.failures.saturating_add(1);
+        let delay = backoff(silence.failures, 1.0).saturating_mul(SILENCE).min(LONGEST_SILENCE);
+        silence.lengthen(now.checked_add(delay));
     }
 
     /// The destination is left alone: what waits would be old.
     pub(super) fn silence(&mut self, now: Instant, delay: Duration) {
+        self.drop_all();
+        self.away.lengthen(now.checked_add(delay));
+    }
+
+    fn drop_all(&mut self) {
         metrics::edus_dropped("backoff", self.known.len());
         self.order.clear();
         self.known.clear();
-        let until = now.checked_add(delay);
-        self.silent_until = self.silent_until.max(until);
     }
 
     /// The destination is spoken to again; what it thinks of EDUs stays as it was.
     pub(super) fn is_back(&mut self) {
-        if self.failures == 0 {
-            self.silent_until = None;
-        }
+        self.away = Silence::default();
     }
 
     /// Whether it gets none for now.
     pub(super) fn is_silent(&self, now: Instant) -> bool {
-        self.silent_until.is_some_and(|until| now < until)
+        self.refused.is_on(now) || self.away.is_on(now)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -177,11 +199,19 @@ mod tests {
         assert!(waiting.add(Side::Lm, &typing(1, true), now));
 
         // Who fails because of EDUs gets none for a while, however well the rest goes.
-        waiting.failed(now);
+        waiting.failed(now, true);
+        // That it is left alone for longer because it is away has an end when it is back.
+        waiting.silence(now, 36 * LONGEST_SILENCE);
         waiting.is_back();
         assert!(!waiting.add(Side::Lm, &typing(1, true), now));
         assert!(waiting.add(Side::Lm, &typing(1, true), now + LONGEST_SILENCE));
         waiting.arrived();
         assert!(waiting.add(Side::Lm, &typing(2, true), now));
+
+        // Who was not there to take them has said nothing of them.
+        waiting.failed(now, false);
+        assert!(!waiting.add(Side::Lm, &typing(1, true), now));
+        waiting.is_back();
+        assert!(waiting.add(Side::Lm, &typing(1, true), now));
     }
 }

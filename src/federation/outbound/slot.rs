@@ -136,6 +136,11 @@ impl Slot {
         lock(&self.edus)
     }
 
+    /// Whether there may be events for the destination.
+    pub(super) fn has_events(&self) -> bool {
+        !lock(&self.dirty).order.is_empty()
+    }
+
     pub(super) fn is_clean(&self) -> bool {
         lock(&self.dirty).order.is_empty() && lock(&self.edus).is_empty()
     }

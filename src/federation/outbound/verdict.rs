@@ -62,7 +62,7 @@ pub(super) fn judge(failure: &Failure<'_>) -> Verdict {
 }
 
 /// Whether an answer says that the content is not wanted, rather than that the request came at a bad time or was not let in.
-fn is_refusal(error: &RemoteError) -> bool {
+pub(super) fn is_refusal(error: &RemoteError) -> bool {
     match error {
         // A size is judged by any proxy on the way.
         RemoteError::Status { status, errcode, .. } => {

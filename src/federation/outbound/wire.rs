@@ -128,7 +128,10 @@ impl Sender {
                 self.lm_send.insert(destination.to_owned(), other);
             }
         }
-        if let Ok(answer) = &answer {
+        // What is said to a transaction without events says nothing of how those are looked at.
+        if let Ok(answer) = &answer
+            && !envelope.pdus.is_empty()
+        {
             match answer.get("failed_pdus") {
                 Some(Value::Object(_)) if self.itemizes.contains_key(destination) => {}
                 Some(Value::Object(_)) => self.itemizes.insert(destination.to_owned(), ()),

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::compose::{Composed, Composer, Part, Transaction, part_rows};
 use super::slot::{News, Slot};
-use super::verdict::{Failure, Verdict, asked_for, backoff, judge, may_be_about_events, still_alone};
+use super::verdict::{Failure, Verdict, asked_for, backoff, is_refusal, judge, may_be_about_events, still_alone};
 use super::wire::Envelope;
 use super::{Feed, Shared, lock};
 use crate::admin::metrics;
@@ -28,6 +28,9 @@ const LINGER: Duration = Duration::from_secs(20);
 const MIN_PAUSE: Duration = Duration::from_secs(1);
 /// How often an answer that cannot be recorded is had again.
 const TELLS: i64 = 10;
+/// How long EDUs alone may take, and how long when events wait behind them.
+const EDUS_LAST: Duration = Duration::from_secs(10);
+const EDUS_LAST_BEFORE_EVENTS: Duration = Duration::from_secs(1);
 /// How long is waited when the store fails.
 const STORE_PAUSE: Duration = Duration::from_secs(5);
 
@@ -139,9 +142,11 @@ impl<'a> Worker<'a> {
         if let Some(failure) = rows::failure(&self.shared.store, name).await? {
             self.failures = failure.failures;
             let left = still_alone(failure.retry_at, self.shared.clock.now_ms(), failure.failures);
-            self.slot.edus().silence(Instant::now(), left);
-            self.pause_until_heard(left).await;
-            self.slot.edus().is_back();
+            if !left.is_zero() {
+                self.slot.edus().silence(Instant::now(), left);
+                self.pause_until_heard(left).await;
+                self.slot.edus().is_back();
+            }
         }
         let Some(row) = rows::inflight(&self.shared.store, name).await? else { return Ok(None) };
         let (doubtful, parts): (Vec<PartRow>, Vec<PartRow>) = row.parts.into_iter().partition(|part| part.doubtful);
@@ -250,6 +255,7 @@ impl<'a> Worker<'a> {
         match self.send(&transaction, pdus, &kept).await {
             Ok(answer) => {
                 if let Err(refusal) = self.tell(&transaction, &answer).await {
+                    transaction.edus.clear();
                     return self.failed(transaction, refusal.to_string(), Duration::ZERO).await;
                 }
                 self.singles = self.singles.saturating_sub(events);
@@ -257,10 +263,14 @@ impl<'a> Worker<'a> {
                 Ok(None)
             }
             Err(error) => {
-                // What is repeated is the same but for what will be old by then; the first answer counts in any case.
-                if !transaction.edus.is_empty() {
-                    transaction.edus.clear();
-                    self.slot.edus().failed(Instant::now());
+                // What is repeated is the same but for what will be old by then.
+                let had_edus = !std::mem::take(&mut transaction.edus).is_empty();
+                if had_edus && (is_refusal(&error) || may_be_about_events(&error)) {
+                    // It may be about them: what is answered without them says what becomes of the events.
+                    tracing::debug!(server = %self.destination, %error, "trying again without EDUs");
+                    self.slot.edus().failed(Instant::now(), true);
+                    transaction.uncertain = true;
+                    return Ok(Some(transaction));
                 }
                 self.refused(transaction, events, error).await
             }
@@ -293,16 +303,28 @@ impl<'a> Worker<'a> {
         Ok(Ok(()))
     }
 
-    /// Sends what is not repeated when it fails. Neither do events wait for it then, nor does the destination count as failing.
+    /// Sends what is not repeated when it fails. Events wait for it a moment at most, and the destination does not count as failing.
     async fn send_edus(&mut self, transaction: &Transaction) {
-        match self.send(transaction, Vec::new(), &[]).await {
+        let events_waited = async {
+            while !self.slot.has_events() {
+                self.slot.news().await;
+            }
+            tokio::time::sleep(EDUS_LAST_BEFORE_EVENTS).await;
+        };
+        let answer = tokio::select! {
+            answer = self.send(transaction, Vec::new(), &[]) => answer,
+            () = tokio::time::sleep(EDUS_LAST) => Err(RemoteError::Unreachable("no answer in time".to_owned())),
+            () = events_waited => Err(RemoteError::Unreachable("no answer, and events wait".to_owned())),
+        };
+        match answer {
             Ok(_) if self.failures > 0 => self.arrived(transaction),
             Ok(_) => self.slot.edus().arrived(),
             Err(error) => {
                 let edus = transaction.edus.len();
                 tracing::debug!(server = %self.destination, edus, %error, "EDUs were not taken");
                 metrics::edus_dropped("refused", edus);
-                self.slot.edus().failed(Instant::now());
+                let answered = matches!(error, RemoteError::Status { .. });
+                self.slot.edus().failed(Instant::now(), answered);
             }
         }
     }

@@ -99,6 +99,60 @@ async fn hc_60_edus_cost_no_event_and_make_no_destination_fail() {
 }
 
 #[tokio::test]
+async fn hc_60_a_refusal_of_edus_is_none_of_the_event_that_they_go_with() {
+    for code in [400, 403, 413, 500] {
+        let (_directory, store) = sqlite().await;
+        let (feeds, _) = one_log(&store, 1..2, &["a.example"]).await;
+        let mut world = World::new(&store, &feeds, move |_, _, body| match body.contains_key("edus") {
+            true => status(code),
+            false => ok(),
+        });
+        world.queues.send_edu(Side::Lm, [name("a.example")], &typing(true));
+        world.queues.start().await.unwrap();
+        let first = world.next().await;
+        assert_eq!((first.numbers(), edus(&first).len()), (vec![1], 1));
+        let start = Instant::now();
+        let second = world.next().await;
+        assert_eq!((second.numbers(), edus(&second).len(), second.txn_id()), (vec![1], 0, first.txn_id()), "{code}");
+        assert!(start.elapsed() < Duration::from_millis(400), "the destination does not fail");
+        world.settled().await;
+        world.queues.stop().await;
+        assert_eq!(*lock(&feeds.told), [(vec![1], Object::new())], "{code}: what its owner is told");
+        // An answer without EDUs counts.
+        let (_directory, store) = sqlite().await;
+        let (feeds, _) = one_log(&store, 1..3, &["b.example"]).await;
+        let mut world = World::new(&store, &feeds, move |_, _, _| if code == 500 { ok() } else { status(code) });
+        world.queues.send_edu(Side::Lm, [name("b.example")], &typing(true));
+        world.queues.start().await.unwrap();
+        world.settled().await;
+        let told = lock(&feeds.told).iter().map(|(positions, _)| positions.len()).sum::<usize>();
+        assert_eq!(told, 2);
+        world.queues.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn hc_60_who_does_not_answer_edus_gets_its_events() {
+    let (_directory, store) = sqlite().await;
+    let feeds = Arc::new(Feeds::default());
+    let mut world = World::new(&store, &feeds, |_, _, body| match body.contains_key("edus") {
+        true => never(),
+        false => ok(),
+    });
+    world.queues.start().await.unwrap();
+    world.queues.send_edu(Side::Lm, [name("a.example")], &typing(true));
+    assert_eq!(edus(&world.next().await).len(), 1);
+    let log = feed(FeedKind::Log, "!a:g.example");
+    fill(&store, &feeds, &log, 1..2, &["a.example"]).await;
+    world.queues.wake(&log, &[name("a.example")]);
+    let start = Instant::now();
+    assert_eq!(world.next().await.numbers(), [1]);
+    assert!(start.elapsed() < Duration::from_secs(5));
+    world.settled().await;
+    world.queues.stop().await;
+}
+
+#[tokio::test]
 async fn what_is_said_while_a_destination_is_left_alone_is_dropped() {
     let (_directory, store) = sqlite().await;
     let (feeds, _) = one_log(&store, 1..2, &["a.example"]).await;
@@ -108,8 +162,10 @@ async fn what_is_said_while_a_destination_is_left_alone_is_dropped() {
         true => unreachable(),
         false => ok(),
     });
+    // Who is away says nothing of the EDU that it should have got.
+    world.queues.send_edu(Side::Lm, [name("a.example")], &typing(true));
     world.queues.start().await.unwrap();
-    world.next().await;
+    assert_eq!(edus(&world.next().await).len(), 1);
     let failing = async {
         while world.queues.status().await.unwrap().iter().all(|queue| queue.failures == 0) {
             tokio::time::sleep(Duration::from_millis(5)).await;
