@@ -23,7 +23,7 @@ use crate::seam::{Handshake, Membership, Stage};
 
 /// How long a join waits for the hub: less than its echo is waited for, so that a hub that is away is told of in these words.
 const HUB_PATIENCE: Duration = Duration::from_secs(15);
-/// After this it is looked whether the join that was let in has come.
+/// After this it is looked whether the join or knock that was let in has come.
 const LOOK_BACK: Duration = Duration::from_secs(60);
 
 /// Whether the other side has the user too.
@@ -57,9 +57,9 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
     let far = core.sides()?.rooms(across).pick(portal.room(across), &keys).await?;
     acl::both(core, &near, &far, user).await?;
     let at_hub = portal.kind == PortalKind::FromLm && handshake.side == Side::Matrix && handshake.stage == Stage::Send;
-    if handshake.membership == Membership::Join && far.member(&ghost).is_none() {
+    if matches!(handshake.membership, Membership::Join | Membership::Knock) && far.member(&ghost).is_none() {
         let (limits, server) = (&core.context.config.budgets, user.server_name());
-        // Elsewhere the join counts when it crosses.
+        // Elsewhere it counts when it crosses.
         core.budgets.ghost(limits, entry.number, server, core.now_ms(), !at_hub)?;
     }
     match handshake.membership {
@@ -70,7 +70,7 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
         Membership::Join => may_join(core, &portal, handshake.side.other(), &ghost).await,
         Membership::Knock if at_hub => {
             core.users.keep(&core.context.store, handshake.side, [user]).await?;
-            knock_at_hub(core, &portal, &ghost, &handshake.content).await
+            knock_at_hub(core, &entry, user, &ghost, &handshake.content).await
         }
         Membership::Knock => {
             let rooms = core.sides()?.rooms(handshake.side.other());
@@ -101,7 +101,15 @@ fn needs_invite(state: &State, ghost: &UserId) -> bool {
 }
 
 /// Has the ghost knock at the hub, and waits for that. A knock that comes too late is taken back.
-async fn knock_at_hub(core: &Arc<Core>, portal: &Arc<Portal>, ghost: &UserId, content: &Object) -> Result<(), Refusal> {
+async fn knock_at_hub(
+    core: &Arc<Core>,
+    entry: &Arc<Entry>,
+    user: &UserId,
+    ghost: &UserId,
+    content: &Object,
+) -> Result<(), Refusal> {
+    let portal = entry.portal();
+    let spared = Spared::new(core, portal.lm_room_id.clone(), ghost.to_owned());
     let lm = core.sides()?.lm.clone();
     // Before the state, which holds what came back meanwhile.
     let key = (MEMBER.to_owned(), ghost.to_string());
@@ -109,22 +117,28 @@ async fn knock_at_hub(core: &Arc<Core>, portal: &Arc<Portal>, ghost: &UserId, co
     let leaves = coming.get(&key).is_some_and(|coming| coming.membership() != Some("knock"));
     let state = State::Log(lm.state_events(&portal.lm_room_id, &[key]).await?);
     if state.membership(ghost) == "knock" && !leaves {
+        look_back(core, entry, spared);
         return Ok(());
     }
     let content = member_content(content, "knock");
-    let (room_id, via, user) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
+    let (room_id, via, sender) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
     let knocking = core.clone();
     let mut knock =
-        Box::pin(async move { knocking.in_task(async move { lm.knock(&room_id, &user, &via, content).await }).await });
+        Box::pin(
+            async move { knocking.in_task(async move { lm.knock(&room_id, &sender, &via, content).await }).await },
+        );
     match tokio::time::timeout(HUB_PATIENCE, &mut knock).await {
-        Ok(knocked) => knocked.map(drop),
+        Ok(Ok(_)) => {
+            look_back(core, entry, spared);
+            Ok(())
+        }
+        Ok(Err(refusal)) => Err(refusal),
         Err(_) => {
-            let (lm, portal, ghost) = (core.sides()?.lm.clone(), portal.clone(), ghost.to_owned());
             let hub = portal.lm_hub.clone();
+            let (inner, entry, user, ghost) = (core.clone(), entry.clone(), user.to_owned(), ghost.to_owned());
             core.spawn(async move {
                 if knock.await.is_ok()
-                    && let Err(refusal) =
-                        lm.leave(&portal.lm_room_id, &ghost, std::slice::from_ref(&portal.lm_hub)).await
+                    && let Err(refusal) = take_knock_back(&inner, &entry, &user, &ghost, spared).await
                 {
                     tracing::warn!(portal = portal.portal_id, %ghost, %refusal, "a late knock could not be taken back");
                 }
@@ -133,6 +147,26 @@ async fn knock_at_hub(core: &Arc<Core>, portal: &Arc<Portal>, ghost: &UserId, co
             Err(Refusal::Forbidden(format!("the hub {hub} has not answered the knock in {waited} s")))
         }
     }
+}
+
+/// Takes back a ghost's knock for which nobody waited, unless the user has knocked again meanwhile, which found it there.
+async fn take_knock_back(
+    core: &Core,
+    entry: &Entry,
+    user: &UserId,
+    ghost: &UserId,
+    spared: Spared,
+) -> Result<(), Refusal> {
+    while spared.is_shared() {
+        tokio::time::sleep(LOOK_BACK).await;
+    }
+    let portal = entry.portal();
+    let key = (MEMBER.to_owned(), user.to_string());
+    let here = core.sides()?.rooms(Side::Matrix).pick(&portal.matrix_room_id, &[key]).await?;
+    if here.membership(user) == "knock" {
+        return Ok(());
+    }
+    core.sides()?.lm.leave(&portal.lm_room_id, ghost, std::slice::from_ref(&portal.lm_hub)).await.map(drop)
 }
 
 /// Has the ghost join the LM room at its hub, and waits for that. A join that comes too late is left again.
@@ -220,7 +254,8 @@ pub(super) fn is_stray(core: &Core, portal: &Portal, event: &Event) -> bool {
     !core.joining.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&key)
 }
 
-/// Looks a while later whether the join for which the ghost joined has come; repair makes the ghost leave if not.
+/// Looks a while later whether the join or knock for which the ghost has done the same has come; repair makes the ghost leave if a
+/// join has not.
 fn look_back(core: &Arc<Core>, entry: &Arc<Entry>, spared: Spared) {
     let (inner, entry) = (core.clone(), entry.clone());
     core.spawn(async move {
@@ -230,7 +265,7 @@ fn look_back(core: &Arc<Core>, entry: &Arc<Entry>, spared: Spared) {
     });
 }
 
-/// How many handshakes wait for a ghost's join to a room.
+/// How many handshakes wait for a ghost's join to a room, or its knock.
 pub(super) type Joining = HashMap<(OwnedRoomId, OwnedUserId), usize>;
 
 /// Keeps repair from a ghost as long as it lives.
@@ -244,6 +279,12 @@ impl Spared {
         let key = (room_id, ghost);
         spare(&mut core.joining.lock().unwrap_or_else(PoisonError::into_inner), &key);
         Self { core: core.clone(), key }
+    }
+
+    /// Whether another handshake of the same ghost waits, or its event is still to come.
+    fn is_shared(&self) -> bool {
+        let joining = self.core.joining.lock().unwrap_or_else(PoisonError::into_inner);
+        joining.get(&self.key).is_some_and(|count| *count > 1)
     }
 }
 

@@ -75,7 +75,7 @@ server_name = "{server_name}"
 # nothing that is signed with them is believed.
 # leaked_keys = []
 # Servers that are asked for the signing keys of others which do not answer themselves, one after the other. Whoever is named
-# here is believed about servers that are away and whose keys are not known yet.
+# here is believed about servers that are away and whose keys are not known yet; about others only what one of the known keys signs.
 # notaries = []
 
 # Servers that are reached at a given base URL, without discovery; plain http for loopback only.

@@ -6,8 +6,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use ruma::{OwnedServerName, ServerName};
-
 use crate::refusal::Refusal;
 
 /// What is counted together.
@@ -21,6 +19,8 @@ pub enum Rate {
     Invites,
     /// Devices and their keys.
     Devices,
+    /// Keys of other servers, by address: nobody proves who asks.
+    Keys,
 }
 
 impl Rate {
@@ -31,6 +31,7 @@ impl Rate {
             Self::Handshakes => (500.0, 50.0),
             Self::Invites => (300.0, 20.0),
             Self::Devices => (500.0, 50.0),
+            Self::Keys => (300.0, 10.0),
         }
     }
 }
@@ -41,7 +42,7 @@ const KEPT: usize = 4_096;
 /// The counts of all servers; clones share them.
 #[derive(Clone, Default)]
 pub struct Rates {
-    buckets: Arc<Mutex<HashMap<(OwnedServerName, Rate), Bucket>>>,
+    buckets: Arc<Mutex<HashMap<(String, Rate), Bucket>>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -51,12 +52,12 @@ struct Bucket {
 }
 
 impl Rates {
-    /// Counts a request of `origin`, or refuses it.
-    pub fn take(&self, origin: &ServerName, rate: Rate) -> Result<(), Refusal> {
+    /// Counts a request of `origin`, a server or an address, or refuses it.
+    pub fn take(&self, origin: &str, rate: Rate) -> Result<(), Refusal> {
         self.take_at(origin, rate, Instant::now())
     }
 
-    fn take_at(&self, origin: &ServerName, rate: Rate, now: Instant) -> Result<(), Refusal> {
+    fn take_at(&self, origin: &str, rate: Rate, now: Instant) -> Result<(), Refusal> {
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
         if buckets.len() >= KEPT && buckets.len() == buckets.capacity() {
             buckets.retain(|(_, rate), bucket| bucket.filled(*rate, now) < rate.allowance().0);
@@ -89,6 +90,7 @@ impl Rate {
             Self::Handshakes => "handshakes",
             Self::Invites => "invites",
             Self::Devices => "devices",
+            Self::Keys => "keys of servers",
         }
     }
 }
@@ -97,14 +99,12 @@ impl Rate {
 mod tests {
     use std::time::Duration;
 
-    use ruma::server_name;
-
     use super::*;
 
     #[test]
     fn who_asks_too_often_is_told_when_to_come_again_and_keeps_nobody_else_out() {
         let (rates, start) = (Rates::default(), Instant::now());
-        let (a, b) = (server_name!("a.example"), server_name!("b.example"));
+        let (a, b) = ("a.example", "b.example");
         for _ in 0..300 {
             rates.take_at(a, Rate::Invites, start).unwrap();
         }
@@ -124,10 +124,9 @@ mod tests {
         let (rates, start) = (Rates::default(), Instant::now());
         let later = start + Duration::from_secs(3600);
         for number in 0..20_000 {
-            let name = ServerName::parse(format!("s{number}.example")).unwrap();
-            rates.take_at(&name, Rate::Reads, start + Duration::from_secs(number)).unwrap();
+            rates.take_at(&format!("s{number}.example"), Rate::Reads, start + Duration::from_secs(number)).unwrap();
         }
         assert!(rates.buckets.lock().unwrap().len() < 20_000);
-        rates.take_at(server_name!("a.example"), Rate::Reads, later).unwrap();
+        rates.take_at("a.example", Rate::Reads, later).unwrap();
     }
 }

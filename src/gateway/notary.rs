@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::routes::{Answer, Federation};
 use super::signed::{BODY_LIMIT, integer, parse, peer};
 use crate::event::{Object, canonical_json, parse_object};
-use crate::federation::{Askers, Shares};
+use crate::federation::{Askers, Rate, Rates, Shares};
 use crate::identity::KeyQuery;
 use crate::refusal::Refusal;
 
@@ -30,8 +30,8 @@ const ANSWERS: (usize, usize) = (64 << 20, 8 << 20);
 const ASKED: (usize, usize) = (64, 8);
 /// How many servers are asked at once because of one request.
 const AT_ONCE: usize = 8;
-/// How long a request waits for the servers that are asked.
-const PATIENCE: Duration = Duration::from_secs(25);
+/// How long a request waits for the servers that are asked. Who asks has others to ask too, and waits for twenty seconds in all.
+const PATIENCE: Duration = Duration::from_secs(8);
 
 /// What strangers cause by asking; clones share it.
 #[derive(Clone)]
@@ -136,6 +136,7 @@ fn at_most(what: &str, found: usize, limit: usize) -> Result<(), Refusal> {
 }
 
 async fn answer(federation: &Federation, address: Option<IpAddr>, queries: Vec<KeyQuery>) -> Answer {
+    count(&federation.rates, address)?;
     let whose = address.map(|address| address.to_string());
     let mut held = federation.notary.answers.hold(&whose.iter().map(String::as_str).collect::<Vec<_>>());
     if !held.grow(ANSWER) {
@@ -164,6 +165,7 @@ async fn answer(federation: &Federation, address: Option<IpAddr>, queries: Vec<K
 async fn refresh(federation: Federation, address: Option<IpAddr>, query: KeyQuery) -> Result<(), Refusal> {
     let keyring = &federation.context.keyring;
     if keyring.would_ask_for(&query).await?
+        && count(&federation.rates, address).is_ok()
         && let Ok(_asker) = federation.notary.askers.enter(&query.server, address, true)
     {
         keyring.refresh(&query).await;
@@ -171,9 +173,38 @@ async fn refresh(federation: Federation, address: Option<IpAddr>, query: KeyQuer
     Ok(())
 }
 
+/// Counts a request, or a server that is asked because of one. Behind a reverse proxy, where no address says anything, what is asked
+/// at once is the bound.
+fn count(rates: &Rates, address: Option<IpAddr>) -> Result<(), Refusal> {
+    address.map_or(Ok(()), |address| rates.take(&network(address), Rate::Keys))
+}
+
+/// An IPv4 address, or the part of an IPv6 address that one customer has.
+fn network(address: IpAddr) -> String {
+    match address.to_canonical() {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => {
+            let [a, b, c, d, ..] = address.segments();
+            format!("{a:x}:{b:x}:{c:x}:{d:x}::")
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_that_asks_too_often_is_told_to_wait_and_keeps_no_other_out() {
+        let rates = Rates::default();
+        let ask = |address: &str| count(&rates, Some(address.parse().unwrap()));
+        let refused =
+            |address: &str| (0..1_000).any(|_| ask(address).is_err_and(|no| no.errcode() == "M_LIMIT_EXCEEDED"));
+        assert!(refused("192.0.2.1") && ask("192.0.2.2").is_ok() && ask("::ffff:192.0.2.1").is_err());
+        // Whoever has one IPv6 address has the network.
+        assert!(refused("2001:db8:1:2::1") && ask("2001:db8:1:2:ffff::9").is_err() && ask("2001:db8:1:3::1").is_ok());
+        assert!((0..1_000).all(|_| count(&rates, None).is_ok()));
+    }
 
     #[test]
     fn what_is_asked_is_read_or_refused() {

@@ -277,7 +277,7 @@ fn rate_of(path: &str) -> Option<Rate> {
 }
 
 fn limited(federation: &Federation, origin: &ServerName, rate: Option<Rate>) -> Result<(), Refusal> {
-    rate.map_or(Ok(()), |rate| federation.rates.take(origin, rate))
+    rate.map_or(Ok(()), |rate| federation.rates.take(origin.as_str(), rate))
 }
 
 fn federated(path: &str) -> String {

@@ -1,5 +1,5 @@
 //! The keys of other servers: fetched directly from them, or from notaries when that fails, checked, kept in the database and in a
-//! cache, each server fetched once at a time.
+//! cache, each server fetched once at a time. Servers that are asked because others ask us as a notary have a cache of their own.
 
 mod notaries;
 mod notary;
@@ -109,6 +109,7 @@ struct Inner {
     clock: SharedClock,
     trust: Trust,
     lookups: Cache<OwnedServerName, Arc<Lookup>>,
+    heard: Cache<OwnedServerName, Arc<notary::Heard>>,
     meter: metrics::CacheMeter,
 }
 
@@ -169,7 +170,10 @@ impl Keyring {
         });
         let lookups = Cache::new(CACHED_SERVERS);
         let meter = metrics::CacheMeter::watch("server_keys", &lookups);
-        Self { inner: Arc::new(Inner { server_name, own, own_keys, fetcher, store, clock, trust, lookups, meter }) }
+        let heard = notary::Heard::cache();
+        Self {
+            inner: Arc::new(Inner { server_name, own, own_keys, fetcher, store, clock, trust, lookups, heard, meter }),
+        }
     }
 
     /// Takes up, at the start, the keys that this server had before: they are published as old ones from now on, so that
@@ -227,13 +231,6 @@ impl Keyring {
             Some(error) if found.is_empty() => Err(error.clone()),
             _ => Ok(found),
         }
-    }
-
-    /// Whether the server may be asked again now.
-    async fn may_be_asked(&self, server: &ServerName) -> bool {
-        let now_ms = self.inner.clock.now_ms();
-        let lookup = self.inner.lookups.get(server).await;
-        server != self.inner.server_name && lookup.is_none_or(|lookup| lookup.is_stale(now_ms, true))
     }
 
     /// Whether the server would have to be asked for some of these of its keys.

@@ -111,17 +111,37 @@ impl ServerKeys {
         Self { server: server.to_owned(), current, old, valid_until_ts: 0, linearized: false }
     }
 
+    /// Whether `answer`, which says `told` of the same server and comes from a notary, may be added: the server has signed it with a
+    /// key that it had in use when it was last heard, none of those goes out of use by it before its time is over, and none that is
+    /// out of use comes back.
+    pub(super) fn may_be_told(&self, told: &Self, answer: &Object, now_ms: i64) -> Result<(), String> {
+        verify_object(answer, self.server.as_str(), &self.current)
+            .map_err(|refusal| format!("no key that is known vouches for it: {refusal}"))?;
+        let gone = self.current.keys().find(|key_id| !told.current.contains_key(*key_id));
+        if let Some(key_id) = gone.filter(|_| self.valid_until_ts > now_ms) {
+            return Err(format!("it would have {key_id} out of use, which is valid until {}", self.valid_until_ts));
+        }
+        match told.current.keys().find(|key_id| self.old.contains_key(*key_id)) {
+            Some(key_id) => Err(format!("it would have {key_id} in use again")),
+            None => Ok(()),
+        }
+    }
+
     /// Adds what a notary says of the same server. Nothing that is known gives way to it: where the two say different things of a key,
     /// the notary's is of no use.
-    pub(super) fn and_by_notary(before: Option<&Self>, told: Self, now_ms: i64) -> Result<Self, String> {
+    pub(super) fn and_by_notary(before: Option<&Self>, mut told: Self, now_ms: i64) -> Result<Self, String> {
         let Some(before) = before else { return Ok(told) };
         for (key_id, key) in told.all() {
             if before.all().any(|(known, other)| known == key_id && other != key) {
                 return Err(format!("{key_id} is another key than the one that is known"));
             }
         }
-        let newer = told.valid_until_ts > before.valid_until_ts;
-        Ok(if newer { told.remember(before, now_ms) } else { before.clone().remember(&told, now_ms) })
+        if told.valid_until_ts <= before.valid_until_ts {
+            return Ok(before.clone().remember(&told, now_ms));
+        }
+        // When a key went out of use that is known is known too.
+        let older = Self { old: std::mem::take(&mut told.old), ..Self::none(&told.server) };
+        Ok(told.remember(before, now_ms).remember(&older, now_ms))
     }
 
     fn all(&self) -> impl Iterator<Item = (&String, &VerifyKey)> {

@@ -140,3 +140,16 @@ async fn an_lm_user_knocks_and_is_let_in_from_matrix() {
     let knocks = async || world.server.lm.knock(lm, &world.lm_user("mallory"), &via, object(json!({}))).await;
     assert!(matches!(knocks().await, Err(Refusal::Forbidden(_))));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_knocks_at_a_foreign_hub_spends_of_the_portals_budget() {
+    let (world, gateway) = World::new(json!({ "budgets": { "ghosts_per_hour": 2 } })).await;
+    let (lm, portal) = knocking_from_lm(&world, &gateway).await;
+    for name in ["alice", "bert"] {
+        hand(&world, &gateway, &portal.matrix_room_id, &world.matrix_user(name), "knock").await.unwrap();
+    }
+    let refusal =
+        hand(&world, &gateway, &portal.matrix_room_id, &world.matrix_user("carl"), "knock").await.unwrap_err();
+    assert_eq!(refusal.code(), "budget", "{refusal}");
+    assert!(world.server.state(&lm, "m.room.member", &ghost(Side::Matrix, "carl")).await.is_none());
+}

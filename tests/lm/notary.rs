@@ -8,7 +8,8 @@ use axum::response::IntoResponse as _;
 use http::StatusCode;
 use isthmus::clock::ManualClock;
 use isthmus::event::{Object, sign_object};
-use isthmus::identity::SigningKey;
+use isthmus::identity::{SigningKey, Validity};
+use isthmus::store::server_keys;
 use ruma::ServerName;
 use serde_json::{Value, json};
 
@@ -97,6 +98,12 @@ async fn a_notary_asks_once_signs_and_remembers_what_it_was_told() {
         assert!(signatures["notary.example"][notary.context.signing_key.id()].is_string());
     }
     assert_eq!(count.load(Ordering::SeqCst), 1, "asked once for all, and what it said is kept");
+    // Anybody may ask for anybody's, so nothing is written down until the notary needs the keys itself.
+    let store = &notary.context.store;
+    assert!(server_keys::load(store, &a.name).await.unwrap().is_none());
+    assert!(server_keys::answers(store, &a.name).await.unwrap().is_empty());
+    notary.context.keyring.server_keys(&a.name).await.unwrap();
+    assert_eq!(count.swap(1, Ordering::SeqCst), 2);
     // After half of its time it is asked again.
     clock.advance(DAY / 2 - 1);
     query(&notary, "a.example", None).await;
@@ -226,6 +233,43 @@ async fn hc_08_a_notary_is_believed_only_with_both_signatures_and_contradicts_no
     clock.advance(2 * DAY);
     let after = g.context.keyring.server_keys(&known.name).await.unwrap();
     assert_eq!(after.current, own.current);
+
+    // Nor is one added or put out of use of which no key vouches that is known.
+    let ring = &g.context.keyring;
+    let again = async |told: Object| {
+        answers(&notary, QUERY, Some(signed(told, by)));
+        clock.advance(DAY);
+        ring.server_keys(&known.name).await.unwrap()
+    };
+    let [second, third] = [(); 2].map(|()| SigningKey::generate());
+    assert_eq!(*again(answer(&known.name, &second, now + 9 * DAY)).await, *own);
+    let mut vouched = answer(&known.name, &second, now + 9 * DAY);
+    sign_object(&mut vouched, known.name.as_str(), &known.context.signing_key);
+    let after = again(vouched).await;
+    assert!(after.current.contains_key(second.id()) && after.current.len() == 1);
+    assert_eq!(after.old[&id].1, own.valid_until_ts, "good for what is from its time");
+    // While the new key's time lasts nothing takes its place, and the old one does not come back.
+    let refused = async |told: Object, wanted: &SigningKey| {
+        answers(&notary, QUERY, Some(signed(told, by)));
+        clock.advance(HOUR);
+        let found = ring.keys_for(&known.name, &[wanted.id(), second.id()], Validity::Now).await.unwrap();
+        assert_eq!(found.keys().collect::<Vec<_>>(), [second.id()]);
+    };
+    let mut next = answer(&known.name, &third, now + 9 * DAY);
+    sign_object(&mut next, known.name.as_str(), &second);
+    refused(next, &third).await;
+    let back = json!({
+        "server_name": known.name,
+        "valid_until_ts": now + 9 * DAY,
+        "verify_keys": {
+            second.id(): { "key": second.public_base64() },
+            id.as_str(): { "key": known.context.signing_key.public_base64() },
+        },
+    });
+    let mut back = back.as_object().unwrap().clone();
+    sign_object(&mut back, known.name.as_str(), &second);
+    sign_object(&mut back, known.name.as_str(), &known.context.signing_key);
+    refused(back, &known.context.signing_key).await;
 }
 
 const SEED: &str = "YJDBA9Xnr2sVqXD9Vj7XVUnmFZcZrlw8Md7kMW+3XA1";

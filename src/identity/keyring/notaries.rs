@@ -1,5 +1,5 @@
 //! Asking notaries: other servers are believed about the keys of one that does not answer, as far as the admin names them. What they
-//! give must be signed by them and by the server itself, and contradicts nothing that is known.
+//! give must be signed by them and by the server itself, and, where keys of that server are known, by one of those.
 //! Source: draft-ralston-mimi-linearized-matrix-04, section "Retrieving Server Keys" (`int-transport-get-server-keys`).
 
 use std::time::Duration;
@@ -19,7 +19,7 @@ const ANSWERS: usize = 8;
 
 impl Inner {
     /// What the first notary that knows something says of `server`, added to what was known before. Notaries do not vouch for each
-    /// other, or two of them could wait for one another.
+    /// other.
     pub(super) async fn ask_notaries(
         &self,
         server: &ServerName,
@@ -61,7 +61,11 @@ impl Inner {
             let answer = answer.map_err(|refusal| refusal.to_string())?;
             let entries = answer.get("server_keys").and_then(Value::as_array).ok_or("server_keys is no array")?;
             for entry in entries.iter().filter_map(Value::as_object).take(ANSWERS) {
-                match self.vouched(notary, server, entry, now_ms).await {
+                let vouched = self.vouched(notary, server, entry, now_ms).await.and_then(|keys| {
+                    before.map_or(Ok(()), |before| before.may_be_told(&keys, entry, now_ms))?;
+                    Ok(keys)
+                });
+                match vouched {
                     Ok(keys) => told = ServerKeys::and_by_notary(Some(&told), keys, now_ms)?,
                     Err(why) => problem = why,
                 }

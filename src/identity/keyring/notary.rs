@@ -1,15 +1,26 @@
 //! Being a notary: other servers' answers about their keys are kept as they came, and given to others with this server's signature.
+//! Anybody may ask, so what comes of it is written down only of servers whose keys the gateway needed itself.
 //! Source: draft-ralston-mimi-linearized-matrix-04, sections `int-api-notary-query` and `int-api-notary-query-bulk`.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
 
-use ruma::OwnedServerName;
+use moka::future::Cache;
+use ruma::{OwnedServerName, ServerName};
 use serde_json::Value;
 
-use super::Keyring;
+use super::{Inner, Keyring, REFETCH_MS, retry_after, unreachable};
 use crate::event::{Object, VerifyKey, parse_object, sign_object};
 use crate::store::server_keys::{self, KeyAnswer};
 use crate::store::{Store, StoreError};
+
+/// How long a server is waited for that is asked for others: less than those wait.
+const PATIENCE: Duration = Duration::from_secs(6);
+/// How many bytes are kept in memory of servers that were asked for others.
+const HEARD: u64 = 32 << 20;
+/// How many answers of one of them.
+const ANSWERS: usize = 8;
 
 /// What a notary is asked about one server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,21 +78,83 @@ struct Answer {
     valid_until_ts: i64,
 }
 
+/// What came of asking a server for others.
+pub(super) struct Heard {
+    /// What it has said, the newest first; nothing where that is in the database.
+    answers: Vec<KeyAnswer>,
+    /// When it was asked.
+    asked_ts: i64,
+    /// How often in a row that failed.
+    failures: u32,
+}
+
+impl Heard {
+    pub(super) fn cache() -> Cache<OwnedServerName, Arc<Self>> {
+        let weigh = |server: &OwnedServerName, heard: &Arc<Self>| {
+            let answers = heard.answers.iter().map(|kept| kept.answer.len().saturating_add(kept.key_set.len()));
+            let size = answers.fold(server.as_str().len().saturating_add(256), usize::saturating_add);
+            u32::try_from(size).unwrap_or(u32::MAX)
+        };
+        Cache::builder().max_capacity(HEARD).weigher(weigh).build()
+    }
+
+    fn may_be_asked(&self, now_ms: i64) -> bool {
+        let age = now_ms.saturating_sub(self.asked_ts);
+        age < 0 || age >= if self.failures > 0 { retry_after(self.failures) } else { REFETCH_MS }
+    }
+}
+
+impl Inner {
+    /// Asks a server for others. No notary is asked in its place, or two that name each other would wait for one another.
+    async fn hear(&self, server: &ServerName) -> Heard {
+        let last = self.heard.get(server).await;
+        let asked = tokio::time::timeout(PATIENCE, self.ask(server, self.clock.now_ms())).await;
+        let asked_ts = self.clock.now_ms();
+        let old = last.as_ref().map(|last| last.answers.clone()).unwrap_or_default();
+        let told = match asked.unwrap_or_else(|_| Err(unreachable(server, "no answer in time"))) {
+            Ok(told) => told,
+            Err(error) => {
+                tracing::info!(%server, %error, "a server that others ask for has given no keys");
+                let failures = last.as_ref().map_or(0, |last| last.failures).saturating_add(1);
+                return Heard { answers: old, asked_ts, failures };
+            }
+        };
+        let mut answers = told.answers;
+        for old in old {
+            if answers.len() < ANSWERS && answers.iter().all(|new| new.key_set != old.key_set) {
+                answers.push(old);
+            }
+        }
+        if let Some((before, _)) = self.remembered(server).await {
+            let keys = told.keys.remember(&before, asked_ts).to_bytes();
+            match server_keys::save(&self.store, server, keys, std::mem::take(&mut answers), asked_ts).await {
+                Ok(()) => {}
+                Err(error) => tracing::warn!(%server, %error, "the keys of a server could not be stored"),
+            }
+        }
+        Heard { answers, asked_ts, failures: 0 }
+    }
+}
+
 impl Keyring {
     /// Whether the server has to be asked for a good answer to `query`, and may be by now.
     pub async fn would_ask_for(&self, query: &KeyQuery) -> Result<bool, StoreError> {
         let known = self.answers(query).await?;
         let now_ms = self.inner.clock.now_ms();
-        Ok(!query.is_settled_by(&known, now_ms) && self.may_be_asked(&query.server).await)
+        if query.server == self.inner.server_name || query.is_settled_by(&known, now_ms) {
+            return Ok(false);
+        }
+        let heard = self.inner.heard.get(&query.server).await;
+        Ok(heard.is_none_or(|heard| heard.may_be_asked(now_ms)))
     }
 
-    /// Asks the server, or those notaries who are asked for others, when it may be asked by now.
+    /// Asks the server when it may be asked by now. Those who want that of the same server wait for one answer.
     pub async fn refresh(&self, query: &KeyQuery) {
-        // What comes from the store at first is not asked for anew.
-        let lookup = self.inner.lookup(&query.server, false).await;
-        if lookup.is_stale(self.inner.clock.now_ms(), true) {
-            self.inner.lookup(&query.server, true).await;
-        }
+        let inner = &*self.inner;
+        let now_ms = inner.clock.now_ms();
+        let hearing = async { Arc::new(inner.hear(&query.server).await) };
+        let entry = inner.heard.entry_by_ref(&query.server);
+        entry.or_insert_with_if(hearing, |heard| heard.may_be_asked(now_ms)).await;
     }
 
     /// What is known of what `query` asks for, with this server's signature besides the other's.
@@ -104,7 +177,12 @@ impl Keyring {
             let valid_until_ts = json.get("valid_until_ts").and_then(Value::as_i64).unwrap_or_default();
             return Ok(vec![Answer { json, fetched_ts: self.inner.clock.now_ms(), valid_until_ts }]);
         }
-        let kept = server_keys::answers(self.store(), &query.server).await?;
+        let mut kept = server_keys::answers(self.store(), &query.server).await?;
+        if let Some(heard) = self.inner.heard.get(&query.server).await {
+            let new = heard.answers.iter().filter(|heard| kept.iter().all(|kept| kept.key_set != heard.key_set));
+            let new: Vec<_> = new.cloned().collect();
+            kept.extend(new);
+        }
         Ok(kept.into_iter().filter_map(|kept| self.read(kept)).collect())
     }
 

@@ -18,6 +18,7 @@ const DAY: i64 = 24 * 3600 * 1000;
 struct Servers {
     answers: Mutex<HashMap<OwnedServerName, Object>>,
     fetches: AtomicUsize,
+    notaries_asked: AtomicUsize,
 }
 
 #[async_trait]
@@ -27,6 +28,11 @@ impl KeyFetcher for Servers {
         tokio::task::yield_now().await;
         let answer = self.answers.lock().unwrap().get(server).cloned();
         answer.ok_or_else(|| Refusal::Remote { server: server.to_string(), problem: "down".to_owned() })
+    }
+
+    async fn ask_notary(&self, notary: &ServerName, _: &ServerName, _: i64) -> Result<Object, Refusal> {
+        self.notaries_asked.fetch_add(1, Ordering::SeqCst);
+        Err(Refusal::Remote { server: notary.to_string(), problem: "down".to_owned() })
     }
 }
 
@@ -347,6 +353,28 @@ async fn our_own_key_is_published_as_an_old_one_after_a_new_one_was_made() {
         let published = ServerKeys::check(&third.own_keys(), g, clock.now_ms(), &BTreeSet::new()).unwrap();
         assert_eq!(published.old.get(before).map(|(_, expired_ts)| *expired_ts), Some(NOW + DAY));
         assert_eq!((published.current.len(), published.old.len()), (1, 2));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn no_notary_is_asked_for_those_who_ask_for_others() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let own = Arc::new(SigningKey::generate());
+        let trust = Trust { notaries: vec![server_name!("n.example").to_owned()], ..Trust::default() };
+        let name = server_name!("g.example").to_owned();
+        let ring = Keyring::with_trust(name, own, servers.clone(), store, clock.clone(), trust);
+        let query = KeyQuery { server: hub().to_owned(), keys: BTreeMap::new(), minimum_valid_until_ts: NOW };
+        for _ in 0..20 {
+            if ring.would_ask_for(&query).await.unwrap() {
+                ring.refresh(&query).await;
+            }
+        }
+        assert_eq!((servers.fetches(), servers.notaries_asked.load(Ordering::SeqCst)), (1, 0));
+        // That it is away for others keeps nobody from finding it.
+        assert!(ring.server_keys(hub()).await.is_err());
+        assert_eq!((servers.fetches(), servers.notaries_asked.load(Ordering::SeqCst)), (2, 1));
     })
     .await;
 }
