@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use ruma::{RoomId, ServerName};
+use ruma::{OwnedEventId, RoomId, ServerName};
 use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
@@ -200,10 +200,7 @@ async fn dispatch(state: &Federation, origin: &ServerName, pdus: Vec<Raw>, diale
             Ok(Way::Later) => waits = true,
             Ok(Way::Nowhere) => stray(state, origin, &pdu),
             Err(refusal) => {
-                let event_id = match dialect {
-                    Dialect::Lm => lm::id_as_received(&pdu),
-                    Dialect::Matrix => dag::id_as_received(pdu.get(), RoomVersion::V12),
-                };
+                let event_id = id_of(&pdu, dialect);
                 outcomes.push(Received { event_id, result: Err(refusal) });
             }
         }
@@ -256,6 +253,17 @@ async fn way_of(state: &Federation, pdu: &RawValue) -> Result<Way, Refusal> {
     Ok(known_side(state, room_id).await?.map_or(Way::Nowhere, Way::To))
 }
 
+/// The ID by which the sender of what goes nowhere knows it, where that is not too long to be parsed.
+fn id_of(pdu: &Raw, dialect: Dialect) -> Option<OwnedEventId> {
+    if pdu.get().len() > MAX_EVENT_TEXT {
+        return None;
+    }
+    match dialect {
+        Dialect::Lm => lm::id_as_received(pdu),
+        Dialect::Matrix => dag::id_as_received(pdu.get(), RoomVersion::V12),
+    }
+}
+
 fn answer(outcomes: Vec<Received>, dialect: Dialect) -> Value {
     let mut entries = serde_json::Map::new();
     for Received { event_id, result } in outcomes {
@@ -297,6 +305,18 @@ mod tests {
         assert!(parse(br#"{"pdus":{}}"#, signer).unwrap_err().to_string().contains("a list of at most 50"));
         assert_eq!(parse(b"{}", signer).unwrap().0.len(), 0);
         assert_eq!(parse(br#"["a.example",[],[]]"#, signer).unwrap_err().errcode(), "M_BAD_JSON");
+    }
+
+    #[test]
+    fn the_id_of_what_is_too_long_is_not_looked_for() {
+        let with = |length: usize| {
+            let text = format!(r#"{{"room_id":"!r:a.example","type":"t","a":"{}"}}"#, "a".repeat(length));
+            RawValue::from_string(text).unwrap().into()
+        };
+        for dialect in [Dialect::Lm, Dialect::Matrix] {
+            assert!(id_of(&with(70_000), dialect).is_some(), "{dialect:?}");
+            assert_eq!(id_of(&with(MAX_EVENT_TEXT), dialect), None, "{dialect:?}");
+        }
     }
 
     #[test]

@@ -64,6 +64,15 @@ pub(super) enum Fetched {
     NotNow(String),
 }
 
+/// What became of asking for state.
+pub(super) enum Adopted {
+    Yes,
+    /// The hub does not give it.
+    Refused(String),
+    /// The hub cannot be asked now.
+    NotNow(String),
+}
+
 impl Lm {
     /// Takes all that the hub has after the end of our copy of the log. False when the hub does not say where its log ends.
     pub(super) async fn catch_up(&self, room_id: &RoomId, hub: &ServerName) -> Result<bool, Refusal> {
@@ -118,6 +127,7 @@ impl Taking<'_> {
     /// Fetches and takes what is missing before (or at) an event.
     pub(super) async fn fill(&mut self, event: &EventId, missing: Vec<OwnedEventId>) -> Result<Filled, Refusal> {
         if self.gap_is_open {
+            self.comes_later(event, &[]);
             return Ok(Filled::NotNow);
         }
         let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
@@ -128,6 +138,7 @@ impl Taking<'_> {
         if matches!(fetched, Fetched::Long(_)) && self.waits.late.is_none() && self.waits.asking.is_none() {
             self.asked = Some(Filled::NotNow);
             self.stage(found).await?;
+            self.comes_later(event, &[]);
             return Ok(Filled::NotNow);
         }
         let Found { events: found, passed, left } = found;
@@ -180,7 +191,7 @@ impl Taking<'_> {
             if bytes > bounds.bytes {
                 return Ok(Fetched::Long(format!("there is more than {} bytes", bounds.bytes)));
             }
-            if found.len() >= bounds.events {
+            if found.len().saturating_add(passed.len()) >= bounds.events {
                 return Ok(Fetched::Long(format!("there are more than {} events", bounds.events)));
             }
             let page = match tokio::time::timeout_at(until, self.page(&facts, &from)).await {
@@ -261,7 +272,7 @@ impl Taking<'_> {
     }
 
     /// Takes the state that the hub has before an event, where the events that made it cannot be had.
-    pub(super) async fn adopt_state_before(&mut self, event_id: &EventId) -> Result<(), Refusal> {
+    pub(super) async fn adopt_state_before(&mut self, event_id: &EventId) -> Result<Adopted, Refusal> {
         let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
         match self.lm().peers().state(&hub, &room_id, event_id).await {
             Ok((state, chain, _held)) => {
@@ -275,11 +286,13 @@ impl Taking<'_> {
                         self.complain(&event_id, &format!("left out of the state: {refusal}"));
                     }
                 }
-                self.adopt(allowed).await
+                self.adopt(allowed).await?;
+                Ok(Adopted::Yes)
             }
             Err(error) => {
                 tracing::warn!(room = %room_id, %hub, %error, "the hub does not give its state");
-                Ok(())
+                let problem = error.to_string();
+                Ok(if is_verdict(&error) { Adopted::Refused(problem) } else { Adopted::NotNow(problem) })
             }
         }
     }

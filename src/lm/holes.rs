@@ -113,8 +113,9 @@ impl Lm {
             }
             let now = if at_once { i64::MAX } else { self.context().clock.now_ms() };
             at_once = false;
-            let problems = match self.try_holes(cell, now).await {
-                Ok(problems) => problems,
+            let problems = match self.go_on(cell, now).await {
+                Ok(Some(problems)) => problems,
+                Ok(None) => continue,
                 Err(_) if self.context().store.reader().is_closed() => return,
                 Err(refusal) => {
                     tracing::info!(room = %cell.room_id, %refusal, "events are still missing");
@@ -125,6 +126,22 @@ impl Lm {
             if let Err(error) = self.put_off(&cell.room_id, now, problems).await {
                 tracing::warn!(room = %cell.room_id, %error, "what is missing could not be put off");
                 tokio::time::sleep(LONGEST_SLEEP).await;
+            }
+        }
+    }
+
+    /// Goes on with the room's gap; where it has none, tries what is due at `now`, and returns what was in the way.
+    async fn go_on(&self, cell: &Arc<RoomCell>, now: i64) -> Result<Option<BTreeMap<OwnedEventId, String>>, Refusal> {
+        match self.go_on_with_gap(cell, now).await {
+            Ok(true) => Ok(None),
+            Ok(false) => self.try_holes(cell, now).await.map(Some),
+            Err(refusal) => {
+                if self.context().store.reader().is_closed() {
+                    return Err(refusal);
+                }
+                tracing::info!(room = %cell.room_id, %refusal, "a long gap is still open");
+                tokio::time::sleep(FIRST).await;
+                Ok(None)
             }
         }
     }
@@ -156,9 +173,6 @@ impl Lm {
     /// Tries what is due at `now`; what was in the way.
     async fn try_holes(&self, cell: &Arc<RoomCell>, now: i64) -> Result<BTreeMap<OwnedEventId, String>, Refusal> {
         let store = &self.context().store;
-        if self.go_on_with_gap(cell).await? {
-            return Ok(BTreeMap::new());
-        }
         let _turn = cell.intake.lock().await;
         let room = cell.snapshot(store).await?;
         if !room.has_server(&self.context().server_name) {

@@ -119,8 +119,9 @@ impl<'a> Taking<'a> {
     pub async fn begin(lm: &'a Lm, cell: &RoomCell, room: Arc<Snapshot>) -> Result<Self, Refusal> {
         let mut taking = Self::new(lm, Batch::new(room));
         if lock(&cell.missing).is_any() {
-            if stored::gap(&lm.context().store, &cell.room_id).await?.is_some() {
+            if let Some(gap) = stored::gap(&lm.context().store, &cell.room_id).await? {
                 (taking.gap_is_open, taking.asked) = (true, Some(Filled::NotNow));
+                taking.waits.newest = gap.newest;
             }
             // Boxed: what is beneath it is nested too deeply for the compiler to see at once that it may go to another thread.
             taking.take_waiting().boxed().await?;
@@ -165,14 +166,14 @@ impl<'a> Taking<'a> {
             None => self.fill(&event.pdu.event_id, missing).await?,
         };
         if filled == Filled::NotNow {
+            if self.gap_is_open {
+                // It is asked for with all that came meanwhile: the hub need not keep what it has for other rooms.
+                self.comes_later(&event.pdu.event_id, &event.pdu.prev_events);
+                return Ok(Ok(()));
+            }
             // No verdict on the event: the hub is to send it again, and those that do not are asked for it.
             let problem = "what is before the event cannot be had from the hub now".to_owned();
-            if self.gap_is_open {
-                // It is asked for with all that came meanwhile.
-                self.waits.newest = Some(event.pdu.event_id);
-            } else {
-                self.note(&event.pdu.event_id, None, None, &problem);
-            }
+            self.note(&event.pdu.event_id, None, None, &problem);
             return Ok(Err(Refusal::Internal(problem)));
         }
         self.place(event).await

@@ -11,7 +11,7 @@ use ruma::OwnedEventId;
 
 use super::Lm;
 use super::finished::{Bad, Finished};
-use super::gaps::{Bounds, Fetched, Passed, event_of, in_order};
+use super::gaps::{Adopted, Bounds, Fetched, Passed, event_of, in_order};
 use super::holes::{AGAIN_MS, first_try};
 use super::intake::Taking;
 use super::rooms::{RoomCell, stored_pdu};
@@ -23,11 +23,17 @@ use crate::store::lm::{self as stored, EventRow, Gap, Hole, Staged};
 /// How many bytes are written down for all gaps together. A room may have half of what the others leave.
 const SPACE: i64 = 1 << 30;
 /// How much is asked for, and for how long, before it is written down.
-const ROUND: Bounds = Bounds { events: 2_000, bytes: 8 << 20, patience: Duration::from_secs(5) };
+const ROUND: Bounds = Bounds { events: 2_000, bytes: 8 << 20, patience: Duration::from_secs(30) };
+/// How many bytes a round counts for at least, and an event of which only its refusal is written down.
+const ROUND_BYTES: i64 = 16 << 10;
+const REFUSED_BYTES: i64 = 1 << 10;
 /// How many events are put into the log at once.
 const AT_ONCE: i64 = 200;
-/// How often a hub is asked that gives nothing, more than an hour in all, before the rest counts as not to be had.
+/// How often a hub is asked for its state or its keys that answers and does not give them, for more than an hour in all, before
+/// the log goes on without.
 const TRIES: i64 = 5;
+/// When a hub that is away is asked for its state again, in milliseconds.
+const AWAY_MS: i64 = 2 * 60_000;
 /// How many branches of a log that forks are followed.
 const EDGES: usize = 100;
 
@@ -43,14 +49,26 @@ pub(super) struct Found {
     pub left: Vec<OwnedEventId>,
 }
 
+impl Found {
+    fn is_empty(&self) -> bool {
+        self.events.is_empty() && self.passed.is_empty()
+    }
+}
+
 impl Taking<'_> {
     /// Goes on with a gap later, from what was found of it.
     pub(super) async fn stage(&mut self, found: Found) -> Result<(), Refusal> {
         let (room_id, hub) = (&self.room().facts.room_id, &self.room().facts.hub);
         tracing::info!(room = %room_id, %hub, "much is missing: it is fetched in the background");
-        let now = self.lm().context().clock.now_ms();
-        let gap = Gap { noticed_ts: now, retry_at: now, last_error: UNDER_WAY.to_owned(), ..Gap::default() };
-        self.write_down(gap, found).await?;
+        let (lm, now) = (self.lm(), self.lm().context().clock.now_ms());
+        // One that nobody attends may be there, of a try that failed: what was found now is asked for again after it.
+        if stored::gap(&lm.context().store, room_id).await?.is_none() {
+            let gap = Gap { noticed_ts: now, retry_at: now, last_error: UNDER_WAY.to_owned(), ..Gap::default() };
+            self.write_down(gap, found).await?;
+        }
+        if let Some(cell) = lm.rooms().find(room_id).await? {
+            lm.attend(&cell);
+        }
         self.gap_is_open = true;
         Ok(())
     }
@@ -58,6 +76,9 @@ impl Taking<'_> {
     /// Returns the gap as it is then.
     async fn write_down(&self, mut gap: Gap, found: Found) -> Result<Gap, Refusal> {
         let (context, room_id) = (self.lm().context(), self.room().facts.room_id.clone());
+        let refused = i64::try_from(found.passed.len()).unwrap_or(i64::MAX).saturating_mul(REFUSED_BYTES);
+        let bytes_before = gap.bytes;
+        let has_found = !found.is_empty();
         let ids: Vec<OwnedEventId> = found.events.keys().chain(&found.left).cloned().collect();
         let there = stored::staged_of(&context.store, &room_id, &ids).await?;
         let events = in_order(found.events, &found.passed, 0).into_iter().filter_map(|(_, event)| {
@@ -72,6 +93,10 @@ impl Taking<'_> {
         for (seq, event) in (gap.lowest..).zip(&mut events) {
             event.seq = seq;
             gap.bytes = gap.bytes.saturating_add(i64::try_from(event.json.len()).unwrap_or(i64::MAX));
+        }
+        gap.bytes = gap.bytes.saturating_add(refused);
+        if has_found {
+            gap.bytes = gap.bytes.max(bytes_before.saturating_add(ROUND_BYTES));
         }
         gap.events = gap.events.saturating_add(count);
         gap.edges = found.left.into_iter().filter(|id| !there.contains(id)).take(EDGES).collect();
@@ -89,8 +114,8 @@ fn raw(event: &Result<Finished, Bad>) -> Option<Vec<u8>> {
 }
 
 impl Lm {
-    /// Goes on with the gap of a room for a moment. False when it has none.
-    pub(super) async fn go_on_with_gap(&self, cell: &Arc<RoomCell>) -> Result<bool, Refusal> {
+    /// Goes on with the gap of a room for a moment, if that is due at `now`. False when it has none.
+    pub(super) async fn go_on_with_gap(&self, cell: &Arc<RoomCell>, now: i64) -> Result<bool, Refusal> {
         let store = &self.context().store;
         if stored::gap(store, &cell.room_id).await?.is_none() {
             return Ok(false);
@@ -101,6 +126,9 @@ impl Lm {
         if !room.has_server(&self.context().server_name) {
             // The hub owes us nothing any more.
             self.forget_holes(&cell.room_id).await?;
+            return Ok(true);
+        }
+        if gap.retry_at > now {
             return Ok(true);
         }
         let mut taking = Taking::begin(self, cell, room).await?;
@@ -117,9 +145,26 @@ impl Lm {
         let count = i64::try_from(rows.len()).unwrap_or(i64::MAX);
         if let (0, Some(problem), Some(first)) = (gap.taken, &gap.problem, rows.first()) {
             taking.complain(&first.event_id, &format!("the hub did not give all that is before it: {problem}"));
-            taking.adopt_state_before(&first.event_id).await?;
+            let adopted = taking.adopt_state_before(&first.event_id).await?;
+            // What was judged without it would be refused for good.
+            match adopted {
+                Adopted::Yes => {}
+                Adopted::Refused(_) if gap.tries >= TRIES => {}
+                Adopted::Refused(problem) => {
+                    self.put_off_gap(cell, again_later(gap, &problem, self.context().clock.now_ms())).await?;
+                    return Ok(true);
+                }
+                Adopted::NotNow(problem) => {
+                    let retry_at = self.context().clock.now_ms().saturating_add(AWAY_MS);
+                    self.put_off_gap(cell, Gap { retry_at, last_error: problem, ..gap }).await?;
+                    return Ok(true);
+                }
+            }
         }
-        self.take_staged(&mut taking, rows).await?;
+        if let Some(problem) = self.take_staged(&mut taking, rows, gap.tries >= TRIES).await? {
+            self.put_off_gap(cell, again_later(gap, &problem, self.context().clock.now_ms())).await?;
+            return Ok(true);
+        }
         taking.finish(Some(cell)).await?;
         let room_id = cell.room_id.clone();
         let job = store.write(move |tx| Box::pin(async move { stored::unstage(tx, &room_id, last, count).await }));
@@ -130,6 +175,15 @@ impl Lm {
         Ok(true)
     }
 
+    /// Writes down when a gap is gone on with.
+    async fn put_off_gap(&self, cell: &RoomCell, gap: Gap) -> Result<(), StoreError> {
+        let room_id = cell.room_id.clone();
+        tracing::info!(room = %room_id, problem = gap.last_error, "a long gap waits");
+        let job =
+            self.context().store.write(move |tx| Box::pin(async move { stored::stage(tx, &room_id, &gap, &[]).await }));
+        job.await
+    }
+
     /// Asks the hub for more of what is missing.
     async fn fetch_more(&self, taking: &mut Taking<'_>, mut gap: Gap) -> Result<(), Refusal> {
         let (room_id, place) = (taking.room().facts.room_id.clone(), taking.room().head);
@@ -137,34 +191,38 @@ impl Lm {
         let now = self.context().clock.now_ms();
         let mut found = Found { left: std::mem::take(&mut gap.edges), ..Found::default() };
         let fetched = taking.fetch(&mut found, ROUND).await?;
-        let has_found = !found.events.is_empty() || !found.passed.is_empty();
-        (gap.tries, gap.retry_at) = if has_found { (0, now) } else { (gap.tries.saturating_add(1), now) };
+        (gap.tries, gap.retry_at) = (if found.is_empty() { gap.tries } else { 0 }, now);
         let ended = |gap: &mut Gap, problem: Option<String>| (gap.place, gap.problem) = (Some(place), problem);
         match fetched {
             Fetched::All => ended(&mut gap, None),
             Fetched::No(problem) => ended(&mut gap, Some(problem)),
-            Fetched::Long(_) if gap.bytes > SPACE.saturating_sub(others) / 2 => {
+            Fetched::Long(_) | Fetched::NotNow(_) if gap.bytes > SPACE.saturating_sub(others) / 2 => {
                 let problem = format!("there are more than the {} events for which there is space", gap.events);
                 ended(&mut gap, Some(problem));
             }
             Fetched::Long(_) => {}
-            Fetched::NotNow(problem) if gap.tries > TRIES => ended(&mut gap, Some(problem)),
-            Fetched::NotNow(problem) => {
-                let tries = usize::try_from(gap.tries.saturating_sub(1)).unwrap_or_default();
-                let delay = AGAIN_MS.get(tries).or(AGAIN_MS.last());
-                gap.retry_at = now.saturating_add(delay.copied().unwrap_or_default());
-                gap.last_error = problem;
-            }
+            // While it is away nothing else comes from it either.
+            Fetched::NotNow(problem) => gap = again_later(gap, &problem, self.context().clock.now_ms()),
         }
-        if has_found {
+        if !found.is_empty() {
             gap.last_error = UNDER_WAY.to_owned();
+        }
+        if gap.place.is_some() {
+            gap.tries = 0;
         }
         let gap = taking.write_down(gap, found).await?;
         tracing::info!(room = %room_id, fetched = gap.events, whole = gap.place.is_some(), "a long gap is fetched");
         Ok(())
     }
 
-    async fn take_staged(&self, taking: &mut Taking<'_>, rows: Vec<Staged>) -> Result<(), Refusal> {
+    /// Puts events into the log. Nothing is done where the hub's own keys cannot be had and `without_keys` is not set: the
+    /// reason is returned.
+    async fn take_staged(
+        &self,
+        taking: &mut Taking<'_>,
+        rows: Vec<Staged>,
+        without_keys: bool,
+    ) -> Result<Option<String>, Refusal> {
         let redaction = taking.room().redaction;
         let mut unproved = Vec::new();
         let mut events = Vec::with_capacity(rows.len());
@@ -179,7 +237,18 @@ impl Lm {
             unproved.push(json);
             events.push(None);
         }
-        let mut checked = self.check_finished(unproved, redaction).await.into_iter();
+        let checked = self.check_finished(unproved, redaction).await;
+        let hub = &taking.room().facts.hub;
+        let waits = checked.iter().find_map(|event| match event {
+            Err(Bad::Unproved(_, refusal @ Refusal::KeysUnavailable { server, .. })) if *server == **hub => {
+                Some(refusal)
+            }
+            _ => None,
+        });
+        if let Some(refusal) = waits.filter(|_| !without_keys) {
+            return Ok(Some(refusal.to_string()));
+        }
+        let mut checked = checked.into_iter();
         let coming = events.iter().flatten().filter_map(|event| event_of(event));
         let ids = coming.flat_map(|pdu| pdu.prev_events.iter().chain([&pdu.event_id])).cloned();
         taking.look_up(ids.collect()).await?;
@@ -191,7 +260,7 @@ impl Lm {
                 Err(outcome) => outcome,
             };
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Nothing of a gap is left to be put into the log.
@@ -209,14 +278,24 @@ impl Lm {
             last_error: problem.clone(),
             overflow: None,
         };
-        let holes = gap.edges.into_iter().map(|edge| hole(edge, gap.place, first_try(now)));
-        let holes: Vec<Hole> = holes.chain(gap.newest.map(|newest| hole(newest, None, now))).collect();
+        // What the hub was told was delivered before all else: there is an end to how much is remembered.
+        let newest = gap.newest.map(|newest| hole(newest, None, now));
+        let edges = gap.edges.into_iter().map(|edge| hole(edge, gap.place, first_try(now)));
+        let holes: Vec<Hole> = newest.into_iter().chain(edges).collect();
         tracing::info!(room = %cell.room_id, events = gap.events, "a long gap is closed");
         self.note_holes(&cell.room_id, holes).await?;
         let room_id = cell.room_id.clone();
         let job = store.write(move |tx| Box::pin(async move { stored::close_gap(tx, &room_id, now).await }));
         Ok(job.await?)
     }
+}
+
+/// A gap that is gone on with ever more seldom.
+fn again_later(gap: Gap, problem: &str, now: i64) -> Gap {
+    let tries = usize::try_from(gap.tries).unwrap_or_default();
+    let delay = AGAIN_MS.get(tries).or(AGAIN_MS.last()).copied().unwrap_or_default();
+    let last_error = problem.chars().take(500).collect();
+    Gap { tries: gap.tries.saturating_add(1), retry_at: now.saturating_add(delay), last_error, ..gap }
 }
 
 fn proved(taking: &Taking<'_>, row: &Staged, redaction: Redaction) -> Option<Finished> {

@@ -57,6 +57,8 @@ pub(super) struct Waits {
     pub freed: bool,
     /// The newest event that came while a long gap was being filled.
     pub newest: Option<OwnedEventId>,
+    /// Whether one came now.
+    heard: bool,
 }
 
 struct Stayed {
@@ -344,6 +346,20 @@ impl Taking<'_> {
         }
     }
 
+    /// Writes down that an event, and all that is before it, is to be asked for when the long gap is closed.
+    pub(super) fn comes_later(&mut self, event_id: &EventId, prev_events: &[OwnedEventId]) {
+        if self.waits.late.is_some() {
+            // It has been written down before.
+            return;
+        }
+        let before = self.waits.newest.replace(event_id.to_owned());
+        self.waits.heard = true;
+        // Where the log forks, the one does not lead to the other.
+        if let Some(before) = before.filter(|before| before != event_id && !prev_events.contains(before)) {
+            self.note(&before, None, None, "it came while a long gap was being filled");
+        }
+    }
+
     /// Remembers what is in the way of an event.
     pub(super) fn hinder(&mut self, event_id: &EventId, problem: &str) {
         self.waits.problems.insert(event_id.to_owned(), problem.chars().take(500).collect());
@@ -380,7 +396,7 @@ impl Taking<'_> {
     pub(super) async fn finish(self, cell: Option<&Arc<RoomCell>>) -> Result<Committed, Refusal> {
         let lm = self.lm().clone();
         let room_id = self.room().facts.room_id.clone();
-        let Waits { noted, mut closed, asked, again, overflows, freed, any, newest, .. } = self.waits;
+        let Waits { noted, mut closed, asked, again, overflows, freed, any, newest, heard, .. } = self.waits;
         // What was asked for, and came, and waits now is still missing.
         closed.retain(|id| self.fresh.contains(id) || noted.iter().all(|noted| noted.event_id != *id));
         if any {
@@ -388,13 +404,13 @@ impl Taking<'_> {
         }
         let hasten = freed && !overflows.is_empty();
         let settled = !closed.is_empty() || !asked.is_empty() || hasten;
-        let changes = !noted.is_empty() || settled || newest.is_some() || self.gap_is_open;
-        if let Some(newest) = newest {
-            let room_id = room_id.clone();
+        let changes = !noted.is_empty() || settled || self.gap_is_open;
+        if let Some(newest) = newest.filter(|_| heard) {
+            let (room_id, soon) = (room_id.clone(), first_try(lm.context().clock.now_ms()));
             let job = lm
                 .context()
                 .store
-                .write(move |tx| Box::pin(async move { stored::note_newest(tx, &room_id, &newest).await }));
+                .write(move |tx| Box::pin(async move { stored::note_newest(tx, &room_id, &newest, soon).await }));
             job.await?;
         }
         if !noted.is_empty() {

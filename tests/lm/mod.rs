@@ -10,6 +10,7 @@ mod http;
 mod hub_and_participant;
 mod knocks;
 pub mod log_hub;
+mod long_gaps;
 mod memberships;
 mod notary;
 mod own_events;

@@ -282,10 +282,10 @@ fn hole(row: &AnyRow) -> Result<Hole, StoreError> {
     })
 }
 
-/// When the next hole of a room is to be tried again, or its gap gone on with, if it has any.
+/// When the gap of a room is gone on with; where it has none, when the next of its holes is to be tried again, if it has any.
 pub async fn next_try(store: &Store, room_id: &RoomId) -> Result<Option<i64>, StoreError> {
-    let sql = "SELECT MIN(retry_at) AS next FROM (SELECT retry_at FROM lm_holes WHERE room_id = $1 \
-               UNION ALL SELECT retry_at FROM lm_gaps WHERE room_id = $2) AS due";
+    let sql = "SELECT COALESCE((SELECT retry_at FROM lm_gaps WHERE room_id = $1), \
+               (SELECT MIN(retry_at) FROM lm_holes WHERE room_id = $2)) AS next";
     let row = sqlx::query(sql).bind(room_id.as_str()).bind(room_id.as_str()).fetch_one(store.reader()).await?;
     Ok(row.try_get("next")?)
 }

@@ -119,11 +119,17 @@ pub async fn stage(tx: &mut Tx, room_id: &RoomId, gap: &Gap, events: &[Staged]) 
     Ok(())
 }
 
-/// Remembers the newest event that came while a gap was being filled.
-pub async fn note_newest(tx: &mut Tx, room_id: &RoomId, newest: &EventId) -> Result<(), StoreError> {
+/// Remembers the newest event that came while a gap was being filled. The hub that sent it is asked for more at `soon`.
+pub async fn note_newest(tx: &mut Tx, room_id: &RoomId, newest: &EventId, soon: i64) -> Result<(), StoreError> {
     sqlx::query("UPDATE lm_gaps SET newest = $1 WHERE room_id = $2")
         .bind(newest.as_str())
         .bind(room_id.as_str())
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query("UPDATE lm_gaps SET retry_at = $1 WHERE room_id = $2 AND place IS NULL AND retry_at > $3")
+        .bind(soon)
+        .bind(room_id.as_str())
+        .bind(soon)
         .execute(tx)
         .await?;
     Ok(())
@@ -174,7 +180,7 @@ pub async fn unstage(tx: &mut Tx, room_id: &RoomId, seq: i64, count: i64) -> Res
         .bind(seq)
         .execute(&mut *tx)
         .await?;
-    sqlx::query("UPDATE lm_gaps SET taken = taken + $1 WHERE room_id = $2")
+    sqlx::query("UPDATE lm_gaps SET taken = taken + $1, tries = 0 WHERE room_id = $2")
         .bind(count)
         .bind(room_id.as_str())
         .execute(tx)
