@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use moka::sync::Cache;
-use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, UserId};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use tokio::sync::Notify;
 
 use super::acl::{self, SERVER_ACL};
@@ -24,6 +24,7 @@ use crate::admin::metrics;
 use crate::event::{Edu, EduKey, Ignored, Presence, Receipt, Typing};
 use crate::identity::Side;
 use crate::refusal::Refusal;
+use crate::store::images;
 
 /// How many EDUs wait.
 const MAX_WAITING: usize = 20_000;
@@ -77,6 +78,8 @@ struct Waiting {
     next: u64,
     /// Who is typing, by room on the side that they are at home on.
     typing: HashMap<(Side, OwnedRoomId), HashMap<OwnedUserId, Typer>>,
+    /// How many jobs there are for each server's users.
+    shares: HashMap<OwnedServerName, usize>,
 }
 
 #[derive(Debug, Clone)]
@@ -105,17 +108,47 @@ struct Typer {
 }
 
 impl Waiting {
-    /// Puts a job in the place of an older one of the same; false when there is no room.
+    /// Puts a job in the place of an older one of the same; false when there is no room. Where there is none, the server whose
+    /// users have most of it makes some for others.
     fn put(&mut self, key: (Side, EduKey), due: i64, what: What) -> bool {
-        match self.jobs.remove(&key) {
-            Some(old) => drop(self.order.remove(&old.at)),
-            None if self.jobs.len() >= MAX_WAITING => return false,
-            None => {}
+        if self.remove(&key).is_none() && self.jobs.len() >= MAX_WAITING && !self.make_room(server(&key)) {
+            return false;
         }
+        let share = self.shares.entry(server(&key).to_owned()).or_default();
+        *share = share.saturating_add(1);
         let at = (due, self.next);
         self.next = self.next.wrapping_add(1);
         self.order.insert(at, key.clone());
         self.jobs.insert(key, Job { at, what });
+        true
+    }
+
+    fn remove(&mut self, key: &(Side, EduKey)) -> Option<Job> {
+        let job = self.jobs.remove(key)?;
+        self.order.remove(&job.at);
+        if let Some(share) = self.shares.get_mut(server(key)) {
+            *share = share.saturating_sub(1);
+            if *share == 0 {
+                self.shares.remove(server(key));
+            }
+        }
+        Some(job)
+    }
+
+    /// Drops the last EDU of the server whose users have most of the jobs, when that has more than `asker`.
+    fn make_room(&mut self, asker: &ServerName) -> bool {
+        let own = self.shares.get(asker).copied().unwrap_or(0);
+        let Some((most, _)) = self.shares.iter().max_by_key(|(_, share)| **share).filter(|(_, share)| **share > own)
+        else {
+            return false;
+        };
+        let may_go = |key: &&(Side, EduKey)| {
+            server(key) == &**most && self.jobs.get(*key).is_some_and(|job| job.what != What::Look)
+        };
+        let Some(last) = self.order.values().rev().find(may_go).cloned() else { return false };
+        if let Some(Job { what: What::Carry(edu, _), .. }) = self.remove(&last) {
+            metrics::edu_received(edu.kind(), Ignored::Budget.code());
+        }
         true
     }
 
@@ -128,10 +161,12 @@ impl Waiting {
             return Err(Some(left));
         }
         let key = key.clone();
-        self.order.remove(&at);
-        match self.jobs.remove(&key) {
+        match self.remove(&key) {
             Some(job) => Ok((key, job.what)),
-            None => Err(Some(0)),
+            None => {
+                self.order.remove(&at);
+                Err(Some(0))
+            }
         }
     }
 
@@ -167,6 +202,13 @@ impl Waiting {
             self.typing.remove(&key);
         }
         typer
+    }
+}
+
+/// The server whose user it is about.
+fn server((_, key): &(Side, EduKey)) -> &ServerName {
+    match key {
+        EduKey::Typing(_, user) | EduKey::Receipt(_, user, _) | EduKey::Presence(user) => user.server_name(),
     }
 }
 
@@ -403,7 +445,9 @@ async fn carry_receipt(core: &Core, side: Side, receipt: Receipt, tries: usize) 
         }
         return Ok(Done::Later);
     };
-    if core.ephemeral.read.get(&key).is_some_and(|order| found.order <= order) {
+    // Depths have an end, which anybody can lead a graph to: from there on all are the same.
+    let is_old = |order| found.order < order || (side == Side::Lm && found.order == order);
+    if core.ephemeral.read.get(&key).is_some_and(is_old) {
         return Ok(Done::Ignored(Ignored::Old));
     }
     let room_id = portal.room(side.other());
@@ -476,6 +520,10 @@ async fn portals_of(core: &Core, side: Side, user: &UserId) -> Result<Arc<[i64]>
     if let Some(known) = core.ephemeral.portals.get(&key) {
         return Ok(known);
     }
+    // Of strangers there may be any number: the portals are not searched for them, and they take no place.
+    if images::profile(&core.context.store, side, &key.1).await?.is_none() {
+        return Ok(Arc::default());
+    }
     let member = [(MEMBER.to_owned(), user.to_string())];
     let mut found = Vec::new();
     for entry in core.registry.after(0, PRESENCE_PORTALS) {
@@ -538,6 +586,33 @@ mod tests {
             waiting.put((Side::Lm, typing(user).0), 0, What::Look);
         }
         assert_eq!(waiting.types(Side::Matrix, &begins, &ghost, 7), None);
+    }
+
+    #[test]
+    fn hc_53_who_fills_the_line_leaves_room_for_others() {
+        let mut waiting = Waiting::default();
+        let line = |server: &str, user: usize| {
+            let user_id = format!("@u{user}:{server}").try_into().unwrap();
+            let room_id = "!r:h.example".try_into().unwrap();
+            let typing = Typing { room_id, user_id, typing: true };
+            ((Side::Lm, typing.key()), What::Carry(Edu::Typing(typing), 0))
+        };
+        for user in 0..MAX_WAITING {
+            let (key, what) = line(&format!("flood{}.example", user % 4), user);
+            assert!(waiting.put(key, 0, what));
+        }
+        for user in 0..100 {
+            let (key, what) = line("quiet.example", user);
+            assert!(waiting.put(key, 0, what), "{user}");
+        }
+        let (key, what) = line("flood0.example", MAX_WAITING);
+        assert!(!waiting.put(key, 0, what));
+        assert_eq!((waiting.jobs.len(), waiting.order.len()), (MAX_WAITING, MAX_WAITING));
+        let mut quiet = 0;
+        while let Ok((key, _)) = waiting.take(0) {
+            quiet += usize::from(server(&key) == "quiet.example");
+        }
+        assert_eq!((quiet, waiting.shares.len()), (100, 0));
     }
 
     #[test]

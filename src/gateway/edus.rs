@@ -4,7 +4,10 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
 use ruma::{OwnedServerName, OwnedUserId, ServerName};
+use sha2::{Digest as _, Sha256};
 
 use super::routes::Federation;
 use crate::admin::metrics;
@@ -43,7 +46,11 @@ impl EduBudgets {
         if levels.len() >= REMEMBERED && !levels.contains_key(server) {
             levels.retain(|_, level| now.abs_diff(level.at) < BURST_MS.unsigned_abs());
             if levels.len() >= REMEMBERED {
-                levels.clear();
+                // Who has said most stays known.
+                let mut spent: Vec<i64> = levels.values().map(|level| level.spent).collect();
+                let middle = spent.len().checked_div(2).unwrap_or(0);
+                let (_, middle, _) = spent.select_nth_unstable(middle);
+                levels.retain(|_, level| level.spent > *middle);
             }
         }
         let level = levels.entry(server.to_owned()).or_default();
@@ -74,7 +81,11 @@ pub(super) async fn receive(
                 Err(reason) => ("any", Err(reason)),
                 Ok(edu) => {
                     let kind = edu.kind();
-                    let known = || format!("{txn_id}/{index}/{entry_index}");
+                    // A server may use the ID of a transaction again.
+                    let known = || {
+                        let hash = STANDARD_NO_PAD.encode(Sha256::digest(raw.get()));
+                        format!("{txn_id}/{index}/{entry_index}/{hash}")
+                    };
                     (kind, take(state, side, edu, &mut kept, known).await)
                 }
             };
@@ -144,13 +155,15 @@ impl Kept {
             return Ok(());
         }
         let store = &state.context.store;
-        let (origin, mut messages) = (origin.to_owned(), self.messages);
-        for message in &mut messages {
-            message.position = store.next_id();
-        }
-        let changed: Vec<_> = self.changed.into_iter().map(|user| (user, store.next_id())).collect();
+        let (origin, mut messages, changed) = (origin.to_owned(), self.messages, self.changed);
+        let numbers = store.clone();
         let write = store.write(move |tx| {
             Box::pin(async move {
+                // In here one write follows the other: who has read up to a number has read all below it.
+                for message in &mut messages {
+                    message.position = numbers.next_id();
+                }
+                let changed: Vec<_> = changed.into_iter().map(|user| (user, numbers.next_id())).collect();
                 to_device::put(tx, &origin, &messages).await?;
                 to_device::mark_changed(tx, &changed).await
             })
@@ -179,5 +192,6 @@ mod tests {
             budgets.spend(&ServerName::parse(format!("s{number}.example")).unwrap(), 2, 0);
         }
         assert!(budgets.0.lock().unwrap().len() <= REMEMBERED);
+        assert!(!budgets.spend(one, 2, 0), "however many others there are");
     }
 }

@@ -63,7 +63,7 @@ pub async fn peers(store: &Store) -> Result<BTreeMap<String, Peer>, StoreError> 
     .fetch_all(store.reader())
     .await?;
     let mut peers: BTreeMap<String, Peer> = BTreeMap::new();
-    for (server, kind, count) in rooms {
+    for (server, kind, count) in rooms.into_iter().filter(|(_, kind, _)| !kind.ends_with("_edus")) {
         let peer = peers.entry(server).or_default();
         match kind.as_str() {
             "graph" => peer.matrix_rooms = count,
@@ -102,7 +102,8 @@ pub async fn is_lm_only(store: &Store, server: &ServerName) -> Result<bool, Stor
         .bind(server.as_str())
         .fetch_all(store.reader())
         .await?;
-    Ok(!kinds.is_empty() && kinds.iter().all(|(kind,)| kind != "graph"))
+    let has = |wanted: &str| kinds.iter().any(|(kind,)| kind == wanted);
+    Ok((has("log") || has("lpdus")) && !has("graph"))
 }
 
 #[cfg(test)]
@@ -134,6 +135,7 @@ mod tests {
                         ("lm", "log", "!b:g"),
                         ("lm", "log", "!c:g"),
                         ("hub", "lpdus", "!d:hub"),
+                        ("told", "matrix_edus", "!edus:told"),
                     ] {
                         let [destination, kind, room_id] = [destination, kind, room_id].map(str::to_owned);
                         subscribe(tx, &CursorKey { destination, kind, room_id }, 0).await?;

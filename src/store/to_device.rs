@@ -1,6 +1,8 @@
 //! Messages for devices of this gateway's users, kept until they are taken out, and users whose devices have changed. A message is
 //! taken once, however often its server sends it.
 
+use std::collections::BTreeMap;
+
 use ruma::{OwnedUserId, ServerName, UserId};
 use sqlx::Row as _;
 use sqlx::any::AnyRow;
@@ -37,6 +39,7 @@ pub struct Message {
 
 /// Keeps messages of `origin` that are not known yet, each at its position.
 pub async fn put(tx: &mut Tx, origin: &ServerName, messages: &[Message]) -> Result<(), StoreError> {
+    let mut places: BTreeMap<(&UserId, &str), i64> = BTreeMap::new();
     for message in messages {
         let content =
             serde_json::to_vec(&message.content).map_err(|error| StoreError::corrupt("to-device message", error))?;
@@ -50,16 +53,21 @@ pub async fn put(tx: &mut Tx, origin: &ServerName, messages: &[Message]) -> Resu
         .bind(device.as_ref())
         .fetch_optional(&mut *tx)
         .await?;
-        let (waiting,): (i64,) =
-            sqlx::query_as("SELECT COUNT(*) FROM to_device_messages WHERE target = $1 AND device = $2")
-                .bind(message.target.as_str())
-                .bind(device.as_ref())
-                .fetch_one(&mut *tx)
-                .await?;
+        let key = (&*message.target, &*message.device);
+        let waiting = match places.get(&key) {
+            Some(waiting) => *waiting,
+            None => {
+                let query = "SELECT COUNT(*) FROM to_device_messages WHERE target = $1 AND device = $2";
+                let query = sqlx::query_as(query).bind(message.target.as_str()).bind(device.as_ref());
+                let (waiting,): (i64,) = query.fetch_one(&mut *tx).await?;
+                waiting
+            }
+        };
+        places.insert(key, waiting);
         if known.is_some() || waiting >= MAX_WAITING {
             continue;
         }
-        sqlx::query(
+        let put = sqlx::query(
             "INSERT INTO to_device_messages \
              (position, side, origin, sender, message_id, kind, target, device, content) \
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (origin, message_id, target, device) DO NOTHING",
@@ -75,6 +83,7 @@ pub async fn put(tx: &mut Tx, origin: &ServerName, messages: &[Message]) -> Resu
         .bind(content.as_slice())
         .execute(&mut *tx)
         .await?;
+        places.insert(key, waiting.saturating_add(i64::try_from(put.rows_affected()).unwrap_or(1)));
     }
     Ok(())
 }
