@@ -153,3 +153,40 @@ async fn who_knocks_at_a_foreign_hub_spends_of_the_portals_budget() {
     assert_eq!(refusal.code(), "budget", "{refusal}");
     assert!(world.server.state(&lm, "m.room.member", &ghost(Side::Matrix, "carl")).await.is_none());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_knock_that_comes_late_stays_for_one_who_has_knocked_again() {
+    let (world, gateway) = World::new(json!({})).await;
+    let (lm, portal) = knocking_from_lm(&world, &gateway).await;
+    let (matrix, alice, alices) = (&portal.matrix_room_id, world.matrix_user("alice"), ghost(Side::Matrix, "alice"));
+    let (open, is_open) = tokio::sync::watch::channel(false);
+    *world.server.meddler.lock().unwrap() = Some(Arc::new(move |request, next| {
+        let mut is_open = is_open.clone();
+        Box::pin(async move {
+            if request.uri().path().contains("/send/") {
+                let _ = is_open.wait_for(|is_open| *is_open).await;
+            }
+            next.run(request).await
+        })
+    }));
+    let first = hand(&world, &gateway, matrix, &alice, "knock").await.unwrap_err();
+    assert!(first.to_string().contains("has not answered the knock"), "{first}");
+    let key = ("m.room.member".to_owned(), alices.clone());
+    let coming = || async {
+        let coming = gateway.node.lm.on_its_way(&lm, std::slice::from_ref(&key)).await.unwrap();
+        coming.get(&key).map(|coming| coming.lpdu_id.clone())
+    };
+    let before = coming().await.unwrap();
+    // Both knocks wait when the hub goes on.
+    let opening = async {
+        so("the second one waits too", || async { coming().await.is_some_and(|id| id != before) }).await;
+        open.send(true).unwrap();
+    };
+    let (again, ()) = tokio::join!(hand(&world, &gateway, matrix, &alice, "knock"), opening);
+    again.unwrap();
+    // What the gateway would have sent after the first knock goes before this.
+    world.matrix_join(&gateway, matrix, &world.matrix_user("bert")).await.unwrap_err();
+    hand(&world, &gateway, matrix, &world.matrix_user("bert"), "knock").await.unwrap();
+    assert_eq!(world.server.membership(&lm, &alices).await, "knock");
+    assert_eq!(gateway.matrix_member(matrix, alice.as_str()).await.unwrap()["membership"], "knock");
+}
