@@ -23,6 +23,10 @@ use crate::clock::SharedClock;
 use crate::event::{Object, Pdu, Redaction};
 use crate::federation::crypto_provider;
 
+/// For how long a join waits for the invite before it to be in the log: so often it is looked, with this pause between.
+const INVITE_LOOKS: u32 = 250;
+const INVITE_PAUSE: Duration = Duration::from_millis(20);
+
 /// How large a request may be.
 const BODY_LIMIT: usize = 32 << 20;
 /// How many requests are kept.
@@ -55,6 +59,8 @@ pub(super) struct Manners {
     pub refuse: usize,
     /// The next transaction is answered so late.
     pub delay: Option<Duration>,
+    /// Whether an invite is on its way whose answer is not in the log yet. Whoever accepts it at once must wait for that.
+    pub inviting: bool,
     /// What invites are answered with instead of a signature.
     pub refuse_invites: Option<(u16, Value)>,
 }
@@ -176,6 +182,13 @@ impl Ear {
 
     async fn react(&self, identity: &Identity, arrival: &Arrival) -> (u16, Value) {
         let first = arrival.segments.first().map(String::as_str).unwrap_or_default();
+        if matches!(arrival.endpoint.as_str(), "make_join" | "send_join") {
+            let mut looks = 0;
+            while looks < INVITE_LOOKS && lock(&self.manners).inviting {
+                looks += 1;
+                tokio::time::sleep(INVITE_PAUSE).await;
+            }
+        }
         match arrival.endpoint.as_str() {
             "send" => {
                 let delay = lock(&self.manners).delay.take();

@@ -163,6 +163,13 @@ async fn incomplete(session: &Session, _: &str) -> Outcome {
 }
 
 async fn invite(session: &Session, _: &str) -> Outcome {
+    lock(&session.ear.manners).inviting = true;
+    let invited = invite_and_keep(session).await;
+    lock(&session.ear.manners).inviting = false;
+    invited
+}
+
+async fn invite_and_keep(session: &Session) -> Outcome {
     let event = invitation(session)?;
     let event = room(session, |room| room.finish(event));
     let answer = ask_invite(session, event.clone(), version()).await?;
