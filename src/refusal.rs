@@ -179,9 +179,9 @@ pub enum Refusal {
         /// Its status, from 400 to 599.
         status: u16,
         /// Its `errcode`.
-        errcode: String,
+        errcode: Box<str>,
         /// Its `error`.
-        error: String,
+        error: Box<str>,
         /// How long it asks to be left alone, in milliseconds.
         retry_after_ms: Option<u64>,
     },

@@ -311,7 +311,7 @@ mod tests {
     fn the_id_of_what_is_too_long_is_not_looked_for() {
         let with = |length: usize| {
             let text = format!(r#"{{"room_id":"!r:a.example","type":"t","a":"{}"}}"#, "a".repeat(length));
-            RawValue::from_string(text).unwrap().into()
+            RawValue::from_string(text).unwrap()
         };
         for dialect in [Dialect::Lm, Dialect::Matrix] {
             assert!(id_of(&with(70_000), dialect).is_some(), "{dialect:?}");

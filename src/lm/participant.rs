@@ -417,7 +417,13 @@ pub(super) fn passed_on(error: RemoteError, server: &ServerName) -> Refusal {
                 && !matches!(errcode.as_str(), "" | "M_UNRECOGNIZED") =>
         {
             let retry_after_ms = retry_after.and_then(|wait| u64::try_from(wait.as_millis()).ok());
-            Refusal::Declined { server: server.to_string(), status: status.as_u16(), errcode, error, retry_after_ms }
+            Refusal::Declined {
+                server: server.to_string(),
+                status: status.as_u16(),
+                errcode: errcode.into(),
+                error: error.into(),
+                retry_after_ms,
+            }
         }
         error => into_refusal(error, server),
     }

@@ -70,7 +70,7 @@ pub(super) fn checks() -> Vec<Check> {
             room.sign(event)
         });
         "LM-H-032", "int-receiving-events", "a bad event does no harm to the good ones beside it", beside;
-        "LM-H-033", "int-hub-selection", "events of the room by a server that is not the hub are not taken for the hub's", |s, id| not_the_hub(s, id);
+        "LM-H-033", "int-hub-selection", "events of the room by a server that is not the hub are not taken for the hub's", not_the_hub;
         "LM-H-040", "int-api-make-join", "make_join at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_server(s, "make_join");
         "LM-H-041", "int-api-make-leave", "make_leave at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_server(s, "make_leave");
         "LM-H-042", "int-api-make-knock", "make_knock at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_server(s, "make_knock");
