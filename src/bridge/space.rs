@@ -17,6 +17,8 @@ use crate::store::portals;
 
 /// How long a portal is young: who asked for it is on the way. In milliseconds.
 const YOUNG_MS: i64 = 300_000;
+/// How long it counts that a user was asked to come in, or has asked, in milliseconds after the portal was made.
+const ASKED_MS: i64 = 24 * 3_600_000;
 /// How many portals are looked at for one that is to be made. The next one goes on from there.
 const LOOKED_AT: i64 = 100;
 
@@ -63,28 +65,43 @@ async fn unused(core: &Core) -> Result<Option<Arc<Entry>>, Refusal> {
     let looked_at = &core.creations.looked_at.0;
     let (old, after) = (core.now_ms().saturating_sub(YOUNG_MS), looked_at.load(Ordering::Relaxed));
     let numbers = portals::nobodys(&core.context.store, old, after, LOOKED_AT).await?;
-    for number in &numbers {
+    let asked_since = core.now_ms().saturating_sub(ASKED_MS);
+    for (number, created_ts) in &numbers {
         if let Some(entry) = core.registry.get(*number)
             && entry.portal().state.may_give_way()
-            && !is_used(core, &entry.portal()).await?
+            && !is_used(core, &entry.portal(), *created_ts > asked_since).await?
         {
             return Ok(Some(entry));
         }
     }
     // The next time on from here, or from the start again.
     let is_all = i64::try_from(numbers.len()).is_ok_and(|count| count < LOOKED_AT);
-    looked_at.store(if is_all { 0 } else { numbers.last().copied().unwrap_or_default() }, Ordering::Relaxed);
+    looked_at.store(if is_all { 0 } else { numbers.last().map_or(0, |(number, _)| *number) }, Ordering::Relaxed);
     Ok(None)
 }
 
-/// Whether a Matrix user is in.
-async fn is_used(core: &Core, portal: &Portal) -> Result<bool, Refusal> {
-    let state = core.sides()?.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
-    for entry in state.members().into_iter().filter(|entry| entry.membership() == "join") {
+/// Whether a Matrix user is in; or may be about to come in, where `asked` says that this counts.
+async fn is_used(core: &Core, portal: &Portal, asked: bool) -> Result<bool, Refusal> {
+    let sides = core.sides()?;
+    for user in &sides.dag.joined(&portal.matrix_room_id).await? {
+        if is_native(core, user).await? {
+            return Ok(true);
+        }
+    }
+    if !asked {
+        return Ok(false);
+    }
+    // Only of those in which nobody is the whole state is read.
+    let state = sides.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
+    for entry in state.members().into_iter().filter(|entry| matches!(entry.membership(), "invite" | "knock")) {
         let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
-        if matches!(core.users.who(&core.context.store, Side::Matrix, user).await?, Who::Native { .. }) {
+        if is_native(core, user).await? {
             return Ok(true);
         }
     }
     Ok(false)
+}
+
+async fn is_native(core: &Core, user: &UserId) -> Result<bool, Refusal> {
+    Ok(matches!(core.users.who(&core.context.store, Side::Matrix, user).await?, Who::Native { .. }))
 }

@@ -1,7 +1,7 @@
 //! Events on their way into one log: tried on a copy of the room, written in one transaction with all that hangs on them,
 //! and told about only after the commit (INV-6).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
@@ -100,6 +100,7 @@ impl Batch {
         let room_id = self.after.facts.room_id.clone();
         let is_hub = self.after.facts.hub == lm.context().server_name;
         let events: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
+        let (complaints, redaction) = (self.complaints.clone(), self.after.redaction);
         let refusal = match AssertUnwindSafe(self.write(lm, cell)).catch_unwind().await {
             Ok(Err(StoreError::Panicked)) | Err(_) => {
                 let known_as = |event: &'_ Arc<Pdu>| event.lpdu_id.clone().unwrap_or_else(|| event.event_id.clone());
@@ -111,7 +112,15 @@ impl Batch {
         let Some(cell) = cell else { return Err(refusal) };
         // It may have been committed.
         cell.forget();
-        if is_hub { Err(refusal) } else { each_alone(lm, cell, events).await }
+        if is_hub {
+            return Err(refusal);
+        }
+        let committed = each_alone(lm, cell, events).await?;
+        // What else was in it: verdicts on other events, and how the hub redacts.
+        let mut rest = Batch::new(cell.snapshot(&lm.context().store).await?);
+        (rest.complaints, rest.after.redaction) = (complaints, redaction);
+        rest.write(lm, Some(cell)).await?;
+        Ok(committed)
     }
 
     async fn write(self, lm: &Lm, cell: Option<&Arc<RoomCell>>) -> Result<Committed, StoreError> {
@@ -198,18 +207,22 @@ impl Batch {
     }
 }
 
-/// Appends events of a hub one by one. One on which this gateway fails is refused for good, and so is what the rules forbid
-/// without it.
+/// Appends events of a hub one by one, which were found to be allowed. One on which this gateway fails is refused for good, and
+/// so is what names it among those that allow it, where the rules forbid that without it.
 async fn each_alone(lm: &Lm, cell: &Arc<RoomCell>, events: Vec<Arc<Pdu>>) -> Result<Committed, Refusal> {
     let store = &lm.context().store;
     let mut committed = Committed { appended: Vec::new(), failed: None, untried: Vec::new() };
+    let mut refused: BTreeSet<OwnedEventId> = BTreeSet::new();
     for event in events {
         if stored::event(store, &event.event_id).await?.is_some() {
             continue;
         }
         let room = cell.snapshot(store).await?;
         let subject = Subject::of(&event);
-        let judged = guarded_now(&event.event_id, || room.judge(&subject, &room.auth_events(&subject).0));
+        let judged = match event.auth_events.iter().any(|id| refused.contains(id)) {
+            true => guarded_now(&event.event_id, || room.judge(&subject, &room.auth_events(&subject).0)),
+            false => Ok(()),
+        };
         let refusal = match judged {
             Ok(()) => {
                 let mut batch = Batch::new(room.clone());
@@ -228,6 +241,7 @@ async fn each_alone(lm: &Lm, cell: &Arc<RoomCell>, events: Vec<Arc<Pdu>>) -> Res
             Err(refusal) => refusal,
         };
         cell.forget();
+        refused.insert(event.event_id.clone());
         let mut batch = Batch::new(cell.snapshot(store).await?);
         let problem = refusal.to_string();
         batch.complain(Complaint { event_id: event.event_id.clone(), problem, settled: true });

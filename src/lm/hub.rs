@@ -204,9 +204,12 @@ impl Lm {
         let outcomes = self.append(cell, events).await;
         let results: Vec<_> = outcomes.into_iter().map(Outcome::into_result).collect();
         if let Ok(before) = before {
-            for appended in results.iter().flatten().filter(|appended| appended.position.0 > before.head) {
+            let new = results.iter().flatten().filter(|appended| appended.position.0 > before.head);
+            let mut before = Snapshot::clone(&before);
+            for appended in new {
                 self.tell_invited(&before, appended);
                 self.tell_removed(&before, appended);
+                before.apply(&appended.event);
             }
         }
         results

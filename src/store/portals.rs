@@ -133,10 +133,11 @@ pub async fn unused(store: &Store, now_ms: i64) -> Result<Vec<i64>, StoreError> 
     .await
 }
 
-/// Portals that no admin wants and that were asked for before a time: those after a number, in the order of their making.
-pub async fn nobodys(store: &Store, before_ms: i64, after: i64, limit: i64) -> Result<Vec<i64>, StoreError> {
-    let rows: Vec<(i64,)> = sqlx::query_as(
-        "SELECT number FROM bridge_portals WHERE by_admin = 0 AND state <> 'ended' AND created_ts <= $1 AND number > $2 \
+/// Portals that no admin wants and that were asked for before a time: those after a number, in the order of their making, each with
+/// when that was.
+pub async fn nobodys(store: &Store, before_ms: i64, after: i64, limit: i64) -> Result<Vec<(i64, i64)>, StoreError> {
+    let rows: Vec<(i64, i64)> = sqlx::query_as(
+        "SELECT number, created_ts FROM bridge_portals WHERE by_admin = 0 AND state <> 'ended' AND created_ts <= $1 AND number > $2 \
          ORDER BY number LIMIT $3",
     )
     .bind(before_ms)
@@ -144,7 +145,7 @@ pub async fn nobodys(store: &Store, before_ms: i64, after: i64, limit: i64) -> R
     .bind(limit)
     .fetch_all(store.reader())
     .await?;
-    Ok(rows.into_iter().map(|(number,)| number).collect())
+    Ok(rows)
 }
 
 /// An admin wants a portal: it stays, used or not.
