@@ -68,8 +68,7 @@ impl Devices for Shelf {
 /// Asks the server that has devices.
 async fn ask(a: &Node, b: &Node, at: &str, method: Method, uri: &str, body: Option<Value>) -> (u16, Value) {
     let authorization = signature(a, b, &a.context.signing_key, &method, uri, body.as_ref());
-    let mut request =
-        reqwest::Client::new().request(method, format!("{at}{uri}")).header("authorization", authorization);
+    let mut request = super::http::http().request(method, format!("{at}{uri}")).header("authorization", authorization);
     if let Some(body) = body {
         request = request.json(&body);
     }

@@ -54,7 +54,7 @@ fn uri(path: &str, room: &str) -> String {
 pub type Answered = (u16, Value);
 
 /// Without a pool, since each test has a runtime of its own.
-fn http() -> &'static reqwest::Client {
+pub fn http() -> &'static reqwest::Client {
     static CLIENT: LazyLock<reqwest::Client> = LazyLock::new(|| {
         reqwest::Client::builder().no_proxy().timeout(PATIENCE).pool_max_idle_per_host(0).build().unwrap()
     });

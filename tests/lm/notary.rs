@@ -29,7 +29,7 @@ async fn query(notary: &Node, server: &str, minimum: Option<i64>) -> Vec<Value> 
 
 /// And to `POST query`.
 async fn query_many(notary: &Node, server_keys: Value) -> Vec<Value> {
-    let request = reqwest::Client::new().post(notary.url("/_matrix/key/v2/query"));
+    let request = super::http::http().post(notary.url("/_matrix/key/v2/query"));
     let response = request.json(&json!({ "server_keys": server_keys })).send().await.unwrap();
     assert_eq!(response.status(), 200);
     keys(response.json().await.unwrap())
