@@ -115,7 +115,8 @@ impl Dag {
         Ok(json!({ "events": pdus }))
     }
 
-    /// The events from `start` backwards, newest first, without those of `stop` and what is before them.
+    /// The events from `start` backwards, newest first, without those of `stop` and what is before them. `min_depth` holds for what
+    /// is further back than `start`: a branch that is shorter than another one is wanted all the same.
     async fn history(
         &self,
         room: &Room,
@@ -129,16 +130,18 @@ impl Dag {
         let mut next: BTreeSet<(i64, i64, OwnedEventId)> = BTreeSet::new();
         let mut known = EventMap::new();
         let mut wanted = start;
+        let mut least = i64::MIN;
         let mut events = Vec::new();
         loop {
             wanted.retain(|id| !stop.contains(id) && seen.insert(id.clone()));
             for (id, event) in self.shared.events.get_many(&wanted).await? {
                 let pdu = &event.pdu;
-                if pdu.room_id == room.room_id && event.groups.is_some() && pdu.depth >= min_depth {
+                if pdu.room_id == room.room_id && event.groups.is_some() && pdu.depth >= least {
                     next.insert((pdu.depth, pdu.origin_server_ts, id.clone()));
                     known.insert(id, event);
                 }
             }
+            least = min_depth;
             let Some((_, _, id)) = next.pop_last().filter(|_| events.len() < limit) else { return Ok(events) };
             let Some(event) = known.remove(&id) else { return Ok(events) };
             wanted = event.pdu.prev_events.clone();

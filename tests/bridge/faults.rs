@@ -73,7 +73,8 @@ async fn inv_5_a_portal_whose_making_is_broken_off_is_made_once_all_the_same() {
             Err(_) => {
                 let via = [LM.try_into().unwrap()];
                 super::world::until("the portal", || async {
-                    gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.ok()
+                    let asked = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await;
+                    asked.inspect_err(|refusal| eprintln!("after {pause} ms: {refusal}")).ok()
                 })
                 .await
             }

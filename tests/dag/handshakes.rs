@@ -62,7 +62,7 @@ async fn who_joins_while_something_is_said_is_led_to_it() {
         branches.sort();
         assert_eq!(tied, branches);
         // What it is led to it may ask for.
-        let body = json!({ "earliest_events": [join_id], "latest_events": [tie], "limit": 10, "min_depth": 0 });
+        let body = json!({ "earliest_events": [join_id], "latest_events": [tie], "limit": 10, "min_depth": 1000 });
         let missing = gateway.dag.get_missing_events(&peer.name, &room, object(body)).await.unwrap();
         let contents: Vec<_> =
             missing["events"].as_array().unwrap().iter().map(|event| &event["content"]["body"]).collect();

@@ -1,4 +1,5 @@
-//! Rule 5: changes of membership.
+//! Rule 5: changes of membership. Each refusal names its sub-rule, as the draft's section numbers it:
+//! <https://www.ietf.org/archive/id/draft-ralston-mimi-linearized-matrix-04.html#int-auth-rules>
 
 use ruma::UserId;
 use serde_json::Value;

@@ -77,7 +77,8 @@ impl<'a> Before<'a> {
     }
 }
 
-/// Whether the rules allow the event; when not, which one forbids it and why.
+/// Whether the rules allow the event; when not, which one forbids it and why. The order is the draft's:
+/// <https://www.ietf.org/archive/id/draft-ralston-mimi-linearized-matrix-04.html#int-auth-rules>
 pub fn check(event: &Judged<'_>) -> Result<(), Refusal> {
     signatures(event)?;
     if event.kind == "m.room.create" {
@@ -109,7 +110,7 @@ pub fn check(event: &Judged<'_>) -> Result<(), Refusal> {
     Ok(()) // rule 10
 }
 
-/// Rules 1 and 2.
+/// Rules 1 and 2: <https://www.ietf.org/archive/id/draft-ralston-mimi-linearized-matrix-04.html#int-auth-rules>
 fn signatures(event: &Judged<'_>) -> Result<(), Refusal> {
     if !event.signed_by_sender {
         return refuse("1", format!("not signed by {}, the server of {}", event.sender.server_name(), event.sender));
@@ -120,7 +121,7 @@ fn signatures(event: &Judged<'_>) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Rule 3.
+/// Rule 3: <https://www.ietf.org/archive/id/draft-ralston-mimi-linearized-matrix-04.html#int-auth-rules>
 fn create(event: &Judged<'_>) -> Result<(), Refusal> {
     if event.has_prev_events {
         return refuse("3.1", "m.room.create has prev_events");
@@ -136,7 +137,7 @@ fn create(event: &Judged<'_>) -> Result<(), Refusal> {
     Ok(()) // rule 3.4
 }
 
-/// Rule 4.
+/// Rule 4: <https://www.ietf.org/archive/id/draft-ralston-mimi-linearized-matrix-04.html#int-auth-rules>
 fn auth_events(event: &Judged<'_>) -> Result<(), Refusal> {
     for (index, slot) in event.auth_events.iter().enumerate() {
         if event.auth_events.iter().take(index).any(|earlier| earlier == slot) {

@@ -1,4 +1,5 @@
-//! Rule 9: changes of power levels.
+//! Rule 9: changes of power levels. By the draft's section:
+//! <https://www.ietf.org/archive/id/draft-ralston-mimi-linearized-matrix-04.html#int-auth-rules>
 
 use ruma::UserId;
 use serde_json::Value;
