@@ -25,8 +25,9 @@ use crate::dag::peer::{Peer, View, id_of};
 use crate::dag::{NOW, OWN};
 use crate::lm::world::{Meddling, meddle};
 
-/// How long anything may take before a test gives up.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long anything may take before a test gives up. More than the 30 s for which a server is not asked for its keys again
+/// that was killed while it was.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// The LM server and the Matrix homeserver.
 pub const LM: &str = "lm.example";
 pub const MATRIX: &str = "matrix.example";
