@@ -47,16 +47,6 @@ impl FeedSource for Outbox {
         Ok(found)
     }
 
-    async fn already_delivered(
-        &self,
-        _feed: &Feed,
-        _destination: &ServerName,
-        _positions: &[i64],
-    ) -> Result<Vec<i64>, Refusal> {
-        // An event of a graph is known by its ID: sent twice it is taken once.
-        Ok(Vec::new())
-    }
-
     async fn answered(
         &self,
         feed: &Feed,

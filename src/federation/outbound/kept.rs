@@ -60,16 +60,6 @@ impl FeedSource for KeptEdus {
         Ok(found.into_iter().map(delivery).collect())
     }
 
-    async fn already_delivered(
-        &self,
-        _feed: &Feed,
-        _destination: &ServerName,
-        _positions: &[i64],
-    ) -> Result<Vec<i64>, Refusal> {
-        // By its message's ID one that comes twice is known.
-        Ok(Vec::new())
-    }
-
     async fn answered(
         &self,
         feed: &Feed,
