@@ -25,7 +25,7 @@ pub use self::id::{event_id, parse_event_id};
 pub use self::lenient::{parse_answer, parse_leniently};
 pub use self::lpdu::{Lpdu, VerifiedLpdu};
 pub use self::parse::{Object, parse_object, parse_value};
-pub use self::pdu::{Completion, HashCheck, Pdu};
+pub use self::pdu::{Completion, HashCheck, Links, Pdu};
 pub use self::redact::{Redaction, redact};
 pub use self::room_version::{Family, RoomVersion};
 pub(crate) use self::sign::decode_base64;

@@ -53,6 +53,24 @@ pub struct Completion {
     pub prev_event: Option<OwnedEventId>,
 }
 
+impl Completion {
+    fn into_links(self) -> Links {
+        let prev_events = self.prev_event.into_iter().collect();
+        Links { auth_events: self.auth_events, prev_events, redaction: Redaction::Draft }
+    }
+}
+
+/// The same in a shared room, where an event follows the last ones of a graph.
+#[derive(Debug, Clone)]
+pub struct Links {
+    /// The events that allow it.
+    pub auth_events: Vec<OwnedEventId>,
+    /// The events before it.
+    pub prev_events: Vec<OwnedEventId>,
+    /// The table of redaction that the room's servers use.
+    pub redaction: Redaction,
+}
+
 /// Whether the hashes of a received event are right.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HashCheck {
@@ -89,6 +107,16 @@ impl Pdu {
         hub: &ServerName,
         key: &SigningKey,
     ) -> Result<Self, Refusal> {
+        Self::complete_among(lpdu, completion.into_links(), hub, key)
+    }
+
+    /// The same in a shared room.
+    pub fn complete_among(
+        lpdu: VerifiedLpdu,
+        links: Links,
+        hub: &ServerName,
+        key: &SigningKey,
+    ) -> Result<Self, Refusal> {
         let lpdu = lpdu.into_inner();
         if lpdu.hub_server != hub {
             return Err(Refusal::WrongHub { hub: hub.to_string(), found: lpdu.hub_server.to_string() });
@@ -101,15 +129,25 @@ impl Pdu {
             origin_server_ts: lpdu.origin_server_ts,
             hub_server: Some(lpdu.hub_server),
         };
-        finish(common, lpdu.json, Some(lpdu.lpdu_id), completion, hub, key)
+        finish(common, lpdu.json, Some(lpdu.lpdu_id), links, hub, key)
     }
 
     /// Makes an event of one of the hub's own users from a template with `type`, `room_id`, `sender`, `content`,
     /// `origin_server_ts` and perhaps `state_key`: no `hub_server` and no LPDU hash.
     pub fn build(
-        mut template: Object,
+        template: Object,
         completion: Completion,
         hub: &ServerName,
+        key: &SigningKey,
+    ) -> Result<Self, Refusal> {
+        Self::build_among(template, completion.into_links(), hub, key)
+    }
+
+    /// The same in a shared room, for a user of any server that takes part in its graph.
+    pub fn build_among(
+        mut template: Object,
+        links: Links,
+        server: &ServerName,
         key: &SigningKey,
     ) -> Result<Self, Refusal> {
         for field in ["hub_server", "hashes", "unsigned", "event_id"] {
@@ -118,7 +156,7 @@ impl Pdu {
         template.insert("signatures".to_owned(), Value::Object(Object::new()));
         template.values().try_for_each(check_numbers)?;
         let common = Common::read(&template)?;
-        finish(common, template, None, completion, hub, key)
+        finish(common, template, None, links, server, key)
     }
 
     /// Adds the signature of an invited server over the redacted event.
@@ -210,12 +248,11 @@ fn finish(
     common: Common,
     mut json: Object,
     lpdu_id: Option<OwnedEventId>,
-    completion: Completion,
+    links: Links,
     hub: &ServerName,
     key: &SigningKey,
 ) -> Result<Pdu, Refusal> {
-    let Completion { auth_events, prev_event } = completion;
-    let prev_events: Vec<OwnedEventId> = prev_event.into_iter().collect();
+    let Links { auth_events, prev_events, redaction } = links;
     json.insert("auth_events".to_owned(), json!(auth_events));
     json.insert("prev_events".to_owned(), json!(prev_events));
     let hash = content_hash(&json);
@@ -224,7 +261,7 @@ fn finish(
         hashes.insert("sha256".to_owned(), Value::String(hash));
     }
     // What the hub signs is what the reference hash covers.
-    let bytes = signing_bytes(&json, Redaction::Draft);
+    let bytes = signing_bytes(&json, redaction);
     add_signature(&mut json, hub.as_str(), key.id(), key.sign(&bytes));
     let size = canonical_len(&json);
     if size > MAX_EVENT {

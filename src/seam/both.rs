@@ -1,0 +1,128 @@
+//! Shared rooms: rooms that are a graph and a log at once. What is true there is the graph, which `dag` keeps; the log, in
+//! which `lm` lines its events up for LM servers, follows from it in the same transaction. Neither knows the other: `dag` asks
+//! for a [`LogBatch`] and adds to it what the graph has accepted, `lm` gives what its side is asked to send to the [`Graphs`].
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId};
+
+use super::{Draft, EventEffect};
+use crate::event::{Pdu, RoomVersion, VerifiedLpdu};
+use crate::refusal::Refusal;
+use crate::store::{StoreError, Tx, TxFuture};
+
+/// A shared room whose log is to be made together with its first event.
+#[derive(Debug, Clone)]
+pub struct NewLog {
+    /// The room.
+    pub room_id: OwnedRoomId,
+    /// Its version, one of those of LM.
+    pub version: RoomVersion,
+    /// The server that serves the log to LM servers: the creator's.
+    pub hub: OwnedServerName,
+}
+
+/// Where an event of a shared room comes from, as far as the log must know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LogOrigin {
+    /// It was made elsewhere: it goes into the bridge's inbox.
+    pub foreign: bool,
+    /// The answer to a handshake carries it to its sender's server, so the queue need not.
+    pub answered: bool,
+}
+
+/// The logs of shared rooms, as the graph side holds them.
+#[async_trait]
+pub trait Logs: Send + Sync + 'static {
+    /// Begins to add to a room's log, over what is committed. The task of the room's graph is the only one that adds to it.
+    async fn begin(&self, room_id: &RoomId) -> Result<Box<dyn LogBatch>, Refusal>;
+
+    /// Begins the log of a new room.
+    fn begin_new(&self, room: NewLog) -> Box<dyn LogBatch>;
+}
+
+/// Events on their way to the end of a log. Dropped without [`LogBatch::committed`] it has changed nothing in memory.
+#[async_trait]
+pub trait LogBatch: Send {
+    /// Whether the log's rules allow the event, whose signatures are known to be right, at the end.
+    fn judge(&self, event: &Pdu) -> Result<(), Refusal>;
+
+    /// Puts it at the end.
+    fn push(&mut self, event: Arc<Pdu>, origin: LogOrigin);
+
+    /// How many events were put.
+    fn len(&self) -> usize;
+
+    /// Whether none was.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Takes back all but the first `len`.
+    fn truncate(&mut self, len: usize);
+
+    /// The event that the log has for a type and state key, at its end.
+    fn state(&self, kind: &str, state_key: &str) -> Option<OwnedEventId>;
+
+    /// All of these.
+    fn all_state(&self) -> Vec<((String, String), OwnedEventId)>;
+
+    /// Where the gateway is not the hub, and can correct nothing: from the end on the log has this event for a type and state key,
+    /// or none. The event may be one that the log does not have.
+    fn set_state(&mut self, kind: &str, state_key: &str, event: Option<Arc<Pdu>>);
+
+    /// The event that was made of an LPDU, in the log or on its way.
+    async fn find_lpdu(&self, lpdu_id: &EventId) -> Result<Option<OwnedEventId>, Refusal>;
+
+    /// Inside the write job of the graph: writes everything. May be asked again after what it has written was taken back.
+    fn write<'c>(&'c self, tx: &'c mut Tx) -> TxFuture<'c, ()>;
+
+    /// After the commit: tells the room's readers, the queues and the bridge.
+    async fn committed(self: Box<Self>);
+
+    /// The write failed, or nobody knows whether it did.
+    fn uncertain(self: Box<Self>, error: &StoreError);
+}
+
+/// What is to be the next event of a shared room.
+pub enum Next {
+    /// A participant's LPDU, which the gateway finishes as the hub.
+    Lpdu(VerifiedLpdu),
+    /// What a user of the gateway sends.
+    Own(Draft),
+    /// A finished event of the gateway with a further server's signature: an invite.
+    Finished(Box<Pdu>),
+}
+
+/// The same, with what goes with it.
+pub struct NextEvent {
+    /// The event.
+    pub what: Next,
+    /// Where it comes from.
+    pub origin: LogOrigin,
+    /// What is written with it, with its ID.
+    pub effect: Option<EventEffect>,
+}
+
+/// The graphs of shared rooms, as the linear side holds them.
+#[async_trait]
+pub trait Graphs: Send + Sync + 'static {
+    /// Puts events after all that the graph has, in order, and so at the end of the log. Each fails alone; an LPDU that the log
+    /// has already is the event that was made of it. Answers with their IDs, after the commit.
+    async fn add(&self, room_id: &RoomId, events: Vec<NextEvent>) -> Vec<Result<OwnedEventId, Refusal>>;
+
+    /// Makes a shared room with the gateway as its hub.
+    async fn create(&self, room: NewShared) -> Result<OwnedRoomId, Refusal>;
+}
+
+/// A shared room that is to be made.
+#[derive(Debug, Clone)]
+pub struct NewShared {
+    /// The creator, the gateway's bot.
+    pub creator: OwnedUserId,
+    /// The version, one of those of LM.
+    pub version: RoomVersion,
+    /// State events after `m.room.create` and the creator's join, in order.
+    pub initial_state: Vec<Draft>,
+}
