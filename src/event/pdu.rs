@@ -165,11 +165,20 @@ impl Pdu {
         add_signature(&mut self.json, entity.as_str(), key.id(), signature);
     }
 
-    /// The servers whose signatures must be there: the sender's, and the hub's when `hub_server` is present.
+    /// The server to which this event hands the log over, when it is of the form of one that does: an `m.room.hub` of the
+    /// hub's own, which names a server. Whether it was allowed to is for the rules.
+    pub fn new_hub(&self) -> Option<&ServerName> {
+        let is_hub_event = self.kind == "m.room.hub" && self.state_key.as_deref() == Some("");
+        let named = self.content().get("hub_server").filter(|_| is_hub_event && self.hub_server.is_none())?;
+        named.as_str()?.try_into().ok()
+    }
+
+    /// The servers whose signatures must be there: the sender's, the hub's when `hub_server` is present, and that of a server
+    /// that is to be the hub from here on.
     pub fn required_signers(&self) -> Vec<OwnedServerName> {
         let sender = self.sender.server_name().to_owned();
-        match &self.hub_server {
-            Some(hub) if *hub != sender => vec![sender, hub.clone()],
+        match self.hub_server.as_deref().or(self.new_hub()) {
+            Some(hub) if *hub != sender => vec![sender, hub.to_owned()],
             _ => vec![sender],
         }
     }
@@ -194,7 +203,12 @@ impl Pdu {
                 needed.push((sender, lpdu_signing_bytes(&self.json, redaction)));
                 needed.push((hub, signing_bytes(&self.json, redaction)));
             }
-            None => needed.push((sender, signing_bytes(&self.json, redaction))),
+            None => {
+                let bytes = signing_bytes(&self.json, redaction);
+                // Nobody is made the hub who has not agreed to it by a signature.
+                needed.extend(self.new_hub().filter(|hub| *hub != sender).map(|hub| (hub, bytes.clone())));
+                needed.push((sender, bytes));
+            }
         }
         let mut checks = Vec::with_capacity(needed.len());
         for (server, message) in needed {

@@ -368,13 +368,7 @@ impl Lm {
     pub(super) fn complete(&self, room: &Snapshot, lpdu: VerifiedLpdu) -> Result<Pdu, Refusal> {
         let empty = Object::new();
         let content = lpdu.json.get("content").and_then(Value::as_object).unwrap_or(&empty);
-        let subject = Subject {
-            sender: &lpdu.sender,
-            kind: &lpdu.kind,
-            state_key: lpdu.state_key.as_deref(),
-            content,
-            signed_by_hub: Some(true),
-        };
+        let subject = Subject::lpdu(&lpdu, content);
         let completion = allow(room, &subject)?;
         let context = self.context();
         Pdu::complete(lpdu, completion, &context.server_name, &context.signing_key)
@@ -394,13 +388,7 @@ impl Lm {
             let (origin, expected) = (own.to_string(), draft.sender.server_name().to_string());
             return Err(Refusal::WrongOrigin { origin, expected });
         }
-        let subject = Subject {
-            sender: &draft.sender,
-            kind: &draft.kind,
-            state_key: draft.state_key.as_deref(),
-            content: &draft.content,
-            signed_by_hub: None,
-        };
+        let subject = Subject::draft(draft, None);
         allow(room, &subject)
     }
 }

@@ -108,6 +108,7 @@ impl Lm {
             state_key: Some(user_id.as_str()),
             content: &content,
             signed_by_hub: Some(true),
+            signed_by_next_hub: false,
         };
         room.judge(&subject, &room.auth_events(&subject).0)?;
         Ok(content)

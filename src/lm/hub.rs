@@ -298,13 +298,7 @@ impl Lm {
             return Ok(());
         }
         let content = content(lpdu);
-        let subject = Subject {
-            sender: &lpdu.sender,
-            kind: &lpdu.kind,
-            state_key: lpdu.state_key.as_deref(),
-            content: &content,
-            signed_by_hub: Some(true),
-        };
+        let subject = Subject::lpdu(&lpdu, &content);
         room.judge(&subject, &room.auth_events(&subject).0)?;
         self.between().gate(&handshake(&room, &lpdu.sender, membership, Stage::Send, content)).await
     }

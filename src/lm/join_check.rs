@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::finished::{Bad, Finished};
 use super::room::{Facts, Snapshot, Subject};
-use super::rules::{Before, Slot};
+use super::rules::{Before, HUB_EVENT, Slot};
 use crate::event::{Object, Pdu, Redaction};
 use crate::refusal::Refusal;
 
@@ -163,6 +163,10 @@ impl Judge<'_> {
             join_rules: of("m.room.join_rules").map(Pdu::content).or(unnamed),
             sender_membership: membership(event.sender.as_str()),
             target_membership: event.state_key.as_deref().and_then(membership),
+            // Each change of the hub names the one before it. Who had joined then, and which events are of that time, is not said.
+            hub: Some(of(HUB_EVENT).and_then(Pdu::new_hub).unwrap_or(create.sender.server_name())),
+            was_handed_over: false,
+            next_hub_is_in: true,
         };
         room.judge_after(&subject, &slots, before)
     }

@@ -101,13 +101,7 @@ impl Lm {
         room: &mut Arc<Snapshot>,
         draft: &Draft,
     ) -> Result<(), Refusal> {
-        let subject = Subject {
-            sender: &draft.sender,
-            kind: &draft.kind,
-            state_key: draft.state_key.as_deref(),
-            content: &draft.content,
-            signed_by_hub: Some(true),
-        };
+        let subject = Subject::draft(draft, Some(true));
         let refused = lock(&cell.ahead).judge(room, &subject);
         if refused.is_ok() {
             return Ok(());

@@ -7,19 +7,27 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, ServerName, UserId};
 use serde_json::Value;
 
 use super::State;
-use super::rules::{Before, Judged, Slot, check, selected_slots};
+use super::rules::{Before, HUB_EVENT, Judged, Slot, check, selected_slots};
 use super::weight::Weight;
-use crate::event::{Object, Pdu, Redaction, RoomVersion};
+use crate::event::{Lpdu, Object, Pdu, Redaction, RoomVersion};
 use crate::guard::trip;
 use crate::refusal::Refusal;
+use crate::seam::Draft;
 
-/// What of a room never changes.
+/// What of a room hardly ever changes.
 #[derive(Debug, Clone)]
 pub(super) struct Facts {
     pub room_id: OwnedRoomId,
     pub version: RoomVersion,
-    /// The server that keeps the log.
+    /// The server that keeps the log. As soon as the room has state it is what that says ([`hub_of`]).
     pub hub: OwnedServerName,
+}
+
+/// Who keeps a log, by the state: the server of the room's creator, until it is handed over; then the server to which it was
+/// handed over last. The one place that decides it: what was not allowed to hand it over is no state of the room.
+pub(super) fn hub_of(state: &State) -> Option<&ServerName> {
+    let handed_over = state.get(HUB_EVENT, "").and_then(|event| event.new_hub());
+    handed_over.or_else(|| state.get("m.room.create", "").map(|create| create.sender.server_name()))
 }
 
 /// A room after the event at `head`.
@@ -56,6 +64,8 @@ pub(super) struct Subject<'a> {
     pub content: &'a Object,
     /// Whether a hub has signed it, when it has a `hub_server`.
     pub signed_by_hub: Option<bool>,
+    /// Whether the server has signed it to which it hands the log over.
+    pub signed_by_next_hub: bool,
 }
 
 impl<'a> Subject<'a> {
@@ -66,6 +76,32 @@ impl<'a> Subject<'a> {
             state_key: pdu.state_key.as_deref(),
             content: pdu.content(),
             signed_by_hub: pdu.hub_server.as_ref().map(|_| true),
+            // Without that signature it is not taken as an event.
+            signed_by_next_hub: pdu.new_hub().is_some(),
+        }
+    }
+
+    /// What a user of this gateway is to send, by the hub's own hand or as an LPDU.
+    pub fn draft(draft: &'a Draft, signed_by_hub: Option<bool>) -> Self {
+        Self {
+            sender: &draft.sender,
+            kind: &draft.kind,
+            state_key: draft.state_key.as_deref(),
+            content: &draft.content,
+            signed_by_hub,
+            signed_by_next_hub: false,
+        }
+    }
+
+    /// What a participant sends, as it will be when the hub has signed it.
+    pub fn lpdu(lpdu: &'a Lpdu, content: &'a Object) -> Self {
+        Self {
+            sender: &lpdu.sender,
+            kind: &lpdu.kind,
+            state_key: lpdu.state_key.as_deref(),
+            content,
+            signed_by_hub: Some(true),
+            signed_by_next_hub: false,
         }
     }
 }
@@ -162,7 +198,15 @@ impl Snapshot {
             join_rules: content("m.room.join_rules"),
             sender_membership: self.membership(event.sender.as_str()),
             target_membership: event.state_key.and_then(|target| self.membership(target)),
+            hub: Some(&self.facts.hub),
+            was_handed_over: self.state_event(HUB_EVENT, "").is_some_and(|event| event.new_hub().is_some()),
+            next_hub_is_in: self.next_hub_is_in(event),
         }
+    }
+
+    fn next_hub_is_in(&self, event: &Subject<'_>) -> bool {
+        let named = event.content.get("hub_server").filter(|_| event.kind == HUB_EVENT).and_then(Value::as_str);
+        named.and_then(|name| <&ServerName>::try_from(name).ok()).is_some_and(|server| self.has_server(server))
     }
 
     /// The same as [`Self::judge`], where the room may be another than this.
@@ -182,6 +226,7 @@ impl Snapshot {
             content: event.content,
             signed_by_sender: true,
             signed_by_hub: event.signed_by_hub,
+            signed_by_next_hub: event.signed_by_next_hub,
             has_prev_events: self.last.is_some(),
             auth_events,
             before,
@@ -199,6 +244,11 @@ impl Snapshot {
     fn place(&mut self, pdu: &Arc<Pdu>) -> Option<Move> {
         let state_key = pdu.state_key.as_ref()?;
         let before = self.state.insert(pdu);
+        if matches!(pdu.kind.as_str(), "m.room.create" | HUB_EVENT)
+            && let Some(hub) = hub_of(&self.state).filter(|hub| **hub != self.facts.hub)
+        {
+            self.facts = Arc::new(Facts { hub: hub.to_owned(), ..Facts::clone(&self.facts) });
+        }
         if pdu.kind != "m.room.member" {
             return None;
         }

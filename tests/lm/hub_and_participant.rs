@@ -401,6 +401,7 @@ fn replay(room: &RoomId, state: &[Value]) {
             content: event["content"].as_object().unwrap(),
             signed_by_sender: true,
             signed_by_hub: None,
+            signed_by_next_hub: false,
             has_prev_events: !current.is_empty(),
             auth_events: &[Slot { kind: "m.room.create", state_key: "" }],
             before: Before {
@@ -410,6 +411,9 @@ fn replay(room: &RoomId, state: &[Value]) {
                 join_rules: content("m.room.join_rules", ""),
                 sender_membership: membership(&sender),
                 target_membership: membership(&state_key),
+                hub: None,
+                was_handed_over: false,
+                next_hub_is_in: false,
             },
         };
         check(&judged).unwrap_or_else(|refusal| panic!("{kind} {state_key}: {refusal}"));

@@ -4,10 +4,14 @@
 use ruma::UserId;
 use serde_json::Value;
 
+use super::hub::HUB_EVENT;
 use crate::event::Object;
 
 /// The level of a room's creator where there is no `m.room.power_levels`.
 const CREATOR: i64 = 100;
+/// The level that handing the log over to another server needs at least, where the room does not say: no state default that
+/// was meant for names and topics lets anybody do that.
+const HUB: i64 = 100;
 /// The largest integer that every JSON parser keeps.
 const LARGEST: i64 = (1 << 53) - 1;
 
@@ -74,7 +78,9 @@ impl<'a> Levels<'a> {
     /// The level that sending an event needs.
     pub fn to_send(&self, kind: &str, state_key: Option<&str>) -> i64 {
         let (default, otherwise) = if state_key.is_some() { ("state_default", 50) } else { ("events_default", 0) };
-        self.map_entry("events", kind).or_else(|| self.field(default)).unwrap_or(otherwise)
+        let or_default = || self.field(default).unwrap_or(otherwise);
+        let unnamed = || if kind == HUB_EVENT { or_default().max(HUB) } else { or_default() };
+        self.map_entry("events", kind).unwrap_or_else(unnamed)
     }
 
     fn field(&self, name: &str) -> Option<i64> {

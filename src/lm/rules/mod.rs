@@ -2,6 +2,7 @@
 //! answer. Rules carry the numbers of the draft's section "Auth Rules Algorithm":
 //! <https://www.ietf.org/archive/id/draft-ralston-mimi-linearized-matrix-04.html#int-auth-rules>
 
+mod hub;
 mod levels;
 mod member;
 mod power_levels;
@@ -9,9 +10,10 @@ mod selection;
 #[cfg(test)]
 mod tests;
 
-use ruma::{RoomId, UserId};
+use ruma::{RoomId, ServerName, UserId};
 use serde_json::Value;
 
+pub use self::hub::HUB_EVENT;
 pub use self::levels::{Action, Levels};
 use self::selection::is_tolerated;
 pub use self::selection::{Slot, selected_slots};
@@ -37,6 +39,8 @@ pub struct Judged<'a> {
     pub signed_by_sender: bool,
     /// The same for the server in `hub_server`; none when there is no `hub_server`.
     pub signed_by_hub: Option<bool>,
+    /// Of an event that hands the log over: whether the server that is to keep it has signed.
+    pub signed_by_next_hub: bool,
     /// Whether it has any `prev_events`.
     pub has_prev_events: bool,
     /// What its `auth_events` are, in order.
@@ -60,6 +64,12 @@ pub struct Before<'a> {
     pub sender_membership: Option<&'a str>,
     /// `membership` of the user in `state_key` of a member event; none is `leave`.
     pub target_membership: Option<&'a str>,
+    /// The server that keeps the log; none where that cannot be told.
+    pub hub: Option<&'a ServerName>,
+    /// Whether that is so by an `m.room.hub`, not because its user made the room.
+    pub was_handed_over: bool,
+    /// Of an event that hands the log over: whether the server that it names has a user in the room.
+    pub next_hub_is_in: bool,
 }
 
 impl<'a> Before<'a> {
@@ -78,13 +88,15 @@ impl<'a> Before<'a> {
 }
 
 /// Whether the rules allow the event; when not, which one forbids it and why. The order is the draft's:
-/// <https://www.ietf.org/archive/id/draft-ralston-mimi-linearized-matrix-04.html#int-auth-rules>
+/// <https://www.ietf.org/archive/id/draft-ralston-mimi-linearized-matrix-04.html#int-auth-rules>. Those about who keeps the log
+/// are our own ([`hub`]).
 pub fn check(event: &Judged<'_>) -> Result<(), Refusal> {
     signatures(event)?;
     if event.kind == "m.room.create" {
         return create(event);
     }
     auth_events(event)?;
+    hub::sender(event)?;
     if event.kind == "m.room.member" {
         return member::check(event);
     }
@@ -103,6 +115,9 @@ pub fn check(event: &Judged<'_>) -> Result<(), Refusal> {
         && state_key != event.sender.as_str()
     {
         return refuse("8", format!("the state key is {state_key:?}, the sender is {}", event.sender));
+    }
+    if event.kind == HUB_EVENT {
+        return hub::check(event);
     }
     if event.kind == "m.room.power_levels" {
         return power_levels::check(event, has);

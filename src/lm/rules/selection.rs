@@ -4,6 +4,7 @@
 use ruma::UserId;
 use serde_json::Value;
 
+use super::hub::HUB_EVENT;
 use crate::event::Object;
 
 /// A place in a room's state.
@@ -22,7 +23,8 @@ impl std::fmt::Display for Slot<'_> {
 }
 
 /// The places whose events allow an event, in the order of the draft: create, power levels, the sender's member, the
-/// target's member, join rules. Those that are empty in the current state are left out of `auth_events`.
+/// target's member, join rules. Those that are empty in the current state are left out of `auth_events`. A change of the hub
+/// names the one before it as well, so that who comes later can follow them back to the room's creator.
 pub fn selected_slots<'a>(
     kind: &'a str,
     sender: &'a UserId,
@@ -35,6 +37,9 @@ pub fn selected_slots<'a>(
     let slot = |kind, state_key| Slot { kind, state_key };
     let mut slots =
         vec![slot("m.room.create", ""), slot("m.room.power_levels", ""), slot("m.room.member", sender.as_str())];
+    if kind == HUB_EVENT {
+        slots.push(slot(HUB_EVENT, ""));
+    }
     if kind == "m.room.member" {
         if let Some(target) = state_key.filter(|target| *target != sender.as_str()) {
             slots.push(slot("m.room.member", target));

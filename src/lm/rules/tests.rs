@@ -25,6 +25,10 @@ struct Case {
     join_rule: Option<&'static str>,
     sender_is: Option<&'static str>,
     target_is: Option<&'static str>,
+    signed_by_next_hub: bool,
+    hub: &'static str,
+    was_handed_over: bool,
+    next_hub_is_in: bool,
 }
 
 fn message() -> Case {
@@ -43,6 +47,10 @@ fn message() -> Case {
         join_rule: None,
         sender_is: Some("join"),
         target_is: None,
+        signed_by_next_hub: false,
+        hub: "hub.example",
+        was_handed_over: false,
+        next_hub_is_in: false,
     }
 }
 
@@ -101,6 +109,7 @@ impl Case {
             content: self.content.as_object().unwrap_or(&empty),
             signed_by_sender: self.signed_by_sender,
             signed_by_hub: self.signed_by_hub,
+            signed_by_next_hub: self.signed_by_next_hub,
             has_prev_events: self.has_prev_events,
             auth_events: &self.auth_events,
             before: Before {
@@ -110,6 +119,9 @@ impl Case {
                 join_rules: join_rules.as_ref().map(|rules| rules.as_object().unwrap()),
                 sender_membership: self.sender_is,
                 target_membership: self.target_is,
+                hub: Some(self.hub.try_into().unwrap()),
+                was_handed_over: self.was_handed_over,
+                next_hub_is_in: self.next_hub_is_in,
             },
         })
     }
@@ -483,4 +495,80 @@ fn selection_follows_the_drafts_order() {
     let mut kick = base();
     kick.push(slot("m.room.member", BOB));
     assert_eq!(kinds("m.room.member", Some(BOB), "leave"), kick);
+}
+
+/// Alice, who made the room, hands its log over to Bob's server.
+fn hand_over() -> Case {
+    Case {
+        kind: "m.room.hub",
+        state_key: Some(""),
+        content: json!({ "hub_server": "other.example" }),
+        signed_by_next_hub: true,
+        next_hub_is_in: true,
+        ..message()
+    }
+}
+
+#[test]
+fn rule_hub_1_only_the_hub_hands_its_log_over() {
+    hand_over().passes();
+    let levels = || Some(json!({ "users": { ALICE: 100, BOB: 100 } }));
+    let by_bob = || Case { sender: BOB, power_levels: levels(), ..hand_over() };
+    by_bob().breaks("hub.1");
+    let back = json!({ "hub_server": "hub.example" });
+    Case { hub: "other.example", was_handed_over: true, content: back, ..by_bob() }.passes();
+    Case { hub: "other.example", ..hand_over() }.breaks("hub.1");
+}
+
+#[test]
+fn rule_hub_2_no_lpdu_hands_a_log_over() {
+    Case { signed_by_hub: Some(true), ..hand_over() }.breaks("hub.2");
+}
+
+#[test]
+fn rule_hub_3_the_state_key_is_empty() {
+    Case { state_key: None, ..hand_over() }.breaks("hub.3");
+    Case { state_key: Some("x"), ..hand_over() }.breaks("hub.3");
+}
+
+#[test]
+fn rule_hub_4_it_names_another_server_that_is_in_the_room() {
+    for named in [json!({}), json!({ "hub_server": 1 }), json!({ "hub_server": "no name" })] {
+        Case { content: named, ..hand_over() }.breaks("hub.4");
+    }
+    Case { content: json!({ "hub_server": "hub.example" }), ..hand_over() }.breaks("hub.4");
+    Case { next_hub_is_in: false, ..hand_over() }.breaks("hub.4");
+}
+
+#[test]
+fn rule_hub_5_the_next_hub_has_signed_it() {
+    Case { signed_by_next_hub: false, ..hand_over() }.breaks("hub.5");
+}
+
+#[test]
+fn rule_hub_6_after_that_nobody_but_the_hub_speaks_without_hub_server() {
+    let bob = || Case { sender: BOB, ..message() };
+    bob().passes();
+    Case { was_handed_over: true, ..bob() }.breaks("hub.6");
+    Case { was_handed_over: true, signed_by_hub: Some(true), ..bob() }.passes();
+    Case { was_handed_over: true, hub: "other.example", ..bob() }.passes();
+    Case { was_handed_over: true, ..message() }.passes();
+}
+
+#[test]
+fn handing_a_log_over_needs_a_level_of_its_own() {
+    let with = |levels| Case { power_levels: Some(levels), ..hand_over() };
+    with(json!({ "users": { ALICE: 100 } })).passes();
+    with(json!({ "users": { ALICE: 99 }, "state_default": 0 })).breaks("7");
+    with(json!({ "users": { ALICE: 100 }, "state_default": 101 })).breaks("7");
+    with(json!({ "users": { ALICE: 50 }, "events": { "m.room.hub": 50 } })).passes();
+    with(json!({ "users": { ALICE: 100 }, "events": { "m.room.hub": 101 } })).breaks("7");
+    Case { sender_is: Some("leave"), ..hand_over() }.breaks("6");
+}
+
+#[test]
+fn a_change_of_the_hub_names_the_one_before_it() {
+    let slot = Slot { kind: "m.room.hub", state_key: "" };
+    Case { auth_events: vec![CREATE, slot], ..hand_over() }.passes();
+    Case { auth_events: vec![CREATE, slot], ..message() }.breaks("4.2");
 }
