@@ -71,9 +71,15 @@ impl Lpdu {
 
     /// Makes, hashes and signs an LPDU from a template with `type`, `room_id`, `sender`, `content`,
     /// `origin_server_ts` and perhaps `state_key`; `hub_server`, hash and signature are added here.
-    pub fn build(
+    pub fn build(template: Object, hub: &ServerName, entity: &ServerName, key: &SigningKey) -> Result<Self, Refusal> {
+        Self::build_as(template, hub, Redaction::Draft, entity, key)
+    }
+
+    /// The same in a room whose hub uses this table of redaction.
+    pub fn build_as(
         mut template: Object,
         hub: &ServerName,
+        redaction: Redaction,
         entity: &ServerName,
         key: &SigningKey,
     ) -> Result<Self, Refusal> {
@@ -81,17 +87,25 @@ impl Lpdu {
         template.remove("signatures");
         let hash = lpdu_hash(&template);
         template.insert("hashes".to_owned(), json!({ "lpdu": { "sha256": hash } }));
-        let signature = key.sign(&lpdu_signing_bytes(&template, Redaction::Draft));
+        let signature = key.sign(&lpdu_signing_bytes(&template, redaction));
         add_signature(&mut template, entity.as_str(), key.id(), signature);
         Self::parse(template)
     }
 
     /// The signatures that must be checked: at least one by the sender's server, with a key known in `keys`.
     pub fn signature_checks<'a>(&'a self, keys: &'a VerifyKeys) -> Result<Vec<SignatureCheck<'a>>, Refusal> {
+        self.signature_checks_as(keys, Redaction::Draft)
+    }
+
+    fn signature_checks_as<'a>(
+        &'a self,
+        keys: &'a VerifyKeys,
+        redaction: Redaction,
+    ) -> Result<Vec<SignatureCheck<'a>>, Refusal> {
         let server = self.sender.server_name();
         static NONE: std::collections::BTreeMap<String, super::VerifyKey> = std::collections::BTreeMap::new();
         let known = known_signatures(&self.json, server.as_str(), keys.get(server).unwrap_or(&NONE))?;
-        let message = lpdu_signing_bytes(&self.json, Redaction::Draft);
+        let message = lpdu_signing_bytes(&self.json, redaction);
         let check =
             |(key, signature)| SignatureCheck { server: server.as_str(), key, message: message.clone(), signature };
         Ok(known.into_iter().map(check).collect())
@@ -99,9 +113,14 @@ impl Lpdu {
 
     /// Checks the hash and the sender's server's signature. Of `signatures` no more is left than what was checked: the LPDU's
     /// hash covers none of it, and what the hub passes on unseen could make a participant refuse that knows other keys.
-    pub fn verify(mut self, keys: &VerifyKeys) -> Result<VerifiedLpdu, Refusal> {
+    pub fn verify(self, keys: &VerifyKeys) -> Result<VerifiedLpdu, Refusal> {
+        self.verify_as(keys, Redaction::Draft)
+    }
+
+    /// The same in a room whose hub uses this table of redaction.
+    pub fn verify_as(mut self, keys: &VerifyKeys, redaction: Redaction) -> Result<VerifiedLpdu, Refusal> {
         self.check_hash()?;
-        for answer in verify_each(&self.signature_checks(keys)?) {
+        for answer in verify_each(&self.signature_checks_as(keys, redaction)?) {
             answer?;
         }
         self.keep_checked(keys);

@@ -1,11 +1,12 @@
 //! Joining, leaving, knocking and invites. Both protocols have the same handshakes: a template is asked for (`make_…`), completed, and
 //! sent (`send_…`). The template's path, and the path that Matrix sends to, serve both, and the side that the room is on answers.
 
+use ruma::{OwnedEventId, OwnedRoomId};
 use serde_json::Value;
 
-use super::routes::{Answer, Federation, side_of};
+use super::routes::{Answer, Federation, Place, place_of, side_of};
 use super::signed::{Asked, Given};
-use crate::event::{Family, RoomVersion};
+use crate::event::{Family, Object, Pdu, Redaction, RoomVersion};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 
@@ -22,7 +23,7 @@ pub(super) async fn make(handshake: Handshake, federation: Federation, asked: As
     let (origin, room_id, user_id) = (&asked.origin, asked.room_id()?, asked.user_id()?);
     let versions: Vec<String> = asked.values("ver").collect();
     let Federation { lm, dag, .. } = &federation;
-    match (side_of(&federation, &room_id).await?, handshake) {
+    match (side_of(&federation, origin, &room_id).await?, handshake) {
         (Side::Lm, Handshake::Join) => lm.make_join(origin, &room_id, &user_id, &versions).await,
         (Side::Lm, Handshake::Leave) => lm.make_leave(origin, &room_id, &user_id).await,
         (Side::Lm, Handshake::Knock) => lm.make_knock(origin, &room_id, &user_id, &versions).await,
@@ -33,11 +34,22 @@ pub(super) async fn make(handshake: Handshake, federation: Federation, asked: As
 }
 
 /// `send_…` with the room and the event in its path, as Matrix has it.
-pub(super) async fn send(handshake: Handshake, federation: Federation, mut given: Given) -> Answer {
+pub(super) async fn send(handshake: Handshake, federation: Federation, given: Given) -> Answer {
     let (room_id, event_id) = (given.room_id()?, given.event_id()?);
-    if side_of(&federation, &room_id).await? == Side::Lm {
-        return send_lm(handshake, federation, given).await;
+    let place = place_of(&federation, &room_id).await?.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))?;
+    if place.side_for(&given.body) == Side::Lm {
+        return send_to_log(handshake, federation, given).await;
     }
+    send_to_graph(handshake, federation, given, room_id, event_id).await
+}
+
+async fn send_to_graph(
+    handshake: Handshake,
+    federation: Federation,
+    mut given: Given,
+    room_id: OwnedRoomId,
+    event_id: OwnedEventId,
+) -> Answer {
     given.waits(&federation)?;
     let omit_members = given.values("omit_members").any(|value| value == "true");
     let (origin, dag, event) = (&given.origin, &federation.dag, given.body);
@@ -48,8 +60,29 @@ pub(super) async fn send(handshake: Handshake, federation: Federation, mut given
     }
 }
 
-/// `send_…` with a transaction ID in its path, as the draft has it. The LPDU in the body says the room.
-pub(super) async fn send_lm(handshake: Handshake, federation: Federation, mut given: Given) -> Answer {
+/// `send_…` with a transaction ID in its path, as the draft has it. The LPDU in the body says the room; graph servers that speak LM
+/// use this for whole events too.
+pub(super) async fn send_lm(handshake: Handshake, federation: Federation, given: Given) -> Answer {
+    if let Some((room_id, event_id)) = of_a_graph(&federation, &given.body).await? {
+        return send_to_graph(handshake, federation, given, room_id, event_id).await;
+    }
+    send_to_log(handshake, federation, given).await
+}
+
+/// The room and the ID of an event that is one of a shared room's graph.
+async fn of_a_graph(federation: &Federation, event: &Object) -> Result<Option<(OwnedRoomId, OwnedEventId)>, Refusal> {
+    let Some(Ok(room_id)) = event.get("room_id").and_then(Value::as_str).map(OwnedRoomId::try_from) else {
+        return Ok(None);
+    };
+    let place = place_of(federation, &room_id).await?;
+    if place != Some(Place::Shared) || Place::Shared.side_for(event) == Side::Lm {
+        return Ok(None);
+    }
+    let event_id = Pdu::parse(event.clone(), Redaction::GraphServer)?.event_id;
+    Ok(Some((room_id, event_id)))
+}
+
+async fn send_to_log(handshake: Handshake, federation: Federation, mut given: Given) -> Answer {
     given.waits(&federation)?;
     let (origin, lm, lpdu) = (&given.origin, &federation.lm, given.body);
     match handshake {

@@ -31,7 +31,7 @@ pub(super) async fn event_auth(federation: Federation, asked: Asked) -> Answer {
 pub(super) async fn state(federation: Federation, asked: Asked, ids: bool) -> Answer {
     let room_id = asked.room_id()?;
     let event_id = asked.value("event_id").map(|id| parse_event_id("event_id", &id)).transpose()?;
-    match side_of(&federation, &room_id).await? {
+    match side_of(&federation, &asked.origin, &room_id).await? {
         Side::Lm => federation.lm.get_state(&asked.origin, &room_id, event_id.as_deref(), ids).await,
         Side::Matrix => {
             let event_id = event_id.ok_or_else(|| missing("event_id"))?;
@@ -46,7 +46,7 @@ pub(super) async fn backfill(federation: Federation, asked: Asked) -> Answer {
     let from = asked.values("v").map(|id| parse_event_id("v", &id)).collect::<Result<Vec<_>, _>>()?;
     let limit = asked.number("limit")?.ok_or_else(|| missing("limit"))?;
     let first = from.first().ok_or_else(|| missing("v"))?;
-    match side_of(&federation, &room_id).await? {
+    match side_of(&federation, &asked.origin, &room_id).await? {
         Side::Lm => federation.lm.backfill(&asked.origin, &room_id, first, limit).await,
         Side::Matrix => federation.dag.backfill(&asked.origin, &room_id, &from, limit).await,
     }

@@ -20,6 +20,7 @@ use super::transaction::Dialect;
 use super::unproved::Unproved;
 use super::{devices, handshakes, lookups, reads, transaction};
 use crate::dag::Dag;
+use crate::event::Object;
 use crate::federation::{Askers, Context, Lines, Rate, Rates, Transactions, Underway};
 use crate::identity::Side;
 use crate::lm::Lm;
@@ -296,21 +297,48 @@ pub(super) fn error(status: StatusCode, errcode: &str, error: &str) -> Response 
     (status, Json(json!({ "errcode": errcode, "error": error }))).into_response()
 }
 
-/// The side that a room is on.
-pub(super) async fn side_of(federation: &Federation, room_id: &RoomId) -> Result<Side, Refusal> {
-    let side = known_side(federation, room_id).await?;
-    side.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))
+/// The side of a room that a server's request is for.
+pub(super) async fn side_of(federation: &Federation, origin: &ServerName, room_id: &RoomId) -> Result<Side, Refusal> {
+    match place_of(federation, room_id).await? {
+        Some(Place::On(side)) => Ok(side),
+        // LM servers see the log of a shared room, all others its graph.
+        Some(Place::Shared) => {
+            let keys = federation.context.keyring.server_keys(origin).await;
+            Ok(if keys.is_ok_and(|keys| keys.linearized) { Side::Lm } else { Side::Matrix })
+        }
+        None => Err(Refusal::UnknownRoom(room_id.to_string())),
+    }
 }
 
-/// The side that a room is on, if it is known here. One that is being joined comes last: what hubs call their rooms must not
-/// take away any that is there.
-pub(super) async fn known_side(federation: &Federation, room_id: &RoomId) -> Result<Option<Side>, Refusal> {
+/// Where a room is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// On one side.
+    On(Side),
+    /// It is a graph and a log.
+    Shared,
+}
+
+impl Place {
+    /// The side for an event that was sent: in a shared room an LPDU, which says nothing of what is before it, is the log's.
+    pub fn side_for(self, event: &Object) -> Side {
+        match self {
+            Self::On(side) => side,
+            Self::Shared if event.contains_key("auth_events") || event.contains_key("prev_events") => Side::Matrix,
+            Self::Shared => Side::Lm,
+        }
+    }
+}
+
+/// Where a room is, if it is known here. One that is being joined comes last: what hubs call their rooms must not take away any
+/// that is there.
+pub(super) async fn place_of(federation: &Federation, room_id: &RoomId) -> Result<Option<Place>, Refusal> {
     Ok(if federation.lm.knows(room_id).await? {
-        Some(Side::Lm)
+        Some(if federation.lm.is_shared(room_id).await? { Place::Shared } else { Place::On(Side::Lm) })
     } else if federation.dag.knows(room_id).await? {
-        Some(Side::Matrix)
+        Some(Place::On(Side::Matrix))
     } else {
-        federation.lm.is_joining(room_id).then_some(Side::Lm)
+        federation.lm.is_joining(room_id).then_some(Place::On(Side::Lm))
     })
 }
 

@@ -7,13 +7,13 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use ruma::{OwnedEventId, RoomId, ServerName};
-use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::de::{Error as _, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::edus;
-use super::routes::{Answer, Federation, known_side};
+use super::routes::{Answer, Federation, Place, place_of};
 use super::signed::SignedTransaction;
 use crate::admin::metrics;
 use crate::event::RoomVersion;
@@ -94,11 +94,13 @@ impl<'de, const LIMIT: usize> Visitor<'de> for Entries<LIMIT> {
     }
 }
 
-/// The one field of an event that says to whom it goes.
+/// The fields of an event that say to whom it goes: an LPDU has no more than the first.
 #[derive(Deserialize)]
 struct Peek<'a> {
     #[serde(borrow)]
     room_id: Option<Cow<'a, str>>,
+    auth_events: Option<IgnoredAny>,
+    prev_events: Option<IgnoredAny>,
 }
 
 /// Takes a transaction, once.
@@ -250,7 +252,12 @@ async fn way_of(state: &Federation, pdu: &RawValue) -> Result<Way, Refusal> {
     if state.between.paused(room_id) {
         return Ok(Way::Later);
     }
-    Ok(known_side(state, room_id).await?.map_or(Way::Nowhere, Way::To))
+    let side = |place| match place {
+        Place::On(side) => side,
+        Place::Shared if peek.auth_events.is_some() || peek.prev_events.is_some() => Side::Matrix,
+        Place::Shared => Side::Lm,
+    };
+    Ok(place_of(state, room_id).await?.map_or(Way::Nowhere, |place| Way::To(side(place))))
 }
 
 /// The ID by which the sender of what goes nowhere knows it, where that is not too long to be parsed.

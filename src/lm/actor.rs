@@ -15,7 +15,7 @@ use super::batch::{Batch, Origin};
 use super::room::{Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
 use super::{Appended, Lm};
-use crate::event::{Completion, Object, Pdu, VerifiedLpdu};
+use crate::event::{Links, Object, Pdu, VerifiedLpdu};
 use crate::guard::guarded_now;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, EventEffect};
@@ -115,6 +115,10 @@ impl Lm {
 
     /// Appends events, in order, and waits until each is committed or refused.
     pub(super) async fn append(&self, cell: &Arc<RoomCell>, events: Vec<(What, Origin)>) -> Vec<Outcome> {
+        let events = match self.append_through_graph(cell, events).await {
+            Ok(outcomes) => return outcomes,
+            Err(events) => events,
+        };
         let (items, outcomes): (Vec<_>, Vec<_>) =
             events.into_iter().map(|(what, origin)| Item::new(what, origin)).unzip();
         self.submit(cell, Job::Append(items)).await;
@@ -368,21 +372,20 @@ impl Lm {
     pub(super) fn complete(&self, room: &Snapshot, lpdu: VerifiedLpdu) -> Result<Pdu, Refusal> {
         let empty = Object::new();
         let content = lpdu.json.get("content").and_then(Value::as_object).unwrap_or(&empty);
-        let subject = Subject::lpdu(&lpdu, content);
-        let completion = allow(room, &subject)?;
+        let links = allow(room, &Subject::lpdu(&lpdu, content))?;
         let context = self.context();
-        Pdu::complete(lpdu, completion, &context.server_name, &context.signing_key)
+        Pdu::complete_among(lpdu, links, &context.server_name, &context.signing_key)
     }
 
     /// Makes an event of one of the gateway's own users as the next event after `room`, if the rules allow it there.
     pub(super) fn build(&self, room: &Snapshot, draft: &Draft) -> Result<Pdu, Refusal> {
-        let completion = self.allow_draft(room, draft)?;
+        let links = self.allow_draft(room, draft)?;
         let context = self.context();
-        Pdu::build(template(&room.facts.room_id, draft), completion, &context.server_name, &context.signing_key)
+        Pdu::build_among(template(&room.facts.room_id, draft), links, &context.server_name, &context.signing_key)
     }
 
     /// What the hub would add to a draft, if it is allowed.
-    pub(super) fn allow_draft(&self, room: &Snapshot, draft: &Draft) -> Result<Completion, Refusal> {
+    pub(super) fn allow_draft(&self, room: &Snapshot, draft: &Draft) -> Result<Links, Refusal> {
         let own = &self.context().server_name;
         if draft.sender.server_name() != own {
             let (origin, expected) = (own.to_string(), draft.sender.server_name().to_string());
@@ -393,10 +396,11 @@ impl Lm {
     }
 }
 
-fn allow(room: &Snapshot, subject: &Subject<'_>) -> Result<Completion, Refusal> {
+fn allow(room: &Snapshot, subject: &Subject<'_>) -> Result<Links, Refusal> {
     let (slots, auth_events) = room.auth_events(subject);
     room.judge(subject, &slots)?;
-    Ok(Completion { auth_events, prev_event: room.last_id().cloned() })
+    let prev_events = room.last_id().cloned().into_iter().collect();
+    Ok(Links { auth_events, prev_events, redaction: room.facts.redaction() })
 }
 
 /// A draft as the template of an event.

@@ -22,7 +22,7 @@ use crate::store::lm::{self as stored, Complaint, NewEvent, RoomRow};
 use crate::store::{Store, StoreError, Tx, inbox};
 
 /// Where an event comes from, as far as it matters for what is written with it.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Origin {
     /// It was made elsewhere: it goes into the bridge's inbox.
     pub foreign: bool,
@@ -32,6 +32,7 @@ pub(super) struct Origin {
     pub effect: Option<EventEffect>,
 }
 
+#[derive(Clone)]
 struct Entry {
     pdu: Arc<Pdu>,
     position: i64,
@@ -41,6 +42,7 @@ struct Entry {
 }
 
 /// Events that are to be appended together.
+#[derive(Clone)]
 pub(super) struct Batch {
     before: Arc<Snapshot>,
     /// The room as it will be.
@@ -49,7 +51,12 @@ pub(super) struct Batch {
     /// A room that is to be made.
     new_room: bool,
     complaints: Vec<Complaint>,
+    /// What the current state has for a type and state key whatever the log's last event is, and how many events it came after.
+    replaced: Vec<(usize, Slotted)>,
 }
+
+/// A type and state key, and what the current state has for them.
+type Slotted = ((String, String), Option<OwnedEventId>);
 
 /// What was committed of a batch.
 pub(super) struct Committed {
@@ -64,7 +71,8 @@ pub(super) struct Committed {
 impl Batch {
     pub fn new(before: Arc<Snapshot>) -> Self {
         let after = (*before).clone();
-        Self { before, after, entries: Vec::new(), new_room: false, complaints: Vec::new() }
+        let (entries, complaints, replaced) = Default::default();
+        Self { before, after, entries, new_room: false, complaints, replaced }
     }
 
     /// A room that is made together with its first events.
@@ -84,13 +92,33 @@ impl Batch {
         self.entries.len().saturating_sub(1)
     }
 
+    /// Takes back all but the first `len` events, after which the room was `after`.
+    pub fn truncate(&mut self, len: usize, after: Snapshot) {
+        self.entries.truncate(len);
+        self.replaced.retain(|(came_after, _)| *came_after <= len);
+        self.after = after;
+    }
+
+    /// The events, in order.
+    pub fn events(&self) -> impl Iterator<Item = &Arc<Pdu>> {
+        self.entries.iter().map(|entry| &entry.pdu)
+    }
+
+    /// Where the log follows a graph: the current state has this event, or none, whatever the log's last one is.
+    pub fn replace_state(&mut self, kind: &str, state_key: &str, event: Option<Arc<Pdu>>) {
+        self.after.replace(kind, state_key, event.as_ref());
+        let slot = ((kind.to_owned(), state_key.to_owned()), event.map(|event| event.event_id.clone()));
+        self.replaced.push((self.entries.len(), slot));
+    }
+
     /// Records what the hub did wrong.
     pub fn complain(&mut self, complaint: Complaint) {
         self.complaints.push(complaint);
     }
 
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.complaints.is_empty() && self.after.redaction == self.before.redaction
+        let nothing = self.entries.is_empty() && self.complaints.is_empty() && self.replaced.is_empty();
+        nothing && self.after.redaction == self.before.redaction
     }
 
     /// Writes everything, then tells the room's cell, the queues and the bridge. What this gateway fails on is found out: the
@@ -128,38 +156,82 @@ impl Batch {
             return Ok(Committed { appended: Vec::new(), failed: None, untried: Vec::new() });
         }
         self.entries.iter().for_each(|entry| trip("commit", &entry.pdu.kind));
+        let news = self.news(lm);
+        let job = self.job(lm);
+        match lm.context().store.write(move |tx| Box::pin(job.run(tx))).await {
+            Ok(done) => Ok(news.tell(lm, cell, done).await?),
+            Err(error) => {
+                if let Some(cell) = cell {
+                    cell.forget();
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// What is to be written.
+    pub fn job(self, lm: &Lm) -> Job {
         let context = lm.context();
         let room_id = self.after.facts.room_id.clone();
-        let is_hub = self.after.facts.hub == context.server_name;
-        let destinations = if is_hub { self.destinations(&context.server_name) } else { Vec::new() };
-        let (before, after) = (self.before.clone(), self.after.clone());
-        let events: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
-        let somebody_moved = self.entries.iter().any(|entry| entry.moved.is_some());
-        let watched = lm.between().watches(Side::Lm, &room_id);
-        let job = Job {
+        Job {
             store: context.store.clone(),
             server_name: context.server_name.clone(),
             now_ms: context.clock.now_ms(),
-            feed: Feed { kind: FeedKind::Log, room_id: room_id.clone() },
-            watched,
-            is_hub,
+            watched: lm.between().watches(Side::Lm, &room_id),
+            feed: Feed { kind: FeedKind::Log, room_id },
+            is_hub: self.after.facts.hub == context.server_name,
             after: self.after,
             head_before: self.before.head,
             redaction_before: self.before.redaction,
             entries: self.entries,
             new_room: self.new_room,
             complaints: self.complaints,
-        };
-        let result = context.store.write(move |tx| Box::pin(job.run(tx))).await;
-        let Done { kept, failed, untried, texts, pushed } = match result {
-            Ok(done) => done,
-            Err(error) => {
-                if let Some(cell) = cell {
-                    cell.forget();
-                }
-                return Err(error);
-            }
-        };
+            replaced: self.replaced.into_iter().map(|(_, slot)| slot).collect(),
+        }
+    }
+
+    /// What is to be told when it is written.
+    pub fn news(&self, lm: &Lm) -> News {
+        let own = &lm.context().server_name;
+        let is_hub = self.after.facts.hub == *own;
+        News {
+            before: self.before.clone(),
+            after: self.after.clone(),
+            events: self.entries.iter().map(|entry| entry.pdu.clone()).collect(),
+            destinations: if is_hub { self.destinations(own) } else { Vec::new() },
+            somebody_moved: self.entries.iter().any(|entry| entry.moved.is_some()),
+        }
+    }
+
+    /// The servers that were in the room before or come into it.
+    fn destinations(&self, own: &ruma::ServerName) -> Vec<OwnedServerName> {
+        let came = self.entries.iter().filter_map(|entry| match &entry.moved {
+            Some(Move::Came(server)) => Some(server),
+            _ => None,
+        });
+        let mut servers: Vec<OwnedServerName> = self.before.servers().chain(came).cloned().collect();
+        servers.retain(|server| server != own);
+        servers
+    }
+}
+
+/// Who is told of a batch, and of what.
+pub(super) struct News {
+    before: Arc<Snapshot>,
+    after: Snapshot,
+    events: Vec<Arc<Pdu>>,
+    destinations: Vec<OwnedServerName>,
+    somebody_moved: bool,
+}
+
+impl News {
+    /// Tells the room's cell, the queues and the bridge what was committed.
+    pub async fn tell(self, lm: &Lm, cell: Option<&Arc<RoomCell>>, done: Done) -> Result<Committed, StoreError> {
+        let Self { before, after, events, destinations, somebody_moved } = self;
+        let Done { kept, failed, untried, texts, pushed } = done;
+        let room_id = after.facts.room_id.clone();
+        // Not every server in a shared room has its log.
+        let all_read_the_log = !after.facts.shared;
         let appended = appended(&before, &events, kept);
         let snapshot = if kept == events.len() { after } else { replay(&before, &after, &appended) };
         let cell = match cell {
@@ -176,9 +248,12 @@ impl Batch {
         if !destinations.is_empty() {
             cell.keep_recent(texts);
             let feed = Feed { kind: FeedKind::Log, room_id: room_id.clone() };
+            let outbound = &lm.context().outbound;
             match appended.last() {
-                Some(last) if !somebody_moved => context.outbound.wake_at(&feed, &destinations, last.position.0),
-                _ => context.outbound.wake(&feed, &destinations),
+                Some(last) if !somebody_moved && all_read_the_log => {
+                    outbound.wake_at(&feed, &destinations, last.position.0);
+                }
+                _ => outbound.wake(&feed, &destinations),
             }
         }
         if pushed {
@@ -193,17 +268,6 @@ impl Batch {
             }
         }
         Ok(Committed { appended, failed, untried })
-    }
-
-    /// The servers that were in the room before or come into it.
-    fn destinations(&self, own: &ruma::ServerName) -> Vec<OwnedServerName> {
-        let came = self.entries.iter().filter_map(|entry| match &entry.moved {
-            Some(Move::Came(server)) => Some(server),
-            _ => None,
-        });
-        let mut servers: Vec<OwnedServerName> = self.before.servers().chain(came).cloned().collect();
-        servers.retain(|server| server != own);
-        servers
     }
 }
 
@@ -267,7 +331,7 @@ fn replay(before: &Snapshot, after: &Snapshot, appended: &[Appended]) -> Snapsho
 }
 
 /// The write job of a batch.
-struct Job {
+pub(super) struct Job {
     store: Store,
     server_name: OwnedServerName,
     now_ms: i64,
@@ -280,9 +344,11 @@ struct Job {
     entries: Vec<Entry>,
     new_room: bool,
     complaints: Vec<Complaint>,
+    replaced: Vec<Slotted>,
 }
 
-struct Done {
+/// What was written.
+pub(super) struct Done {
     kept: usize,
     failed: Option<StoreError>,
     untried: Vec<Option<EventEffect>>,
@@ -293,7 +359,7 @@ struct Done {
 }
 
 impl Job {
-    async fn run(mut self, tx: &mut Tx) -> Result<Done, StoreError> {
+    pub async fn run(mut self, tx: &mut Tx) -> Result<Done, StoreError> {
         let room_id = self.feed.room_id.clone();
         let (kept, failed) = self.effects(tx).await?;
         let untried = self.entries.drain(kept..).skip(1).map(|entry| entry.origin.effect).collect();
@@ -305,6 +371,7 @@ impl Job {
                 version: facts.version,
                 hub: facts.hub.clone(),
                 redaction: self.after.redaction,
+                shared: facts.shared,
                 head,
             };
             stored::insert_room(tx, &room).await?;
@@ -315,6 +382,7 @@ impl Job {
             stored::complain(tx, &room_id, complaint, self.now_ms).await?;
         }
         if self.entries.is_empty() {
+            stored::replace_state(tx, &room_id, &self.replaced).await?;
             return Ok(Done { kept, failed, untried, texts: Vec::new(), pushed: false });
         }
         if !self.new_room {
@@ -325,7 +393,9 @@ impl Job {
         }
         let pushed = self.push_to_inbox(tx).await?;
         let is_hub = self.is_hub;
+        let replaced = std::mem::take(&mut self.replaced);
         let events = self.append(tx).await?;
+        stored::replace_state(tx, &room_id, &replaced).await?;
         let text = |event: NewEvent| (event.position, event.json.into());
         let texts = if is_hub { events.into_iter().map(text).collect() } else { Vec::new() };
         Ok(Done { kept, failed, untried, texts, pushed })
@@ -350,7 +420,10 @@ impl Job {
                 Some(Move::Came(server)) if *server != self.server_name => {
                     let since = if entry.origin.answered { entry.position } else { entry.position.saturating_sub(1) };
                     stored::server_joined(tx, &self.feed.room_id, server, since).await?;
-                    OutboundQueues::subscribe(tx, server, &self.feed, since).await?;
+                    // Who came into a shared room as a graph server has its graph.
+                    if !self.after.facts.shared || entry.pdu.hub_server.is_some() {
+                        OutboundQueues::subscribe(tx, server, &self.feed, since).await?;
+                    }
                 }
                 Some(Move::Went(server)) if *server != self.server_name => {
                     stored::server_left(tx, &self.feed.room_id, server, entry.position).await?;

@@ -31,7 +31,8 @@ impl Lm {
     pub async fn create_room(&self, room: NewRoom) -> Result<OwnedRoomId, Refusal> {
         let context = self.context();
         let room_id = new_room_id(&context.server_name)?;
-        let facts = Facts { room_id: room_id.clone(), version: room.version, hub: context.server_name.clone() };
+        let facts =
+            Facts { room_id: room_id.clone(), version: room.version, hub: context.server_name.clone(), shared: false };
         let mut batch = Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft));
         let now = context.clock.now_ms();
         let first = |kind: &str, state_key: &str, content: Value| Draft {
@@ -61,7 +62,7 @@ impl Lm {
             Err(refusal) => return events.iter().map(|_| Err(refusal.clone())).collect(),
         };
         match self.role(&snapshot) {
-            Role::Hub => self.send_as_hub(&cell, events).await,
+            Role::Hub | Role::GraphServer { .. } => self.send_as_hub(&cell, events).await,
             Role::Participant { .. } => self.send_as_participant(&cell, snapshot, events).await,
         }
     }
@@ -138,6 +139,11 @@ impl Lm {
         match self.role(&snapshot) {
             Role::Hub => self.receive_lpdus(origin, &cell, &snapshot.facts, objects).await,
             Role::Participant { .. } => self.take_finished(origin, &cell, objects).await,
+            // What is meant for the hub; finished events are the graph's.
+            Role::GraphServer { hub } => {
+                let found = self.context().server_name.to_string();
+                all(Err(Refusal::WrongHub { hub: hub.to_string(), found }))
+            }
         }
     }
 
@@ -168,7 +174,7 @@ impl Lm {
             }
         }
         let mut waiting = Vec::new();
-        for (place, verified) in self.verify(origin, parsed).await {
+        for (place, verified) in self.verify(origin, facts.redaction(), parsed).await {
             let passed = match verified {
                 Ok(lpdu) if let Some(membership) = gated(&lpdu) => {
                     // What comes before it in the transaction may decide whether it is allowed.
@@ -236,6 +242,7 @@ impl Lm {
     async fn verify(
         &self,
         origin: &ServerName,
+        redaction: Redaction,
         lpdus: Vec<(usize, Lpdu)>,
     ) -> Vec<(usize, Result<VerifiedLpdu, Refusal>)> {
         let mut results = Vec::with_capacity(lpdus.len());
@@ -257,7 +264,7 @@ impl Lm {
             }
         }
         for (keys, places, lpdus) in groups {
-            results.extend(places.into_iter().zip(verify_all(keys, lpdus).await));
+            results.extend(places.into_iter().zip(verify_all(keys, redaction, lpdus).await));
         }
         // The order of a transaction is the order in the log.
         results.sort_by_key(|(place, _)| *place);
@@ -281,7 +288,7 @@ impl Lm {
         let lpdu = Lpdu::parse(body)?;
         self.is_for_us(origin, facts, &lpdu)?;
         let keys = self.keys(origin, &lpdu).await?;
-        lpdu.verify(&keys)
+        lpdu.verify_as(&keys, facts.redaction())
     }
 
     /// Asks the other side about a user who joins or knocks, if the rules allow it and it is new.
@@ -305,13 +312,17 @@ impl Lm {
 }
 
 /// Checks hashes and signatures, of many events on all cores and away from the threads that serve requests.
-async fn verify_all(keys: VerifyKeys, mut lpdus: Vec<Lpdu>) -> Vec<Result<VerifiedLpdu, Refusal>> {
-    let check = |lpdus: Vec<Lpdu>, keys: &VerifyKeys| {
+async fn verify_all(
+    keys: VerifyKeys,
+    redaction: Redaction,
+    mut lpdus: Vec<Lpdu>,
+) -> Vec<Result<VerifiedLpdu, Refusal>> {
+    let check = move |lpdus: Vec<Lpdu>, keys: &VerifyKeys| {
         let check = |lpdu: Lpdu| {
             let id = lpdu.lpdu_id.clone();
             guarded_now(&id, || {
                 trip("verify", &lpdu.kind);
-                lpdu.verify(keys)
+                lpdu.verify_as(keys, redaction)
             })
         };
         lpdus.into_iter().map(check).collect()

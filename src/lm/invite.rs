@@ -313,12 +313,12 @@ impl Lm {
             // The participant is told what the target's server says.
             Source::Lpdu(_) => passed_on(error, server),
         })?;
-        self.take_signature(server, &mut pdu, signed).await;
+        self.take_signature(server, &mut pdu, room.facts.redaction(), signed).await;
         Ok(What::Signed { pdu: Box::new(pdu), after: room.last_id().cloned() })
     }
 
     /// Takes the target's signature, if it is right, and nothing else of what came back.
-    async fn take_signature(&self, server: &ServerName, pdu: &mut Pdu, mut signed: Object) {
+    async fn take_signature(&self, server: &ServerName, pdu: &mut Pdu, redaction: Redaction, mut signed: Object) {
         let Some(Value::Object(mut signatures)) = signed.remove("signatures") else { return };
         let Some(Value::Object(by_target)) = signatures.remove(server.as_str()) else { return };
         let ids: Vec<&str> = by_target.keys().map(String::as_str).take(10).collect();
@@ -330,8 +330,8 @@ impl Lm {
             let known = by_target.into_iter().filter(|(id, _)| keys.contains_key(id)).collect();
             all.insert(server.to_string(), Value::Object(known));
         }
-        let right = verify_object(&redact(&countersigned, Redaction::Draft), server.as_str(), &keys).is_ok();
-        match Pdu::parse(countersigned, Redaction::Draft) {
+        let right = verify_object(&redact(&countersigned, redaction), server.as_str(), &keys).is_ok();
+        match Pdu::parse(countersigned, redaction) {
             Ok(countersigned) if right => *pdu = countersigned,
             _ => tracing::info!(%server, event = %pdu.event_id, "the invited server did not sign the invite"),
         }

@@ -48,7 +48,7 @@ fn rank(event: &Pdu, creator: Option<&str>) -> usize {
 }
 
 fn passes<'a>(room: &Snapshot, events: impl Iterator<Item = &'a Arc<Pdu>>) -> bool {
-    let facts = Facts { room_id: room.facts.room_id.clone(), version: room.facts.version, hub: room.facts.hub.clone() };
+    let facts = Facts::clone(&room.facts);
     let mut replayed = Snapshot::empty(facts, room.redaction);
     for event in events {
         let subject = Subject::of(event);

@@ -74,7 +74,8 @@ impl Lm {
         };
         self.peers().make(server, "knock", room_id, &draft.sender).await.map_err(failed)?;
         // Of the template nothing is needed: what the knock says is ours.
-        let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned() };
+        let facts =
+            Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned(), shared: false };
         let lpdu = self.sign(&facts, draft)?;
         let (mut answer, _held) =
             self.peers().send(server, "knock", &lpdu.lpdu_id, &lpdu.json).await.map_err(failed)?;

@@ -12,7 +12,7 @@ use super::actor::template;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
 use super::{Appended, Coming, Lm, Sent};
-use crate::event::{Lpdu, Object, canonical_json};
+use crate::event::{Lpdu, Object, Redaction, canonical_json};
 use crate::federation::{Delivery, Feed, FeedKind, OutboundQueues};
 use crate::refusal::Refusal;
 use crate::seam::{Draft, EffectsOf, EventEffect, Outgoing, write_effects_until_one_fails};
@@ -38,15 +38,15 @@ impl Lm {
         for Outgoing { draft, effect } in events {
             signed.push(match self.may_send(cell, &mut room, &draft).await {
                 // At once: what comes after it may depend on it.
-                Ok(()) => self.sign_ahead(cell, &room.facts, &draft).map(|lpdu| (lpdu, effect)),
+                Ok(()) => self.sign_ahead(cell, &room.facts, &draft, room.redaction).map(|lpdu| (lpdu, effect)),
                 Err(refusal) => Err(refusal),
             });
         }
         self.queue_lpdus(cell, &room.facts, signed).await
     }
 
-    fn sign_ahead(&self, cell: &RoomCell, facts: &Facts, draft: &Draft) -> Result<Lpdu, Refusal> {
-        let lpdu = self.sign(facts, draft)?;
+    fn sign_ahead(&self, cell: &RoomCell, facts: &Facts, draft: &Draft, redaction: Redaction) -> Result<Lpdu, Refusal> {
+        let lpdu = self.sign_as(facts, draft, redaction)?;
         lock(&cell.ahead).add(&lpdu.lpdu_id, draft);
         Ok(lpdu)
     }
@@ -118,9 +118,14 @@ impl Lm {
 
     /// An LPDU of one of our users.
     pub(super) fn sign(&self, facts: &Facts, draft: &Draft) -> Result<Lpdu, Refusal> {
+        self.sign_as(facts, draft, Redaction::Draft)
+    }
+
+    fn sign_as(&self, facts: &Facts, draft: &Draft, redaction: Redaction) -> Result<Lpdu, Refusal> {
         let context = self.context();
         self.is_own(&draft.sender)?;
-        Lpdu::build(template(&facts.room_id, draft), &facts.hub, &context.server_name, &context.signing_key)
+        let (own, key) = (&context.server_name, &context.signing_key);
+        Lpdu::build_as(template(&facts.room_id, draft), &facts.hub, redaction, own, key)
     }
 
     /// Only this gateway's users speak through it.
@@ -140,7 +145,8 @@ impl Lm {
         facts: &Facts,
         draft: Draft,
     ) -> Result<Appended, Refusal> {
-        let lpdu = self.sign_ahead(cell, facts, &draft)?;
+        // Of a membership both tables keep the same.
+        let lpdu = self.sign_ahead(cell, facts, &draft, Redaction::Draft)?;
         let lpdu_id = lpdu.lpdu_id.clone();
         let echo = cell.wait_for(&lpdu_id);
         let sent = self.queue_lpdus(cell, facts, vec![Ok((lpdu, None))]).await.pop();

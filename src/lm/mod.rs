@@ -8,7 +8,7 @@
 //! `intake` (what the hub sends), `gaps` (what is missing of
 //! that), `staged` (where that is much), `holes` (what stays missing), `waits` (what waits to be
 //! judged), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
-//! not come back from there). `weight` bounds the state that a foreign hub can have us keep. `feed` is what
+//! not come back from there). `shared` is the log of a room that is a graph too. `weight` bounds the state that a foreign hub can have us keep. `feed` is what
 //! the outbound queues read, `peers` what is asked of others, `reads` what the gateway itself asks.
 
 mod actor;
@@ -34,6 +34,7 @@ mod room;
 mod rooms;
 pub mod rules;
 mod served;
+mod shared;
 mod staged;
 mod state;
 #[cfg(test)]
@@ -42,7 +43,7 @@ mod visibility;
 mod waits;
 mod weight;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
 
@@ -59,7 +60,7 @@ use crate::admin::metrics::CacheMeter;
 use crate::event::{Pdu, RoomVersion};
 use crate::federation::{Context, FeedKind};
 use crate::guard::Careful;
-use crate::seam::{Draft, SharedBetween};
+use crate::seam::{Draft, Graphs, SharedBetween};
 
 /// An index in a log, from 0; once written it never changes (INV-1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -72,6 +73,11 @@ pub enum Role {
     Hub,
     /// That server keeps it.
     Participant {
+        /// The hub.
+        hub: OwnedServerName,
+    },
+    /// That server keeps the log for LM servers; this gateway takes part in the room's graph, from which it keeps a log of its own.
+    GraphServer {
         /// The hub.
         hub: OwnedServerName,
     },
@@ -141,6 +147,8 @@ struct Inner {
     peers: Peers,
     joining: Joining,
     invites: Invites,
+    /// The graphs of shared rooms.
+    graphs: OnceLock<Weak<dyn Graphs>>,
 }
 
 impl Lm {
@@ -161,6 +169,7 @@ impl Lm {
             peers: Peers::new(context.client.clone(), context.keyring.clone()),
             joining: Joining::default(),
             invites: Invites::new(),
+            graphs: OnceLock::new(),
             context,
             between,
         };

@@ -20,11 +20,11 @@ use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
 use super::weight::Weight;
 use super::{Appended, Lm, Role};
-use crate::event::{Family, Lpdu, Object, Redaction, RoomVersion};
+use crate::event::{Family, Lpdu, Object, Pdu, Redaction, RoomVersion};
 use crate::federation::RemoteError;
 use crate::identity::KeyringError;
 use crate::refusal::Refusal;
-use crate::seam::{AliasTarget, Draft, Membership, Outgoing};
+use crate::seam::{AliasTarget, Draft, Membership, Outgoing, SHARED};
 
 /// How many events are kept that come for a room while its join is under way.
 const EARLY: usize = 1000;
@@ -125,7 +125,8 @@ impl Lm {
             Err(refusal) => return Err(refusal),
         };
         match self.role(&room) {
-            Role::Hub => {
+            Role::GraphServer { .. } if !room.has_server(&self.context().server_name) => Ok(None),
+            Role::Hub | Role::GraphServer { .. } => {
                 let outcome = self.append(&cell, vec![(What::Own(draft.clone()), Origin::default())]).await.pop();
                 let outcome = outcome.ok_or_else(|| Refusal::Internal("no outcome".to_owned()))?;
                 Ok(Some(Inside::Joined(outcome.into_result()?)))
@@ -183,7 +184,8 @@ impl Lm {
             return Err(Refusal::GraphTemplate { server, room_id });
         }
         // Of the template nothing is needed: what the join says is ours.
-        let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned() };
+        let facts =
+            Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned(), shared: false };
         let lpdu = self.sign(&facts, draft)?;
         let (answer, _held) = self.peers().send(server, "join", &lpdu.lpdu_id, &lpdu.json).await.map_err(failed)?;
         self.take_join(server, &lpdu, answer).await
@@ -256,6 +258,9 @@ impl Lm {
         room.judge(&subject, &room.auth_events(&subject).0)?;
         if joined.redaction != Redaction::Draft {
             taking.batch.after.redaction = joined.redaction;
+        } else if taking.batch.after.state_event("m.room.create", "").is_some_and(|create| says_shared(create)) {
+            // Most events are the same by both tables; what we sign is not.
+            taking.batch.after.redaction = Redaction::GraphServer;
         }
         taking.append(joined.pdu);
         let committed = taking.finish(known.as_ref()).await?;
@@ -301,7 +306,8 @@ impl Lm {
     /// By make_leave and send_leave; some hubs know neither and take a leave like any other event.
     async fn leave_through(&self, server: &ServerName, room_id: &RoomId, draft: &Draft) -> Result<(), Refusal> {
         let failed = |error: RemoteError| into_refusal(error, server);
-        let facts = Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned() };
+        let facts =
+            Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned(), shared: false };
         let lpdu = self.sign(&facts, draft)?;
         let left = match self.peers().make(server, "leave", room_id, &draft.sender).await {
             Ok(_) => self.peers().send(server, "leave", &lpdu.lpdu_id, &lpdu.json).await,
@@ -348,6 +354,11 @@ impl Lm {
     }
 }
 
+/// Whether a hub says in a room's create event that graph servers have a part in it.
+fn says_shared(create: &Pdu) -> bool {
+    create.content().get(SHARED).and_then(Value::as_bool) == Some(true)
+}
+
 enum Inside {
     Joined(Appended),
     /// The gateway is a member of the room: the hub is told by an LPDU.
@@ -388,9 +399,9 @@ fn facts_of(
     if create.sender.server_name() != hub || create.room_id != *room_id {
         return Err(bad(format!("m.room.create of {} by {}, not its own", create.room_id, create.sender)));
     }
-    let facts = Facts { room_id: room_id.to_owned(), version, hub: hub.to_owned() };
+    let facts = Facts { room_id: room_id.to_owned(), version, hub: hub.to_owned(), shared: false };
     Snapshot::empty(facts, Redaction::Draft).judge(&Subject::of(create), &[])?;
-    Ok(Facts { room_id: room_id.to_owned(), version, hub: hub.to_owned() })
+    Ok(Facts { room_id: room_id.to_owned(), version, hub: hub.to_owned(), shared: false })
 }
 
 /// What another server answered, as a verdict where it is one.

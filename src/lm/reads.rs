@@ -35,7 +35,7 @@ impl Lm {
         let snapshot = cell.snapshot(&self.context().store).await?;
         let role = self.role(&snapshot);
         let complaints = match role {
-            Role::Hub => Vec::new(),
+            Role::Hub | Role::GraphServer { .. } => Vec::new(),
             Role::Participant { .. } => stored::complaints(&self.context().store, room_id, COMPLAINTS).await?,
         };
         Ok(Some(Room {
@@ -136,6 +136,7 @@ impl Lm {
     pub(super) fn role(&self, room: &Snapshot) -> Role {
         match &room.facts.hub {
             hub if *hub == self.context().server_name => Role::Hub,
+            hub if room.facts.shared => Role::GraphServer { hub: hub.clone() },
             hub => Role::Participant { hub: hub.clone() },
         }
     }

@@ -21,6 +21,15 @@ pub(super) struct Facts {
     pub version: RoomVersion,
     /// The server that keeps the log. As soon as the room has state it is what that says ([`hub_of`]).
     pub hub: OwnedServerName,
+    /// Whether the log follows from a graph that the gateway has a part in: nothing is appended but by the graph.
+    pub shared: bool,
+}
+
+impl Facts {
+    /// The table of redaction by which a hub goes: in shared rooms that of graph servers.
+    pub fn redaction(&self) -> Redaction {
+        if self.shared { Redaction::GraphServer } else { Redaction::Draft }
+    }
 }
 
 /// Who keeps a log, by the state: the server of the room's creator, until it is handed over; then the server to which it was
@@ -244,18 +253,30 @@ impl Snapshot {
     fn place(&mut self, pdu: &Arc<Pdu>) -> Option<Move> {
         let state_key = pdu.state_key.as_ref()?;
         let before = self.state.insert(pdu);
-        if matches!(pdu.kind.as_str(), "m.room.create" | HUB_EVENT)
+        self.moved(&pdu.kind, state_key, before.as_deref(), Some(pdu))
+    }
+
+    /// In the current state there is this event, or none, for a type and state key, whatever the log's last one is.
+    pub fn replace(&mut self, kind: &str, state_key: &str, event: Option<&Arc<Pdu>>) {
+        let before = match event {
+            Some(event) => self.state.insert(event),
+            None => self.state.remove(kind, state_key),
+        };
+        self.moved(kind, state_key, before.as_deref(), event.map(|event| &**event));
+    }
+
+    fn moved(&mut self, kind: &str, state_key: &str, before: Option<&Pdu>, now: Option<&Pdu>) -> Option<Move> {
+        if matches!(kind, "m.room.create" | HUB_EVENT)
             && let Some(hub) = hub_of(&self.state).filter(|hub| **hub != self.facts.hub)
         {
             self.facts = Arc::new(Facts { hub: hub.to_owned(), ..Facts::clone(&self.facts) });
         }
-        if pdu.kind != "m.room.member" {
+        if kind != "m.room.member" {
             return None;
         }
-        let user = <&UserId>::try_from(state_key.as_str()).ok()?;
-        let was_in = before.is_some_and(|before| membership(&before) == Some("join"));
-        let is_in = membership(pdu) == Some("join");
-        self.count(user.server_name(), was_in, is_in)
+        let user = <&UserId>::try_from(state_key).ok()?;
+        let is_in = |event: Option<&Pdu>| event.and_then(membership) == Some("join");
+        self.count(user.server_name(), is_in(before), is_in(now))
     }
 
     fn count(&mut self, server: &ServerName, was_in: bool, is_in: bool) -> Option<Move> {

@@ -317,7 +317,7 @@ async fn load(store: &Store, room_id: &RoomId) -> Result<Snapshot, StoreError> {
     let weight = state.iter().fold(Weight::default(), |weight, event| weight.with(event.json.len()));
     let state = state.into_iter().map(|event| Ok(Arc::new(stored_pdu(event, row.redaction)?)));
     let state = state.collect::<Result<Vec<_>, StoreError>>()?;
-    let facts = Facts { room_id: row.room_id, version: row.version, hub: row.hub };
+    let facts = Facts { room_id: row.room_id, version: row.version, hub: row.hub, shared: row.shared };
     let mut snapshot = Snapshot::restore(facts, row.redaction, row.head, last, state);
     snapshot.weight = weight;
     Ok(snapshot)

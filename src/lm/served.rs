@@ -94,7 +94,7 @@ impl Lm {
         let (_, room) = self.find(room_id).await?;
         match self.role(&room) {
             Role::Hub => Ok((*room).clone()),
-            Role::Participant { hub } => {
+            Role::Participant { hub } | Role::GraphServer { hub } => {
                 Err(Refusal::WrongHub { hub: hub.to_string(), found: self.context().server_name.to_string() })
             }
         }

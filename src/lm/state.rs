@@ -33,6 +33,11 @@ impl State {
         let state_key = event.state_key.clone()?;
         self.0.entry(event.kind.clone()).or_default().insert(state_key, event.clone())
     }
+
+    /// Empties a place; the event that was there.
+    pub(super) fn remove(&mut self, kind: &str, state_key: &str) -> Option<Arc<Pdu>> {
+        self.0.get_mut(kind)?.remove(state_key)
+    }
 }
 
 #[cfg(test)]

@@ -87,7 +87,8 @@ impl World {
     /// Gives the participant the hub's log, as if it had joined.
     async fn copy_log(&self) {
         let log = self.hub.log(&self.room, Position(0), 100).await.unwrap();
-        let facts = Facts { room_id: self.room.clone(), version: RoomVersion::Lm02, hub: self.name(&self.hub) };
+        let facts =
+            Facts { room_id: self.room.clone(), version: RoomVersion::Lm02, hub: self.name(&self.hub), shared: false };
         let mut taking = Taking::new(&self.part, Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft)));
         let objects = log.iter().map(|event| event.event.json.clone()).collect();
         taking.adopt(self.part.check_finished(objects, Redaction::Draft).await).await.unwrap();

@@ -12,6 +12,9 @@ use crate::event::{Pdu, RoomVersion, VerifiedLpdu};
 use crate::refusal::Refusal;
 use crate::store::{StoreError, Tx, TxFuture};
 
+/// In the content of a shared room's `m.room.create`: that it is one, `true`. It tells participants which table of redaction holds.
+pub const SHARED: &str = "im.isthmus.shared";
+
 /// A shared room whose log is to be made together with its first event.
 #[derive(Debug, Clone)]
 pub struct NewLog {

@@ -20,8 +20,8 @@ pub use self::staged::{
     Gap, Staged, bytes_of_other_gaps, close_gap, gap, note_newest, rooms_with_gaps, stage, staged, staged_of, unstage,
 };
 pub use self::write::{
-    advance_head, append, complain, forget_lpdus, insert_room, queue_lpdu, server_joined, server_left, set_redaction,
-    set_state,
+    advance_head, append, complain, forget_lpdus, insert_room, queue_lpdu, replace_state, server_joined, server_left,
+    set_redaction, set_state,
 };
 use crate::event::{Redaction, RoomVersion};
 
@@ -36,6 +36,8 @@ pub struct RoomRow {
     pub hub: OwnedServerName,
     /// The table of redaction that the hub uses.
     pub redaction: Redaction,
+    /// Whether the room is a graph too, from which the log follows.
+    pub shared: bool,
     /// The last position.
     pub head: i64,
 }

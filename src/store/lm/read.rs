@@ -19,7 +19,7 @@ pub async fn room_ids(store: &Store) -> Result<Vec<OwnedRoomId>, StoreError> {
 
 /// One room.
 pub async fn room(store: &Store, room_id: &RoomId) -> Result<Option<RoomRow>, StoreError> {
-    let row = sqlx::query("SELECT room_id, version, hub, redaction, head FROM lm_rooms WHERE room_id = $1")
+    let row = sqlx::query("SELECT room_id, version, hub, redaction, head, shared FROM lm_rooms WHERE room_id = $1")
         .bind(room_id.as_str())
         .fetch_optional(store.reader())
         .await?;
@@ -35,6 +35,7 @@ pub async fn room(store: &Store, room_id: &RoomId) -> Result<Option<RoomRow>, St
             "graph" => Redaction::GraphServer,
             other => return Err(StoreError::corrupt("redaction", other)),
         },
+        shared: row.try_get::<i64, _>("shared")? != 0,
         head: row.try_get("head")?,
     }))
 }

@@ -44,6 +44,7 @@ async fn add_room(store: &Store) {
         version: RoomVersion::Lm02,
         hub: server_name!("hub.example").to_owned(),
         redaction: Redaction::Draft,
+        shared: false,
         head: 0,
     };
     store.write(move |tx| Box::pin(async move { insert_room(tx, &row).await })).await.unwrap();

@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use ruma::{EventId, RoomId, ServerName};
+use ruma::{EventId, OwnedEventId, RoomId, ServerName};
 
 use super::super::rows::{Statement, chunks, placeholders, statement, statements};
 use super::{Complaint, NewEvent, RoomRow, redaction_name};
@@ -11,14 +11,17 @@ use crate::store::{StoreError, Tx, text};
 
 /// Adds a room.
 pub async fn insert_room(tx: &mut Tx, room: &RoomRow) -> Result<(), StoreError> {
-    sqlx::query("INSERT INTO lm_rooms (room_id, version, hub, redaction, head) VALUES ($1, $2, $3, $4, $5)")
-        .bind(room.room_id.as_str())
-        .bind(room.version.as_str())
-        .bind(room.hub.as_str())
-        .bind(redaction_name(room.redaction))
-        .bind(room.head)
-        .execute(tx)
-        .await?;
+    sqlx::query(
+        "INSERT INTO lm_rooms (room_id, version, hub, redaction, head, shared) VALUES ($1, $2, $3, $4, $5, $6)",
+    )
+    .bind(room.room_id.as_str())
+    .bind(room.version.as_str())
+    .bind(room.hub.as_str())
+    .bind(redaction_name(room.redaction))
+    .bind(room.head)
+    .bind(i64::from(room.shared))
+    .execute(tx)
+    .await?;
     Ok(())
 }
 
@@ -74,6 +77,39 @@ pub async fn set_state(tx: &mut Tx, room_id: &RoomId, state: &[(&(String, String
                 .bind(*position);
         }
         query.execute(&mut *tx).await?;
+    }
+    Ok(())
+}
+
+/// Makes these events, or none, the current state of their types and state keys. One that is not in the log stands until the room is
+/// read from the store again.
+pub async fn replace_state(
+    tx: &mut Tx,
+    room_id: &RoomId,
+    state: &[((String, String), Option<OwnedEventId>)],
+) -> Result<(), StoreError> {
+    for (key, event_id) in state {
+        let position: Option<(i64,)> = match event_id {
+            Some(event_id) => {
+                sqlx::query_as("SELECT position FROM lm_events WHERE room_id = $1 AND event_id = $2")
+                    .bind(room_id.as_str())
+                    .bind(event_id.as_str())
+                    .fetch_optional(&mut *tx)
+                    .await?
+            }
+            None => None,
+        };
+        match position {
+            Some((position,)) => set_state(tx, room_id, &[(key, position)]).await?,
+            None => {
+                sqlx::query("DELETE FROM lm_state WHERE room_id = $1 AND kind = $2 AND state_key = $3")
+                    .bind(room_id.as_str())
+                    .bind(text::encode(&key.0).into_owned())
+                    .bind(text::encode(&key.1).into_owned())
+                    .execute(&mut *tx)
+                    .await?;
+            }
+        }
     }
     Ok(())
 }
