@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::core::Core;
 use super::home::home;
 use super::notice::{say, text};
+use super::one_room;
 use super::portal::{Portal, number_of};
 use super::power::{POWER_LEVELS, USER_LIMIT};
 use super::registry::Entry;
@@ -177,6 +178,12 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
     let (pending, since_pending) = images::pending(store, number).await?;
     let lm::Missing { count, since, last_error, gaps: _, fetched, taken } =
         lm::missing(store, Some(&portal.lm_room_id)).await?;
+    let members = match portal.is_one_room() {
+        true => one_room::members(core, &portal).await?,
+        false => {
+            Members { matrix: natives(core, &portal, Side::Matrix).await?, lm: natives(core, &portal, Side::Lm).await? }
+        }
+    };
     let late = |since: Option<i64>| since.is_some_and(|since| now.saturating_sub(since) > OVERDUE_MS);
     Ok(Health {
         waiting: [
@@ -187,10 +194,7 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
         missing: Missing { count, since, last_error, fetched, taken },
         paused: core.pauses.is_paused(number),
         overdue: [since_matrix, since_lm, since_pending, since].into_iter().any(late),
-        members: Members {
-            matrix: natives(core, &portal, Side::Matrix).await?,
-            lm: natives(core, &portal, Side::Lm).await?,
-        },
+        members,
         refusals: images::refusals(store, number, REFUSALS).await?.into_iter().map(Refused::from).collect(),
     })
 }
@@ -211,6 +215,9 @@ async fn natives(core: &Core, portal: &Portal, side: Side) -> Result<Vec<OwnedUs
 /// Invites a user on their own side.
 pub(super) async fn invite(core: &Core, portal_id: &str, user: &UserId, side: Option<Side>) -> Result<(), Refusal> {
     let portal = entry(core, portal_id).await?.portal();
+    if portal.is_one_room() {
+        return one_room::invite(core, &portal, user).await;
+    }
     let (side, state) = home(core, &portal, user, side).await?;
     if matches!(state.membership(user), "invite" | "join") {
         return Ok(());
@@ -240,6 +247,10 @@ pub(super) async fn announce(
     body: &str,
 ) -> Result<(OwnedEventId, OwnedEventId), Refusal> {
     let portal = entry(core, portal_id).await?.portal();
+    if portal.is_one_room() {
+        let said = say(core, &portal, Side::Lm, text("m.text", body)).await?;
+        return Ok((said.clone(), said));
+    }
     let matrix = say(core, &portal, Side::Matrix, text("m.text", body)).await?;
     let lm = say(core, &portal, Side::Lm, text("m.text", body)).await?;
     Ok((matrix, lm))
@@ -254,6 +265,9 @@ pub(super) async fn set_power(
     side: Option<Side>,
 ) -> Result<(), Refusal> {
     let portal = entry(core, portal_id).await?.portal();
+    if portal.is_one_room() {
+        return grant(core, &portal, Side::Lm, user, level).await;
+    }
     let (side, _) = home(core, &portal, user, side).await?;
     let who = core.users.who(&core.context.store, side, user).await?;
     let Who::Native { ghost } = who else {
@@ -261,19 +275,23 @@ pub(super) async fn set_power(
     };
     core.users.keep(&core.context.store, side, [&user.to_owned()]).await?;
     for at in [portal.authority(), portal.authority().other()] {
-        let rooms = core.sides()?.rooms(at);
         let name = if at == side { user } else { ghost.as_ref() };
-        let state = rooms.state(portal.room(at)).await?;
-        let mut content: Object = state.content(POWER_LEVELS).cloned().unwrap_or_default();
-        content.retain(|key, _| !key.starts_with(super::translate::OWN_PREFIX));
-        let users = content.entry("users").or_insert_with(|| Value::Object(Object::new()));
-        let Some(users) = users.as_object_mut() else {
-            return Err(Refusal::malformed("m.room.power_levels", "users is no object"));
-        };
-        users.insert(name.to_string(), json!(level.clamp(-USER_LIMIT, USER_LIMIT)));
-        core.send(&portal, at, core.draft(core.users.bot(), POWER_LEVELS, Some(""), content)).await?;
+        grant(core, &portal, at, name, level).await?;
     }
     Ok(())
+}
+
+/// Sets a user's power on one side.
+async fn grant(core: &Core, portal: &Portal, side: Side, user: &UserId, level: i64) -> Result<(), Refusal> {
+    let state = core.sides()?.rooms(side).state(portal.room(side)).await?;
+    let mut content: Object = state.content(POWER_LEVELS).cloned().unwrap_or_default();
+    content.retain(|key, _| !key.starts_with(super::translate::OWN_PREFIX));
+    let users = content.entry("users").or_insert_with(|| Value::Object(Object::new()));
+    let Some(users) = users.as_object_mut() else {
+        return Err(Refusal::malformed("m.room.power_levels", "users is no object"));
+    };
+    users.insert(user.to_string(), json!(level.clamp(-USER_LIMIT, USER_LIMIT)));
+    core.send(portal, side, core.draft(core.users.bot(), POWER_LEVELS, Some(""), content)).await.map(drop)
 }
 
 /// Where an event is on both sides, and why not.

@@ -179,7 +179,8 @@ impl Core {
                         inbox::clear(tx, Side::Matrix, &stored.matrix_room_id).await?;
                         inbox::clear(tx, Side::Lm, &stored.lm_room_id).await?;
                     }
-                    dag::set_listed(tx, &stored.matrix_room_id, state.carries()).await?;
+                    let listed = state.carries() && !stored.is_one_room();
+                    dag::set_listed(tx, &stored.matrix_room_id, listed).await?;
                     portals::set_state(tx, number, stored.state.as_str(), stored.reason.as_deref(), leave).await
                 })
             })

@@ -37,6 +37,10 @@ pub(super) struct Creations {
 
 /// Makes both rooms and the portal between them.
 pub(super) async fn create_portal(core: &Arc<Core>, new: NewPortal) -> Outcome {
+    create(core, new, PortalKind::Created).await
+}
+
+async fn create(core: &Arc<Core>, new: NewPortal, kind: PortalKind) -> Outcome {
     let request = request(core, &new)?;
     let alias = new.alias.clone();
     if let Some(alias) = &alias {
@@ -44,7 +48,7 @@ pub(super) async fn create_portal(core: &Arc<Core>, new: NewPortal) -> Outcome {
     }
     let row = PortalRow {
         number: 0,
-        kind: PortalKind::Created.as_str().to_owned(),
+        kind: kind.as_str().to_owned(),
         state: CREATING.to_owned(),
         matrix_room_id: None,
         lm_room_id: None,
@@ -59,6 +63,11 @@ pub(super) async fn create_portal(core: &Arc<Core>, new: NewPortal) -> Outcome {
     let making = core.clone();
     // Whoever asked may go away; what was begun is finished.
     core.in_task(async move { finish(&making, row).await }).await
+}
+
+/// Makes one room that LM servers and graph servers share.
+pub(super) async fn shared_room(core: &Arc<Core>, new: NewPortal) -> Outcome {
+    create(core, new, PortalKind::Shared).await
 }
 
 /// Joins an LM room at its hub and makes the Matrix room of it.
@@ -258,6 +267,7 @@ async fn make(core: &Arc<Core>, row: PortalRow) -> Made {
     let making = AssertUnwindSafe(Box::pin(async {
         match row.kind.as_str() {
             "from_lm" => from_lm::make(core, &mut row).await,
+            "shared" => make_shared(core, &mut row).await,
             _ => make_both(core, &mut row).await,
         }
     }));
@@ -328,6 +338,19 @@ async fn make_both(core: &Arc<Core>, row: &mut PortalRow) -> Result<(), Refusal>
     Ok(())
 }
 
+async fn make_shared(core: &Arc<Core>, row: &mut PortalRow) -> Result<(), Refusal> {
+    let request: Request = serde_json::from_slice(&row.request).unwrap_or_default();
+    let alias = row.alias.clone();
+    let room = rooms::Both { core, request: &request, alias: alias.as_deref() };
+    if row.lm_room_id.is_none() {
+        let room_id = core.sides()?.lm.create_shared(room.shared()?).await?;
+        (row.lm_room_id, row.matrix_room_id) = (Some(room_id.clone()), Some(room_id));
+        let stored = row.clone();
+        core.context.store.write(move |tx| Box::pin(async move { portals::update(tx, &stored).await })).await?;
+    }
+    Ok(())
+}
+
 /// Changes a row, and what is watched, before anything else is made.
 pub(super) async fn save(core: &Core, row: &mut PortalRow, change: impl FnOnce(&mut PortalRow)) -> Result<(), Refusal> {
     change(row);
@@ -353,7 +376,8 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Result<Arc<Portal>, Refus
     let write = core.context.store.write(move |tx| {
         Box::pin(async move {
             portals::update(tx, &stored).await?;
-            if let Some(room) = &stored.matrix_room_id {
+            // No homeserver that reads the directory could join a shared room.
+            if let Some(room) = stored.matrix_room_id.as_ref().filter(|_| stored.kind != "shared") {
                 crate::store::dag::set_listed(tx, room, true).await?;
             }
             let mut own = Vec::new();
@@ -373,10 +397,12 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Result<Arc<Portal>, Refus
     for alias in &aliases {
         core.registry.set_alias(alias, row.number);
     }
-    for side in [Side::Matrix, Side::Lm] {
-        core.call_entry(&entry, side);
+    if !entry.portal().is_one_room() {
+        for side in [Side::Matrix, Side::Lm] {
+            core.call_entry(&entry, side);
+        }
+        repair::soon(core, &entry);
     }
-    repair::soon(core, &entry);
     tracing::info!(
         portal = entry.portal().portal_id, matrix_room = %entry.portal().matrix_room_id,
         lm_room = %entry.portal().lm_room_id, "portal made"

@@ -309,10 +309,17 @@ async fn finish(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<(), Refusal> {
         return Ok(());
     }
     let reason = portal.reason.as_deref().unwrap_or("it was asked for");
-    for side in [Side::Matrix, Side::Lm] {
+    for side in portal.sides().iter().copied() {
         if is_in(core, &portal, side).await? {
-            let far = portal.room(side.other());
-            let body = format!("Goodbye: this room is no longer connected with {far}, because {reason}.");
+            let body = match portal.is_one_room() {
+                true => {
+                    format!("Goodbye: this room is no longer served by {}, because {reason}.", core.context.server_name)
+                }
+                false => {
+                    let far = portal.room(side.other());
+                    format!("Goodbye: this room is no longer connected with {far}, because {reason}.")
+                }
+            };
             if let Err(refusal) = say(core, &portal, side, text("m.notice", &body)).await {
                 tracing::info!(portal = portal.portal_id, side = side.as_str(), %refusal, "nobody hears the goodbye");
             }

@@ -26,6 +26,7 @@ mod linearize;
 mod loops;
 mod member;
 mod notice;
+mod one_room;
 mod pause;
 mod plan;
 mod portal;
@@ -138,6 +139,11 @@ impl Bridge {
         Box::pin(create::create_portal(&self.core, portal)).await
     }
 
+    /// Makes one room that LM servers and graph servers that speak LM share, with the gateway as its hub.
+    pub async fn shared_room(&self, portal: NewPortal) -> Result<Arc<Portal>, Refusal> {
+        Box::pin(create::shared_room(&self.core, portal)).await
+    }
+
     /// Joins an LM room at its hub and makes the Matrix room of it. One at a time for each room; an existing portal is
     /// returned as it is.
     pub async fn portal_from_lm(
@@ -237,6 +243,7 @@ impl Bridge {
     pub async fn out_of_step(&self, portal_id: &str) -> Result<usize, Refusal> {
         match admin::known(&self.core, portal_id).await? {
             portal if portal.state == PortalState::Ended => Ok(0),
+            portal if portal.is_one_room() => one_room::out_of_step(&self.core, &portal).await,
             portal => Ok(repair::fixes(&self.core, &portal).await?.len()),
         }
     }

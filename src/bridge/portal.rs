@@ -15,6 +15,8 @@ pub enum PortalKind {
     Created,
     /// The LM room lives at a remote hub, and the gateway made the Matrix room. The log has authority.
     FromLm,
+    /// One room for LM servers and graph servers that speak LM, hubbed here: nothing crosses, since it is the same room.
+    Shared,
 }
 
 impl PortalKind {
@@ -23,12 +25,13 @@ impl PortalKind {
         match self {
             Self::Created => "created",
             Self::FromLm => "from_lm",
+            Self::Shared => "shared",
         }
     }
 
     /// The kind that is written like this.
     pub fn parse(text: &str) -> Option<Self> {
-        [Self::Created, Self::FromLm].into_iter().find(|kind| kind.as_str() == text)
+        [Self::Created, Self::FromLm, Self::Shared].into_iter().find(|kind| kind.as_str() == text)
     }
 }
 
@@ -98,6 +101,16 @@ pub struct Portal {
 }
 
 impl Portal {
+    /// Whether both sides are the same room.
+    pub fn is_one_room(&self) -> bool {
+        self.kind == PortalKind::Shared
+    }
+
+    /// The sides of which each has a room of its own.
+    pub(super) fn sides(&self) -> &'static [Side] {
+        if self.is_one_room() { &[Side::Lm] } else { &[Side::Matrix, Side::Lm] }
+    }
+
     /// Its room on one side.
     pub fn room(&self, side: Side) -> &RoomId {
         match side {
@@ -109,7 +122,7 @@ impl Portal {
     /// The side whose state the other side follows.
     pub fn authority(&self) -> Side {
         match self.kind {
-            PortalKind::Created => Side::Matrix,
+            PortalKind::Created | PortalKind::Shared => Side::Matrix,
             PortalKind::FromLm => Side::Lm,
         }
     }

@@ -168,7 +168,9 @@ impl Registry {
     /// that it has.
     pub(super) fn put(&self, number: i64, portal: Portal) -> Arc<Entry> {
         let ended = portal.state == PortalState::Ended;
-        let rooms = [Side::Matrix, Side::Lm].map(|side| (side, portal.room(side).to_owned()));
+        // Nothing that is accepted in a room that is shared waits for the bridge.
+        let sides: &[Side] = if portal.is_one_room() { &[] } else { portal.sides() };
+        let rooms: Vec<_> = sides.iter().map(|side| (*side, portal.room(*side).to_owned())).collect();
         let entry = self.lock(|tables| match tables.portals.get(&number) {
             Some(entry) => {
                 entry.portal.store(Arc::new(portal));

@@ -155,7 +155,7 @@ pub(super) fn at_start(core: &Arc<Core>) {
         let mut last = 0;
         while let Some(entry) = inner.registry.after(last, 1).pop() {
             last = entry.number;
-            if entry.portal().state.carries() {
+            if entry.portal().state.carries() && !entry.portal().is_one_room() {
                 soon(&inner, &entry);
                 tokio::time::sleep(AT_START).await;
             }

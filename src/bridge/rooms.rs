@@ -30,6 +30,14 @@ impl Both<'_> {
         Ok(lm::NewRoom { creator: self.core.users.bot().clone(), version, initial_state: self.state(levels, None) })
     }
 
+    /// One room for both.
+    pub(super) fn shared(&self) -> Result<lm::NewRoom, Refusal> {
+        let alias = self.alias.map(|localpart| format!("#{localpart}:{}", self.core.context.server_name));
+        let lm::NewRoom { creator, version, .. } = self.lm()?;
+        let levels = levels(Side::Lm, Some((self.core.users.bot(), BOT_LEVEL)));
+        Ok(lm::NewRoom { creator, version, initial_state: self.state(levels, alias) })
+    }
+
     /// The Matrix room.
     pub(super) fn matrix(&self) -> Result<dag::NewRoom, Refusal> {
         let version = matrix_version(self.core, self.request)?;

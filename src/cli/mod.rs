@@ -41,6 +41,21 @@ pub enum Portal {
         #[arg(long)]
         lm_room_version: Option<String>,
     },
+    /// Make one room that LM servers share with Matrix homeservers that speak its version (stock Synapse does not).
+    Shared {
+        /// Its name.
+        #[arg(long)]
+        name: Option<String>,
+        /// The localpart of its alias at this gateway.
+        #[arg(long)]
+        alias: Option<String>,
+        /// Who can join; by default who is invited, for instance by `isthmus portal invite`.
+        #[arg(long, value_parser = ["public", "invite", "knock"])]
+        join_rule: Option<String>,
+        /// Its version.
+        #[arg(long)]
+        lm_room_version: Option<String>,
+    },
     /// Join an LM room that lives elsewhere and make a Matrix room of it.
     FromLm {
         /// The LM room's ID, or its alias as its hub has it, `#NAME:HUB`.
@@ -91,17 +106,19 @@ impl Portal {
         let api = Api::new(config)?;
         match self {
             Self::Create { name, alias, join_rule, matrix_room_version, lm_room_version } => {
-                let mut body = Map::from_iter([("kind".to_owned(), json!("create"))]);
-                for (key, value) in [
+                let fields = [
                     ("name", name),
                     ("alias", alias),
                     ("join_rule", join_rule),
                     ("matrix_room_version", matrix_room_version),
                     ("lm_room_version", lm_room_version),
-                ] {
-                    body.extend(value.map(|value| (key.to_owned(), Value::String(value))));
-                }
-                print(&api.call(Method::POST, "/portals", Some(Value::Object(body))).await?)
+                ];
+                print(&api.call(Method::POST, "/portals", Some(made("create", fields))).await?)
+            }
+            Self::Shared { name, alias, join_rule, lm_room_version } => {
+                let fields =
+                    [("name", name), ("alias", alias), ("join_rule", join_rule), ("lm_room_version", lm_room_version)];
+                print(&api.call(Method::POST, "/portals", Some(made("shared", fields))).await?)
             }
             Self::FromLm { room, mut via, alias } => {
                 if via.is_empty() && room.is_room_id() {
@@ -127,6 +144,12 @@ impl Portal {
             }
         }
     }
+}
+
+/// What is asked for, with what was said of it.
+fn made<const N: usize>(kind: &str, fields: [(&str, Option<String>); N]) -> Value {
+    let said = fields.into_iter().filter_map(|(key, value)| Some((key.to_owned(), Value::String(value?))));
+    Value::Object(Map::from_iter([("kind".to_owned(), json!(kind))].into_iter().chain(said)))
 }
 
 /// Writes a line to standard output. Who reads it may have seen enough, as `head` has; then nothing is left to do.

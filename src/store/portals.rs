@@ -12,7 +12,7 @@ use crate::identity::Side;
 pub struct PortalRow {
     /// Its number; the portal's ID is `p` and this.
     pub number: i64,
-    /// `created` or `from_lm`.
+    /// `created`, `from_lm` or `shared`.
     pub kind: String,
     /// `creating`, `active`, `degraded`, `suspended`, `ending` or `ended`.
     pub state: String,

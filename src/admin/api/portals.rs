@@ -40,6 +40,17 @@ pub(super) enum Make {
         /// The LM room's version.
         lm_room_version: Option<String>,
     },
+    /// One new room, hubbed here, that LM servers share with Matrix homeservers that speak its version.
+    Shared {
+        /// Its name.
+        name: Option<String>,
+        /// The localpart of its alias at the gateway, or the alias.
+        alias: Option<String>,
+        /// `public`, `invite` or `knock`; `invite` when absent.
+        join_rule: Option<String>,
+        /// Its version, one of those of LM.
+        lm_room_version: Option<String>,
+    },
     /// A Matrix room for an LM room that lives elsewhere.
     FromLm {
         /// The LM room.
@@ -61,7 +72,7 @@ pub(super) enum Make {
 pub(super) struct Portal {
     /// Its ID.
     portal_id: String,
-    /// `created` or `from_lm`.
+    /// `created`, `from_lm` or `shared`: then both rooms are the same.
     kind: &'static str,
     /// `active`, `degraded`, `suspended`, `ending` or `ended`.
     state: &'static str,
@@ -143,9 +154,7 @@ pub(super) async fn make(
         Make::Create { name, alias, join_rule, encryption, matrix_room_version, lm_room_version } => {
             // There is only one policy, which every portal has.
             let (None | Some(EncryptionPolicy::Refuse)) = encryption;
-            if !matches!(join_rule.as_deref(), None | Some("public" | "invite" | "knock")) {
-                return Err(Refusal::malformed("join_rule", "it must be public, invite or knock"));
-            }
+            check_join_rule(join_rule.as_deref())?;
             let portal = NewPortal {
                 name,
                 alias: localpart(alias)?,
@@ -154,6 +163,12 @@ pub(super) async fn make(
                 lm_room_version: version("lm_room_version", lm_room_version)?,
             };
             bridge.create_portal(portal).await?
+        }
+        Make::Shared { name, alias, join_rule, lm_room_version } => {
+            check_join_rule(join_rule.as_deref())?;
+            let lm_room_version = version("lm_room_version", lm_room_version)?;
+            let alias = localpart(alias)?;
+            bridge.shared_room(NewPortal { name, alias, join_rule, matrix_room_version: None, lm_room_version }).await?
         }
         Make::FromLm { lm_room_id: Some(lm_room_id), lm_alias: None, via, alias } => {
             bridge.portal_from_lm(&lm_room_id, &via, localpart(alias)?.as_deref(), Cause::Admin).await?
@@ -167,6 +182,13 @@ pub(super) async fn make(
         }
     };
     Ok((StatusCode::CREATED, Json(Portal::from(&*portal))))
+}
+
+fn check_join_rule(join_rule: Option<&str>) -> Result<(), Refusal> {
+    match join_rule {
+        None | Some("public" | "invite" | "knock") => Ok(()),
+        Some(_) => Err(Refusal::malformed("join_rule", "it must be public, invite or knock")),
+    }
 }
 
 /// The localpart of an alias at the gateway, which may be given in full.
