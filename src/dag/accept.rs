@@ -8,16 +8,17 @@ use imbl::ordmap::DiffItem;
 use ruma::events::TimelineEventType;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName};
 
-use super::auth::{AuthState, check_against, check_independent, keys_needed, state_of_auth_events};
+use super::auth::{AuthState, check_against, check_hub, check_independent, keys_needed, state_of_auth_events};
 use super::batch::Batch;
 use super::events::EventMap;
 use super::pdu::{Verified, create_of_room};
 use super::room::Tip;
 use super::snapshot::{Snapshot, StateKey};
 use super::stored::{Groups, Status, Stored};
+use super::version::is_shared;
 use crate::guard::trip;
 use crate::refusal::Refusal;
-use crate::seam::Membership;
+use crate::seam::{LogOrigin, Membership};
 use crate::store::dag::OutboxRow;
 
 /// How many forward extremities a room may have.
@@ -32,6 +33,19 @@ pub enum Source {
     Handshake(OwnedServerName),
     /// The gateway made it.
     Own,
+    /// In a shared room: by the way of its log. Graph servers have it from the gateway alone.
+    Linear(LogOrigin),
+}
+
+impl Source {
+    /// What the log of a shared room must know of it.
+    fn log_origin(&self) -> LogOrigin {
+        match self {
+            Self::Received | Self::Handshake(_) => LogOrigin { foreign: true, answered: false },
+            Self::Own => LogOrigin::default(),
+            Self::Linear(origin) => *origin,
+        }
+    }
 }
 
 /// What became of an event.
@@ -127,6 +141,8 @@ impl Batch {
         if !prev.is_empty() || !auth.is_empty() {
             return Ok(Outcome::Missing { prev, auth });
         }
+        let linear = self.linear_form(&pdu)?;
+        self.begin_log(&pdu, before.as_ref()).await?;
         // The room as it is now; where the state before the event is another server's word, what happened in the gap is part
         // of it.
         let (before, now) = match before {
@@ -145,7 +161,15 @@ impl Batch {
             }
         };
         let mut event = Stored::new(pdu);
-        let verdict = match self.judge(&event, &known, &before, &now).await? {
+        let mut verdict = self.judge(&event, &known, &before, &now).await?;
+        if let (Verdict::Accepted, Err(refusal)) = (&verdict, self.judge_by_log(linear.as_deref())) {
+            verdict = Verdict::SoftFailed(refusal);
+        }
+        let verdict = match verdict {
+            // Whoever sends it is told why it is not taken, and nothing of it stays.
+            Verdict::SoftFailed(refusal) | Verdict::Rejected(refusal) if matches!(source, Source::Linear(_)) => {
+                return Err(refusal);
+            }
             Verdict::Accepted if *source == Source::Received && self.is_one_branch_too_many(&event) => {
                 let limit = MAX_BRANCHES;
                 Verdict::SoftFailed(Refusal::TooManyEvents { what: "set of events that nothing follows", limit })
@@ -173,12 +197,16 @@ impl Batch {
         self.need(outliers).await?;
         let event = self.stage(event);
         if event.status == Status::Accepted {
+            if let Some(linear) = linear {
+                self.linear.push(linear, source.log_origin());
+            }
             self.take_in(&event, source, &before, after).await?;
         } else {
             tracing::info!(room = %self.room_id, event = %event.pdu.event_id, status = ?event.status,
                 reason = event.reason, "event was not accepted");
         }
         self.redact_late(&event).await?;
+        Box::pin(self.correct_after(&event)).await?;
         Ok(Outcome::Known(event))
     }
 
@@ -225,9 +253,13 @@ impl Batch {
         !self.shared.strays.lock().unwrap_or_else(PoisonError::into_inner).takes(&self.room_id, server, size, now)
     }
 
-    fn stage(&mut self, event: Stored) -> Arc<Stored> {
+    fn stage(&mut self, mut event: Stored) -> Arc<Stored> {
+        let seq = self.shared.context.store.next_id();
+        if is_shared(self.version) {
+            event.pdu.depth = seq;
+        }
         let event = Arc::new(event);
-        self.changes.events.push(event.to_row(self.shared.context.store.next_id()));
+        self.changes.events.push(event.to_row(seq));
         self.absent.remove(&event.pdu.event_id);
         self.put_staged(event.clone());
         event
@@ -237,6 +269,7 @@ impl Batch {
         check_independent(event, known, &self.rules.authorization)?;
         let by_auth_events = state_of_auth_events(event, known);
         check_against(event, &by_auth_events, &self.rules.authorization)?;
+        check_hub(event, &by_auth_events)?;
         Ok(by_auth_events)
     }
 
@@ -301,7 +334,7 @@ impl Batch {
                 self.inbox.push(pdu.event_id.clone());
                 self.queue(event, Some(origin.clone()));
             }
-            Source::Own => {
+            Source::Own | Source::Linear(_) => {
                 self.queue(event, None);
                 self.tell_ended_membership(event, before).await?;
             }
@@ -348,11 +381,13 @@ impl Batch {
         for item in old.map.diff(&self.core.current.map) {
             match item {
                 DiffItem::Add((kind, user), id) | DiffItem::Update { new: ((kind, user), id), .. } => {
+                    self.linear.changed(kind, user);
                     if kind == "m.room.member" {
                         members.push((user.clone(), Some(id.clone())));
                     }
                 }
                 DiffItem::Remove((kind, user), _) => {
+                    self.linear.changed(kind, user);
                     if kind == "m.room.member" {
                         members.push((user.clone(), None));
                     }
@@ -363,19 +398,27 @@ impl Batch {
         let events = self.shared.events.with_staged(&ids, &self.staged).await?;
         for (user, id) in members {
             let Ok(user) = OwnedUserId::try_from(user.as_str()) else { continue };
-            let membership = id.and_then(|id| events.get(&id).and_then(|event| event.membership()));
-            self.set_joined(user, membership == Some(Membership::Join));
+            let event = id.and_then(|id| events.get(&id));
+            let by_hub = event.is_some_and(|event| event.pdu.hub_server.is_some());
+            let membership = event.and_then(|event| event.membership());
+            self.set_joined(user, membership == Some(Membership::Join), by_hub);
         }
         Ok(())
     }
 
-    fn set_joined(&mut self, user: OwnedUserId, joined: bool) {
+    /// A server whose first user comes by the hub is one of LM: the log is for it, the outbox not.
+    fn set_joined(&mut self, user: OwnedUserId, joined: bool, by_hub: bool) {
         if self.core.joined.contains(&user) == joined {
             return;
         }
         let server = user.server_name().to_owned();
         if self.core.set_joined(&user, joined) && server != self.shared.context.server_name {
-            self.changes.windows.push((server, self.core.head, joined));
+            let linear = if joined { by_hub } else { self.core.linear.remove(&server).is_some() };
+            if linear && joined {
+                self.core.linear.insert(server);
+            } else if !linear {
+                self.changes.windows.push((server, self.core.head, joined));
+            }
         }
         self.changes.joined.push((user, joined));
     }

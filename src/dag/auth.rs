@@ -48,6 +48,21 @@ pub fn check_against(event: &Stored, state: &AuthState, rules: &AuthorizationRul
     .map_err(Refusal::MatrixRule)
 }
 
+/// What LM adds to the rules of a shared room: the hub, which is the server of the room's creator, finishes events of others'
+/// users, and nobody else finishes any.
+pub fn check_hub(event: &Stored, state: &AuthState) -> Result<(), Refusal> {
+    let Some(found) = &event.pdu.hub_server else { return Ok(()) };
+    let create = state.get(&(StateEventType::RoomCreate.to_string(), String::new()));
+    let hub = create.map_or_else(|| event.pdu.sender.server_name(), |create| create.pdu.sender.server_name());
+    if found != hub {
+        return Err(Refusal::WrongHub { hub: hub.to_string(), found: found.to_string() });
+    }
+    if event.pdu.sender.server_name() == hub {
+        return Err(Refusal::malformed("hub_server", format!("present in an event of the hub's user {}", event.pdu.sender)));
+    }
+    Ok(())
+}
+
 /// The state that an event's own auth events make, with the create event.
 pub fn state_of_auth_events(event: &Stored, known: &EventMap) -> AuthState {
     let create = create_of_room(&event.pdu.room_id);

@@ -9,10 +9,12 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 use super::Shared;
 use super::build::DUMMY;
 use super::events::EventMap;
+use super::log::{Lent, Linear};
 use super::resolve::resolve;
 use super::room::{Core, Room};
 use super::snapshot::{Change, Snapshot};
 use super::stored::Stored;
+use super::version::is_shared;
 use crate::event::RoomVersion;
 use crate::federation::{Feed, FeedKind, OutboundQueues};
 use crate::guard::trip;
@@ -58,12 +60,15 @@ pub struct Batch {
     pub(super) pruned: Vec<OwnedEventId>,
     /// Whether none of the gateway's users may join the room's branches.
     pub(super) cannot_join_branches: bool,
+    /// What goes into the log of a shared room, and what of it is out of step.
+    pub(super) linear: Linear,
 }
 
 /// Where a batch can be rolled back to.
 pub struct Savepoint {
     core: Core,
     lengths: [usize; 13],
+    log: usize,
 }
 
 impl Batch {
@@ -89,6 +94,7 @@ impl Batch {
             needed_ids: HashSet::new(),
             pruned: Vec::new(),
             cannot_join_branches: false,
+            linear: Linear::default(),
         }
     }
 
@@ -106,7 +112,8 @@ impl Batch {
     /// Whether it changes nothing.
     pub fn is_empty(&self) -> bool {
         let Changes { events, groups, .. } = &self.changes;
-        events.is_empty() && groups.is_empty() && self.redacted.is_empty() && self.pruned.is_empty()
+        let is_graph_as_it_was = events.is_empty() && groups.is_empty();
+        is_graph_as_it_was && self.redacted.is_empty() && self.pruned.is_empty() && !self.linear.followed
     }
 
     /// The point to come back to when the next job fails.
@@ -129,6 +136,7 @@ impl Batch {
                 self.needed.len(),
                 self.pruned.len(),
             ],
+            log: self.linear.len(),
         }
     }
 
@@ -150,6 +158,7 @@ impl Batch {
             pruned,
         ] = savepoint.lengths;
         self.core = savepoint.core;
+        self.linear.truncate(savepoint.log);
         for (event_id, before) in self.replaced.drain(replaced..).rev() {
             match before {
                 Some(before) => self.staged.insert(event_id, before),
@@ -287,8 +296,13 @@ impl Batch {
     }
 
     /// Commits everything or nothing, since each event names those before it, and tells those who wait for it.
-    pub(super) async fn commit(self, room: &Room) -> Result<(), StoreError> {
+    pub(super) async fn commit(mut self, room: &Room) -> Result<(), StoreError> {
+        self.follow(room).await?;
         if self.is_empty() {
+            if is_shared(self.version) {
+                // What was found of the log is no change of the room, but known from now on.
+                room.set_core(self.core);
+            }
             return Ok(());
         }
         self.staged.values().for_each(|event| trip("commit", &event.pdu.kind));
@@ -306,18 +320,22 @@ impl Batch {
             awaited,
             needed,
             pruned,
+            linear,
+            version,
             ..
         } = self;
+        let log = Lent::new(linear.log);
         let store = shared.context.store.clone();
         let row = room.row(&core);
         let feed = Feed { kind: FeedKind::Graph, room_id: room_id.clone() };
         let has_news = !changes.outbox.is_empty();
         let mut to_wake: BTreeSet<OwnedServerName> = once.iter().map(|(server, _)| server.clone()).collect();
         to_wake.extend(changes.windows.iter().map(|(server, ..)| server.clone()));
-        let watched = !inbox.is_empty() && shared.between.watches(Side::Matrix, &room_id);
+        // Of a shared room the bridge is told by its log.
+        let watched = !inbox.is_empty() && !is_shared(version) && shared.between.watches(Side::Matrix, &room_id);
         let now = shared.context.clock.now_ms();
         let (to_replace, to_need, to_remove) = (redacted.clone(), needed.clone(), pruned.clone());
-        let writing = store.clone();
+        let (writing, lent) = (store.clone(), log.clone());
         let written = store
             .write(move |tx| {
                 Box::pin(async move {
@@ -332,6 +350,11 @@ impl Batch {
                         redactions::wait(tx, &row.room_id, target, redaction).await?;
                     }
                     write_effects(tx, &effects).await?;
+                    if let Some(loan) = lent.take()
+                        && let Some(writing) = loan.write(tx)
+                    {
+                        writing.await?;
+                    }
                     if watched {
                         inbox::push(&writing, tx, Side::Matrix, &row.room_id, &inbox, now).await?;
                     }
@@ -358,7 +381,7 @@ impl Batch {
             shared.states.invalidate(&room_id).await;
             shared.listings.invalidate(&room_id).await;
         }
-        to_wake.extend(core.servers.keys().filter(|server| **server != shared.context.server_name).cloned());
+        to_wake.extend(core.graph_servers().filter(|server| **server != shared.context.server_name).cloned());
         match &written {
             Ok(()) => {
                 for event in &needed {
@@ -382,6 +405,7 @@ impl Batch {
         if watched {
             shared.between.accepted(Side::Matrix, &room_id);
         }
+        log.give_back(&room_id, &written).await;
         written
     }
 }

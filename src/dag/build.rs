@@ -7,17 +7,17 @@ use ruma::canonical_json::try_from_json_map;
 use ruma::events::TimelineEventType;
 use ruma::serde::Base64;
 use ruma::signatures::{KeyPair, Signature, hash_and_sign_event, sign_event};
-use ruma::{AnyKeyName, CanonicalJsonObject, OwnedSigningKeyId};
+use ruma::{AnyKeyName, CanonicalJsonObject, OwnedEventId, OwnedSigningKeyId, ServerName, UserId};
 use serde_json::{Value, json};
 
 use super::accept::Source;
 use super::batch::Batch;
-use super::pdu::{Pdu, Verified};
+use super::pdu::{Pdu, REDACTION, Verified, to_object};
 use super::room::Tip;
-use super::snapshot::Snapshot;
+use super::snapshot::{Snapshot, StateKey};
 use super::stored::Stored;
-use super::version::rules_of;
-use crate::event::{Object, RoomVersion};
+use super::version::{is_shared, rules_of};
+use crate::event::{self, Links, Object, RoomVersion, VerifiedLpdu, parse_event_id};
 use crate::identity::SigningKey;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
@@ -135,6 +135,21 @@ impl Batch {
         self.build_on(draft, self.newest_tips()).await
     }
 
+    /// What a participant of a shared room sends, finished as its hub and built on the newest forward extremities.
+    pub async fn complete(&mut self, lpdu: VerifiedLpdu) -> Result<Verified, Refusal> {
+        let tips = self.newest_tips();
+        let before = self.state_after(&tips).await?;
+        let content = lpdu.json.get("content").and_then(Value::as_object);
+        let content = content.cloned().unwrap_or_default();
+        let keys = self.auth_keys(&lpdu.kind, &lpdu.sender, lpdu.state_key.as_deref(), &content)?;
+        let auth_events = keys.iter().filter_map(|key| before.map.get(key).cloned()).collect();
+        let prev_events = tips.into_iter().map(|tip| tip.event_id).collect();
+        let context = &self.shared.context;
+        let links = Links { auth_events, prev_events, redaction: REDACTION };
+        let event = event::Pdu::complete_among(lpdu, links, &context.server_name, &context.signing_key)?;
+        Verified::own_linear(&event, self.version)
+    }
+
     async fn build_on(&mut self, draft: &Draft, tips: Vec<Tip>) -> Result<Verified, Refusal> {
         let own = &self.shared.context.server_name;
         if draft.sender.server_name() != own {
@@ -155,12 +170,15 @@ impl Batch {
         self.core.tips.iter().skip(skip).cloned().collect()
     }
 
+    async fn state_after(&mut self, tips: &[Tip]) -> Result<Snapshot, Refusal> {
+        if tips.len() == self.core.tips.len() {
+            return Ok(self.core.current.clone());
+        }
+        self.merge(tips.iter().map(|tip| tip.after.clone()).collect()).await
+    }
+
     async fn template_on(&mut self, draft: &Draft, tips: Vec<Tip>) -> Result<CanonicalJsonObject, Refusal> {
-        let before = if tips.len() == self.core.tips.len() {
-            self.core.current.clone()
-        } else {
-            self.merge(tips.iter().map(|tip| tip.after.clone()).collect()).await?
-        };
+        let before = self.state_after(&tips).await?;
         let depth = tips.iter().map(|tip| tip.depth).max().map_or(1, |depth| depth.saturating_add(1).min(MAX_DEPTH));
         let now = self.shared.context.clock.now_ms();
         let mut event = Object::new();
@@ -182,27 +200,30 @@ impl Batch {
             ("sender".to_owned(), json!(draft.sender)),
             ("content".to_owned(), Value::Object(content)),
             ("origin_server_ts".to_owned(), json!(draft.origin_server_ts.clamp(0, now.max(0)))),
-            ("depth".to_owned(), json!(depth)),
             ("prev_events".to_owned(), json!(tips.iter().map(|tip| &tip.event_id).collect::<Vec<_>>())),
         ]);
-        let auth_events = self.select_auth_events(draft, &before)?;
-        event.insert("auth_events".to_owned(), auth_events);
+        if !is_shared(self.version) {
+            event.insert("depth".to_owned(), json!(depth));
+        }
+        let keys = self.auth_keys(&draft.kind, &draft.sender, draft.state_key.as_deref(), &draft.content)?;
+        let auth_events: Vec<_> = keys.iter().filter_map(|key| before.map.get(key)).collect();
+        event.insert("auth_events".to_owned(), json!(auth_events));
         try_from_json_map(event).map_err(|error| Refusal::malformed("event", error.to_string()))
     }
 
-    fn select_auth_events(&self, draft: &Draft, before: &Snapshot) -> Result<Value, Refusal> {
-        let content = serde_json::value::to_raw_value(&draft.content)
+    /// The keys of the state that belongs into an event's `auth_events`.
+    fn auth_keys(
+        &self,
+        kind: &str,
+        sender: &UserId,
+        state_key: Option<&str>,
+        content: &Object,
+    ) -> Result<Vec<StateKey>, Refusal> {
+        let content = serde_json::value::to_raw_value(content)
             .map_err(|error| Refusal::malformed("content", error.to_string()))?;
-        let keys = ruma::state_res::auth_types_for_event(
-            &TimelineEventType::from(draft.kind.as_str()),
-            &draft.sender,
-            draft.state_key.as_deref(),
-            &content,
-            &self.rules.authorization,
-        )
-        .map_err(Refusal::MatrixRule)?;
-        let ids: Vec<_> = keys.into_iter().filter_map(|(kind, key)| before.map.get(&(kind.to_string(), key))).collect();
-        Ok(json!(ids))
+        let (kind, rules) = (TimelineEventType::from(kind), &self.rules.authorization);
+        let keys = ruma::state_res::auth_types_for_event(&kind, sender, state_key, &content, rules);
+        Ok(keys.map_err(Refusal::MatrixRule)?.into_iter().map(|(kind, key)| (kind.to_string(), key)).collect())
     }
 
     /// Whether the event would be accepted as the next one; changes nothing.
@@ -235,13 +256,41 @@ fn sign_canonical(
     server_name: &str,
     key: &SigningKey,
 ) -> Result<Verified, Refusal> {
+    if is_shared(version) {
+        return sign_linear(to_object(&event)?, version, server_name, key);
+    }
     hash_and_sign_event(server_name, &Signer::new(key)?, &mut event, &rules_of(version)?.redaction)
         .map_err(|error| Refusal::malformed("event", error.to_string()))?;
     Verified::own(&event, version)
 }
 
+fn sign_linear(
+    mut event: Object,
+    version: RoomVersion,
+    server_name: &str,
+    key: &SigningKey,
+) -> Result<Verified, Refusal> {
+    let mut take = |field: &str| -> Result<Vec<OwnedEventId>, Refusal> {
+        let ids = event.remove(field).unwrap_or_default();
+        let ids = ids.as_array().into_iter().flatten();
+        ids.map(|id| parse_event_id(field, id.as_str().unwrap_or_default())).collect()
+    };
+    let links =
+        Links { auth_events: take("auth_events")?, prev_events: take("prev_events")?, redaction: REDACTION };
+    // What somebody else's template says of it means nothing here.
+    event.remove("depth");
+    let server = <&ServerName>::try_from(server_name).map_err(|error| Refusal::Internal(error.to_string()))?;
+    Verified::own_linear(&event::Pdu::build_among(event, links, server, key)?, version)
+}
+
 /// Adds the gateway's signature to an event that another server has signed.
 pub(super) fn countersign(pdu: &Pdu, server_name: &str, key: &SigningKey) -> Result<Value, Refusal> {
+    if is_shared(pdu.version) {
+        let mut event = pdu.to_linear()?;
+        let server = <&ServerName>::try_from(server_name).map_err(|error| Refusal::Internal(error.to_string()))?;
+        event.countersign_by(server, key, REDACTION);
+        return Ok(Value::Object(event.json));
+    }
     let mut json: CanonicalJsonObject =
         serde_json::from_str(pdu.raw.get()).map_err(|error| Refusal::NotJson(error.to_string()))?;
     let rules = rules_of(pdu.version)?;

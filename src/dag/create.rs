@@ -12,11 +12,14 @@ use super::batch::Batch;
 use super::build::sign;
 use super::pdu::Verified;
 use super::room::{Core, Room};
-use super::version::{can_create, rules_of};
+use super::version::{can_create, is_shared, rules_of};
 use super::{Dag, NewRoom};
 use crate::event::{Object, RoomVersion};
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
+
+/// The highest level that canonical JSON can say.
+const HIGHEST: i64 = (1 << 53) - 1;
 
 impl Dag {
     /// Creates a room with the gateway's bot as its creator.
@@ -24,6 +27,11 @@ impl Dag {
         if !can_create(room.version) {
             return Err(Refusal::IncompatibleRoomVersion(room.version.to_string()));
         }
+        self.make_room(room).await
+    }
+
+    /// The same for shared rooms too.
+    pub(super) async fn make_room(&self, room: NewRoom) -> Result<OwnedRoomId, Refusal> {
         if let Some(draft) = room.initial_state.iter().find(|draft| draft.kind == "m.room.encryption") {
             return Err(Refusal::Encryption(format!("a new room with {}", draft.kind)));
         }
@@ -73,10 +81,12 @@ impl Dag {
             ("state_key".to_owned(), json!("")),
             ("content".to_owned(), Value::Object(content)),
             ("origin_server_ts".to_owned(), json!(origin_server_ts)),
-            ("depth".to_owned(), json!(1)),
             ("prev_events".to_owned(), json!([])),
             ("auth_events".to_owned(), json!([])),
         ]);
+        if !is_shared(room.version) {
+            event.insert("depth".to_owned(), json!(1));
+        }
         if rules.event_format.require_room_create_room_id {
             let room_id = format!("!{}:{}", random_localpart(), context.server_name);
             event.insert("room_id".to_owned(), json!(room_id));
@@ -126,6 +136,8 @@ fn default_power_levels(room: &NewRoom) -> Value {
     // Creators of version 12 stand above all levels and must not be named.
     let users = match room.version {
         RoomVersion::V12 => json!({}),
+        // Who lines a shared room up must be able to say everything that its graph can come to, whatever others' levels are.
+        version if is_shared(version) => json!({ room.creator.as_str(): HIGHEST }),
         _ => json!({ room.creator.as_str(): 100 }),
     };
     json!({

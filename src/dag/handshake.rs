@@ -111,7 +111,7 @@ impl Dag {
         // A batch that is never committed: what the room would say to this event now.
         let mut batch = Batch::new(self.shared.clone(), &room);
         let template = batch.template(&draft).await?;
-        let event = Verified::own(&template, room.version)?;
+        let event = Verified::of_template(&template, room.version)?;
         let judged = batch.accept(event, &Source::Received, None).await;
         match judged.and_then(|outcome| outcome.accepted().map(drop)) {
             Err(refusal @ Refusal::MatrixRule(_)) if membership == Membership::Join => {

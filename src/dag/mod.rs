@@ -7,11 +7,14 @@ mod actor;
 mod auth;
 mod batch;
 mod build;
+mod correct;
 mod create;
 mod events;
 mod fetch;
+mod graphs;
 mod handshake;
 mod invite;
+mod log;
 mod order;
 mod outbox;
 mod outliers;
@@ -26,7 +29,7 @@ mod snapshot;
 mod stored;
 mod version;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use imbl::ordmap::DiffItem;
 use moka::future::Cache;
@@ -45,7 +48,7 @@ use crate::event::{Object, RoomVersion};
 use crate::federation::{Context, FeedKind, FeedSource};
 use crate::guard::Careful;
 use crate::refusal::Refusal;
-use crate::seam::{Draft, Outgoing, SharedBetween};
+use crate::seam::{Draft, Logs, Outgoing, SharedBetween};
 
 /// An accepted event of a graph.
 #[derive(Debug, Clone)]
@@ -111,6 +114,8 @@ pub struct Dag {
 struct Shared {
     context: Context,
     between: SharedBetween,
+    /// The logs of shared rooms.
+    logs: OnceLock<Arc<dyn Logs>>,
     events: Events,
     rooms: Rooms,
     careful: Careful,
@@ -139,6 +144,7 @@ impl Dag {
         let shared = Arc::new(Shared {
             context,
             between,
+            logs: OnceLock::new(),
             events,
             rooms: Rooms::default(),
             careful: Careful::default(),
@@ -153,6 +159,13 @@ impl Dag {
         });
         outbound.register(&[FeedKind::Graph], Arc::new(Outbox(shared.clone())));
         Self { shared }
+    }
+
+    /// Says who keeps the logs of shared rooms; once, before any event comes.
+    pub fn set_logs(&self, logs: Arc<dyn Logs>) {
+        if self.shared.logs.set(logs).is_err() {
+            tracing::error!("somebody keeps the logs of shared rooms already");
+        }
     }
 
     /// What is known of a room; none when the gateway is not in it.

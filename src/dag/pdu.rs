@@ -1,6 +1,6 @@
 //! PDUs of graph rooms: parsed strictly, then proved step by step. An [`Unverified`] has the right form, a [`Verified`] the
 //! right signatures (and the content hash, or else it is the redacted copy); what was authorized is a
-//! [`super::stored::Stored`].
+//! [`super::stored::Stored`]. Events of shared rooms have LM's form, and what proves them is in [`crate::event`].
 
 use std::collections::BTreeSet;
 
@@ -17,12 +17,19 @@ use ruma::{CanonicalJsonObject, OwnedEventId, OwnedRoomId, OwnedServerName, Owne
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::version::rules_of;
-use crate::event::{Object, RoomVersion, VerifyKeys, event_id, integers, parse_event_id, parse_object};
+use super::version::{is_shared, rules_of};
+use crate::event::{
+    self, HashCheck, Object, Redaction, RoomVersion, VerifyKeys, check_numbers, event_id, integers, parse_event_id,
+    parse_object,
+};
 use crate::guard::guarded_now;
 use crate::refusal::Refusal;
 
-/// The fields of an event of a graph, and the event itself as it goes over the wire (canonical JSON without `unsigned`).
+/// The table by which events of shared rooms are redacted, hashed and signed: graph servers know no other.
+pub const REDACTION: Redaction = Redaction::GraphServer;
+
+/// The fields of an event of a graph, and the event itself as it goes over the wire (canonical JSON without `unsigned`; in a
+/// shared room that of RFC 8785).
 #[derive(Debug, Clone)]
 pub struct Pdu {
     /// The version of the room.
@@ -41,7 +48,8 @@ pub struct Pdu {
     pub state_key: Option<String>,
     /// Milliseconds since the epoch, as the sender says; never negative.
     pub origin_server_ts: i64,
-    /// As the sender says.
+    /// As the sender says. In a shared room events have none: what stands here is the place in which it was stored, so that who
+    /// was before it is less deep; 0 before that.
     pub depth: i64,
     /// The events before it, each once.
     pub prev_events: Vec<OwnedEventId>,
@@ -49,6 +57,8 @@ pub struct Pdu {
     pub auth_events: Vec<OwnedEventId>,
     /// Of a redaction: what it redacts.
     pub redacts: Option<OwnedEventId>,
+    /// In a shared room: the hub that finished it for a participant.
+    pub hub_server: Option<OwnedServerName>,
     /// `content`.
     pub content: Box<RawValue>,
     /// The whole event.
@@ -59,7 +69,14 @@ pub struct Pdu {
 #[derive(Debug, Clone)]
 pub struct Unverified {
     pdu: Pdu,
-    json: CanonicalJsonObject,
+    form: Form,
+}
+
+/// What is verified of an event.
+#[derive(Debug, Clone)]
+enum Form {
+    Graph(CanonicalJsonObject),
+    Linear(Box<event::Pdu>),
 }
 
 /// A PDU that is signed as its room version asks.
@@ -75,10 +92,11 @@ struct Wire {
     kind: TimelineEventType,
     state_key: Option<String>,
     origin_server_ts: i64,
-    depth: i64,
+    depth: Option<i64>,
     prev_events: Vec<OwnedEventId>,
     auth_events: Vec<OwnedEventId>,
     redacts: Option<serde_json::Value>,
+    hub_server: Option<serde_json::Value>,
     content: Box<RawValue>,
 }
 
@@ -89,6 +107,10 @@ pub fn id_as_received(raw: &str, version: RoomVersion) -> Option<OwnedEventId> {
         let mut object = parse_object(raw.as_bytes())?;
         object.remove("unsigned");
         integers(&mut object);
+        if is_shared(version) {
+            object.remove("event_id");
+            return Ok(event_id(&format!("${}", event::reference_hash(&object, REDACTION))));
+        }
         let malformed = |error: String| Refusal::malformed("event", error);
         let json = try_from_json_map(object).map_err(|error| malformed(error.to_string()))?;
         let hash = reference_hash(&json, rules_of(version)?).map_err(|error| malformed(error.to_string()))?;
@@ -100,6 +122,9 @@ pub fn id_as_received(raw: &str, version: RoomVersion) -> Option<OwnedEventId> {
 impl Unverified {
     /// Checks the form of a parsed event: canonical JSON, fields, lengths and numbers. `unsigned` is dropped.
     pub fn from_object(mut object: Object, version: RoomVersion) -> Result<Self, Refusal> {
+        if is_shared(version) {
+            return Self::linear(object, version);
+        }
         let rules = rules_of(version)?;
         object.remove("unsigned");
         let json = try_from_json_map(object).map_err(|error| Refusal::malformed("event", error.to_string()))?;
@@ -109,19 +134,37 @@ impl Unverified {
         if pdu.prev_events.is_empty() && pdu.kind != TimelineEventType::RoomCreate {
             return Err(Refusal::malformed("prev_events", "empty"));
         }
-        Ok(Self { pdu, json })
+        Ok(Self { pdu, form: Form::Graph(json) })
+    }
+
+    /// An event of a shared room. One with floats is none, as in other graphs: graph servers drop it, and what followed it here
+    /// would be lost on them.
+    fn linear(object: Object, version: RoomVersion) -> Result<Self, Refusal> {
+        let event = event::Pdu::parse(object, REDACTION)?;
+        event.json.values().try_for_each(check_numbers)?;
+        let pdu = Pdu::of_linear(&event, version)?;
+        if pdu.prev_events.is_empty() && pdu.kind != TimelineEventType::RoomCreate {
+            return Err(Refusal::malformed("prev_events", "empty"));
+        }
+        Ok(Self { pdu, form: Form::Linear(Box::new(event)) })
     }
 
     /// The servers that must have signed it.
     pub fn signers(&self) -> Result<BTreeSet<OwnedServerName>, Refusal> {
         let rules = rules_of(self.pdu.version)?;
-        required_server_signatures_to_verify_event(&self.json, &rules.signatures)
-            .map_err(|error| Refusal::malformed("event", error.to_string()))
+        match &self.form {
+            Form::Linear(event) => Ok(event.required_signers().into_iter().collect()),
+            Form::Graph(json) => required_server_signatures_to_verify_event(json, &rules.signatures)
+                .map_err(|error| Refusal::malformed("event", error.to_string())),
+        }
     }
 
     /// Its `signatures`, as an object that holds nothing else.
     pub fn signatures(&self) -> Object {
-        let signatures = self.json.get("signatures").cloned().map(serde_json::Value::from);
+        let signatures = match &self.form {
+            Form::Linear(event) => event.json.get("signatures").cloned(),
+            Form::Graph(json) => json.get("signatures").cloned().map(serde_json::Value::from),
+        };
         signatures.into_iter().map(|value| ("signatures".to_owned(), value)).collect()
     }
 
@@ -132,13 +175,21 @@ impl Unverified {
 
     /// Checks the signatures and the content hash. When the hash is wrong, what is returned is the redacted copy.
     pub fn verify(self, keys: &VerifyKeys) -> Result<Verified, Refusal> {
-        let rules = rules_of(self.pdu.version)?;
-        let keys = public_keys(keys)?;
-        let checked = verify_event(&keys, &self.json, rules).map_err(|error| Refusal::BadSignature {
-            entity: self.pdu.sender.server_name().to_string(),
-            problem: error.to_string(),
-        })?;
-        if checked == HashVerified::All {
+        let intact = match &self.form {
+            Form::Linear(event) => {
+                event.verify_signatures(keys, REDACTION)?;
+                event.check_hashes() == HashCheck::Intact
+            }
+            Form::Graph(json) => {
+                let rules = rules_of(self.pdu.version)?;
+                let checked = verify_event(&public_keys(keys)?, json, rules).map_err(|error| Refusal::BadSignature {
+                    entity: self.pdu.sender.server_name().to_string(),
+                    problem: error.to_string(),
+                })?;
+                checked == HashVerified::All
+            }
+        };
+        if intact {
             return Ok(Verified(self.pdu));
         }
         tracing::info!(room = %self.pdu.room_id, event = %self.pdu.event_id, "wrong content hash: kept redacted");
@@ -149,8 +200,17 @@ impl Unverified {
 impl Unverified {
     /// The same as [`Unverified::verify`], with the signatures of all of `servers` demanded.
     pub fn verify_by(self, servers: &[OwnedServerName], keys: &VerifyKeys) -> Result<Verified, Refusal> {
+        let json = match &self.form {
+            Form::Graph(json) => json.clone(),
+            Form::Linear(event) => {
+                for server in servers {
+                    event.verify_signature_of(server, keys, REDACTION)?;
+                }
+                return self.verify(keys);
+            }
+        };
         let rules = rules_of(self.pdu.version)?;
-        let redacted = redact(self.json.clone(), &rules.redaction, None)
+        let redacted = redact(json, &rules.redaction, None)
             .map_err(|error| Refusal::malformed("event", error.to_string()))?;
         // ruma checks every entity that has signed: it is shown one at a time.
         let all = public_keys(keys)?;
@@ -178,6 +238,22 @@ impl Verified {
         Pdu::read(json, &format!("${hash}"), version).map(Self)
     }
 
+    /// An event of a shared room that the gateway has finished itself.
+    pub(super) fn own_linear(event: &event::Pdu, version: RoomVersion) -> Result<Self, Refusal> {
+        Pdu::of_linear(event, version).map(Self)
+    }
+
+    /// What would be sent, without hashes and signatures: only to be judged.
+    pub(super) fn of_template(template: &CanonicalJsonObject, version: RoomVersion) -> Result<Self, Refusal> {
+        if !is_shared(version) {
+            return Self::own(template, version);
+        }
+        let mut event = to_object(template)?;
+        event.insert("hashes".to_owned(), serde_json::json!({ "sha256": "" }));
+        event.insert("signatures".to_owned(), serde_json::json!({}));
+        Self::own_linear(&event::Pdu::parse(event, REDACTION)?, version)
+    }
+
     /// The fields.
     pub fn pdu(&self) -> &Pdu {
         &self.0
@@ -198,6 +274,10 @@ impl Pdu {
 
     /// The copy without what redaction takes away; its ID is the same.
     pub fn redacted(&self) -> Result<Self, Refusal> {
+        if is_shared(self.version) {
+            let redacted = Self::of_linear(&self.to_linear()?.redacted(REDACTION), self.version)?;
+            return Ok(Self { depth: self.depth, ..redacted });
+        }
         let rules = rules_of(self.version)?;
         let json: CanonicalJsonObject =
             serde_json::from_str(self.raw.get()).map_err(|error| Refusal::NotJson(error.to_string()))?;
@@ -209,6 +289,17 @@ impl Pdu {
     /// The event as a JSON value.
     pub fn to_value(&self) -> serde_json::Value {
         serde_json::from_str(self.raw.get()).unwrap_or_default()
+    }
+
+    /// An event of a shared room, as the log takes it.
+    pub fn to_linear(&self) -> Result<event::Pdu, Refusal> {
+        event::Pdu::parse(parse_object(self.raw.get().as_bytes())?, REDACTION)
+    }
+
+    fn of_linear(event: &event::Pdu, version: RoomVersion) -> Result<Self, Refusal> {
+        let text = String::from_utf8(event.to_bytes()).map_err(|error| Refusal::NotJson(error.to_string()))?;
+        let raw = RawValue::from_string(text).map_err(|error| Refusal::NotJson(error.to_string()))?;
+        Self::read_raw(raw, event.event_id.as_str(), version)
     }
 
     fn read(json: &CanonicalJsonObject, event_id: &str, version: RoomVersion) -> Result<Self, Refusal> {
@@ -234,6 +325,13 @@ impl Pdu {
             Some(room_id) => room_id,
             None => room_of_create(&event_id)?,
         };
+        let depth = match wire.depth {
+            Some(depth) if !is_shared(version) => depth,
+            None if !is_shared(version) => return Err(Refusal::malformed("depth", "missing")),
+            _ => 0,
+        };
+        let hub_server = wire.hub_server.filter(|_| is_shared(version));
+        let hub_server = hub_server.and_then(|hub| OwnedServerName::try_from(hub.as_str()?).ok());
         let redacts = redacts(wire.redacts, &wire.kind, &wire.content, rules_of(version)?);
         let mut seen = BTreeSet::new();
         let prev_events = wire.prev_events.into_iter().filter(|id| seen.insert(id.clone())).collect();
@@ -246,13 +344,22 @@ impl Pdu {
             kind: wire.kind,
             state_key: wire.state_key,
             origin_server_ts: wire.origin_server_ts,
-            depth: wire.depth,
+            depth,
             prev_events,
             auth_events: wire.auth_events,
             redacts,
+            hub_server,
             content: wire.content,
             raw,
         })
+    }
+}
+
+/// The same as an object that is not bound to Matrix's canonical JSON.
+pub fn to_object(json: &CanonicalJsonObject) -> Result<Object, Refusal> {
+    match serde_json::to_value(json) {
+        Ok(serde_json::Value::Object(object)) => Ok(object),
+        _ => Err(Refusal::Internal("canonical JSON that is no object".to_owned())),
     }
 }
 

@@ -17,9 +17,10 @@ use tokio::sync::{OnceCell, Semaphore, mpsc, oneshot};
 use super::Shared;
 use super::actor::{self, End, Jobs, Work};
 use super::batch::Batch;
+use super::correct::Corrections;
 use super::outliers::Outliers;
 use super::snapshot::Snapshot;
-use super::version::rules_of;
+use super::version::{is_shared, rules_of};
 use crate::event::RoomVersion;
 use crate::refusal::Refusal;
 use crate::store::dag::RoomRow;
@@ -54,9 +55,18 @@ pub struct Core {
     pub head: i64,
     /// Whether redactions were accepted whose targets were not here.
     pub awaits_targets: bool,
+    /// Of a shared room: those of `servers` that get its log, and not the outbox.
+    pub linear: OrdSet<OwnedServerName>,
+    /// Of a shared room: how far its log's state is known to be this one.
+    pub corrections: Corrections,
 }
 
 impl Core {
+    /// The servers of joined users that get the outbox.
+    pub fn graph_servers(&self) -> impl Iterator<Item = &OwnedServerName> {
+        self.servers.keys().filter(|server| !self.linear.contains(*server))
+    }
+
     /// Whether a user of `server` is joined.
     pub fn has_server(&self, server: &ServerName) -> bool {
         self.servers.contains_key(server)
@@ -198,7 +208,16 @@ impl Shared {
         for user in dag::joined(&self.context.store, room_id).await? {
             core.set_joined(&user, true);
         }
+        if is_shared(version) {
+            let reached = dag::open_windows(&self.context.store, room_id).await?;
+            let own = &self.context.server_name;
+            let linear = core.servers.keys().filter(|server| *server != own && !reached.contains(*server));
+            core.linear = linear.cloned().collect();
+        }
         let room = self.start(room_id.to_owned(), version, core)?;
+        if is_shared(version) {
+            self.compare_with_log(&room);
+        }
         Ok(Some(room))
     }
 

@@ -10,6 +10,7 @@ use serde_json::value::RawValue;
 
 use super::GraphEvent;
 use super::pdu::Pdu;
+use super::version::is_shared;
 use crate::event::{Object, RoomVersion};
 use crate::seam::Membership;
 use crate::store::StoreError;
@@ -150,8 +151,11 @@ impl Stored {
         let version =
             RoomVersion::parse(&row.version).ok_or_else(|| StoreError::corrupt("room version", &row.version))?;
         let raw = std::str::from_utf8(&row.json).map_err(|error| StoreError::corrupt("event", error))?;
-        let pdu = Pdu::read_stored(raw, row.event_id.as_str(), version)
+        let mut pdu = Pdu::read_stored(raw, row.event_id.as_str(), version)
             .map_err(|refusal| StoreError::corrupt("event", refusal))?;
+        if is_shared(version) {
+            pdu.depth = row.seq;
+        }
         let status =
             Status::from_i64(row.status).ok_or_else(|| StoreError::corrupt("status of an event", row.status))?;
         let groups = row.before.zip(row.after).map(|(before, after)| Groups { before, after });

@@ -105,7 +105,7 @@ fn check_signatures(json: &Object) -> Result<(), Refusal> {
 }
 
 /// Refuses floats and integers beyond ±(2^53 − 1), which not every parser reads alike.
-pub(super) fn check_numbers(value: &Value) -> Result<(), Refusal> {
+pub(crate) fn check_numbers(value: &Value) -> Result<(), Refusal> {
     match value {
         Value::Number(number) => match number.as_i64() {
             Some(integer) if (-MAX_INTEGER..=MAX_INTEGER).contains(&integer) => Ok(()),

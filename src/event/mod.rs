@@ -19,7 +19,7 @@ mod tests;
 pub use self::canonical::canonical_json;
 pub use self::canonical_text::canonical_text;
 pub use self::edu::{Edu, EduKey, Ignored, Presence, Receipt, ToDevice, Typing};
-pub(crate) use self::form::integers;
+pub(crate) use self::form::{check_numbers, integers};
 pub use self::hash::{content_hash, lpdu_hash, reference_hash};
 pub use self::id::{event_id, parse_event_id};
 pub use self::lenient::{parse_answer, parse_leniently};

@@ -9,7 +9,7 @@ use super::canonical::canonical_len;
 use super::form::{Common, MAX_EVENT, check_numbers, event_ids, integers, sha256, strip, wrong};
 use super::hash::{content_hash, event_id_of, lpdu_hash, lpdu_signing_bytes, signing_bytes};
 use super::lpdu::lpdu_id;
-use super::sign::{add_signature, known_signatures};
+use super::sign::{add_signature, bad_signature, known_signatures};
 use super::{Object, Redaction, SignatureCheck, VerifiedLpdu, VerifyKeys, canonical_json, redact, verify_signatures};
 use crate::identity::SigningKey;
 use crate::refusal::Refusal;
@@ -161,7 +161,12 @@ impl Pdu {
 
     /// Adds the signature of an invited server over the redacted event.
     pub fn countersign(&mut self, entity: &ServerName, key: &SigningKey) {
-        let signature = key.sign(&signing_bytes(&self.json, Redaction::Draft));
+        self.countersign_by(entity, key, Redaction::Draft);
+    }
+
+    /// The same in a shared room, where graph servers check it.
+    pub fn countersign_by(&mut self, entity: &ServerName, key: &SigningKey, redaction: Redaction) {
+        let signature = key.sign(&signing_bytes(&self.json, redaction));
         add_signature(&mut self.json, entity.as_str(), key.id(), signature);
     }
 
@@ -187,6 +192,25 @@ impl Pdu {
     /// redacted event when there is no `hub_server`).
     pub fn verify_signatures(&self, keys: &VerifyKeys, redaction: Redaction) -> Result<(), Refusal> {
         verify_signatures(&self.signature_checks(keys, redaction)?).into_iter().collect()
+    }
+
+    /// Checks the signature of a server over the redacted event, of one that was invited too.
+    pub fn verify_signature_of(
+        &self,
+        server: &ServerName,
+        keys: &VerifyKeys,
+        redaction: Redaction,
+    ) -> Result<(), Refusal> {
+        if self.hub_server.is_some() && *server == *self.sender.server_name() {
+            // That one has signed the LPDU inside.
+            return self.verify_signatures(keys, redaction);
+        }
+        let missing = || bad_signature(server.as_str(), "no key is known");
+        let message = signing_bytes(&self.json, redaction);
+        for (key, signature) in known_signatures(&self.json, server.as_str(), keys.get(server).ok_or_else(missing)?)? {
+            key.verify(&message, signature).map_err(|problem| bad_signature(server.as_str(), problem))?;
+        }
+        Ok(())
     }
 
     /// The signatures that must be checked, for checking those of many events at once.

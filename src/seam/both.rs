@@ -47,7 +47,7 @@ pub trait Logs: Send + Sync + 'static {
 
 /// Events on their way to the end of a log. Dropped without [`LogBatch::committed`] it has changed nothing in memory.
 #[async_trait]
-pub trait LogBatch: Send {
+pub trait LogBatch: Send + Sync {
     /// Whether the log's rules allow the event, whose signatures are known to be right, at the end.
     fn judge(&self, event: &Pdu) -> Result<(), Refusal>;
 

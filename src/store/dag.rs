@@ -265,6 +265,15 @@ pub async fn set_listed(tx: &mut Tx, room_id: &RoomId, listed: bool) -> Result<(
     Ok(())
 }
 
+/// The servers that get everything of a room's outbox from some position on.
+pub async fn open_windows(store: &Store, room_id: &RoomId) -> Result<HashSet<OwnedServerName>, StoreError> {
+    let rows: Vec<(String,)> = sqlx::query_as("SELECT server FROM dag_windows WHERE room_id = $1 AND closed IS NULL")
+        .bind(room_id.as_str())
+        .fetch_all(store.reader())
+        .await?;
+    rows.into_iter().map(|(server,)| parse(server, "server name")).collect()
+}
+
 /// The joined users of a room.
 pub async fn joined(store: &Store, room_id: &RoomId) -> Result<Vec<OwnedUserId>, StoreError> {
     sqlx::query("SELECT user_id FROM dag_joined WHERE room_id = $1")

@@ -1,0 +1,99 @@
+//! What the linear side asks of the graphs of shared rooms: that participants' LPDUs, and what is said by the way of the log,
+//! follow all that a graph has; and that shared rooms are made.
+
+use async_trait::async_trait;
+use ruma::{OwnedEventId, OwnedRoomId, RoomId};
+
+use super::accept::Source;
+use super::batch::Batch;
+use super::pdu::Verified;
+use super::version::is_shared;
+use super::{Dag, NewRoom};
+use crate::refusal::Refusal;
+use crate::seam::{Graphs, NewShared, Next, NextEvent};
+
+#[async_trait]
+impl Graphs for Dag {
+    async fn add(&self, room_id: &RoomId, events: Vec<NextEvent>) -> Vec<Result<OwnedEventId, Refusal>> {
+        let count = events.len();
+        match self.try_add(room_id, events).await {
+            Ok(added) => added,
+            Err(refusal) => vec![Err(refusal); count],
+        }
+    }
+
+    async fn create(&self, room: NewShared) -> Result<OwnedRoomId, Refusal> {
+        let NewShared { creator, version, initial_state } = room;
+        if !is_shared(version) {
+            return Err(Refusal::IncompatibleRoomVersion(version.as_str().to_owned()));
+        }
+        self.make_room(NewRoom { creator, version, initial_state }).await
+    }
+}
+
+impl Dag {
+    async fn try_add(
+        &self,
+        room_id: &RoomId,
+        events: Vec<NextEvent>,
+    ) -> Result<Vec<Result<OwnedEventId, Refusal>>, Refusal> {
+        let room = self.shared.room(room_id).await?;
+        if !is_shared(room.version) {
+            return Err(Refusal::IncompatibleRoomVersion(room.version.as_str().to_owned()));
+        }
+        self.shared
+            .run(&room, move |batch| {
+                Box::pin(async move {
+                    let mut added = Vec::with_capacity(events.len());
+                    for event in events {
+                        let before = batch.savepoint();
+                        let result = batch.add(event).await;
+                        if result.is_err() {
+                            batch.roll_back(before);
+                        }
+                        added.push(result);
+                    }
+                    Ok(added)
+                })
+            })
+            .await
+    }
+}
+
+impl Batch {
+    /// Puts an event after all that is there.
+    async fn add(&mut self, event: NextEvent) -> Result<OwnedEventId, Refusal> {
+        let NextEvent { what, origin, effect } = event;
+        if self.linear.log.is_none() {
+            let hub = self.hub_of(&self.core.current).await?;
+            self.open_log(hub).await?;
+        }
+        let event = match what {
+            Next::Lpdu(lpdu) => {
+                if let Some(log) = &self.linear.log
+                    && let Some(known) = log.find_lpdu(&lpdu.lpdu_id).await?
+                {
+                    return Ok(known);
+                }
+                if !self.is_hub() {
+                    let hub = self.linear.hub.as_ref().map(ToString::to_string).unwrap_or_default();
+                    return Err(Refusal::WrongHub { hub, found: lpdu.hub_server.to_string() });
+                }
+                self.complete(lpdu).await?
+            }
+            Next::Own(draft) => self.build(&draft).await?,
+            Next::Finished(event) => Verified::own_linear(&event, self.version)?,
+        };
+        if event.pdu().room_id != self.room_id {
+            let problem = format!("{}, expected {}", event.pdu().room_id, self.room_id);
+            return Err(Refusal::malformed("room_id", problem));
+        }
+        // It may be known, when somebody asks again.
+        let outcome = self.accept(event, &Source::Linear(origin), None).await?;
+        let event_id = outcome.accepted()?.pdu.event_id.clone();
+        if let Some(effect) = effect {
+            self.add_effect(event_id.clone(), effect);
+        }
+        Ok(event_id)
+    }
+}

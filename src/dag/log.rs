@@ -1,0 +1,206 @@
+//! The log of a shared room, as a batch adds to it: what the graph accepts goes to the log's end, in that order and in the same
+//! transaction, once the log's own rules have it there.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ruma::events::TimelineEventType;
+use ruma::{OwnedServerName, RoomId};
+
+use super::batch::Batch;
+use super::pdu::Pdu;
+use super::room::Room;
+use super::snapshot::{Snapshot, StateKey};
+use super::version::is_shared;
+use crate::event;
+use crate::refusal::Refusal;
+use crate::seam::{LogBatch, LogOrigin, NewLog};
+use crate::store::{StoreError, Tx, TxFuture};
+
+/// What of a batch is the log's.
+#[derive(Default)]
+pub(super) struct Linear {
+    /// Where the events go; none in rooms that have no log, and before the first event.
+    pub log: Option<Box<dyn LogBatch>>,
+    /// The hub of the room: its creator's server.
+    pub hub: Option<OwnedServerName>,
+    /// The keys under which the log may have something else than the graph.
+    pub dirty: BTreeSet<StateKey>,
+    /// Whether corrections are being made.
+    pub correcting: bool,
+    /// How many were.
+    pub corrected: usize,
+    /// Whether state was set in a log of another hub.
+    pub followed: bool,
+}
+
+impl Linear {
+    /// How many events go into the log.
+    pub fn len(&self) -> usize {
+        self.log.as_ref().map_or(0, |log| log.len())
+    }
+
+    pub fn truncate(&mut self, len: usize) {
+        if let Some(log) = &mut self.log {
+            log.truncate(len);
+        }
+    }
+
+    pub fn push(&mut self, event: Arc<event::Pdu>, origin: LogOrigin) {
+        if let Some(log) = &mut self.log {
+            if let Some(state_key) = &event.state_key {
+                self.dirty.insert((event.kind.clone(), state_key.clone()));
+            }
+            log.push(event, origin);
+        }
+    }
+
+    /// The resolved state has something else there than before.
+    pub fn changed(&mut self, kind: &str, state_key: &str) {
+        if self.log.is_some() {
+            self.dirty.insert((kind.to_owned(), state_key.to_owned()));
+        }
+    }
+}
+
+impl Batch {
+    /// An event of a shared room as the log takes it.
+    pub(super) fn linear_form(&self, pdu: &Pdu) -> Result<Option<Arc<event::Pdu>>, Refusal> {
+        if !is_shared(self.version) || self.shared.logs.get().is_none() {
+            return Ok(None);
+        }
+        Ok(Some(Arc::new(pdu.to_linear()?)))
+    }
+
+    /// Begins to add to the log; corrects first what it has otherwise than the graph. `before` is the state before the event
+    /// where that is another server's word.
+    pub(super) async fn begin_log(&mut self, event: &Pdu, before: Option<&Snapshot>) -> Result<(), Refusal> {
+        if self.linear.log.is_some() || !is_shared(self.version) {
+            return Ok(());
+        }
+        let hub = match event.kind {
+            TimelineEventType::RoomCreate => Some(event.sender.server_name().to_owned()),
+            _ => self.hub_of(before.unwrap_or(&self.core.current)).await?,
+        };
+        self.open_log(hub).await
+    }
+
+    pub(super) async fn open_log(&mut self, hub: Option<OwnedServerName>) -> Result<(), Refusal> {
+        let Some(logs) = self.shared.logs.get().cloned() else { return Ok(()) };
+        let hub = hub.ok_or_else(|| Refusal::NotFound(format!("the m.room.create of {}", self.room_id)))?;
+        self.linear.log = Some(if self.core.tips.is_empty() {
+            logs.begin_new(NewLog { room_id: self.room_id.clone(), version: self.version, hub: hub.clone() })
+        } else {
+            logs.begin(&self.room_id).await?
+        });
+        self.linear.hub = Some(hub);
+        Box::pin(self.compare()).await
+    }
+
+    /// The server of the room's creator.
+    pub(super) async fn hub_of(&self, state: &Snapshot) -> Result<Option<OwnedServerName>, Refusal> {
+        let Some(id) = state.get("m.room.create", "").cloned() else { return Ok(None) };
+        let found = self.shared.events.with_staged(std::slice::from_ref(&id), &self.staged).await?;
+        Ok(found.get(&id).map(|create| create.pdu.sender.server_name().to_owned()))
+    }
+
+    /// Whether the gateway lines the room's events up for others.
+    pub(super) fn is_hub(&self) -> bool {
+        self.linear.hub.as_ref() == Some(&self.shared.context.server_name)
+    }
+
+    /// Whether the log's rules have the event at its end. Where another server is the hub its log decides, and not ours.
+    pub(super) fn judge_by_log(&self, event: Option<&event::Pdu>) -> Result<(), Refusal> {
+        match (&self.linear.log, event) {
+            (Some(log), Some(event)) if self.is_hub() => log.judge(event),
+            _ => Ok(()),
+        }
+    }
+
+    /// Where another server is the hub, and nothing can be corrected by events: the log's state is the graph's.
+    pub(super) async fn follow(&mut self, room: &Room) -> Result<(), StoreError> {
+        if self.is_hub() || self.linear.log.is_none() {
+            return Ok(());
+        }
+        let committed = room.core();
+        let mut keys: BTreeSet<StateKey> = std::mem::take(&mut self.linear.dirty);
+        if !committed.corrections.compared {
+            keys.extend(self.differing());
+        }
+        let mut wanted = Vec::new();
+        for key in keys {
+            let there = self.linear.log.as_ref().and_then(|log| log.state(&key.0, &key.1));
+            let here = self.core.current.map.get(&key).cloned();
+            if here != there {
+                wanted.push((key, here));
+            }
+        }
+        let ids: Vec<_> = wanted.iter().filter_map(|(_, id)| id.clone()).collect();
+        let events = self.shared.events.with_staged(&ids, &self.staged).await?;
+        for ((kind, state_key), id) in wanted {
+            let event = id.and_then(|id| events.get(&id)?.pdu.to_linear().ok()).map(Arc::new);
+            if let Some(log) = &mut self.linear.log {
+                log.set_state(&kind, &state_key, event);
+                self.linear.followed = true;
+            }
+        }
+        self.core.corrections.compared = true;
+        Ok(())
+    }
+
+    /// The keys under which the log has something else than the graph.
+    pub(super) fn differing(&self) -> BTreeSet<StateKey> {
+        let Some(log) = &self.linear.log else { return BTreeSet::new() };
+        let there: std::collections::BTreeMap<_, _> = log.all_state().into_iter().collect();
+        let here = &self.core.current.map;
+        let mut keys: BTreeSet<StateKey> =
+            there.iter().filter(|(key, id)| here.get(*key) != Some(*id)).map(|(key, _)| key.clone()).collect();
+        keys.extend(here.keys().filter(|key| !there.contains_key(*key)).cloned());
+        keys
+    }
+}
+
+/// A log's batch that is lent to a write job, and comes back whatever becomes of that.
+#[derive(Clone)]
+pub(super) struct Lent(Arc<Mutex<Option<Box<dyn LogBatch>>>>);
+
+/// What was lent.
+pub(super) struct Loan {
+    log: Option<Box<dyn LogBatch>>,
+    owner: Lent,
+}
+
+impl Lent {
+    pub fn new(log: Option<Box<dyn LogBatch>>) -> Self {
+        Self(Arc::new(Mutex::new(log)))
+    }
+
+    pub fn take(&self) -> Option<Loan> {
+        let log = self.0.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        Some(Loan { log: Some(log), owner: self.clone() })
+    }
+
+    /// Tells the log what became of the write.
+    pub async fn give_back(&self, room_id: &RoomId, written: &Result<(), StoreError>) {
+        let log = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match (log, written) {
+            (Some(log), Ok(())) => log.committed().await,
+            (Some(log), Err(error)) => log.uncertain(error),
+            (None, Err(_)) => tracing::error!(room = %room_id, "a log is still being written"),
+            (None, Ok(())) => {}
+        }
+    }
+}
+
+impl Loan {
+    /// Writes everything, in the open transaction.
+    pub fn write<'c>(&'c self, tx: &'c mut Tx) -> Option<TxFuture<'c, ()>> {
+        Some(self.log.as_ref()?.write(tx))
+    }
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        *self.owner.0.lock().unwrap_or_else(PoisonError::into_inner) = self.log.take();
+    }
+}
