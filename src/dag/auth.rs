@@ -58,7 +58,10 @@ pub fn check_hub(event: &Stored, state: &AuthState) -> Result<(), Refusal> {
         return Err(Refusal::WrongHub { hub: hub.to_string(), found: found.to_string() });
     }
     if event.pdu.sender.server_name() == hub {
-        return Err(Refusal::malformed("hub_server", format!("present in an event of the hub's user {}", event.pdu.sender)));
+        return Err(Refusal::malformed(
+            "hub_server",
+            format!("present in an event of the hub's user {}", event.pdu.sender),
+        ));
     }
     Ok(())
 }

@@ -275,8 +275,7 @@ fn sign_linear(
         let ids = ids.as_array().into_iter().flatten();
         ids.map(|id| parse_event_id(field, id.as_str().unwrap_or_default())).collect()
     };
-    let links =
-        Links { auth_events: take("auth_events")?, prev_events: take("prev_events")?, redaction: REDACTION };
+    let links = Links { auth_events: take("auth_events")?, prev_events: take("prev_events")?, redaction: REDACTION };
     // What somebody else's template says of it means nothing here.
     event.remove("depth");
     let server = <&ServerName>::try_from(server_name).map_err(|error| Refusal::Internal(error.to_string()))?;

@@ -218,9 +218,8 @@ impl Batch {
         if key.0 != MEMBER {
             return Ok(Some(Difference::State(content)));
         }
-        let membership = |id: &Option<OwnedEventId>| {
-            event(id).and_then(|event| event.membership()).unwrap_or(Membership::Leave)
-        };
+        let membership =
+            |id: &Option<OwnedEventId>| event(id).and_then(|event| event.membership()).unwrap_or(Membership::Leave);
         let (here, there) = (membership(&standing.here), membership(&standing.there));
         Ok((here != there).then_some(Difference::Member { here, there, content }))
     }

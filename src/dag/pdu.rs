@@ -182,10 +182,11 @@ impl Unverified {
             }
             Form::Graph(json) => {
                 let rules = rules_of(self.pdu.version)?;
-                let checked = verify_event(&public_keys(keys)?, json, rules).map_err(|error| Refusal::BadSignature {
-                    entity: self.pdu.sender.server_name().to_string(),
-                    problem: error.to_string(),
-                })?;
+                let checked =
+                    verify_event(&public_keys(keys)?, json, rules).map_err(|error| Refusal::BadSignature {
+                        entity: self.pdu.sender.server_name().to_string(),
+                        problem: error.to_string(),
+                    })?;
                 checked == HashVerified::All
             }
         };
@@ -210,8 +211,8 @@ impl Unverified {
             }
         };
         let rules = rules_of(self.pdu.version)?;
-        let redacted = redact(json, &rules.redaction, None)
-            .map_err(|error| Refusal::malformed("event", error.to_string()))?;
+        let redacted =
+            redact(json, &rules.redaction, None).map_err(|error| Refusal::malformed("event", error.to_string()))?;
         // ruma checks every entity that has signed: it is shown one at a time.
         let all = public_keys(keys)?;
         for server in servers {

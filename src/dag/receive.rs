@@ -71,6 +71,12 @@ impl Dag {
         if !room.core().has_server(&self.shared.context.server_name) {
             return Ok(dropped());
         }
+        if room.core().linear.contains(origin) {
+            // It has nothing that could be asked for, and what it sends its hub finishes.
+            let event_id = id_as_received(raw, room.version);
+            let refusal = Refusal::Forbidden(format!("{origin} takes part in {room_id} by its hub, with LPDUs"));
+            return Ok(Intake::Done(Received { event_id, result: Err(refusal) }));
+        }
         let event = match Unverified::from_object(object, room.version) {
             Ok(event) => event,
             Err(refusal) => {

@@ -10,6 +10,7 @@ mod hostile;
 pub mod peer;
 mod rooms;
 mod sending;
+mod shared;
 mod synapse;
 
 use std::collections::BTreeMap;

@@ -8,7 +8,7 @@ use axum::http::{Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use isthmus::dag::Dag;
-use isthmus::event::{Object, RoomVersion, sign_object};
+use isthmus::event::{Family, Links, Object, Pdu, Redaction, RoomVersion, sign_object};
 use isthmus::identity::SigningKey;
 use isthmus::refusal::Refusal;
 use isthmus::seam::Received;
@@ -63,6 +63,8 @@ pub fn rules(version: RoomVersion) -> RoomVersionRules {
         RoomVersion::V10 => RoomVersionRules::V10,
         RoomVersion::V11 => RoomVersionRules::V11,
         RoomVersion::V12 => RoomVersionRules::V12,
+        // Of shared rooms these serve to select auth events.
+        RoomVersion::Lm02 | RoomVersion::LmI1 => RoomVersionRules::V11,
         other => panic!("{other}"),
     }
 }
@@ -96,6 +98,15 @@ impl Peer {
 
     /// Hashes and signs an event as it stands; gives it with its ID.
     pub fn sign(&self, version: RoomVersion, event: Value) -> (OwnedEventId, Object) {
+        if version.family() == Family::Log {
+            let mut event = object(event);
+            event.remove("depth");
+            let ids = |field: &str| strings(&event[field]).into_iter().map(|id| id.try_into().unwrap()).collect();
+            let (auth_events, prev_events) = (ids("auth_events"), ids("prev_events"));
+            let links = Links { auth_events, prev_events, redaction: Redaction::GraphServer };
+            let event = Pdu::build_among(event, links, &self.name, &self.key).unwrap();
+            return (event.event_id, event.json);
+        }
         let mut event = try_from_json_map(object(event)).unwrap();
         hash_and_sign_event(self.name.as_str(), &Signer(&self.key), &mut event, &rules(version).redaction).unwrap();
         let id = format!("${}", reference_hash(&event, &rules(version)).unwrap()).as_str().try_into().unwrap();
@@ -140,6 +151,9 @@ impl Peer {
 }
 
 pub fn id_of(version: RoomVersion, event: &Object) -> OwnedEventId {
+    if version.family() == Family::Log {
+        return Pdu::parse(event.clone(), Redaction::GraphServer).unwrap().event_id;
+    }
     let event = try_from_json_map(event.clone()).unwrap();
     format!("${}", reference_hash(&event, &rules(version)).unwrap()).as_str().try_into().unwrap()
 }
@@ -161,7 +175,7 @@ impl View {
             let kind = event["type"].as_str().unwrap().to_owned();
             self.state.insert((kind, state_key.to_owned()), id.clone());
         }
-        self.depth = self.depth.max(event["depth"].as_i64().unwrap());
+        self.depth = self.depth.max(event.get("depth").and_then(Value::as_i64).unwrap_or(0));
         self.tips = vec![id];
     }
 
@@ -272,7 +286,7 @@ impl Memory {
             found.insert(id, event);
         }
         let mut found: Vec<_> = found.into_iter().collect();
-        found.sort_by_key(|(_, event)| event["depth"].as_i64());
+        found.sort_by_key(|(_, event)| event.get("depth").and_then(Value::as_i64));
         found
     }
 

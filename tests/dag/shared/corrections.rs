@@ -1,0 +1,82 @@
+//! What brings a log back into step with its graph, and where that ends.
+
+use super::*;
+
+#[tokio::test]
+async fn what_parted_while_nobody_looked_is_corrected_when_the_room_is_loaded() {
+    let peer = Peer::start("graph.example").await;
+    let hub = Hub::start(&[&peer]).await;
+    let room = hub.room().await;
+    peer.join(&hub.gateway, &room, &peer.user("alice")).await.unwrap();
+    hub.gateway.send(&room, state("m.room.topic", "", json!({ "topic": "one" }))).await.unwrap();
+    let hub = hub.restart(&[&peer]);
+    // As if the last event had never come to the log.
+    {
+        let mut logs = hub.logs.logs.lock().unwrap();
+        let log = logs.get_mut(&room).unwrap();
+        log.events.pop();
+        log.state.remove(&("m.room.topic".to_owned(), String::new()));
+    }
+    // The room's task compares before anything else.
+    hub.gateway.send(&room, message(&bot(), "loaded")).await.unwrap();
+    assert_eq!(hub.says(&room, "m.room.topic", "")["topic"], "one");
+    hub.assert_in_step(&room).await;
+}
+
+#[tokio::test]
+async fn corrections_end_and_what_is_left_is_told_and_tried_again() {
+    let peer = Peer::start("graph.example").await;
+    let hub = Hub::start(&[&peer]).await;
+    let room = hub.room().await;
+    let alice = peer.user("alice");
+    let base = peer.join(&hub.gateway, &room, &alice).await.unwrap();
+    // Each is older than the one before, so that the first stays what the graph has.
+    let mut corrected = 0;
+    for number in 0..6_i64 {
+        let topic = draft(&alice, "m.room.topic", Some(""), json!({ "topic": number }));
+        let topic = Draft { origin_server_ts: NOW - number, ..topic };
+        assert!(hub.pdu(&peer, &mut base.clone(), &topic).await);
+        corrected = hub
+            .log(&room)
+            .events
+            .iter()
+            .filter(|(event, _)| event.sender == bot() && event.kind == "m.room.topic")
+            .count();
+    }
+    assert_eq!(corrected, 3);
+    let left = hub.gateway.dag.uncorrected(&room).await.unwrap();
+    assert_eq!(left.len(), 1, "{left:?}");
+    assert_eq!(left[0].0, ("m.room.topic".to_owned(), String::new()));
+    hub.log(&room).assert_sound();
+    hub.gateway.clock.advance(61_000);
+    hub.gateway.send(&room, message(&bot(), "next")).await.unwrap();
+    hub.assert_in_step(&room).await;
+}
+
+#[tokio::test]
+async fn without_the_power_to_correct_the_room_says_what_is_out_of_step() {
+    let peer = Peer::start("graph.example").await;
+    let hub = Hub::start(&[&peer]).await;
+    let alice = peer.user("alice");
+    let levels = json!({ "users": { (bot().as_str()): 100 }, "users_default": 50, "events": { "m.room.topic": 50 } });
+    let public = state("m.room.join_rules", "", json!({ "join_rule": "public" }));
+    let initial_state = vec![state("m.room.power_levels", "", levels), public];
+    let room = hub.gateway.dag.create(NewShared { creator: bot(), version: LM, initial_state }).await.unwrap();
+    peer.join(&hub.gateway, &room, &alice).await.unwrap();
+    // The bot gives its power away.
+    let levels = json!({ "users": { (bot().as_str()): 0, (alice.as_str()): 100 }, "users_default": 0 });
+    hub.gateway.send(&room, state("m.room.power_levels", "", levels)).await.unwrap();
+    let base = hub.view(&room).await;
+    for number in 0..2_i64 {
+        let topic = draft(&alice, "m.room.topic", Some(""), json!({ "topic": number }));
+        assert!(hub.pdu(&peer, &mut base.clone(), &Draft { origin_server_ts: NOW - number, ..topic }).await);
+    }
+    let left = hub.gateway.dag.uncorrected(&room).await.unwrap();
+    assert_eq!(left.len(), 1, "{left:?}");
+    assert!(left[0].1.contains("power") || left[0].1.contains("level"), "{left:?}");
+    // Who has the power says it anew, and it is right again.
+    let mut view = hub.view(&room).await;
+    let topic = draft(&alice, "m.room.topic", Some(""), json!({ "topic": "new" }));
+    assert!(hub.pdu(&peer, &mut view, &topic).await);
+    hub.assert_in_step(&room).await;
+}
