@@ -56,6 +56,7 @@ impl Log {
             content: event.content(),
             signed_by_sender: true,
             signed_by_hub: event.hub_server.as_ref().map(|_| true),
+            signed_by_next_hub: false,
             has_prev_events: !self.events.is_empty(),
             auth_events: &auth_events,
             before: Before {
@@ -65,6 +66,9 @@ impl Log {
                 join_rules: content("m.room.join_rules"),
                 sender_membership: member(event.sender.as_str()),
                 target_membership: event.state_key.as_deref().and_then(member),
+                hub: Some(&self.room.hub),
+                was_handed_over: false,
+                next_hub_is_in: false,
             },
         })
     }
