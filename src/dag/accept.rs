@@ -35,6 +35,8 @@ pub enum Source {
     Own,
     /// In a shared room: by the way of its log. Graph servers have it from the gateway alone.
     Linear(LogOrigin),
+    /// The gateway made it, and another server took it and hands it round.
+    Elsewhere,
 }
 
 impl Source {
@@ -42,7 +44,7 @@ impl Source {
     fn log_origin(&self) -> LogOrigin {
         match self {
             Self::Received | Self::Handshake(_) => LogOrigin { foreign: true, answered: false },
-            Self::Own => LogOrigin::default(),
+            Self::Own | Self::Elsewhere => LogOrigin::default(),
             Self::Linear(origin) => *origin,
         }
     }
@@ -216,7 +218,7 @@ impl Batch {
         let pdu = event.into_pdu();
         let create = create_of_room(&self.room_id);
         let ids: Vec<_> = pdu.auth_events.iter().chain([&pdu.event_id]).chain(&create).cloned().collect();
-        let known = self.shared.events.with_staged(&ids, &self.staged).await?;
+        let known = self.events(&ids).await?;
         if let Some(event) = known.get(&pdu.event_id) {
             return Ok(Some(event.clone()));
         }
@@ -338,6 +340,7 @@ impl Batch {
                 self.queue(event, None);
                 self.tell_ended_membership(event, before).await?;
             }
+            Source::Elsewhere => {}
         }
         trip("apply", &pdu.kind);
         let states = self.core.tips.iter().map(|tip| tip.after.clone()).collect();
@@ -372,7 +375,7 @@ impl Batch {
     }
 
     /// Makes `new` the current state, and follows who is joined.
-    async fn set_current(&mut self, new: Snapshot) -> Result<(), Refusal> {
+    pub(super) async fn set_current(&mut self, new: Snapshot) -> Result<(), Refusal> {
         let old = std::mem::replace(&mut self.core.current, new);
         if old.id == self.core.current.id {
             return Ok(());

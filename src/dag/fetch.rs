@@ -10,12 +10,11 @@ use serde_json::{Value, json};
 
 use super::Shared;
 use super::accept::{Outcome, Source};
-use super::order::linearize;
+use super::given::stands_on_all;
 use super::pdu::{Unverified, Verified};
 use super::receive::Outcomes;
 use super::room::Room;
-use super::snapshot::{Change, Snapshot};
-use crate::event::{Object, RoomVersion, parse_event_id};
+use crate::event::{Object, parse_event_id};
 use crate::federation::Call;
 use crate::guard::guarded;
 use crate::refusal::Refusal;
@@ -35,7 +34,7 @@ const TURN: Duration = Duration::from_secs(10);
 /// How long filling a gap may take.
 const PATIENCE: Duration = Duration::from_secs(180);
 /// How many events an answer may hold.
-const MAX_ANSWER: usize = 100_000;
+pub(super) const MAX_ANSWER: usize = 100_000;
 
 impl Shared {
     /// Takes verified events of one room that `origin` sent; what they need is fetched from there.
@@ -242,23 +241,7 @@ impl Filling<'_> {
         if events.is_empty() {
             return Ok(false);
         }
-        let events = linearize(events, Verified::pdu, |pdu| pdu.auth_events.clone());
-        self.shared
-            .run(self.room, move |batch| {
-                Box::pin(async move {
-                    let mut new = false;
-                    for event in events {
-                        let before = batch.savepoint();
-                        let event_id = event.pdu().event_id.clone();
-                        match guarded(&event_id, batch.accept_outlier(event)).await {
-                            Ok(event) => new |= event.is_some(),
-                            Err(_) => batch.roll_back(before),
-                        }
-                    }
-                    Ok(new)
-                })
-            })
-            .await
+        self.shared.run(self.room, move |batch| Box::pin(batch.accept_given(events))).await
     }
 
     /// Closes what is still open: the events at the edge are taken with the state that the other server says was there.
@@ -325,21 +308,11 @@ impl Filling<'_> {
         self.shared
             .run(self.room, move |batch| {
                 Box::pin(async move {
-                    let found = batch.shared.events.with_staged(&state, &batch.staged).await?;
-                    let room_id = batch.room_id.clone();
-                    let lost: Vec<_> = state.iter().filter(|id| !found.contains_key(*id)).collect();
-                    let mut changes: Vec<Change> = found
-                        .into_values()
-                        .filter(|event| event.status != super::stored::Status::Rejected && event.pdu.room_id == room_id)
-                        .filter_map(|event| Some((event.key()?, Some(event.pdu.event_id.clone()))))
-                        .collect();
-                    changes.sort();
-                    batch.need(changes.iter().filter_map(|(_, id)| id.clone()).collect()).await?;
-                    let empty = batch.empty_state();
-                    let before = batch.derive(&empty, &changes)?;
+                    let (before, lost) = batch.state_of_given(&state).await?;
                     if let Some(first) = lost.first() {
-                        stands_without(&batch.core.current, &before, first)?;
-                        tracing::warn!(room = %room_id, event = %event.pdu().event_id, lost = lost.len(), %first,
+                        let current = batch.core.current.clone();
+                        stands_on_all(&before, first, |kind| current.get(kind, "").is_some())?;
+                        tracing::warn!(room = %batch.room_id, event = %event.pdu().event_id, lost = lost.len(), %first,
                             "a gap is closed with a state of which some events cannot be had");
                     }
                     let event_id = event.pdu().event_id.clone();
@@ -365,36 +338,9 @@ impl Filling<'_> {
 
     /// Those of the events that have the right form, are of this room, and are signed.
     async fn verify(&self, events: Vec<Object>) -> Result<Vec<Verified>, Refusal> {
-        let version: RoomVersion = self.room.version;
-        let parsed: Vec<_> =
-            events.into_iter().filter_map(|event| Unverified::from_object(event, version).ok()).collect();
-        let mut refusals = Vec::new();
-        let mut verified = Vec::new();
-        let mut parsed = parsed.into_iter();
-        loop {
-            let part: Vec<_> = parsed.by_ref().take(PER_ROUND).collect();
-            if part.is_empty() {
-                break;
-            }
-            verified.extend(self.shared.verify_new(self.room, part, &mut refusals).await?);
-        }
-        for (event, refusal) in refusals {
-            tracing::debug!(room = %self.room.room_id, %event, error = %refusal, "fetched event refused");
-        }
-        Ok(verified)
-    }
-}
-
-/// What every room's rules stand on.
-const FOUNDATIONS: [&str; 3] = ["m.room.create", "m.room.power_levels", "m.room.join_rules"];
-
-/// A state that somebody gave can have events that cannot be had or not be checked here, because their server is gone or
-/// hides its keys. Room and gateway must not stand still for that, so they are left out; what the rules stand on must be there
-/// if the room has it.
-fn stands_without(current: &Snapshot, given: &Snapshot, lost: &EventId) -> Result<(), Refusal> {
-    match FOUNDATIONS.iter().find(|kind| current.get(kind, "").is_some() && given.get(kind, "").is_none()) {
-        Some(kind) => Err(Refusal::NotFound(format!("{kind} in the state of a gap, which may be {lost}"))),
-        None => Ok(()),
+        let version = self.room.version;
+        let parsed = events.into_iter().filter_map(|event| Unverified::from_object(event, version).ok()).collect();
+        self.shared.verify_given(&self.room.room_id, parsed).await
     }
 }
 

@@ -126,7 +126,7 @@ impl Dag {
 
     /// The refusal of a join that another server of the room might authorise, for a user whom nothing but the conditions
     /// keeps out: <https://spec.matrix.org/v1.16/server-server-api/#restricted-rooms>
-    async fn restricted(&self, room: &Room, user_id: &UserId) -> Result<Option<Refusal>, Refusal> {
+    pub(super) async fn restricted(&self, room: &Room, user_id: &UserId) -> Result<Option<Refusal>, Refusal> {
         let rules = self.state_event(&room.room_id, "m.room.join_rules", "").await?;
         let rule = rules.as_ref().and_then(|event| event.content.get("join_rule")?.as_str()).unwrap_or_default();
         let member = self.state_event(&room.room_id, "m.room.member", user_id.as_str()).await?;

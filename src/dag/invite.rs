@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::accept::{Outcome, Source};
 use super::batch::Batch;
-use super::build::{countersign, sign};
+use super::build::countersign;
 use super::fetch::segment;
 use super::pdu::{Pdu, Unverified, Verified};
 use super::room::Room;
@@ -19,7 +19,7 @@ use crate::federation::Call;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Invite, Outgoing};
-use crate::store::dag::{InviteRow, invite as find_invite, put_invite, remove_invite};
+use crate::store::dag::{InviteRow, put_invite};
 
 /// What an invited user's server is told of the room.
 /// <https://spec.matrix.org/v1.16/client-server-api/#stripped-state>
@@ -33,7 +33,7 @@ const STRIPPED: [&str; 7] = [
     "m.room.encryption",
 ];
 /// How many events of stripped state are taken from an invite.
-const MAX_STRIPPED: usize = 100;
+pub(super) const MAX_STRIPPED: usize = 100;
 
 impl Dag {
     /// Invites a user of another server: the target's server is asked and signs, then the event is stored and sent.
@@ -176,47 +176,6 @@ impl Dag {
             write.await?;
         }
         Ok(json!({ "event": signed }))
-    }
-}
-
-/// Refusing invites.
-impl Dag {
-    /// Refuses an invite that a user of the gateway got into a room elsewhere: leaves it through the server that the invite
-    /// came from.
-    pub async fn decline(&self, room_id: &RoomId, user_id: &UserId, reason: Option<&str>) -> Result<(), Refusal> {
-        let context = &self.shared.context;
-        let Some(invite) = find_invite(&context.store, room_id, user_id).await? else {
-            return Err(Refusal::NotFound(format!("an invite of {user_id} into {room_id}")));
-        };
-        let version = RoomVersion::parse(&invite.version)
-            .ok_or_else(|| Refusal::IncompatibleRoomVersion(invite.version.clone()))?;
-        let (room, user) = (segment(room_id.as_str()), segment(user_id.as_str()));
-        let call = Call::get(format!("/_matrix/federation/v1/make_leave/{room}/{user}"));
-        let remote = |error: crate::federation::RemoteError| error.into_refusal(&invite.via);
-        let answer = context.client.call(&invite.via, call, false).await.map_err(remote)?;
-        let template = answer.get("event").and_then(Value::as_object).cloned().unwrap_or_default();
-        // Of the template only where the event stands in the graph is taken; the rest is ours.
-        let mut content = Object::from_iter([("membership".to_owned(), json!("leave"))]);
-        content.extend(reason.map(|reason| ("reason".to_owned(), json!(reason))));
-        let mut event = Object::from_iter([
-            ("type".to_owned(), json!("m.room.member")),
-            ("room_id".to_owned(), json!(room_id)),
-            ("sender".to_owned(), json!(user_id)),
-            ("state_key".to_owned(), json!(user_id)),
-            ("content".to_owned(), Value::Object(content)),
-            ("origin_server_ts".to_owned(), json!(context.clock.now_ms())),
-        ]);
-        for field in ["prev_events", "auth_events", "depth"] {
-            event.insert(field.to_owned(), template.get(field).cloned().unwrap_or_default());
-        }
-        let leave = sign(event, version, context.server_name.as_str(), &context.signing_key)?;
-        let event_id = segment(leave.pdu().event_id.as_str());
-        let body = leave.pdu().to_value().as_object().cloned().unwrap_or_default();
-        let call = Call::put(format!("/_matrix/federation/v2/send_leave/{room}/{event_id}"), body);
-        context.client.call(&invite.via, call, false).await.map_err(remote)?;
-        let (room_id, user_id) = (room_id.to_owned(), user_id.to_owned());
-        context.store.write(move |tx| Box::pin(async move { remove_invite(tx, &room_id, &user_id).await })).await?;
-        Ok(())
     }
 }
 

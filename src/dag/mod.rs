@@ -11,13 +11,17 @@ mod correct;
 mod create;
 mod events;
 mod fetch;
+mod given;
 mod graphs;
 mod handshake;
 mod invite;
+mod join;
+mod joining;
 mod log;
 mod order;
 mod outbox;
 mod outliers;
+mod outside;
 mod pdu;
 mod query;
 mod receive;
@@ -38,6 +42,7 @@ use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, Roo
 pub use self::acl::Acl;
 use self::batch::Batch;
 use self::events::Events;
+pub use self::join::Joined;
 use self::outbox::Outbox;
 pub use self::pdu::id_as_received;
 pub use self::query::DirectoryQuery;
@@ -119,6 +124,7 @@ struct Shared {
     events: Events,
     rooms: Rooms,
     careful: Careful,
+    joining: joining::Joining,
     /// The groups that states were resolved to.
     resolved: Cache<Vec<i64>, i64>,
     acls: Cache<OwnedEventId, Arc<Acl>>,
@@ -148,6 +154,7 @@ impl Dag {
             events,
             rooms: Rooms::default(),
             careful: Careful::default(),
+            joining: joining::Joining::default(),
             listings: Cache::new(rooms.max(LISTINGS)),
             resolved_meter: CacheMeter::watch("graph_resolutions", &resolved),
             acls_meter: CacheMeter::watch("graph_acls", &acls),

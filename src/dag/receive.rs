@@ -67,10 +67,7 @@ impl Dag {
         let dropped = || Intake::Done(Received { event_id: None, result: Ok(()) });
         let Some(room_id) = object.get("room_id").and_then(Value::as_str) else { return Ok(dropped()) };
         let room_id = <&RoomId>::try_from(room_id).map_err(|_| Refusal::malformed("room_id", room_id))?;
-        let Some(room) = self.shared.find(room_id).await? else { return Ok(dropped()) };
-        if !room.core().has_server(&self.shared.context.server_name) {
-            return Ok(dropped());
-        }
+        let Some(room) = self.resident_soon(room_id).await? else { return Ok(dropped()) };
         if room.core().linear.contains(origin) {
             // It has nothing that could be asked for, and what it sends its hub finishes.
             let event_id = id_as_received(raw, room.version);
@@ -89,6 +86,19 @@ impl Dag {
             return Ok(Intake::Done(Received { event_id: Some(event_id), result: Err(refusal) }));
         }
         Ok(Intake::Event(room, event_id, Box::new(event)))
+    }
+
+    /// A room in which the gateway has somebody, perhaps once the join is done that is under way.
+    async fn resident_soon(&self, room_id: &RoomId) -> Result<Option<Arc<Room>>, Refusal> {
+        let own = &self.shared.context.server_name;
+        let resident = |room: &Arc<Room>| room.core().has_server(own);
+        if let Some(room) = self.shared.find(room_id).await?.filter(resident) {
+            return Ok(Some(room));
+        }
+        if !self.shared.wait_for_join(room_id).await? {
+            return Ok(None);
+        }
+        Ok(self.shared.find(room_id).await?.filter(resident))
     }
 
     /// Takes events of one room; gives the refusals.
@@ -114,7 +124,7 @@ impl Dag {
         events: Vec<Unverified>,
     ) -> Result<Vec<(OwnedEventId, Refusal)>, Refusal> {
         let mut refusals = Vec::new();
-        let verified = self.shared.verify_new(&room, events, &mut refusals).await?;
+        let verified = self.shared.verify_new(&room.room_id, events, &mut refusals).await?;
         let outcomes = self.shared.accept_all(&room, origin, verified).await?;
         for (event_id, outcome) in outcomes {
             // What was soft-failed is kept and not carried further; its sender is not told.
@@ -145,7 +155,7 @@ impl Shared {
     /// rejected, goes to `refusals`.
     pub(super) async fn verify_new(
         self: &Arc<Self>,
-        room: &Room,
+        room_id: &RoomId,
         events: Vec<Unverified>,
         refusals: &mut Vec<(OwnedEventId, Refusal)>,
     ) -> Result<Vec<Verified>, Refusal> {
@@ -154,8 +164,8 @@ impl Shared {
         let mut tasks = Vec::new();
         for event in events {
             let event_id = event.pdu().event_id.clone();
-            if event.pdu().room_id != room.room_id {
-                let problem = format!("{}, expected {}", event.pdu().room_id, room.room_id);
+            if event.pdu().room_id != room_id {
+                let problem = format!("{}, expected {room_id}", event.pdu().room_id);
                 refusals.push((event_id, Refusal::malformed("room_id", problem)));
             } else if let Some(known) = known.get(&event_id).filter(|known| known.groups.is_some()) {
                 if known.status == super::stored::Status::Rejected {

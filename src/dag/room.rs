@@ -148,25 +148,26 @@ impl Rooms {
     }
 
     /// Takes the room out if nothing waits for it; true when it was taken out.
-    pub(super) fn retire(&self, room: &Room, jobs: &mut Jobs) -> bool {
+    pub(super) fn retire(&self, room: &Arc<Room>, jobs: &mut Jobs) -> bool {
         let mut slots = self.slots();
         if !jobs.is_empty() {
             return false;
         }
         jobs.close();
-        slots.remove(&room.room_id);
+        let_go_from(&mut slots, room);
         true
+    }
+
+    /// Takes this room out, if it has not been taken out or loaded anew.
+    pub(super) fn let_go(&self, room: &Arc<Room>) {
+        let_go_from(&mut self.slots(), room);
     }
 }
 
-impl Rooms {
-    /// Takes this room out, if it has not been taken out or loaded anew.
-    pub(super) fn let_go(&self, room: &Arc<Room>) {
-        let mut slots = self.slots();
-        let is_this = |slot: &Slot| matches!(slot.get(), Some(Some(held)) if Arc::ptr_eq(held, room));
-        if slots.get(&room.room_id).is_some_and(is_this) {
-            slots.remove(&room.room_id);
-        }
+fn let_go_from(slots: &mut HashMap<OwnedRoomId, Slot>, room: &Arc<Room>) {
+    let is_this = |slot: &Slot| matches!(slot.get(), Some(Some(held)) if Arc::ptr_eq(held, room));
+    if slots.get(&room.room_id).is_some_and(is_this) {
+        slots.remove(&room.room_id);
     }
 }
 

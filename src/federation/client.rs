@@ -111,6 +111,27 @@ impl RemoteError {
     pub fn into_refusal(self, server: &ServerName) -> Refusal {
         Refusal::Remote { server: server.to_string(), problem: self.to_string() }
     }
+
+    /// What another server answered to what a user of this one wants, as a verdict where it is one.
+    pub fn into_verdict(self, server: &ServerName) -> Refusal {
+        let Self::Status { status, errcode, error: text, .. } = &self else { return self.into_refusal(server) };
+        match (*status, errcode.as_str()) {
+            (StatusCode::FORBIDDEN, _) => Refusal::Forbidden(format!("{server}: {text}")),
+            (StatusCode::NOT_FOUND, "M_NOT_FOUND") => Refusal::NotFound(asked_for(server, text)),
+            (_, "M_INCOMPATIBLE_ROOM_VERSION") => {
+                Refusal::IncompatibleRoomVersion(format!("unknown here ({server}: {text})"))
+            }
+            _ => self.into_refusal(server),
+        }
+    }
+}
+
+/// What was not found, without saying twice that it was not.
+fn asked_for(server: &ServerName, text: &str) -> String {
+    if text.is_empty() || text.to_lowercase().contains("not found") {
+        return format!("what {server} was asked for");
+    }
+    format!("what {server} was asked for ({text:?})")
 }
 
 /// The client; clones share connections and caches.

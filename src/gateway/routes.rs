@@ -337,8 +337,10 @@ pub(super) async fn place_of(federation: &Federation, room_id: &RoomId) -> Resul
         Some(if federation.lm.is_shared(room_id).await? { Place::Shared } else { Place::On(Side::Lm) })
     } else if federation.dag.knows(room_id).await? {
         Some(Place::On(Side::Matrix))
+    } else if federation.lm.is_joining(room_id) {
+        Some(Place::On(Side::Lm))
     } else {
-        federation.lm.is_joining(room_id).then_some(Place::On(Side::Lm))
+        federation.dag.is_joining(room_id).then_some(Place::On(Side::Matrix))
     })
 }
 

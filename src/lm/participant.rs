@@ -406,15 +406,7 @@ fn facts_of(
 
 /// What another server answered, as a verdict where it is one.
 pub(super) fn into_refusal(error: RemoteError, server: &ServerName) -> Refusal {
-    let RemoteError::Status { status, errcode, error: text, .. } = &error else { return error.into_refusal(server) };
-    match (*status, errcode.as_str()) {
-        (http::StatusCode::FORBIDDEN, _) => Refusal::Forbidden(format!("{server}: {text}")),
-        (http::StatusCode::NOT_FOUND, "M_NOT_FOUND") => Refusal::NotFound(asked_for(server, text)),
-        (_, "M_INCOMPATIBLE_ROOM_VERSION") => {
-            Refusal::IncompatibleRoomVersion(format!("unknown here ({server}: {text})"))
-        }
-        _ => error.into_refusal(server),
-    }
+    error.into_verdict(server)
 }
 
 /// What a third server answered, for the server that wanted it asked: as it came where it is a verdict.
@@ -438,14 +430,6 @@ pub(super) fn passed_on(error: RemoteError, server: &ServerName) -> Refusal {
         }
         error => into_refusal(error, server),
     }
-}
-
-/// What was not found, without saying twice that it was not.
-fn asked_for(server: &ServerName, text: &str) -> String {
-    if text.is_empty() || text.to_lowercase().contains("not found") {
-        return format!("what {server} was asked for");
-    }
-    format!("what {server} was asked for ({text:?})")
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@ mod forks;
 mod gaps;
 mod handshakes;
 mod hostile;
+mod joining;
+mod joining_hostile;
 pub mod peer;
 mod rooms;
 mod sending;

@@ -46,7 +46,12 @@ pub struct Memory {
     pub edus: Mutex<Vec<Value>>,
     /// The leaves that were made through it.
     pub leaves: Mutex<Vec<Value>>,
+    /// What a test answers instead, by the method's path and the body.
+    pub meddler: Mutex<Option<Meddler>>,
 }
+
+/// Answers a request, or leaves it to the server.
+pub type Meddler = Box<dyn Fn(&str, &Value) -> Option<Value> + Send + Sync>;
 
 /// Signs as ruma wants it.
 struct Signer<'a>(&'a SigningKey);
@@ -60,6 +65,8 @@ impl KeyPair for Signer<'_> {
 
 pub fn rules(version: RoomVersion) -> RoomVersionRules {
     match version {
+        RoomVersion::V6 => RoomVersionRules::V6,
+        RoomVersion::V8 => RoomVersionRules::V8,
         RoomVersion::V10 => RoomVersionRules::V10,
         RoomVersion::V11 => RoomVersionRules::V11,
         RoomVersion::V12 => RoomVersionRules::V12,
@@ -235,7 +242,9 @@ async fn answer(
         url::form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()).into_owned().collect();
     let rest = path.strip_prefix("/_matrix/federation/").unwrap_or_default();
     let parts: Vec<&str> = rest.split('/').collect();
+    let meddled = memory.meddler.lock().unwrap().as_ref().and_then(|meddler| meddler(rest, &body));
     let found = match parts.as_slice() {
+        _ if meddled.is_some() => meddled,
         _ if path == "/_matrix/key/v2/server" => Some(memory.keys.lock().unwrap().clone()),
         ["v1", "send", _] => {
             memory.edus.lock().unwrap().extend(body["edus"].as_array().into_iter().flatten().cloned());
@@ -260,13 +269,14 @@ async fn answer(
         _ => None,
     };
     match found {
+        Some(found) if found.get("errcode").is_some() => (StatusCode::FORBIDDEN, Json(found)).into_response(),
         Some(found) => Json(found).into_response(),
         None => (StatusCode::NOT_FOUND, Json(json!({ "errcode": "M_NOT_FOUND", "error": path }))).into_response(),
     }
 }
 
 impl Memory {
-    fn event(&self, id: &str) -> Option<Object> {
+    pub fn event(&self, id: &str) -> Option<Object> {
         let id: OwnedEventId = id.try_into().ok()?;
         if self.hidden.lock().unwrap().contains(&id) {
             return None;
@@ -299,7 +309,7 @@ impl Memory {
         json!({ "events": found.into_iter().skip(skip).map(|(_, event)| event).collect::<Vec<_>>() })
     }
 
-    fn chain(&self, roots: &[String]) -> Vec<Object> {
+    pub fn chain(&self, roots: &[String]) -> Vec<Object> {
         let mut found = self.walk(roots, "auth_events", &[]);
         found.retain(|(id, _)| !roots.contains(id));
         found.into_iter().map(|(_, event)| event).collect()

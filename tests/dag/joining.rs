@@ -1,0 +1,194 @@
+//! Gateways that join each other's rooms over their real routes.
+
+use std::time::Duration;
+
+use isthmus::dag::NewRoom;
+use isthmus::event::{Object, RoomVersion};
+use isthmus::refusal::Refusal;
+use isthmus::seam::Outgoing;
+use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId};
+use serde_json::{Value, json};
+
+use crate::lm::world::{Node, World, draft, member, message};
+
+const VERSIONS: [RoomVersion; 3] = [RoomVersion::V10, RoomVersion::V11, RoomVersion::V12];
+
+async fn room(node: &Node, version: RoomVersion, join_rules: Value) -> OwnedRoomId {
+    let bot = node.user("bot");
+    let initial_state = vec![draft(&bot, "m.room.join_rules", Some(""), join_rules)];
+    node.dag.create_room(NewRoom { creator: bot, version, initial_state }).await.unwrap()
+}
+
+async fn join(node: &Node, room: &RoomId, localpart: &str, via: &[&Node]) -> Result<(), Refusal> {
+    let via: Vec<_> = via.iter().map(|node| node.name.clone()).collect();
+    node.dag.join(room, &via, &node.user(localpart), Object::new()).await.map(drop)
+}
+
+async fn send(node: &Node, room: &RoomId, draft: isthmus::seam::Draft) -> Result<OwnedEventId, Refusal> {
+    let sent = node.dag.send(room, vec![Outgoing { draft, effect: None }]).await.remove(0);
+    sent.map(|event| event.event_id.clone())
+}
+
+async fn say(node: &Node, room: &RoomId, localpart: &str, body: &str) -> OwnedEventId {
+    send(node, room, message(&node.user(localpart), body)).await.unwrap()
+}
+
+/// Waits until these have the event.
+async fn hear(nodes: &[&Node], event: &OwnedEventId) {
+    for node in nodes {
+        eventually(&format!("{} to have {event}", node.name), async || node.dag.event(event).await.unwrap().is_some())
+            .await;
+    }
+}
+
+async fn eventually(what: &str, mut is: impl AsyncFnMut() -> bool) {
+    for _ in 0..1500 {
+        if is().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("waited in vain for {what}");
+}
+
+async fn membership(node: &Node, room: &RoomId, user: &OwnedUserId) -> Option<String> {
+    let event = node.dag.state_event(room, "m.room.member", user.as_str()).await.unwrap()?;
+    event.content.get("membership")?.as_str().map(str::to_owned)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_gateways_talk_in_a_room_that_one_of_them_made() {
+    let (world, [a, b, c]) = World::new(["a.example", "b.example", "c.example"]).await;
+    let mut b = b;
+    for version in VERSIONS {
+        let room = room(&a, version, json!({ "join_rule": "public" })).await;
+        say(&a, &room, "bot", "before").await;
+        join(&b, &room, "bob", &[&a]).await.unwrap();
+        let hello = say(&a, &room, "bot", "hello").await;
+        hear(&[&b], &hello).await;
+        let answer = say(&b, &room, "bob", "hello yourself").await;
+        hear(&[&a], &answer).await;
+
+        // The third comes through the second, who does not live there either.
+        join(&c, &room, "carol", &[&b]).await.unwrap();
+        let carol = c.user("carol");
+        eventually("the first to know", async || membership(&a, &room, &carol).await.is_some()).await;
+        b = world.restart(b).await;
+        for (node, name) in [(&a, "bot"), (&b, "bob"), (&c, "carol")] {
+            let said = say(node, &room, name, &format!("all of {version}")).await;
+            hear(&[&a, &b, &c], &said).await;
+        }
+        // A second user goes through nobody, and all hear of it.
+        let dave = b.user("dave");
+        join(&b, &room, "dave", &[]).await.unwrap();
+        eventually("dave at the others", async || {
+            membership(&a, &room, &dave).await.is_some() && membership(&c, &room, &dave).await.is_some()
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_room_that_was_left_is_joined_anew() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    for version in VERSIONS {
+        let room = room(&a, version, json!({ "join_rule": "public" })).await;
+        join(&b, &room, "bob", &[&a]).await.unwrap();
+        b.dag.leave(&room, &b.user("bob"), &[], None).await.unwrap();
+        let bob = b.user("bob");
+        eventually("bob to be gone", async || membership(&a, &room, &bob).await.as_deref() == Some("leave")).await;
+        let topic = draft(&a.user("bot"), "m.room.topic", Some(""), json!({ "topic": "while you were away" }));
+        let topic = send(&a, &room, topic).await.unwrap();
+        assert!(b.dag.event(&topic).await.unwrap().is_none());
+
+        join(&b, &room, "bob", &[]).await.unwrap();
+        let state = b.dag.state_event(&room, "m.room.topic", "").await.unwrap().unwrap();
+        assert_eq!(state.event_id, topic);
+        assert_eq!(b.dag.joined_servers(&room).await.unwrap().len(), 2);
+        let answer = say(&b, &room, "bob", "back").await;
+        hear(&[&a], &answer).await;
+        let hello = say(&a, &room, "bot", "welcome").await;
+        hear(&[&b], &hello).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_users_who_join_at_once_both_come_in() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    let room = room(&a, RoomVersion::V12, json!({ "join_rule": "public" })).await;
+    let names: Vec<String> = (0..5).map(|n| format!("user{n}")).collect();
+    let via = [&a];
+    let joins = names.iter().map(|name| join(&b, &room, name, &via));
+    assert!(futures::future::join_all(joins).await.iter().all(Result::is_ok));
+    for name in &names {
+        let user = b.user(name);
+        assert_eq!(membership(&b, &room, &user).await.as_deref(), Some("join"));
+        eventually(name, async || membership(&a, &room, &user).await.as_deref() == Some("join")).await;
+    }
+    assert!(!b.dag.is_joining(&room));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_said_while_a_join_is_under_way_is_not_lost() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    let room = room(&a, RoomVersion::V11, json!({ "join_rule": "public" })).await;
+    // After the join is taken and before it is answered, the other server sends what is said.
+    let (dag, id, bot) = (a.dag.clone(), room.clone(), a.user("bot"));
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    a.meddle(move |request, next| {
+        let is_join = request.uri().path().contains("/send_join/");
+        let (dag, id, bot, tell) = (dag.clone(), id.clone(), bot.clone(), tell.clone());
+        async move {
+            let response = next.run(request).await;
+            if is_join {
+                let outgoing = Outgoing { draft: message(&bot, "in between"), effect: None };
+                let sent = dag.send(&id, vec![outgoing]).await.remove(0).unwrap();
+                tell.send(sent.event_id.clone()).unwrap();
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            response
+        }
+    });
+    join(&b, &room, "bob", &[&a]).await.unwrap();
+    let said = told.recv().await.unwrap();
+    hear(&[&b], &said).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_invite_is_followed_and_another_declined() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    for version in VERSIONS {
+        let room = room(&a, version, json!({ "join_rule": "invite" })).await;
+        let refusal = join(&b, &room, "bob", &[&a]).await.unwrap_err();
+        assert_eq!(refusal.code(), "forbidden", "{refusal}");
+        assert!(!b.dag.knows(&room).await.unwrap());
+        for name in ["bob", "carol"] {
+            let draft = member(&a.user("bot"), &b.user(name), "invite");
+            a.dag.invite(&room, Outgoing { draft, effect: None }).await.unwrap();
+        }
+        b.dag.decline(&room, &b.user("carol"), Some("no, thanks")).await.unwrap();
+        assert_eq!(membership(&a, &room, &b.user("carol")).await.as_deref(), Some("leave"));
+        // The invite says through whom.
+        join(&b, &room, "bob", &[]).await.unwrap();
+        assert_eq!(b.dag.decline(&room, &b.user("bob"), None).await.unwrap_err().code(), "not_found");
+        let hello = say(&b, &room, "bob", "hello").await;
+        hear(&[&a], &hello).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_knock_is_let_in_or_taken_back() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    let room = room(&a, RoomVersion::V11, json!({ "join_rule": "knock" })).await;
+    let via = [a.name.clone()];
+    for name in ["bob", "carol"] {
+        let told = b.dag.knock(&room, &via, &b.user(name), Object::new()).await.unwrap();
+        assert!(told.iter().any(|event| event["type"] == "m.room.create"), "{told:?}");
+        assert_eq!(membership(&a, &room, &b.user(name)).await.as_deref(), Some("knock"));
+    }
+    b.dag.leave(&room, &b.user("carol"), &[], None).await.unwrap();
+    assert_eq!(membership(&a, &room, &b.user("carol")).await.as_deref(), Some("leave"));
+    let draft = member(&a.user("bot"), &b.user("bob"), "invite");
+    a.dag.invite(&room, Outgoing { draft, effect: None }).await.unwrap();
+    join(&b, &room, "bob", &[]).await.unwrap();
+}
