@@ -113,10 +113,10 @@ pub enum Refusal {
         /// The portal that has it, or is being made with it.
         portal_id: String,
     },
-    /// The hub of an LM room takes this gateway for a server that shares the room's graph, which it does not do.
+    /// The hub of an LM room takes this gateway for a server that shares the room's graph, and then does not let it.
     #[error(
         "{server} offers {room_id} only as a room whose graph is shared (its join template names prev_events, and its key \
-         document does not say m.linearized): this gateway takes part in rooms of other LM servers only where they take LPDUs"
+         document does not say m.linearized), and did not take a graph server's join"
     )]
     GraphTemplate {
         /// The hub that was asked.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 
-pub use self::both::{Graphs, LogBatch, LogOrigin, Logs, NewLog, NewShared, Next, NextEvent, SHARED};
+pub use self::both::{Graphs, JoinShared, LogBatch, LogOrigin, Logs, NewLog, NewShared, Next, NextEvent, SHARED};
 pub use self::devices::{Device, Devices, NoDevices, SharedDevices};
 pub use self::effect::{Effects, EffectsOf, EventEffect, write_effects, write_effects_until_one_fails};
 use crate::event::{Edu, Object};

@@ -47,7 +47,7 @@ async fn make_of(core: &Arc<Core>, row: &mut PortalRow, room_id: &OwnedRoomId) -
     let sides = core.sides()?;
     let state = join(core, room_id, &request).await?;
     let room = sides.lm.room(room_id).await?.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))?;
-    let Role::Participant { hub } = room.role else {
+    let (Role::Participant { hub } | Role::GraphServer { hub }) = room.role else {
         return Err(Refusal::Forbidden(format!("{room_id} is hubbed by this gateway")));
     };
     access::takes_part(&core.context.config.access, Side::Lm, &hub)?;

@@ -9,8 +9,9 @@ use super::batch::Batch;
 use super::pdu::Verified;
 use super::version::is_shared;
 use super::{Dag, NewRoom};
+use crate::event::{Family, RoomVersion};
 use crate::refusal::Refusal;
-use crate::seam::{Graphs, NewShared, Next, NextEvent};
+use crate::seam::{Graphs, JoinShared, Membership, NewShared, Next, NextEvent};
 
 #[async_trait]
 impl Graphs for Dag {
@@ -28,6 +29,14 @@ impl Graphs for Dag {
             return Err(Refusal::IncompatibleRoomVersion(version.as_str().to_owned()));
         }
         self.make_room(NewRoom { creator, version, initial_state }).await
+    }
+
+    async fn join(&self, join: JoinShared) -> Result<OwnedEventId, Refusal> {
+        let JoinShared { room_id, via, user_id, content } = join;
+        let mut wish = self.wish(&room_id, &user_id, Membership::Join, content)?;
+        wish.versions = RoomVersion::of(Family::Log).collect();
+        let joined = self.join_as(wish, vec![via]).await?;
+        Ok(joined.join.event_id.clone())
     }
 }
 

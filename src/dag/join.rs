@@ -19,6 +19,7 @@ use super::pdu::{Unverified, Verified};
 use super::room::{Core, Room};
 use super::snapshot::StateKey;
 use super::stored::Stored;
+use super::version::is_shared;
 use super::{Dag, GraphEvent, Shared};
 use crate::event::{Object, RoomVersion};
 use crate::federation::Call;
@@ -54,7 +55,12 @@ impl Dag {
         content: Object,
     ) -> Result<Joined, Refusal> {
         let wish = self.wish(room_id, user_id, Membership::Join, content)?;
-        let (dag, via) = (self.clone(), via.to_vec());
+        self.join_as(wish, via.to_vec()).await
+    }
+
+    /// The same, of rooms of the versions that the wish names.
+    pub(super) async fn join_as(&self, wish: Wish, via: Vec<OwnedServerName>) -> Result<Joined, Refusal> {
+        let dag = self.clone();
         // On a task of its own: a join that another server has taken is stored, whoever still waits for it.
         let joined = tokio::spawn(async move { dag.join_in_turn(wish, &via).await }).await;
         joined.map_err(|error| Refusal::Internal(error.to_string()))?
@@ -223,7 +229,11 @@ async fn enter(
         tracing::warn!(room = %batch.room_id, lost = lost.len(), malformed = given.left_out, of = ids.len(),
             "a room was joined with a state of which some events cannot be had");
     }
-    // What was known of the room, if it was, ended with the last user's leave.
+    // What was known of the room, if it was, ended with the last user's leave. The log of a shared room goes on.
+    if is_shared(batch.version) && !batch.core.tips.is_empty() {
+        let hub = batch.hub_of(&batch.core.current).await?;
+        batch.open_log(hub).await?;
+    }
     batch.core.tips.clear();
     batch.set_current(before.clone()).await?;
     batch.accept(join, &Source::Elsewhere, Some(before)).await?.accepted().cloned()

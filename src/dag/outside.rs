@@ -10,7 +10,7 @@ use super::Dag;
 use super::build::sign;
 use super::fetch::segment;
 use super::pdu::Verified;
-use super::version::rules_of;
+use super::version::{is_shared, rules_of};
 use crate::event::{Family, Object, RoomVersion};
 use crate::federation::Call;
 use crate::refusal::Refusal;
@@ -306,8 +306,11 @@ fn event_of(
         let ids = field(name).as_array().filter(|ids| ids.iter().all(Value::is_string) && !ids.is_empty());
         event.insert(name.to_owned(), json!(ids.ok_or_else(|| wrong(name, field(name)))?));
     }
-    let depth = field("depth").as_i64().filter(|depth| (1..=MAX_DEPTH).contains(depth));
-    event.insert("depth".to_owned(), json!(depth.ok_or_else(|| wrong("depth", field("depth")))?));
+    // Events of shared rooms have none.
+    if !is_shared(version) {
+        let depth = field("depth").as_i64().filter(|depth| (1..=MAX_DEPTH).contains(depth));
+        event.insert("depth".to_owned(), json!(depth.ok_or_else(|| wrong("depth", field("depth")))?));
+    }
     Ok(event)
 }
 

@@ -25,7 +25,7 @@ use crate::federation::{Askers, Context, Lines, Rate, Rates, Transactions, Under
 use crate::identity::Side;
 use crate::lm::Lm;
 use crate::refusal::Refusal;
-use crate::seam::{NoDevices, SharedBetween, SharedDevices};
+use crate::seam::{Graphs, NoDevices, SharedBetween, SharedDevices};
 
 /// What the routes stand in front of.
 #[derive(Clone)]
@@ -60,11 +60,16 @@ pub struct Federation {
     pub edus: EduBudgets,
     /// When the log last told of events of rooms that are not known, in milliseconds.
     pub stray_told: Arc<AtomicI64>,
+    /// The graphs of shared rooms, which the linear side holds weakly.
+    pub graphs: Arc<dyn Graphs>,
 }
 
 impl Federation {
-    /// The routes' state over these parts.
+    /// The routes' state over these parts. The two sides get to know each other's part of shared rooms.
     pub fn new(context: Context, lm: Lm, dag: Dag, between: SharedBetween) -> Self {
+        let graphs: Arc<dyn Graphs> = Arc::new(dag.clone());
+        dag.set_logs(lm.logs());
+        lm.set_graphs(&graphs);
         let transactions = Transactions::new(context.store.clone(), context.clock.clone());
         Self {
             context,
@@ -82,6 +87,7 @@ impl Federation {
             waiting: Underway::waiting(),
             edus: EduBudgets::default(),
             stray_told: Arc::default(),
+            graphs,
         }
     }
 }
@@ -337,10 +343,11 @@ pub(super) async fn place_of(federation: &Federation, room_id: &RoomId) -> Resul
         Some(if federation.lm.is_shared(room_id).await? { Place::Shared } else { Place::On(Side::Lm) })
     } else if federation.dag.knows(room_id).await? {
         Some(Place::On(Side::Matrix))
-    } else if federation.lm.is_joining(room_id) {
-        Some(Place::On(Side::Lm))
+    } else if federation.dag.is_joining(room_id) {
+        // Also for a shared room, which both are joining: what comes are events of its graph.
+        Some(Place::On(Side::Matrix))
     } else {
-        federation.dag.is_joining(room_id).then_some(Place::On(Side::Matrix))
+        federation.lm.is_joining(room_id).then_some(Place::On(Side::Lm))
     })
 }
 

@@ -180,8 +180,7 @@ impl Lm {
         let failed = |error: RemoteError| into_refusal(error, server);
         let (_, template) = self.peers().make(server, "join", room_id, &draft.sender).await.map_err(failed)?;
         if !prev_events(&template).is_empty() && !self.does_logs_alone(server).await? {
-            let (server, room_id) = (server.to_string(), room_id.to_string());
-            return Err(Refusal::GraphTemplate { server, room_id });
+            return self.join_graph(server, room_id, draft).await;
         }
         // Of the template nothing is needed: what the join says is ours.
         let facts =

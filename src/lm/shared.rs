@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
-use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId, ServerName};
 
 use super::actor::{Outcome, What};
 use super::batch::{Batch, Done, Origin};
@@ -15,7 +15,7 @@ use super::rooms::{RoomCell, lock};
 use super::{Appended, Lm, NewRoom};
 use crate::event::{Pdu, Redaction};
 use crate::refusal::Refusal;
-use crate::seam::{Graphs, LogBatch, LogOrigin, Logs, NewLog, NewShared, Next, NextEvent};
+use crate::seam::{Draft, Graphs, JoinShared, LogBatch, LogOrigin, Logs, NewLog, NewShared, Next, NextEvent};
 use crate::store::lm as stored;
 use crate::store::{StoreError, Tx};
 
@@ -41,6 +41,29 @@ impl Lm {
         let room_id = self.graphs()?.create(NewShared { creator, version, initial_state }).await?;
         tracing::info!(room = %room_id, "created a shared room");
         Ok(room_id)
+    }
+
+    /// Joins a shared room that a server offers to graph servers. Its log follows here from its graph.
+    pub(super) async fn join_graph(
+        &self,
+        server: &ServerName,
+        room_id: &RoomId,
+        draft: &Draft,
+    ) -> Result<Appended, Refusal> {
+        let join = JoinShared {
+            room_id: room_id.to_owned(),
+            via: server.to_owned(),
+            user_id: draft.sender.clone(),
+            content: draft.content.clone(),
+        };
+        match self.graphs()?.join(join).await {
+            Ok(event_id) => self.must_have(&event_id).await,
+            Err(Refusal::Remote { problem, .. }) => {
+                tracing::info!(room = %room_id, %server, %problem, "not joined as a graph server");
+                Err(Refusal::GraphTemplate { server: server.to_string(), room_id: room_id.to_string() })
+            }
+            Err(refusal) => Err(refusal),
+        }
     }
 
     /// Whether a room is a shared one.

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId};
 
 use super::{Draft, EventEffect};
-use crate::event::{Pdu, RoomVersion, VerifiedLpdu};
+use crate::event::{Object, Pdu, RoomVersion, VerifiedLpdu};
 use crate::refusal::Refusal;
 use crate::store::{StoreError, Tx, TxFuture};
 
@@ -117,6 +117,22 @@ pub trait Graphs: Send + Sync + 'static {
 
     /// Makes a shared room with the gateway as its hub.
     async fn create(&self, room: NewShared) -> Result<OwnedRoomId, Refusal>;
+
+    /// Takes part in a shared room that lives elsewhere, as a graph server. The join's ID, after the commit.
+    async fn join(&self, join: JoinShared) -> Result<OwnedEventId, Refusal>;
+}
+
+/// A shared room that is to be joined.
+#[derive(Debug, Clone)]
+pub struct JoinShared {
+    /// The room.
+    pub room_id: OwnedRoomId,
+    /// The server that has offered it.
+    pub via: OwnedServerName,
+    /// Who joins: a user of the gateway.
+    pub user_id: OwnedUserId,
+    /// What the join says but for the membership.
+    pub content: Object,
 }
 
 /// A shared room that is to be made.

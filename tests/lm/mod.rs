@@ -3,6 +3,7 @@
 mod devices;
 mod edus;
 mod errors;
+mod graph_server;
 mod holes;
 mod hostile_hub;
 mod hostile_participant;
