@@ -194,6 +194,20 @@ pub trait Between: Send + Sync + 'static {
 
     /// A participant of an LM room is told how the hub judged an LPDU that it sent; again when it could not be recorded.
     async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) -> Result<(), Refusal>;
+
+    /// An LPDU that its hub had not taken when another server took over the log is replaced, by an LPDU for that server or by
+    /// the event itself where the gateway is it: what is written with what replaces it, by its new ID.
+    fn lpdu_replaced(&self, _lpdu_id: &OwnedEventId, _by_lpdu: bool) -> Option<EventEffect> {
+        None
+    }
+
+    /// Whether the gateway may take over the log of a room.
+    async fn may_take_hub(&self, _room_id: &RoomId) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    /// Another server keeps the log of a room now. After the commit.
+    fn hub_changed(&self, _room_id: &RoomId, _hub: &ServerName) {}
 }
 
 /// The bridge as `lm` and `dag` hold it.

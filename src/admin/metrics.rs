@@ -27,6 +27,7 @@ pub struct Metrics {
     pub events_refused: IntCounterVec,
     /// Events of other servers for rooms that are not known.
     pub events_of_unknown_rooms: IntCounter,
+    pub hub_transfers: IntCounterVec,
     pub edus_received: IntCounterVec,
     pub edus_sent: IntCounterVec,
     pub edus_dropped: IntCounterVec,
@@ -72,6 +73,11 @@ pub fn event_accepted(side: Side) {
 /// An event of another server was refused on `side`.
 pub fn event_refused(side: Side, refusal: &Refusal) {
     METRICS.events_refused.with_label_values(&[side.as_str(), refusal.code()]).inc();
+}
+
+/// A log changed hands: it was `given` away, `taken` over, or that was `seen` as a participant.
+pub fn hub_transfer(how: &'static str) {
+    METRICS.hub_transfers.with_label_values(&[how]).inc();
 }
 
 /// An event of another server came for a room that is not known.
@@ -247,6 +253,12 @@ impl Metrics {
                     "events_of_unknown_rooms_total",
                     "Events of other servers for rooms that the database does not know; they were dropped.",
                 )),
+            ),
+            hub_transfers: counter(
+                r,
+                "hub_transfers_total",
+                "LM rooms whose log another server keeps since then: by this gateway's part in it.",
+                &["part"],
             ),
             edus_received: counter(
                 r,

@@ -164,6 +164,14 @@ fn access(config: &Config) -> Result<(), Problem> {
         );
         return Err(("access.create_by_invite", problem));
     }
+    let is_wrong = |name: &&String| match name.strip_prefix('!') {
+        Some(rest) => rest.is_empty(),
+        None => name.as_str() != "*" && ruma::ServerName::parse(name.as_str()).is_err(),
+    };
+    if let Some(name) = config.hub_transfer.accept.iter().find(is_wrong) {
+        let problem = format!("holds {name:?}, but it must hold server names or room IDs (!room:server), or \"*\"");
+        return Err(("hub_transfer.accept", problem));
+    }
     if access.max_portals == 0 {
         let problem = "is 0, so there could be no portal: set at least 1, or `access.create_by_alias` to \"off\"";
         return Err(("access.max_portals", problem.to_owned()));

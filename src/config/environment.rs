@@ -47,6 +47,8 @@ pub(super) const KEYS: &[(&str, Kind)] = &[
     ("access.create_by_invite", Kind::List),
     ("access.admins", Kind::List),
     ("access.max_portals", Kind::Number),
+    ("hub_transfer.give", Kind::Switch),
+    ("hub_transfer.accept", Kind::List),
     ("portals.matrix_room_version", Kind::Text),
     ("portals.encryption", Kind::Text),
     ("portals.notices", Kind::Switch),

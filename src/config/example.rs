@@ -97,6 +97,13 @@ server_name = "{server_name}"
 # How many portals there may be. Where there are as many, the oldest that nobody uses gives way, but no admin's.
 # max_portals = 10000
 
+# Whether the logs of LM rooms change hands (docs/hub-transfer.md).
+[hub_transfer]
+# Whether an admin may hand the logs that the gateway keeps over to other servers.
+# give = false
+# Which servers' logs the gateway takes over when they ask it to, or which rooms' ("!room:hub.example"); "*" is any.
+# accept = []
+
 [portals]
 # The version of Matrix rooms that the gateway makes: "10", "11" or "12".
 # matrix_room_version = "12"

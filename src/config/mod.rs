@@ -41,6 +41,9 @@ pub struct Config {
     /// Who may do what.
     #[serde(default)]
     pub access: Access,
+    /// Whether the logs of LM rooms change hands.
+    #[serde(default)]
+    pub hub_transfer: HubTransfer,
     /// How portals are made.
     #[serde(default)]
     pub portals: Portals,
@@ -141,6 +144,24 @@ pub struct Access {
     pub admins: Vec<OwnedUserId>,
     /// How many portals there may be; where there are as many, the oldest that nobody uses gives way, but no admin's.
     pub max_portals: u32,
+}
+
+/// `[hub_transfer]`: whether the logs of LM rooms change hands. Both are off.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HubTransfer {
+    /// Whether an admin may hand the logs that the gateway keeps over to other servers.
+    pub give: bool,
+    /// From which servers the gateway takes over logs, or which rooms' (`!room:server`); `*` is any.
+    pub accept: Vec<String>,
+}
+
+impl HubTransfer {
+    /// Whether the log of a room is taken over from a server.
+    pub fn accepts(&self, server: &ruma::ServerName, room_id: &ruma::RoomId) -> bool {
+        let is_named = |name: &String| name == "*" || name.eq_ignore_ascii_case(server.as_str()) || name == room_id;
+        self.accept.iter().any(is_named)
+    }
 }
 
 /// What is done with encrypted rooms.

@@ -146,6 +146,8 @@ fn every_key_can_be_set_in_the_environment() {
         ("access.create_by_invite", "hub.example,@*:b", ""),
         ("access.admins", "@a:b", ""),
         ("access.max_portals", "7", ""),
+        ("hub_transfer.give", "true", ""),
+        ("hub_transfer.accept", "hub.example,!room:b", ""),
         ("portals.matrix_room_version", "11", ""),
         ("portals.encryption", "refuse", ""),
         ("portals.notices", "false", ""),

@@ -109,3 +109,15 @@ pub(super) async fn invite_lm(federation: Federation, mut given: Given) -> Answe
     given.waits(&federation)?;
     federation.lm.invited(&given.origin, given.body).await
 }
+
+/// A hub asks whether this server will keep the log of a room from an event on.
+pub(super) async fn take_hub(federation: Federation, mut given: Given) -> Answer {
+    given.waits(&federation)?;
+    federation.lm.take_hub(&given.origin, given.body).await
+}
+
+/// Whether this server knows of changes of the hub, and what it would do in a room.
+pub(super) async fn ready_for_hub(federation: Federation, asked: Asked) -> Answer {
+    let ready = federation.lm.ready_for_hub(&asked.origin, &asked.room_id()?).await?;
+    serde_json::to_value(ready).map_err(|error| Refusal::Internal(error.to_string()))
+}

@@ -98,6 +98,9 @@ pub(super) type Answer = Result<Value, Refusal>;
 /// Where the LM endpoints are found under the names that the peers use today.
 const UNSTABLE: &str = "/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
 
+/// Where servers are asked about changes of an LM room's hub (`docs/hub-transfer.md`).
+const HUB: &str = "/unstable/im.isthmus.hub";
+
 /// One endpoint.
 #[derive(Clone)]
 pub struct Endpoint {
@@ -175,6 +178,8 @@ pub fn federation_endpoints() -> Vec<Endpoint> {
             Endpoint::post(&at("/invite/{txn_id}"), handshakes::invite_lm),
         ]);
     }
+    all.push(Endpoint::get(&format!("{HUB}/ready/{{room_id}}"), handshakes::ready_for_hub));
+    all.push(Endpoint::post(&format!("{HUB}/hub/{{txn_id}}"), handshakes::take_hub));
     for prefix in ["/v1", UNSTABLE] {
         all.push(Endpoint::get(&format!("{prefix}/user/{{user_id}}/device/{{device_id}}"), devices::device));
     }
@@ -272,7 +277,7 @@ fn rate_of(path: &str) -> Option<Rate> {
     let names = |parts: &[&str]| path.split('/').any(|segment| parts.contains(&segment));
     if path.split('/').any(|segment| segment.starts_with("make_") || segment.starts_with("send_")) {
         Some(Rate::Handshakes)
-    } else if names(&["invite"]) {
+    } else if names(&["invite", "im.isthmus.hub"]) {
         Some(Rate::Invites)
     } else if names(&["user"]) {
         Some(Rate::Devices)
@@ -366,7 +371,7 @@ mod tests {
             assert!(free.iter().any(|part| path.contains(part)), "{path}");
         }
         assert_eq!(limited(Some(Rate::Handshakes)).len(), 3 + 3 + 2 * 3);
-        assert_eq!(limited(Some(Rate::Invites)).len(), 3);
+        assert_eq!(limited(Some(Rate::Invites)).len(), 3 + 2);
         assert_eq!(limited(Some(Rate::Devices)).len(), 3 + 2);
     }
 }

@@ -278,6 +278,11 @@ fn answer(outcomes: Vec<Received>, dialect: Dialect) -> Value {
             (Some(event_id), Ok(())) if dialect == Dialect::Matrix => {
                 entries.insert(event_id.to_string(), json!({}));
             }
+            // By this a participant knows that somebody else is to judge its event.
+            (Some(event_id), Err(refusal @ Refusal::WrongHub { .. })) => {
+                let error = json!({ "errcode": refusal.errcode(), "error": refusal.to_string() });
+                entries.insert(event_id.to_string(), error);
+            }
             (Some(event_id), Err(refusal)) => {
                 entries.insert(event_id.to_string(), json!({ "error": refusal.to_string() }));
             }

@@ -69,6 +69,8 @@ pub(super) enum Outcome {
     Refused(Refusal),
     /// The log has moved since it was built.
     Moved(Option<EventEffect>),
+    /// It is one of our users', and another server keeps the log now.
+    NotHub(Box<Draft>, Option<EventEffect>),
 }
 
 impl What {
@@ -192,9 +194,35 @@ enum Verdict {
     Known(Appended),
     Refused(Refusal),
     Moved,
+    NotHub(Box<Draft>),
 }
 
-async fn process(lm: &Lm, cell: &Arc<RoomCell>, items: Vec<Item>) {
+impl Verdict {
+    fn into_outcome(self, effect: Option<EventEffect>, entry: impl FnOnce(usize) -> Outcome) -> Outcome {
+        match self {
+            Self::Entry(index) => entry(index),
+            Self::Known(appended) => Outcome::Appended(appended),
+            Self::Refused(refusal) => Outcome::Refused(refusal),
+            Self::Moved => Outcome::Moved(effect),
+            Self::NotHub(draft) => Outcome::NotHub(draft, effect),
+        }
+    }
+}
+
+async fn process(lm: &Lm, cell: &Arc<RoomCell>, mut items: Vec<Item>) {
+    // What hands the log over is a batch of its own: what comes after it is not ours to append.
+    let hands_over = |item: &Item| matches!(&item.what, What::Signed { pdu, .. } if pdu.new_hub().is_some());
+    while let Some(place) = items.iter().position(hands_over) {
+        let after = items.split_off(place.saturating_add(1));
+        let transfer = items.pop();
+        process_together(lm, cell, items).await;
+        process_together(lm, cell, transfer.into_iter().collect()).await;
+        items = after;
+    }
+    process_together(lm, cell, items).await;
+}
+
+async fn process_together(lm: &Lm, cell: &Arc<RoomCell>, items: Vec<Item>) {
     if !lm.careful().is(&cell.room_id) {
         return in_batches(lm, cell, items).await;
     }
@@ -251,12 +279,7 @@ async fn try_batch(lm: &Lm, cell: &Arc<RoomCell>, items: Vec<Item>) -> Result<Ve
         Ok(committed) => committed,
         Err(refusal) => {
             for (verdict, _, effect, reply) in judged {
-                let _ = reply.send(match verdict {
-                    Verdict::Entry(_) => Outcome::Refused(refusal.clone()),
-                    Verdict::Known(appended) => Outcome::Appended(appended),
-                    Verdict::Refused(refusal) => Outcome::Refused(refusal),
-                    Verdict::Moved => Outcome::Moved(effect),
-                });
+                let _ = reply.send(verdict.into_outcome(effect, |_| Outcome::Refused(refusal.clone())));
             }
             return Ok(Vec::new());
         }
@@ -280,19 +303,14 @@ async fn try_batch(lm: &Lm, cell: &Arc<RoomCell>, items: Vec<Item>) -> Result<Ve
             }
             continue;
         }
-        let outcome = match verdict {
-            Verdict::Entry(index) => match committed.appended.get(index) {
-                Some(appended) => Outcome::Appended(appended.clone()),
-                None => {
-                    failed_passed = index >= kept;
-                    let error = failed.take().map_or_else(|| "not appended".to_owned(), |error| error.to_string());
-                    Outcome::Refused(Refusal::Internal(error))
-                }
-            },
-            Verdict::Known(appended) => Outcome::Appended(appended),
-            Verdict::Refused(refusal) => Outcome::Refused(refusal),
-            Verdict::Moved => Outcome::Moved(effect),
-        };
+        let outcome = verdict.into_outcome(effect, |index| match committed.appended.get(index) {
+            Some(appended) => Outcome::Appended(appended.clone()),
+            None => {
+                failed_passed = index >= kept;
+                let error = failed.take().map_or_else(|| "not appended".to_owned(), |error| error.to_string());
+                Outcome::Refused(Refusal::Internal(error))
+            }
+        });
         let _ = reply.send(outcome);
     }
     Ok(rest)
@@ -348,6 +366,16 @@ fn place(
     what: What,
     origin: &mut Origin,
 ) -> Verdict {
+    let hub = &batch.after.facts.hub;
+    if *hub != lm.context().server_name {
+        return match what {
+            What::Own(draft) => Verdict::NotHub(Box::new(draft)),
+            What::Lpdu(lpdu) => {
+                Verdict::Refused(Refusal::WrongHub { hub: hub.to_string(), found: lpdu.hub_server.to_string() })
+            }
+            What::Signed { .. } => Verdict::Moved,
+        };
+    }
     let pdu = match what {
         What::Signed { pdu, after } if batch.after.last_id() == after.as_ref() => Ok(*pdu),
         What::Signed { .. } => return Verdict::Moved,

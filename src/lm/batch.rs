@@ -10,7 +10,8 @@ use futures::FutureExt as _;
 use ruma::{OwnedEventId, OwnedServerName};
 
 use super::room::{Move, Snapshot, Subject};
-use super::rooms::RoomCell;
+use super::rooms::{RoomCell, lock};
+use super::succession::Succession;
 use super::{Appended, Lm, Position};
 use crate::event::{Pdu, Redaction};
 use crate::federation::{Feed, FeedKind, OutboundQueues};
@@ -126,7 +127,7 @@ impl Batch {
     /// when they come again.
     pub async fn commit(self, lm: &Lm, cell: Option<&Arc<RoomCell>>) -> Result<Committed, Refusal> {
         let room_id = self.after.facts.room_id.clone();
-        let is_hub = self.after.facts.hub == lm.context().server_name;
+        let is_hub = self.before.facts.hub == lm.context().server_name;
         let events: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
         let (complaints, redaction) = (self.complaints.clone(), self.after.redaction);
         let refusal = match AssertUnwindSafe(self.write(lm, cell)).catch_unwind().await {
@@ -173,13 +174,15 @@ impl Batch {
     pub fn job(self, lm: &Lm) -> Job {
         let context = lm.context();
         let room_id = self.after.facts.room_id.clone();
+        let handed_over = self.handed_over(&context.server_name);
         Job {
             store: context.store.clone(),
             server_name: context.server_name.clone(),
             now_ms: context.clock.now_ms(),
             watched: lm.between().watches(Side::Lm, &room_id),
             feed: Feed { kind: FeedKind::Log, room_id },
-            is_hub: self.after.facts.hub == context.server_name,
+            is_hub: self.before.facts.hub == context.server_name,
+            handed_over,
             after: self.after,
             head_before: self.before.head,
             redaction_before: self.before.redaction,
@@ -193,14 +196,25 @@ impl Batch {
     /// What is to be told when it is written.
     pub fn news(&self, lm: &Lm) -> News {
         let own = &lm.context().server_name;
-        let is_hub = self.after.facts.hub == *own;
+        let is_hub = self.before.facts.hub == *own || self.after.facts.hub == *own;
         News {
             before: self.before.clone(),
             after: self.after.clone(),
             events: self.entries.iter().map(|entry| entry.pdu.clone()).collect(),
             destinations: if is_hub { self.destinations(own) } else { Vec::new() },
             somebody_moved: self.entries.iter().any(|entry| entry.moved.is_some()),
+            handed_over: self.handed_over(own),
         }
+    }
+
+    /// Whether another server keeps the log after it.
+    fn handed_over(&self, own: &ruma::ServerName) -> Option<Succession> {
+        let (from, to) = (&self.before.facts.hub, &self.after.facts.hub);
+        (from != to && !self.new_room).then(|| Succession {
+            from: from.clone(),
+            to: to.clone(),
+            participants: self.after.servers().filter(|server| *server != own).cloned().collect(),
+        })
     }
 
     /// The servers that were in the room before or come into it.
@@ -222,12 +236,13 @@ pub(super) struct News {
     events: Vec<Arc<Pdu>>,
     destinations: Vec<OwnedServerName>,
     somebody_moved: bool,
+    handed_over: Option<Succession>,
 }
 
 impl News {
     /// Tells the room's cell, the queues and the bridge what was committed.
     pub async fn tell(self, lm: &Lm, cell: Option<&Arc<RoomCell>>, done: Done) -> Result<Committed, StoreError> {
-        let Self { before, after, events, destinations, somebody_moved } = self;
+        let Self { before, after, events, destinations, somebody_moved, handed_over } = self;
         let Done { kept, failed, untried, texts, pushed } = done;
         let room_id = after.facts.room_id.clone();
         // Not every server in a shared room has its log.
@@ -236,6 +251,12 @@ impl News {
         let snapshot = if kept == events.len() { after } else { replay(&before, &after, &appended) };
         let cell = match cell {
             Some(cell) => {
+                if handed_over.is_some() {
+                    // Before anybody can see who keeps the log now: what was on its way to the one before goes first.
+                    lock(&cell.ahead).hub_changed();
+                    cell.strand();
+                    cell.forget_stays();
+                }
                 if somebody_moved {
                     // Before the new head can be seen: who sees that must see who came and went with it.
                     cell.forget_stays();
@@ -250,7 +271,7 @@ impl News {
             let feed = Feed { kind: FeedKind::Log, room_id: room_id.clone() };
             let outbound = &lm.context().outbound;
             match appended.last() {
-                Some(last) if !somebody_moved && all_read_the_log => {
+                Some(last) if !somebody_moved && all_read_the_log && handed_over.is_none() => {
                     outbound.wake_at(&feed, &destinations, last.position.0);
                 }
                 _ => outbound.wake(&feed, &destinations),
@@ -266,6 +287,9 @@ impl News {
             if let Some(lpdu_id) = &event.event.lpdu_id {
                 cell.settle(lpdu_id, &Ok(event.clone()));
             }
+        }
+        if let Some(succession) = handed_over {
+            lm.succeeded(&cell, &succession);
         }
         Ok(Committed { appended, failed, untried })
     }
@@ -337,7 +361,10 @@ pub(super) struct Job {
     now_ms: i64,
     feed: Feed,
     watched: bool,
+    /// Whether the gateway keeps the log up to these events.
     is_hub: bool,
+    /// When another server keeps it after them.
+    handed_over: Option<Succession>,
     after: Snapshot,
     head_before: i64,
     redaction_before: Redaction,
@@ -394,8 +421,13 @@ impl Job {
         let pushed = self.push_to_inbox(tx).await?;
         let is_hub = self.is_hub;
         let replaced = std::mem::take(&mut self.replaced);
+        let (feed, succession) = (self.feed.clone(), self.handed_over.take());
+        let server_name = self.server_name.clone();
         let events = self.append(tx).await?;
         stored::replace_state(tx, &room_id, &replaced).await?;
+        if let Some(succession) = succession {
+            succession.write(tx, &feed, &server_name, head).await?;
+        }
         let text = |event: NewEvent| (event.position, event.json.into());
         let texts = if is_hub { events.into_iter().map(text).collect() } else { Vec::new() };
         Ok(Done { kept, failed, untried, texts, pushed })

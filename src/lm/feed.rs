@@ -34,7 +34,7 @@ impl FeedSource for Feeds {
         let lm = self.lm()?;
         match feed.kind {
             FeedKind::Log => lm.read_log(&feed.room_id, destination, after, until, limit).await,
-            FeedKind::Lpdus => lm.read_lpdus(&feed.room_id, after, until, limit).await,
+            FeedKind::Lpdus => lm.read_lpdus(&feed.room_id, destination, after, until, limit).await,
             FeedKind::Graph | FeedKind::LmEdus | FeedKind::MatrixEdus => Ok(Vec::new()),
         }
     }

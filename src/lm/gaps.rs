@@ -99,7 +99,11 @@ impl Lm {
         Ok(false)
     }
 
-    async fn take_up_to(&self, cell: &Arc<RoomCell>, ends: &BTreeSet<OwnedEventId>) -> Result<Filled, Refusal> {
+    pub(super) async fn take_up_to(
+        &self,
+        cell: &Arc<RoomCell>,
+        ends: &BTreeSet<OwnedEventId>,
+    ) -> Result<Filled, Refusal> {
         let _turn = cell.intake.lock().await;
         let room = cell.snapshot(&self.context().store).await?;
         let mut taking = Taking::begin(self, cell, room).await?;
@@ -135,7 +139,11 @@ impl Taking<'_> {
         let is_itself = missing.iter().any(|missing| missing == event);
         let mut found = Found { left: missing, ..Found::default() };
         let fetched = self.fetch(&mut found, AT_ONCE).await?;
-        if matches!(fetched, Fetched::Long(_)) && self.waits.late.is_none() && self.waits.asking.is_none() {
+        if matches!(fetched, Fetched::Long(_))
+            && self.announced.is_none()
+            && self.waits.late.is_none()
+            && self.waits.asking.is_none()
+        {
             self.asked = Some(Filled::NotNow);
             self.stage(found).await?;
             self.comes_later(event, &[]);
@@ -253,7 +261,8 @@ impl Taking<'_> {
 
     /// What the hub gives up to an event.
     async fn page(&self, facts: &Facts, from: &EventId) -> Result<Vec<Result<Finished, Bad>>, RemoteError> {
-        let page = self.lm().peers().backfill(&facts.hub, &facts.room_id, from, PAGE).await?;
+        let asked = self.announced.as_ref().unwrap_or(&facts.hub);
+        let page = self.lm().peers().backfill(asked, &facts.room_id, from, PAGE).await?;
         let page = page.into_iter().take(PAGE).collect();
         Ok(self.lm().check_finished(page, self.room().redaction).await)
     }
@@ -273,7 +282,8 @@ impl Taking<'_> {
 
     /// Takes the state that the hub has before an event, where the events that made it cannot be had.
     pub(super) async fn adopt_state_before(&mut self, event_id: &EventId) -> Result<Adopted, Refusal> {
-        let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
+        let room_id = self.room().facts.room_id.clone();
+        let hub = self.announced.clone().unwrap_or_else(|| self.room().facts.hub.clone());
         match self.lm().peers().state(&hub, &room_id, event_id).await {
             Ok((state, chain, _held)) => {
                 let redaction = self.room().redaction;

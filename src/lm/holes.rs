@@ -62,7 +62,7 @@ impl Lm {
                 None => self.forget_holes(&room_id).await?,
             }
         }
-        Ok(())
+        self.resume_stranded().await
     }
 
     /// Sees to it that somebody looks after what is missing in a room.

@@ -57,9 +57,19 @@ impl Lm {
     /// participant they are signed and queued, in one transaction with their effects. Each fails alone, with its effect.
     /// What is sent here does not go into the bridge's inbox (an echo from a hub does).
     pub async fn send(&self, room_id: &RoomId, events: Vec<Outgoing>) -> Vec<Result<Sent, Refusal>> {
-        let (cell, snapshot) = match self.find(room_id).await {
+        let found = async {
+            let (cell, snapshot) = self.find(room_id).await?;
+            if !cell.has_stranded() {
+                return Ok((cell, snapshot));
+            }
+            // What was said before goes first.
+            self.replace_stranded(&cell).await?;
+            let snapshot = cell.snapshot(&self.context().store).await?;
+            Ok((cell, snapshot))
+        };
+        let (cell, snapshot) = match found.await {
             Ok(found) => found,
-            Err(refusal) => return events.iter().map(|_| Err(refusal.clone())).collect(),
+            Err(refusal) => return events.iter().map(|_| Err(Refusal::clone(&refusal))).collect(),
         };
         match self.role(&snapshot) {
             Role::Hub | Role::GraphServer { .. } => self.send_as_hub(&cell, events).await,
@@ -67,10 +77,35 @@ impl Lm {
         }
     }
 
-    async fn send_as_hub(&self, cell: &Arc<RoomCell>, events: Vec<Outgoing>) -> Vec<Result<Sent, Refusal>> {
+    /// Appends them; what comes too late for that, because another server keeps the log now, is queued for it.
+    pub(super) async fn send_as_hub(&self, cell: &Arc<RoomCell>, events: Vec<Outgoing>) -> Vec<Result<Sent, Refusal>> {
         let own = |event: Outgoing| (What::Own(event.draft), Origin { effect: event.effect, ..Origin::default() });
-        let results = self.append_all(cell, events.into_iter().map(own).collect()).await;
-        results.into_iter().map(|result| result.map(Sent::Appended)).collect()
+        let outcomes = self.append_all(cell, events.into_iter().map(own).collect()).await;
+        let (mut results, mut places, mut late) = (Vec::with_capacity(outcomes.len()), Vec::new(), Vec::new());
+        for outcome in outcomes {
+            if let Outcome::NotHub(draft, effect) = outcome {
+                places.push(results.len());
+                late.push(Outgoing { draft: *draft, effect });
+                results.push(Err(Refusal::Internal("another server keeps the log".to_owned())));
+            } else {
+                results.push(outcome.into_result().map(Sent::Appended));
+            }
+        }
+        if late.is_empty() {
+            return results;
+        }
+        match cell.snapshot(&self.context().store).await {
+            Ok(room) if self.role(&room) != Role::Hub => {
+                let sent = self.send_as_participant(cell, room, late).await;
+                for (place, sent) in places.into_iter().zip(sent) {
+                    if let Some(result) = results.get_mut(place) {
+                        *result = sent;
+                    }
+                }
+            }
+            _ => {}
+        }
+        results
     }
 
     /// The PDUs of a transaction that belong to LM rooms; answers in order, after all is committed.
@@ -137,6 +172,7 @@ impl Lm {
             Err(refusal) => return all(Err(refusal)),
         };
         match self.role(&snapshot) {
+            Role::Hub if snapshot.was_handed_over() => self.take_finished(origin, &cell, objects).await,
             Role::Hub => self.receive_lpdus(origin, &cell, &snapshot.facts, objects).await,
             Role::Participant { .. } => self.take_finished(origin, &cell, objects).await,
             // What is meant for the hub; finished events are the graph's.
@@ -149,7 +185,7 @@ impl Lm {
 
     /// What a participant sends into a room that is hubbed here. Everything that can be checked before an event's place
     /// is known is checked here, for many events at once; the rest by the room's task.
-    async fn receive_lpdus(
+    pub(super) async fn receive_lpdus(
         &self,
         origin: &ServerName,
         cell: &Arc<RoomCell>,
@@ -199,18 +235,21 @@ impl Lm {
         let (places, lpdus): (Vec<_>, Vec<_>) = waiting.drain(..).unzip();
         let foreign = |lpdu| (What::Lpdu(lpdu), Origin { foreign: true, ..Origin::default() });
         let appended = self.append_all(cell, lpdus.into_iter().map(foreign).collect()).await;
-        for (place, result) in places.into_iter().zip(appended) {
-            set_result(results, place, result.map(drop));
+        for (place, outcome) in places.into_iter().zip(appended) {
+            set_result(results, place, outcome.into_result().map(drop));
         }
     }
 
     /// Appends events that may be invites like any others.
-    async fn append_all(&self, cell: &Arc<RoomCell>, events: Vec<(What, Origin)>) -> Vec<Result<Appended, Refusal>> {
+    async fn append_all(&self, cell: &Arc<RoomCell>, events: Vec<(What, Origin)>) -> Vec<Outcome> {
         let before = cell.snapshot(&self.context().store).await;
         let outcomes = self.append(cell, events).await;
-        let results: Vec<_> = outcomes.into_iter().map(Outcome::into_result).collect();
         if let Ok(before) = before {
-            let new = results.iter().flatten().filter(|appended| appended.position.0 > before.head);
+            let appended = outcomes.iter().filter_map(|outcome| match outcome {
+                Outcome::Appended(appended) => Some(appended),
+                _ => None,
+            });
+            let new = appended.filter(|appended| appended.position.0 > before.head);
             let mut before = Snapshot::clone(&before);
             for appended in new {
                 self.tell_invited(&before, appended);
@@ -218,7 +257,7 @@ impl Lm {
                 before.apply(&appended.event);
             }
         }
-        results
+        outcomes
     }
 
     /// Whether an LPDU comes from its sender's server and is meant for this hub. Our own users are no exception: only this
@@ -383,6 +422,7 @@ impl Outcome {
             Self::Appended(appended) => Ok(appended),
             Self::Refused(refusal) => Err(refusal),
             Self::Moved(_) => Err(Refusal::Internal("the log moved".to_owned())),
+            Self::NotHub(..) => Err(Refusal::Internal("another server keeps the log now".to_owned())),
         }
     }
 }

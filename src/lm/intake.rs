@@ -5,18 +5,19 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use futures::FutureExt as _;
-use ruma::{EventId, OwnedEventId, ServerName};
+use ruma::{EventId, OwnedEventId, OwnedServerName, ServerName, UserId};
+use serde_json::Value;
 
-use super::Lm;
 use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
 use super::gaps::Filled;
 use super::hub::received;
 use super::room::{Snapshot, Subject};
 use super::rooms::{RoomCell, lock, stored_pdu};
-use super::rules::Slot;
+use super::rules::{HUB_EVENT, Slot};
 use super::waits::{Waits, slot_of};
-use crate::event::{Object, Pdu};
+use super::{Lm, Role};
+use crate::event::{Lpdu, Object, Pdu, event_id, reference_hash};
 use crate::guard::fails_on;
 use crate::refusal::Refusal;
 use crate::seam::Received;
@@ -30,15 +31,28 @@ impl Lm {
         cell: &Arc<RoomCell>,
         objects: Vec<Object>,
     ) -> Vec<Received> {
+        let (lpdus, finished): (Vec<_>, Vec<_>) =
+            objects.into_iter().enumerate().partition(|(_, object)| is_lpdu_for(&self.context().server_name, object));
+        let (places, objects): (Vec<usize>, Vec<Object>) = finished.into_iter().unzip();
         let count = objects.len();
-        let (lm, origin, cell) = (self.clone(), origin.to_owned(), cell.clone());
+        let (lm, from, into) = (self.clone(), origin.to_owned(), cell.clone());
         // On a task of its own: when the hub hangs up, what was begun is still finished.
-        let taken = tokio::spawn(async move { lm.take_in_turn(&origin, &cell, objects).await }).await;
-        match taken {
+        let taken = tokio::spawn(async move { lm.take_in_turn(&from, &into, objects).await }).await;
+        let taken = match taken {
             Ok(Ok(results)) => results,
             Ok(Err(refusal)) => vec![received(None, Err(refusal)); count],
             Err(error) => vec![received(None, Err(Refusal::Internal(error.to_string()))); count],
+        };
+        if lpdus.is_empty() {
+            return taken;
         }
+        // After those, by which we may have come to keep the log.
+        let (lpdu_places, lpdus): (Vec<usize>, Vec<Object>) = lpdus.into_iter().unzip();
+        let lpdus = self.take_misdirected(origin, cell, lpdus).await;
+        let mut all: Vec<(usize, Received)> =
+            places.into_iter().zip(taken).chain(lpdu_places.into_iter().zip(lpdus)).collect();
+        all.sort_by_key(|(place, _)| *place);
+        all.into_iter().map(|(_, received)| received).collect()
     }
 
     async fn take_in_turn(
@@ -49,11 +63,26 @@ impl Lm {
     ) -> Result<Vec<Received>, Refusal> {
         let _turn = cell.intake.lock().await;
         let room = cell.snapshot(&self.context().store).await?;
-        if *origin != room.facts.hub {
-            return Ok(objects.iter().map(|object| received(None, not_from_hub(origin, &room, object))).collect());
+        if self.role(&room) == Role::Hub {
+            // What the hub before us says too late. What it said in time is here.
+            return self.too_late(origin, &room, &objects).await;
+        }
+        let is_hub = *origin == room.facts.hub;
+        if !is_hub && !objects.iter().any(|object| announces(object, origin, &room)) {
+            return self.too_late(origin, &room, &objects).await;
+        }
+        let redaction = room.redaction;
+        let checked = self.check_finished(objects, redaction).await;
+        if !is_hub && !checked.iter().flatten().any(|event| is_announcement(event, origin, &room)) {
+            let why = || Refusal::WrongOrigin { origin: origin.to_string(), expected: room.facts.hub.to_string() };
+            let id = |event: &Result<Finished, Bad>| match event {
+                Ok(event) => Some(event.pdu.event_id.clone()),
+                Err(bad) => bad.event_id().cloned(),
+            };
+            return Ok(checked.iter().map(|event| received(id(event), Err(why()))).collect());
         }
         let mut taking = Taking::begin(self, cell, room).await?;
-        let checked = self.check_finished(objects, taking.room().redaction).await;
+        taking.announced = (!is_hub).then(|| origin.to_owned());
         let coming = checked.iter().flatten().map(|event| &event.pdu);
         let asked_for = coming.flat_map(|pdu| pdu.prev_events.iter().chain([&pdu.event_id])).cloned();
         taking.look_up(asked_for.collect()).await?;
@@ -70,9 +99,102 @@ impl Lm {
     }
 }
 
+impl Lm {
+    /// LPDUs for us in a room whose log another server keeps, as far as is known here.
+    async fn take_misdirected(&self, origin: &ServerName, cell: &Arc<RoomCell>, objects: Vec<Object>) -> Vec<Received> {
+        let all = |refusal: Refusal| objects.iter().map(|_| received(None, Err(refusal.clone()))).collect();
+        let room = match cell.snapshot(&self.context().store).await {
+            Ok(room) => room,
+            Err(error) => return all(error.into()),
+        };
+        if self.role(&room) == Role::Hub {
+            return Box::pin(self.receive_lpdus(origin, cell, &room.facts, objects)).await;
+        }
+        let mut results = Vec::with_capacity(objects.len());
+        for object in objects {
+            results.push(match Lpdu::parse(object) {
+                Ok(lpdu) => received(Some(lpdu.lpdu_id.clone()), self.misdirected(&room, &lpdu).await),
+                Err(refusal) => received(None, Err(refusal)),
+            });
+        }
+        results
+    }
+
+    async fn misdirected(&self, room: &Snapshot, lpdu: &Lpdu) -> Result<(), Refusal> {
+        let facts = &room.facts;
+        // It was taken when we kept the log, and comes again.
+        if self.event_of_lpdu(&lpdu.lpdu_id).await?.is_some_and(|there| there.event.room_id == facts.room_id) {
+            return Ok(());
+        }
+        let found = self.context().server_name.to_string();
+        if self.context().config.hub_transfer.accepts(&facts.hub, &facts.room_id) {
+            // Its sender may know before us that we are the hub.
+            let server = facts.hub.clone();
+            return Err(Refusal::Internal(format!("{found} is not the hub of {} yet: {server} is", facts.room_id)));
+        }
+        Err(Refusal::WrongHub { hub: facts.hub.to_string(), found })
+    }
+
+    /// What a server that is not the hub says is in the log. The hub before this one may say again what it said in time.
+    async fn too_late(
+        &self,
+        origin: &ServerName,
+        room: &Snapshot,
+        objects: &[Object],
+    ) -> Result<Vec<Received>, Refusal> {
+        let mut results = Vec::with_capacity(objects.len());
+        for object in objects {
+            let event_id = event_id(&format!("${}", reference_hash(object, room.redaction)));
+            let there = match event_id.as_ref().filter(|_| is_finished(object)) {
+                Some(event_id) => stored::event(&self.context().store, event_id).await?,
+                None => None,
+            };
+            let is_there = there.is_some_and(|row| row.room_id == room.facts.room_id) && speaks_of(object, origin);
+            results.push(match is_there {
+                true => received(event_id, Ok(())),
+                false => received(None, not_from_hub(origin, room, object)),
+            });
+        }
+        Ok(results)
+    }
+}
+
+fn is_finished(object: &Object) -> bool {
+    object.contains_key("auth_events") || object.contains_key("prev_events")
+}
+
+/// Whether it is an LPDU that this server is to finish.
+fn is_lpdu_for(own: &ServerName, object: &Object) -> bool {
+    !is_finished(object) && text(object, "hub_server") == Some(own.as_str())
+}
+
+fn text<'a>(object: &'a Object, key: &str) -> Option<&'a str> {
+    object.get(key).and_then(Value::as_str)
+}
+
+/// Whether an event is one that a server put into a log as its hub, or says that it is.
+fn speaks_of(object: &Object, server: &ServerName) -> bool {
+    let sender = text(object, "sender").and_then(|user| <&UserId>::try_from(user).ok());
+    text(object, "hub_server").is_some_and(|hub| hub == server.as_str())
+        || sender.is_some_and(|user| user.server_name() == server)
+}
+
+/// Whether an event says that the hub of a room has handed its log over to a server. That server says so too, since the hub
+/// before it may be gone.
+fn announces(object: &Object, server: &ServerName, room: &Snapshot) -> bool {
+    let named = object.get("content").and_then(|content| content.get("hub_server")).and_then(Value::as_str);
+    text(object, "type") == Some(HUB_EVENT) && named == Some(server.as_str()) && speaks_of(object, &room.facts.hub)
+}
+
+/// The same of an event whose signatures were checked: those of both servers.
+fn is_announcement(event: &Finished, server: &ServerName, room: &Snapshot) -> bool {
+    let pdu = &event.pdu;
+    event.redacted.is_none() && pdu.new_hub() == Some(server) && pdu.sender.server_name() == room.facts.hub
+}
+
 /// Only the hub sends what is in the log.
 fn not_from_hub(origin: &ServerName, room: &Snapshot, object: &Object) -> Result<(), Refusal> {
-    if !object.contains_key("auth_events") && !object.contains_key("prev_events") {
+    if !is_finished(object) {
         // An LPDU at a server that is not the hub is dropped.
         return Ok(());
     }
@@ -93,6 +215,8 @@ pub(super) struct Taking<'a> {
     pub(super) asked: Option<Filled>,
     /// Whether a hub that cannot be asked now counts like one that will not give what is missing.
     pub(super) last_try: bool,
+    /// The server that is to keep the log by an event of the hub's that it has sent: it is asked for what is before that.
+    pub(super) announced: Option<OwnedServerName>,
     /// Whether a long gap of the room is being filled: what comes after it is not taken before that.
     pub(super) gap_is_open: bool,
     /// What of the log is missing.
@@ -110,6 +234,7 @@ impl<'a> Taking<'a> {
             looked_up: BTreeMap::new(),
             asked: None,
             last_try: false,
+            announced: None,
             gap_is_open: false,
             waits: Waits::default(),
         }
@@ -269,6 +394,11 @@ impl<'a> Taking<'a> {
         let room = self.room();
         if let Some(hub) = pdu.hub_server.as_ref().filter(|hub| **hub != room.facts.hub) {
             return Ok(Err(Refusal::WrongHub { hub: room.facts.hub.to_string(), found: hub.to_string() }));
+        }
+        // What stands before the log was handed over is the hub's of then to say, and what it says it has signed.
+        if self.announced.is_some() && pdu.hub_server.is_none() && pdu.sender.server_name() != room.facts.hub {
+            let (origin, expected) = (pdu.sender.server_name().to_string(), room.facts.hub.to_string());
+            return Ok(Err(Refusal::WrongOrigin { origin, expected }));
         }
         let subject = Subject::of(pdu);
         let (slots, expected) = room.auth_events(&subject);

@@ -167,6 +167,7 @@ impl Lm {
     pub(super) async fn read_lpdus(
         &self,
         room_id: &RoomId,
+        hub: &ServerName,
         after: i64,
         until: Option<i64>,
         limit: usize,
@@ -177,7 +178,7 @@ impl Lm {
         let mut found: Vec<Delivery> = rows
             .into_iter()
             .filter(|row| until.is_none_or(|until| row.position <= until))
-            .map(|row| Delivery { position: row.position, event: Some(row.json.into()) })
+            .map(|row| Delivery { position: row.position, event: is_for(hub, &row.json).then(|| row.json.into()) })
             .collect();
         if is_all || found.is_empty() {
             // What was answered meanwhile is gone from the store.
@@ -198,6 +199,10 @@ impl Lm {
         let lpdus = stored::queued_lpdus(&self.context().store, room_id, positions).await?;
         let delivered = self.echoed(&lpdus).await?;
         if delivered.len() == lpdus.len() {
+            return Ok(delivered);
+        }
+        if self.find(room_id).await?.1.facts.hub != hub {
+            // Its log ended where it was handed over, and all of that is here, or will be.
             return Ok(delivered);
         }
         let mut seen = None;
@@ -255,11 +260,22 @@ impl Lm {
         // A transaction of one event may be refused as a whole.
         let refused = answer.get("errcode").and_then(Value::as_str).map(|_| answer);
         self.taken(room_id, positions).await?;
+        let mut left: Vec<i64> = Vec::new();
         if refused.is_some() || failed.is_some_and(|failed| !failed.is_empty()) {
             let cell = self.rooms().find(room_id).await?;
+            let hub_now = match &cell {
+                Some(cell) => Some(cell.snapshot(store).await?.facts.hub.clone()),
+                None => None,
+            };
             for lpdu in stored::queued_lpdus(store, room_id, positions).await? {
                 let why = failed.and_then(|failed| failed.get(lpdu.lpdu_id.as_str())?.as_object()).or(refused);
                 let Some(why) = why else { continue };
+                let is_hub = why.get("errcode").and_then(Value::as_str) != Some("M_WRONG_SERVER");
+                if !is_hub || hub_now.as_ref().is_some_and(|now| now != hub) {
+                    // No verdict on the event: it goes to whoever keeps the log now, as soon as that is known here.
+                    left.push(lpdu.position);
+                    continue;
+                }
                 let why = why.get("error").and_then(Value::as_str).unwrap_or("no reason given");
                 let why: String = why.chars().take(500).collect();
                 tracing::info!(room = %room_id, %hub, event = %lpdu.lpdu_id, why, "the hub refused an event");
@@ -269,10 +285,29 @@ impl Lm {
                 self.between().lpdu_refused(room_id, &lpdu.lpdu_id, &why).await?;
             }
         }
-        let (room_id, positions) = (room_id.to_owned(), positions.to_vec());
+        if let Some(cell) = self.rooms().find(room_id).await?.filter(|_| !left.is_empty()) {
+            tracing::info!(room = %room_id, %hub, events = left.len(), "the hub says that it is not the hub any more");
+            lock(&cell.ahead).wrong_server(left.iter().copied());
+            if cell.snapshot(store).await?.facts.hub != hub {
+                cell.strand();
+                self.replace_in_background(&cell);
+            }
+        }
+        let room_id = room_id.to_owned();
+        let positions: Vec<i64> = positions.iter().copied().filter(|position| !left.contains(position)).collect();
         store.write(move |tx| Box::pin(async move { stored::forget_lpdus(tx, &room_id, &positions).await })).await?;
         Ok(())
     }
+}
+
+/// Whether an LPDU that is queued is for this hub.
+fn is_for(hub: &ServerName, lpdu: &[u8]) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Peek<'a> {
+        #[serde(borrow)]
+        hub_server: std::borrow::Cow<'a, str>,
+    }
+    serde_json::from_slice(lpdu).is_ok_and(|peek: Peek<'_>| peek.hub_server == hub.as_str())
 }
 
 /// The write job that queues LPDUs.
@@ -286,6 +321,9 @@ struct Queueing {
 impl Queueing {
     /// Queues each with its effect, or neither; says for each what failed.
     async fn run(self, tx: &mut Tx) -> Result<Vec<Option<StoreError>>, StoreError> {
+        if !stored::is_hub(tx, &self.feed.room_id, &self.hub).await? {
+            return Err(StoreError::Withdrawn("another server keeps the log now"));
+        }
         let failures = self.effects(tx).await?;
         let mut last = None;
         for ((lpdu_id, json, _), _) in self.queue.iter().zip(&failures).filter(|(_, failure)| failure.is_none()) {

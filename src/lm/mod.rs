@@ -37,8 +37,10 @@ mod served;
 mod shared;
 mod staged;
 mod state;
+mod succession;
 #[cfg(test)]
 mod tests;
+mod transfer;
 mod visibility;
 mod waits;
 mod weight;
@@ -56,6 +58,7 @@ use self::participant::Joining;
 use self::peers::Peers;
 use self::rooms::Rooms;
 pub use self::state::State;
+pub use self::transfer::{HandedOver, Readiness};
 use crate::admin::metrics::CacheMeter;
 use crate::event::{Pdu, RoomVersion};
 use crate::federation::{Context, FeedKind};

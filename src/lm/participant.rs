@@ -253,6 +253,12 @@ impl Lm {
             taking.settle(&event_id, &refusal.to_string());
         }
         let room = &taking.batch.after;
+        if room.facts.hub != *hub {
+            return Err(bad(format!(
+                "nothing proves that it keeps the log of {}: {} does",
+                lpdu.room_id, room.facts.hub
+            )));
+        }
         let subject = Subject::of(&joined.pdu);
         room.judge(&subject, &room.auth_events(&subject).0)?;
         if joined.redaction != Redaction::Draft {
@@ -395,8 +401,12 @@ fn facts_of(
     let version = RoomVersion::parse(version)
         .filter(|version| version.family() == Family::Log)
         .ok_or_else(|| Refusal::IncompatibleRoomVersion(version.to_owned()))?;
-    if create.sender.server_name() != hub || create.room_id != *room_id {
-        return Err(bad(format!("m.room.create of {} by {}, not its own", create.room_id, create.sender)));
+    // Who made the room keeps its log, or who took it over last; that they did is proved as all state is.
+    let pdus = || state.iter().flatten().map(|event| &event.pdu);
+    let keeper = pdus().filter_map(Pdu::new_hub).last().unwrap_or(create.sender.server_name());
+    if keeper != hub || create.room_id != *room_id {
+        let problem = format!("the log of {}, which {} made, is kept by {keeper}", create.room_id, create.sender);
+        return Err(bad(problem));
     }
     let facts = Facts { room_id: room_id.to_owned(), version, hub: hub.to_owned(), shared: false };
     Snapshot::empty(facts, Redaction::Draft).judge(&Subject::of(create), &[])?;

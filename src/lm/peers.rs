@@ -14,6 +14,8 @@ use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
 
 const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+/// Where servers that know of changes of the hub are asked about them (`docs/hub-transfer.md`).
+const HUB: &str = "/_matrix/federation/unstable/im.isthmus.hub";
 /// What stays as it is in a path segment or a query value.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 /// How many predecessors of a template are looked at.
@@ -108,6 +110,26 @@ impl Peers {
             .iter()
             .find_map(|name| answer.get(*name)?.as_object().cloned())
             .ok_or_else(|| RemoteError::BadAnswer("neither pdu nor event in the answer to an invite".to_owned()))
+    }
+
+    /// `GET ready`: whether a server knows of changes of the hub, and what it says of a room.
+    pub async fn ready(&self, server: &ServerName, room_id: &RoomId) -> Result<Object, RemoteError> {
+        self.call(server, Call::get(format!("{HUB}/ready/{}", encode(room_id)))).await
+    }
+
+    /// `POST hub`: the event that would make a server the hub, as that server signed it.
+    pub async fn take_hub(
+        &self,
+        server: &ServerName,
+        event_id: &EventId,
+        event: &Object,
+    ) -> Result<Object, RemoteError> {
+        let body = json!({ "event": event }).as_object().cloned().unwrap_or_default();
+        let mut answer = self.call(server, Call::post(format!("{HUB}/hub/{}", encode(event_id)), body)).await?;
+        match answer.remove("event") {
+            Some(Value::Object(event)) => Ok(event),
+            _ => Err(RemoteError::BadAnswer("no event in the answer to a change of the hub".to_owned())),
+        }
     }
 
     /// `GET backfill`: the events before and with `from`, in the order in which the server gives them.

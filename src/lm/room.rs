@@ -208,9 +208,14 @@ impl Snapshot {
             sender_membership: self.membership(event.sender.as_str()),
             target_membership: event.state_key.and_then(|target| self.membership(target)),
             hub: Some(&self.facts.hub),
-            was_handed_over: self.state_event(HUB_EVENT, "").is_some_and(|event| event.new_hub().is_some()),
+            was_handed_over: self.was_handed_over(),
             next_hub_is_in: self.next_hub_is_in(event),
         }
+    }
+
+    /// Whether another server kept the log before.
+    pub fn was_handed_over(&self) -> bool {
+        self.state_event(HUB_EVENT, "").is_some_and(|event| event.new_hub().is_some())
     }
 
     fn next_hub_is_in(&self, event: &Subject<'_>) -> bool {

@@ -16,7 +16,7 @@ use super::holes::Missing;
 use super::room::{Facts, Snapshot};
 use super::weight::Weight;
 use crate::admin::metrics::CacheMeter;
-use crate::event::{Pdu, Redaction};
+use crate::event::{Object, Pdu, Redaction};
 use crate::refusal::Refusal;
 use crate::store::lm::{self as stored, EventRow, Stay};
 use crate::store::{Store, StoreError};
@@ -52,6 +52,10 @@ pub(super) struct RoomCell {
     pub ahead: Mutex<Ahead>,
     /// As participant: whether something of the hub's log is missing.
     pub missing: Mutex<Missing>,
+    /// Whether LPDUs wait for a hub that does not keep the log any more.
+    has_stranded: AtomicBool,
+    /// Held while those are replaced.
+    pub replacing: tokio::sync::Mutex<()>,
 }
 
 /// The end of the log, as text.
@@ -116,6 +120,31 @@ impl RoomCell {
             stays: Mutex::default(),
             ahead: Mutex::default(),
             missing: Mutex::default(),
+            has_stranded: AtomicBool::default(),
+            replacing: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// LPDUs may wait for a hub that does not keep the log any more.
+    pub fn strand(&self) {
+        self.has_stranded.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether that may be.
+    pub fn has_stranded(&self) -> bool {
+        self.has_stranded.load(Ordering::SeqCst)
+    }
+
+    /// None do.
+    pub fn none_stranded(&self) {
+        self.has_stranded.store(false, Ordering::SeqCst);
+    }
+
+    /// Those who wait for an LPDU wait for what replaces it.
+    pub fn wait_for_another(&self, lpdu_id: &EventId, other: &EventId) {
+        let mut waiters = lock(&self.waiters);
+        if let Some(waiting) = waiters.remove(lpdu_id) {
+            waiters.entry(other.to_owned()).or_default().extend(waiting);
         }
     }
 
@@ -130,7 +159,7 @@ impl RoomCell {
         }
         let snapshot = Arc::new(load(store, &self.room_id).await?);
         if !self.is_loaded.load(Ordering::Acquire) {
-            self.restore_ahead(store).await?;
+            self.restore_ahead(store, &snapshot.facts.hub).await?;
             self.is_loaded.store(true, Ordering::Release);
         }
         self.publish(snapshot.clone());
@@ -138,7 +167,7 @@ impl RoomCell {
     }
 
     /// What was on its way to the hub when the gateway stopped, or when the room was dropped from memory.
-    async fn restore_ahead(&self, store: &Store) -> Result<(), StoreError> {
+    async fn restore_ahead(&self, store: &Store, hub: &ServerName) -> Result<(), StoreError> {
         let mut after = 0;
         loop {
             let rows = stored::lpdus_after(store, &self.room_id, after, QUEUED).await?;
@@ -147,7 +176,11 @@ impl RoomCell {
             let ids: Vec<&EventId> = rows.iter().map(|row| &*row.lpdu_id).collect();
             let echoed = stored::positions_of_lpdus(store, &ids).await?;
             for row in rows.iter().filter(|row| !echoed.contains_key(&row.lpdu_id)) {
-                let lpdu = serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("LPDU", error))?;
+                let lpdu: Object =
+                    serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("LPDU", error))?;
+                if lpdu.get("hub_server").and_then(serde_json::Value::as_str) != Some(hub.as_str()) {
+                    self.strand();
+                }
                 lock(&self.ahead).restore(&row.lpdu_id, &lpdu);
             }
         }

@@ -8,6 +8,7 @@ use ruma::{EventId, OwnedEventId, RoomId, ServerName};
 use serde_json::{Value, json};
 
 use super::room::Snapshot;
+use super::rules::HUB_EVENT;
 use super::{Lm, Role};
 use crate::refusal::Refusal;
 use crate::store::lm::{self as stored, EventRow};
@@ -25,11 +26,9 @@ impl Lm {
         let unknown = || Refusal::NotFound(format!("event {event_id}"));
         let row = stored::event(&self.context().store, event_id).await?.ok_or_else(unknown)?;
         let (_, room) = self.find(&row.room_id).await?;
-        match self.role(&room) {
-            Role::Hub if row.position <= self.sees_until(origin, &room).await? => {
-                self.as_seen_by(origin, &room, &[row]).await?.pop().ok_or_else(unknown)
-            }
-            _ => Err(unknown()),
+        match row.position <= self.sees_until(origin, &room).await?.min(self.kept_until(&room).await?) {
+            true => self.as_seen_by(origin, &room, &[row]).await?.pop().ok_or_else(unknown),
+            false => Err(unknown()),
         }
     }
 
@@ -41,7 +40,11 @@ impl Lm {
         event_id: Option<&EventId>,
         ids: bool,
     ) -> Result<Value, Refusal> {
-        let (room, until) = self.hubbed_and_seen(origin, room_id).await?;
+        if event_id.is_none() {
+            // What is current only the hub can say.
+            self.hubbed(room_id).await?;
+        }
+        let (room, until) = self.kept_and_seen(origin, room_id).await?;
         let store = &self.context().store;
         let state = match event_id {
             Some(event_id) => {
@@ -67,7 +70,7 @@ impl Lm {
         from: &EventId,
         limit: i64,
     ) -> Result<Value, Refusal> {
-        let seen = self.hubbed_and_seen(origin, room_id).await;
+        let seen = self.kept_and_seen(origin, room_id).await;
         let (room, until) = seen.map_err(|refusal| match refusal {
             // That another server keeps the log is said by the endpoints for which the draft has it.
             Refusal::WrongHub { .. } => Refusal::UnknownRoom(room_id.to_string()),
@@ -80,13 +83,30 @@ impl Lm {
         Ok(json!({ "pdus": self.as_seen_by(origin, &room, &rows).await? }))
     }
 
-    /// A room that is hubbed here, and the last position of it that `origin` sees.
-    async fn hubbed_and_seen(&self, origin: &ServerName, room_id: &RoomId) -> Result<(Snapshot, i64), Refusal> {
-        let room = self.hubbed(room_id).await?;
-        match self.sees_until(origin, &room).await? {
-            until if until >= 0 => Ok((room, until)),
+    /// A room that is hubbed here, or was until another server took its log over, and the last position of it that `origin` sees.
+    async fn kept_and_seen(&self, origin: &ServerName, room_id: &RoomId) -> Result<(Snapshot, i64), Refusal> {
+        let (_, room) = self.find(room_id).await?;
+        let kept = self.kept_until(&room).await?;
+        if kept < 0 {
+            self.hubbed(room_id).await?;
+        }
+        match self.sees_until(origin, &room).await?.min(kept) {
+            until if until >= 0 => Ok(((*room).clone(), until)),
             _ => Err(Refusal::UnknownRoom(room_id.to_string())),
         }
+    }
+
+    /// Up to which position this gateway kept a log: to its end, or to the event that handed it over, up to which others may still
+    /// be fetching it here. −1 where it never did, or where the log went on to a third server.
+    async fn kept_until(&self, room: &Snapshot) -> Result<i64, Refusal> {
+        if self.role(room) == Role::Hub {
+            return Ok(room.head);
+        }
+        let own = &self.context().server_name;
+        let given = room.state_event(HUB_EVENT, "").filter(|event| event.sender.server_name() == own);
+        let Some(given) = given.filter(|event| event.new_hub().is_some()) else { return Ok(-1) };
+        let row = stored::event(&self.context().store, &given.event_id).await?;
+        Ok(row.map_or(-1, |row| row.position))
     }
 
     /// A room that is hubbed here.

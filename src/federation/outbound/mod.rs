@@ -320,6 +320,12 @@ impl OutboundQueues {
         rows::end(tx, &feed.key(destination), until).await
     }
 
+    /// Inside a write job: `destination` gets nothing more of `feed` than is in it now.
+    pub async fn end_at_head(tx: &mut Tx, destination: &ServerName, feed: &Feed) -> Result<(), StoreError> {
+        let head = rows::head(tx, feed.kind.as_str(), feed.room_id.as_str()).await?;
+        Self::end(tx, destination, feed, head).await
+    }
+
     /// Inside a write job: the feed's last position is now `head`.
     pub async fn advance(tx: &mut Tx, feed: &Feed, head: i64) -> Result<(), StoreError> {
         rows::advance(tx, feed.kind.as_str(), feed.room_id.as_str(), head).await

@@ -14,14 +14,14 @@ pub use self::holes::{
 };
 pub use self::read::{
     Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,
-    queued_lpdus, range, room, room_ids, state_before, state_now, state_of_kind_before, stays,
+    queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now, state_of_kind_before, stays,
 };
 pub use self::staged::{
     Gap, Staged, bytes_of_other_gaps, close_gap, gap, note_newest, rooms_with_gaps, stage, staged, staged_of, unstage,
 };
 pub use self::write::{
-    advance_head, append, complain, forget_lpdus, insert_room, queue_lpdu, replace_state, server_joined, server_left,
-    set_redaction, set_state,
+    advance_head, append, complain, forget_lpdus, forget_servers, insert_room, is_hub, member_events, queue_lpdu,
+    replace_state, server_joined, server_left, set_hub, set_redaction, set_state, withdraw_lpdu,
 };
 use crate::event::{Redaction, RoomVersion};
 

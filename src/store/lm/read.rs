@@ -17,6 +17,12 @@ pub async fn room_ids(store: &Store) -> Result<Vec<OwnedRoomId>, StoreError> {
     rows.iter().map(|row| parsed(row, "room_id")).collect()
 }
 
+/// The rooms with LPDUs that wait for a hub's answer.
+pub async fn rooms_with_lpdus(store: &Store) -> Result<Vec<OwnedRoomId>, StoreError> {
+    let rows = sqlx::query("SELECT DISTINCT room_id FROM lm_lpdu_queue").fetch_all(store.reader()).await?;
+    rows.iter().map(|row| parsed(row, "room_id")).collect()
+}
+
 /// One room.
 pub async fn room(store: &Store, room_id: &RoomId) -> Result<Option<RoomRow>, StoreError> {
     let row = sqlx::query("SELECT room_id, version, hub, redaction, head, shared FROM lm_rooms WHERE room_id = $1")

@@ -3,6 +3,8 @@
 use std::sync::LazyLock;
 
 use ruma::{EventId, OwnedEventId, RoomId, ServerName};
+use sqlx::Row as _;
+
 
 use super::super::rows::{Statement, chunks, placeholders, statement, statements};
 use super::{Complaint, NewEvent, RoomRow, redaction_name};
@@ -134,6 +136,45 @@ pub async fn set_redaction(tx: &mut Tx, room_id: &RoomId, redaction: Redaction) 
     Ok(())
 }
 
+/// The log has another hub.
+pub async fn set_hub(tx: &mut Tx, room_id: &RoomId, hub: &ServerName) -> Result<(), StoreError> {
+    sqlx::query("UPDATE lm_rooms SET hub = $1 WHERE room_id = $2")
+        .bind(hub.as_str())
+        .bind(room_id.as_str())
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
+/// Whether this server keeps the log, as far as is committed.
+pub async fn is_hub(tx: &mut Tx, room_id: &RoomId, server: &ServerName) -> Result<bool, StoreError> {
+    let row = sqlx::query("SELECT room_id FROM lm_rooms WHERE room_id = $1 AND hub = $2")
+        .bind(room_id.as_str())
+        .bind(server.as_str())
+        .fetch_optional(tx)
+        .await?;
+    Ok(row.is_some())
+}
+
+/// The member events of a log as they are written, in its order.
+pub async fn member_events(tx: &mut Tx, room_id: &RoomId) -> Result<Vec<(i64, Vec<u8>)>, StoreError> {
+    let rows = sqlx::query(
+        "SELECT position, json FROM lm_events WHERE room_id = $1 AND kind = $2 AND state_key IS NOT NULL \
+         ORDER BY position",
+    )
+    .bind(room_id.as_str())
+    .bind("m.room.member")
+    .fetch_all(tx)
+    .await?;
+    rows.iter().map(|row| Ok((row.try_get("position")?, row.try_get("json")?))).collect()
+}
+
+/// Forgets which servers were in the room when.
+pub async fn forget_servers(tx: &mut Tx, room_id: &RoomId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM lm_servers WHERE room_id = $1").bind(room_id.as_str()).execute(tx).await?;
+    Ok(())
+}
+
 /// A server is in the room: it gets what comes after `since`.
 pub async fn server_joined(tx: &mut Tx, room_id: &RoomId, server: &ServerName, since: i64) -> Result<(), StoreError> {
     sqlx::query(
@@ -187,6 +228,16 @@ pub async fn forget_lpdus(tx: &mut Tx, room_id: &RoomId, positions: &[i64]) -> R
             .await?;
     }
     Ok(())
+}
+
+/// Takes out an LPDU that another event takes the place of. False when it is not there any more.
+pub async fn withdraw_lpdu(tx: &mut Tx, room_id: &RoomId, position: i64) -> Result<bool, StoreError> {
+    let done = sqlx::query("DELETE FROM lm_lpdu_queue WHERE room_id = $1 AND position = $2")
+        .bind(room_id.as_str())
+        .bind(position)
+        .execute(tx)
+        .await?;
+    Ok(done.rows_affected() > 0)
 }
 
 /// Records a complaint; the first one about an event counts, but for one that settles it.

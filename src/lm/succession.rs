@@ -1,0 +1,329 @@
+//! What follows when a log has another hub: the queues end and begin where it was handed over, in the transaction of the event
+//! that does it; and what our users had sent to the hub before, and what that did not take, goes to the new one.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ruma::{EventId, OwnedEventId, OwnedServerName, OwnedUserId, ServerName, UserId};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::rooms::{RoomCell, lock};
+use super::{Lm, Role, Sent};
+use crate::admin::metrics;
+use crate::event::Object;
+use crate::federation::{Feed, FeedKind, OutboundQueues};
+use crate::refusal::Refusal;
+use crate::seam::{Draft, EventEffect, Outgoing, write_effects};
+use crate::store::lm::{self as stored, LpduRow};
+use crate::store::{StoreError, Tx};
+
+/// How many LPDUs are looked at together.
+const AT_ONCE: i64 = 200;
+/// When those that could not be replaced are tried again: ever later, at last so often.
+const FIRST: Duration = Duration::from_secs(1);
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// A log that has another hub from the last event of a batch on.
+#[derive(Debug, Clone)]
+pub(super) struct Succession {
+    /// The hub before.
+    pub from: OwnedServerName,
+    /// The hub after.
+    pub to: OwnedServerName,
+    /// The other servers in the room.
+    pub participants: Vec<OwnedServerName>,
+}
+
+impl Succession {
+    /// What is written with the event that hands the log over, which is at `head`, after it was appended.
+    pub async fn write(&self, tx: &mut Tx, log: &Feed, own: &ServerName, head: i64) -> Result<(), StoreError> {
+        stored::set_hub(tx, &log.room_id, &self.to).await?;
+        let lpdus = Feed { kind: FeedKind::Lpdus, room_id: log.room_id.clone() };
+        OutboundQueues::end_at_head(tx, &self.from, &lpdus).await?;
+        if self.from == *own {
+            // This event is the last that we give them.
+            for server in &self.participants {
+                OutboundQueues::end(tx, server, log, head).await?;
+            }
+        }
+        if self.to == *own { self.begin(tx, log, own, head).await } else { Ok(()) }
+    }
+
+    /// We give the log to all others, beginning with this event: the hub before may not get so far as to give it to them.
+    async fn begin(&self, tx: &mut Tx, log: &Feed, own: &ServerName, head: i64) -> Result<(), StoreError> {
+        // As a participant we kept no book of who was there when; the log says it.
+        stored::forget_servers(tx, &log.room_id).await?;
+        let members = stored::member_events(tx, &log.room_id).await?;
+        for (server, since, until) in stays(&members).into_iter().filter(|(server, ..)| server != own) {
+            stored::server_joined(tx, &log.room_id, &server, since).await?;
+            if let Some(until) = until {
+                stored::server_left(tx, &log.room_id, &server, until).await?;
+            }
+        }
+        for server in &self.participants {
+            OutboundQueues::subscribe(tx, server, log, head.saturating_sub(1)).await?;
+        }
+        OutboundQueues::advance(tx, log, head).await
+    }
+}
+
+#[derive(Deserialize)]
+struct Membership {
+    state_key: String,
+    content: Value,
+}
+
+/// When each server had somebody in the room: after which position, and up to which.
+fn stays(members: &[(i64, Vec<u8>)]) -> Vec<(OwnedServerName, i64, Option<i64>)> {
+    let mut joined: BTreeMap<OwnedServerName, (i64, Vec<OwnedUserId>)> = BTreeMap::new();
+    let mut stays = Vec::new();
+    for (position, json) in members {
+        let Ok(member) = serde_json::from_slice::<Membership>(json) else { continue };
+        let Ok(user) = UserId::parse(&member.state_key) else { continue };
+        let server = user.server_name().to_owned();
+        if member.content.get("membership").and_then(Value::as_str) == Some("join") {
+            let (_, users) = joined.entry(server).or_insert_with(|| (position.saturating_sub(1), Vec::new()));
+            if let Err(place) = users.binary_search(&user) {
+                users.insert(place, user);
+            }
+        } else if let Some((since, users)) = joined.get_mut(&server)
+            && let Ok(place) = users.binary_search(&user)
+        {
+            users.remove(place);
+            if users.is_empty() {
+                stays.push((server.clone(), *since, Some(*position)));
+                joined.remove(&server);
+            }
+        }
+    }
+    stays.extend(joined.into_iter().map(|(server, (since, _))| (server, since, None)));
+    stays
+}
+
+impl Lm {
+    /// After the commit.
+    pub(super) fn succeeded(&self, cell: &Arc<RoomCell>, succession: &Succession) {
+        let Succession { from, to, .. } = succession;
+        let own = &self.context().server_name;
+        tracing::info!(room = %cell.room_id, %from, %to, "another server keeps the log now");
+        metrics::hub_transfer(match (from == own, to == own) {
+            (true, _) => "given",
+            (_, true) => "taken",
+            _ => "seen",
+        });
+        let lpdus = Feed { kind: FeedKind::Lpdus, room_id: cell.room_id.clone() };
+        self.context().outbound.wake(&lpdus, std::slice::from_ref(from));
+        self.between().hub_changed(&cell.room_id, to);
+        self.replace_in_background(cell);
+    }
+
+    /// Goes on replacing what waits for hubs of before, after a restart.
+    pub(super) async fn resume_stranded(&self) -> Result<(), Refusal> {
+        for room_id in stored::rooms_with_lpdus(&self.context().store).await? {
+            let Some(cell) = self.rooms().find(&room_id).await? else { continue };
+            cell.snapshot(&self.context().store).await?;
+            self.replace_in_background(&cell);
+        }
+        Ok(())
+    }
+
+    /// Sees to it that LPDUs for a hub of before are replaced as soon as that can be.
+    pub(super) fn replace_in_background(&self, cell: &Arc<RoomCell>) {
+        if !cell.has_stranded() {
+            return;
+        }
+        let (lm, cell) = (self.clone(), cell.clone());
+        tokio::spawn(async move {
+            let mut pause = FIRST;
+            loop {
+                if let Err(refusal) = lm.replace_stranded(&cell).await {
+                    tracing::info!(room = %cell.room_id, %refusal, "LPDUs still wait for a hub of before");
+                }
+                if !cell.has_stranded() || lm.context().store.reader().is_closed() {
+                    return;
+                }
+                tokio::time::sleep(pause).await;
+                pause = pause.saturating_mul(2).min(LONGEST);
+            }
+        });
+    }
+
+    /// What our users sent to a hub of before, and what is not in its log, goes to the hub of now. Its log ended with the event
+    /// that handed it over, and what is before that is here: so nothing is sent twice (INV-5). Where some of that is still
+    /// missing nothing is done.
+    pub(super) async fn replace_stranded(&self, cell: &Arc<RoomCell>) -> Result<(), Refusal> {
+        if !cell.has_stranded() {
+            return Ok(());
+        }
+        let _one_at_a_time = cell.replacing.lock().await;
+        if !cell.has_stranded() || lock(&cell.missing).is_any() {
+            return Ok(());
+        }
+        cell.none_stranded();
+        let replaced = self.replace_all(cell).await;
+        if replaced.is_err() {
+            cell.strand();
+        }
+        replaced
+    }
+
+    async fn replace_all(&self, cell: &Arc<RoomCell>) -> Result<(), Refusal> {
+        let store = &self.context().store;
+        let room = cell.snapshot(store).await?;
+        let mut after = 0;
+        loop {
+            let rows = stored::lpdus_after(store, &cell.room_id, after, AT_ONCE).await?;
+            let Some(last) = rows.last() else { return Ok(()) };
+            after = last.position;
+            let mut stranded = Vec::with_capacity(rows.len());
+            for row in rows {
+                let lpdu: Object =
+                    serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("LPDU", error))?;
+                let refused = lock(&cell.ahead).is_wrong_server(row.position);
+                if refused || hub_of_lpdu(&lpdu) != Some(room.facts.hub.as_str()) {
+                    stranded.push((row, lpdu));
+                }
+            }
+            self.replace(cell, stranded).await?;
+        }
+    }
+
+    async fn replace(&self, cell: &Arc<RoomCell>, stranded: Vec<(LpduRow, Object)>) -> Result<(), Refusal> {
+        let store = &self.context().store;
+        let ids: Vec<&EventId> = stranded.iter().map(|(row, _)| &*row.lpdu_id).collect();
+        let there = stored::positions_of_lpdus(store, &ids).await?;
+        let room = cell.snapshot(store).await?;
+        let is_hub = self.role(&room) == Role::Hub;
+        let (mut old, mut events) = (Vec::new(), Vec::new());
+        for (row, lpdu) in stranded {
+            let draft = draft_of(lpdu).filter(|_| !there.contains_key(&row.lpdu_id));
+            let Some(draft) = draft else {
+                self.withdraw(cell, &row).await?;
+                continue;
+            };
+            let effect = self.replacing(cell, &row, !is_hub);
+            events.push(Outgoing { draft, effect: Some(effect) });
+            old.push(row);
+        }
+        if events.is_empty() {
+            return Ok(());
+        }
+        tracing::info!(room = %cell.room_id, hub = %room.facts.hub, events = events.len(), "what the hub of before did not take goes to this one");
+        let sent = match is_hub {
+            true => self.send_as_hub(cell, events).await,
+            false => self.send_as_participant(cell, room, events).await,
+        };
+        for (row, sent) in old.into_iter().zip(sent) {
+            match sent {
+                Ok(Sent::Appended(appended)) => cell.settle(&row.lpdu_id, &Ok(appended)),
+                Ok(Sent::Queued { lpdu_id }) => self.renamed(cell, &row.lpdu_id, &lpdu_id),
+                Err(refusal) if refusal.is_transient() => return Err(refusal),
+                Err(refusal) => {
+                    let why = refusal.to_string();
+                    cell.settle(&row.lpdu_id, &Err(refusal));
+                    self.between().lpdu_refused(&cell.room_id, &row.lpdu_id, &why).await?;
+                    self.withdraw(cell, &row).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn renamed(&self, cell: &RoomCell, old: &OwnedEventId, new: &OwnedEventId) {
+        if old != new {
+            cell.wait_for_another(old, new);
+            lock(&cell.ahead).settle(old);
+        }
+    }
+
+    /// What is written with what replaces an LPDU: that is taken out, or it was replaced already.
+    fn replacing(&self, cell: &RoomCell, row: &LpduRow, by_lpdu: bool) -> EventEffect {
+        let (room_id, position) = (cell.room_id.clone(), row.position);
+        let across = self.between().lpdu_replaced(&row.lpdu_id, by_lpdu);
+        EventEffect::new(move |tx, event_id| {
+            Box::pin(async move {
+                if !stored::withdraw_lpdu(tx, &room_id, position).await? {
+                    return Err(StoreError::Withdrawn("an LPDU that was to be replaced is gone"));
+                }
+                match across {
+                    Some(across) => write_effects(tx, &[(across, event_id)]).await,
+                    None => Ok(()),
+                }
+            })
+        })
+    }
+
+    async fn withdraw(&self, cell: &RoomCell, row: &LpduRow) -> Result<(), Refusal> {
+        let (room_id, position) = (cell.room_id.clone(), row.position);
+        let job = self
+            .context()
+            .store
+            .write(move |tx| Box::pin(async move { stored::withdraw_lpdu(tx, &room_id, position).await }));
+        job.await?;
+        Ok(())
+    }
+}
+
+/// For which hub an LPDU is.
+pub(super) fn hub_of_lpdu(lpdu: &Object) -> Option<&str> {
+    lpdu.get("hub_server").and_then(Value::as_str)
+}
+
+/// What one of our users said, of an LPDU that was made of it.
+fn draft_of(mut lpdu: Object) -> Option<Draft> {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
+    let Some(Value::Object(content)) = lpdu.remove("content") else { return None };
+    Some(Draft {
+        sender: text(lpdu.get("sender"))?.try_into().ok()?,
+        kind: text(lpdu.get("type"))?,
+        state_key: text(lpdu.get("state_key")),
+        content,
+        origin_server_ts: lpdu.get("origin_server_ts")?.as_i64()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_log_says_when_a_server_was_there() {
+        let members = [
+            (1, "@a:one.example", "join"),
+            (3, "@b:two.example", "invite"),
+            (4, "@b:two.example", "join"),
+            (5, "@c:two.example", "join"),
+            (6, "@b:two.example", "leave"),
+            (7, "@b:two.example", "leave"),
+            (8, "@c:two.example", "ban"),
+            (12, "@b:two.example", "join"),
+            (13, "@b:two.example", "join"),
+        ];
+        let members = members.map(|(position, user, membership)| {
+            (position, json!({ "state_key": user, "content": { "membership": membership } }).to_string().into_bytes())
+        });
+        let name = |name: &str| OwnedServerName::try_from(name).unwrap();
+        let expected =
+            [(name("two.example"), 3, Some(8)), (name("one.example"), 0, None), (name("two.example"), 11, None)];
+        assert_eq!(stays(&members), expected);
+    }
+
+    #[test]
+    fn what_a_user_said_is_read_from_the_lpdu_that_was_made_of_it() {
+        let lpdu = json!({ "type": "m.room.topic", "state_key": "", "sender": "@a:g.example", "content": { "topic": "x" },
+            "origin_server_ts": 7, "hub_server": "hub.example", "hashes": {}, "signatures": {} });
+        let lpdu = lpdu.as_object().unwrap();
+        assert_eq!(hub_of_lpdu(lpdu), Some("hub.example"));
+        let draft = draft_of(lpdu.clone()).unwrap();
+        assert_eq!(
+            (draft.kind.as_str(), draft.state_key.as_deref(), draft.origin_server_ts),
+            ("m.room.topic", Some(""), 7)
+        );
+        assert_eq!(draft.content["topic"], "x");
+        assert!(draft_of(Object::new()).is_none());
+    }
+}
