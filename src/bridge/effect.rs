@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use ruma::OwnedEventId;
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
 use super::core::Core;
 use super::inbox::{Item, Out};
@@ -18,7 +18,26 @@ use crate::seam::{Effects, EventEffect};
 use crate::store::ghosts::{self, Hashed};
 use crate::store::images::{self, ImageRow, RefusalRow};
 use crate::store::inbox::{self, InboxRow};
+use crate::store::lm;
 use crate::store::{StoreError, Tx};
+
+/// The log of a portal. Who keeps it may change until an image is written, and decides what the image is: an event, or an LPDU
+/// of which the hub is yet to make one.
+struct Log {
+    room_id: OwnedRoomId,
+    own: OwnedServerName,
+}
+
+impl Log {
+    fn of(core: &Core, portal: &Portal) -> Self {
+        Self { room_id: portal.lm_room_id.clone(), own: core.context.server_name.clone() }
+    }
+
+    /// Whether images of what is on `source` wait for another server, which keeps the log.
+    async fn is_away(&self, tx: &mut Tx, source: Side) -> Result<bool, StoreError> {
+        Ok(source == Side::Matrix && !lm::is_hub(tx, &self.room_id, &self.own).await?)
+    }
+}
 
 /// What is written with the image of `item`: its mapping and the end of its row.
 pub(super) fn crossed(
@@ -47,7 +66,7 @@ pub(super) fn crossed_all<'a>(
     };
     let items: Vec<Crossing> = items.into_iter().map(crossing).collect();
     let count = items.len();
-    EventEffect::together(Arc::new(Crossed { source, items }), count)
+    EventEffect::together(Arc::new(Crossed { source, log: Log::of(core, portal), items }), count)
 }
 
 struct Crossing {
@@ -59,6 +78,7 @@ struct Crossing {
 
 struct Crossed {
     source: Side,
+    log: Log,
     items: Vec<Crossing>,
 }
 
@@ -70,7 +90,8 @@ impl Effects for Crossed {
         if !inbox::take(tx, &seqs).await? {
             return Err(StoreError::Withdrawn("the event has crossed already"));
         }
-        let rows = items.iter().map(|(item, image)| ImageRow { image: (*image).clone(), ..item.row.clone() });
+        let pending = self.log.is_away(tx, self.source).await?;
+        let rows = items.iter().map(|(item, image)| ImageRow { image: (*image).clone(), pending, ..item.row.clone() });
         images::insert(tx, &rows.collect::<Vec<_>>()).await?;
         for (item, _) in items {
             remember(tx, self.source, item.profile.clone()).await?;
@@ -106,11 +127,12 @@ pub(super) async fn joined(
     }
     let Some(event) = core.sides()?.rooms(source).event(&member).await? else { return Ok(None) };
     let row = image_row(core, portal, source, &event);
-    let profile = profile(&event);
+    let (log, profile) = (Log::of(core, portal), profile(&event));
     let ghosts = ghosts_of(core, source, &event);
     Ok(Some(EventEffect::new(move |tx, image| {
         Box::pin(async move {
-            images::insert(tx, &[ImageRow { image, ..row }]).await?;
+            let pending = log.is_away(tx, source).await?;
+            images::insert(tx, &[ImageRow { image, pending, ..row }]).await?;
             ghosts::remember(tx, &ghosts).await?;
             remember(tx, source, profile).await
         })
@@ -127,7 +149,7 @@ pub(super) async fn adopt(
 ) -> Result<(), Refusal> {
     let seq = item.row.seq;
     let free = images::of_images(&core.context.store, source, std::slice::from_ref(&image)).await?.is_empty();
-    let row = ImageRow { image, pending: false, ..image_row(core, portal, source, &item.event) };
+    let row = ImageRow { image, ..image_row(core, portal, source, &item.event) };
     let profile = profile(&item.event);
     core.context
         .store
@@ -251,7 +273,7 @@ pub(super) fn image_row(core: &Core, portal: &Portal, source: Side, event: &Even
         source: event.event_id.clone(),
         source_lpdu: event.lpdu_id.clone().filter(|_| source == Side::Lm),
         image: event.event_id.clone(),
-        pending: source == Side::Matrix && portal.lm_hub != core.context.server_name,
+        pending: false,
         portal: portal.number(),
         note: None,
         made_ts: core.now_ms(),

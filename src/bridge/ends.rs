@@ -11,7 +11,7 @@ use ruma::{OwnedRoomId, OwnedServerName, RoomId, UserId};
 use super::acl::{self, SERVER_ACL};
 use super::core::Core;
 use super::notice::{say, text};
-use super::portal::{Cause, Portal, PortalKind, PortalState};
+use super::portal::{Cause, Portal, PortalState};
 use super::registry::Entry;
 use super::side::{Event, MEMBER, State};
 use super::users::Who;
@@ -327,7 +327,7 @@ async fn finish(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<(), Refusal> {
         leave(core, &portal, side, true).await?;
     }
     core.sides()?.dag.set_listed(&portal.matrix_room_id, false).await?;
-    if portal.kind == PortalKind::FromLm {
+    if portal.lm_hub != core.context.server_name {
         // Who makes a portal of the room again must find the bot outside of it.
         let left = async {
             while is_in(core, &portal, Side::Lm).await.unwrap_or(false) {

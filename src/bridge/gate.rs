@@ -9,7 +9,7 @@ use ruma::{OwnedRoomId, OwnedUserId, UserId};
 
 use super::carry::{is_public, stranger};
 use super::core::Core;
-use super::portal::{Portal, PortalKind};
+use super::portal::Portal;
 use super::registry::Entry;
 use super::side::{Event, MEMBER, State};
 use super::translate::member_content;
@@ -56,7 +56,8 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
     keys.push((MEMBER.to_owned(), ghost.to_string()));
     let far = core.sides()?.rooms(across).pick(portal.room(across), &keys).await?;
     acl::both(core, &near, &far, user).await?;
-    let at_hub = portal.kind == PortalKind::FromLm && handshake.side == Side::Matrix && handshake.stage == Stage::Send;
+    let at_hub =
+        portal.lm_hub != core.context.server_name && handshake.side == Side::Matrix && handshake.stage == Stage::Send;
     if matches!(handshake.membership, Membership::Join | Membership::Knock) && far.member(&ghost).is_none() {
         let (limits, server) = (&core.context.config.budgets, user.server_name());
         // Elsewhere it counts when it crosses.
@@ -247,7 +248,7 @@ impl Late {
 /// a restart. Repair looks whether the ghost is to stay.
 pub(super) fn is_stray(core: &Core, portal: &Portal, event: &Event) -> bool {
     let joins = |(user, membership): (OwnedUserId, &str)| user == event.sender && membership == "join";
-    if portal.kind != PortalKind::FromLm || event.lpdu_id.is_none() || !event.membership().is_some_and(joins) {
+    if portal.lm_hub == core.context.server_name || event.lpdu_id.is_none() || !event.membership().is_some_and(joins) {
         return false;
     }
     let key = (event.room_id.clone(), event.sender.clone());

@@ -98,6 +98,7 @@ impl Bridge {
     pub async fn load(&self, lm: crate::lm::Lm, dag: crate::dag::Dag) -> Result<Loaded, Refusal> {
         let core = &self.core;
         let mut making = Vec::new();
+        core.context.store.write(|tx| Box::pin(portals::set_all_hubs(tx))).await?;
         for row in portals::open(&core.context.store).await? {
             if row.state == create::CREATING {
                 create::watch(core, &row);
@@ -251,6 +252,23 @@ impl Bridge {
     /// Has the bot say something in both rooms. Returns the Matrix event and the LM event.
     pub async fn announce(&self, portal_id: &str, body: &str) -> Result<(OwnedEventId, OwnedEventId), Refusal> {
         admin::announce(&self.core, portal_id, body).await
+    }
+
+    /// Hands the log of a portal's LM room over to another server, which agrees to it. Where servers in the room do not show that they
+    /// know what this is, only with `force`.
+    pub async fn hand_over(
+        &self,
+        portal_id: &str,
+        server: &ruma::ServerName,
+        force: bool,
+    ) -> Result<crate::lm::HandedOver, Refusal> {
+        let portal = admin::entry(&self.core, portal_id).await?.portal();
+        if !portal.state.carries() {
+            let state = portal.state.as_str();
+            return Err(Refusal::Forbidden(format!("the portal {portal_id} is {state}: its log stays where it is")));
+        }
+        let lm = &self.core.sides()?.lm;
+        lm.hand_over(&portal.lm_room_id, self.core.users.bot(), server, force).await
     }
 
     /// Sets a member's power on both sides, by the gateway's bot.

@@ -17,6 +17,10 @@ pub(super) const USER_LIMIT: i64 = BOT_LEVEL - 2;
 /// Types that only the bot sends in the gateway's Matrix rooms.
 const RESERVED: [&str; 2] = ["m.room.encryption", "m.room.tombstone"];
 
+/// The type of the event that hands a log over, and the least level that it takes.
+const HUB_EVENT: &str = "m.room.hub";
+const HUB_LEVEL: i64 = 100;
+
 /// What needs a level of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Action {
@@ -154,12 +158,20 @@ pub(super) fn image(levels: &Levels<'_>) -> Object {
     image
 }
 
-/// In the gateway's Matrix rooms these are the bot's alone; the log has no such types.
+/// In the gateway's Matrix rooms these are the bot's alone; the log has no such types. In its logs it takes [`HUB_LEVEL`] to hand them
+/// over, whatever Matrix says of an event that it does not have.
 fn reserve(image: &mut Object, to: Side) {
-    if to == Side::Matrix && !image.contains_key("events") {
+    if !image.contains_key("events") {
         image.insert("events".to_owned(), Value::Object(Object::new()));
     }
     let Some(events) = image.get_mut("events").and_then(Value::as_object_mut) else { return };
+    match to {
+        Side::Matrix => drop(events.remove(HUB_EVENT)),
+        Side::Lm => {
+            let level = events.get(HUB_EVENT).and_then(Value::as_i64).unwrap_or(HUB_LEVEL).max(HUB_LEVEL);
+            events.insert(HUB_EVENT.to_owned(), level.into());
+        }
+    }
     for kind in RESERVED {
         match to {
             Side::Matrix => drop(events.insert(kind.to_owned(), BOT_LEVEL.into())),
@@ -238,7 +250,7 @@ pub(super) mod tests {
     fn the_image_has_known_keys_mapped_users_and_nobody_as_high_as_the_bot() {
         let content = json!({
             "ban": 50, "kick": "50", "users_default": i64::MAX, "notifications": {"room": 50}, "im.isthmus.x": 1,
-            "events": {"m.room.name": 50, "x": null, "m.room.encryption": 100}, "state_default": -5,
+            "events": {"m.room.name": 50, "x": null, "m.room.encryption": 100, "m.room.hub": 0}, "state_default": -5,
             "users": {"@a:h": BOT_LEVEL, "@isthmus:g": 7, "@stranger:g": 3, "no user": 1},
         });
         let across = |user: &UserId| (user == user_id!("@a:h")).then(|| user_id!("@mx_a_h:g").to_owned());
@@ -253,7 +265,7 @@ pub(super) mod tests {
         assert_eq!(
             Value::Object(image(&levels)),
             json!({
-                "ban": 50, "users_default": USER_LIMIT, "state_default": -5, "events": {"m.room.name": 50},
+                "ban": 50, "users_default": USER_LIMIT, "state_default": -5, "events": {"m.room.name": 50, "m.room.hub": 100},
                 "users": {"@mx_a_h:g": USER_LIMIT, "@isthmus:g": BOT_LEVEL},
             })
         );

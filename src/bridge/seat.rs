@@ -6,15 +6,15 @@ use async_trait::async_trait;
 use ruma::{OwnedEventId, RoomId, ServerName, UserId};
 
 use super::core::Core;
-use super::portal::Cause;
+use super::portal::{Cause, Portal};
 use super::side::Event;
 use super::users::Who;
 use super::{access, create, effect, gate, repair, resolve, space};
 use crate::event::Edu;
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::seam::{AliasTarget, Between, Handshake, Invite, Profile};
-use crate::store::images;
+use crate::seam::{AliasTarget, Between, EventEffect, Handshake, Invite, Profile};
+use crate::store::{images, portals};
 
 /// What is given to `lm` and `dag`.
 pub(super) struct Seat(pub(super) Arc<Core>);
@@ -63,6 +63,50 @@ impl Between for Seat {
     async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) -> Result<(), Refusal> {
         lpdu_refused(&self.0, room_id, lpdu_id, error).await
     }
+
+    fn lpdu_replaced(&self, lpdu_id: &OwnedEventId, by_lpdu: bool) -> Option<EventEffect> {
+        let lpdu_id = lpdu_id.clone();
+        Some(EventEffect::new(move |tx, by| {
+            Box::pin(async move { images::replaced(tx, &lpdu_id, &by, by_lpdu).await })
+        }))
+    }
+
+    async fn may_take_hub(&self, room_id: &RoomId) -> Result<(), Refusal> {
+        match self.0.registry.of_room(Side::Lm, room_id).map(|entry| entry.portal().state) {
+            Some(state) if state.carries() => Ok(()),
+            Some(state) => Err(Refusal::Forbidden(format!("the portal of {room_id} is {}", state.as_str()))),
+            None => Err(Refusal::Forbidden(format!("{room_id} has no portal here, and no other logs are kept"))),
+        }
+    }
+
+    fn hub_changed(&self, room_id: &RoomId, hub: &ServerName) {
+        hub_changed(&self.0, room_id, hub);
+    }
+}
+
+/// The portal's kind stays, and with it the side that has authority: that is how the two states have come to be, and the bot has the
+/// power for it. What differs where another server keeps the log goes by `lm_hub`.
+fn hub_changed(core: &Arc<Core>, room_id: &RoomId, hub: &ServerName) {
+    let Some(entry) = core.registry.of_room(Side::Lm, room_id) else { return };
+    let portal = Portal { lm_hub: hub.to_owned(), ..Portal::clone(&entry.portal()) };
+    tracing::info!(portal = portal.portal_id, room = %room_id, %hub, "the log of a portal has another hub");
+    core.registry.put(entry.number, portal);
+    // Whoever kept the log before is told to wait no more.
+    core.pauses.waiting(entry.number, hub, 0, 0);
+    let (inner, number, hub) = (core.clone(), entry.number, hub.to_owned());
+    core.spawn(async move {
+        let written = inner
+            .context
+            .store
+            .write(move |tx| Box::pin(async move { portals::set_hub(tx, number, &hub).await }))
+            .await;
+        if let Err(error) = written {
+            // The next start writes it.
+            tracing::warn!(portal = number, %error, "the hub of a portal was not written down");
+        }
+        inner.call_entry(&entry, Side::Matrix);
+        inner.call_entry(&entry, Side::Lm);
+    });
 }
 
 /// An invite of a ghost is signed when its room has a portal: it comes by the room itself too, and is carried over then. An

@@ -88,6 +88,16 @@ pub enum Portal {
         /// Its ID, as in the list.
         portal_id: String,
     },
+    /// Hand the log of a portal's LM room over to another LM server in it, which agrees to that.
+    TransferHub {
+        /// The portal's ID.
+        portal_id: String,
+        /// The LM server that is to keep the log.
+        server: OwnedServerName,
+        /// Do it although servers in the room do not show that they know of changes of the hub: these are cut off.
+        #[arg(long)]
+        force: bool,
+    },
     /// Invite a user by the gateway's bot.
     Invite {
         /// The portal's ID.
@@ -137,6 +147,10 @@ impl Portal {
             }
             Self::Resume { portal_id } => {
                 print(&api.call(Method::POST, &format!("/portals/{}/resume", segment(&portal_id)), None).await?)
+            }
+            Self::TransferHub { portal_id, server, force } => {
+                let path = format!("/portals/{}/hub", segment(&portal_id));
+                print(&api.call(Method::POST, &path, Some(json!({ "server": server, "force": force }))).await?)
             }
             Self::Invite { portal_id, user_id, side } => {
                 let path = format!("/portals/{}/invite", segment(&portal_id));

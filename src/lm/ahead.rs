@@ -95,6 +95,11 @@ impl Ahead {
         self.1.again = std::mem::take(&mut self.1.waiting);
     }
 
+    /// Whether something waits for that.
+    pub fn has_misdirected(&self) -> bool {
+        !self.1.waiting.is_empty()
+    }
+
     /// Whether that was the answer, and the log has another hub since then.
     pub fn is_wrong_server(&self, position: i64) -> bool {
         self.1.again.contains(&position)

@@ -95,6 +95,12 @@ impl Lm {
             results.push(received(event_id, taking.arrive(event).await?));
         }
         taking.finish(Some(cell)).await?;
+        if is_hub && lock(&cell.ahead).has_misdirected() {
+            // Who said that it was not the hub, perhaps before it knew, speaks as the hub.
+            lock(&cell.ahead).hub_changed();
+            cell.strand();
+            self.replace_in_background(cell);
+        }
         Ok(results)
     }
 }
@@ -127,8 +133,9 @@ impl Lm {
             return Ok(());
         }
         let found = self.context().server_name.to_string();
-        if self.context().config.hub_transfer.accepts(&facts.hub, &facts.room_id) {
-            // Its sender may know before us that we are the hub.
+        let gave = room.state_event(HUB_EVENT, "").is_some_and(|event| *event.sender.server_name() == *found);
+        if !gave && self.context().config.hub_transfer.accepts(&facts.hub, &facts.room_id) {
+            // Its sender may know before us that we are the hub: as long as we are not, it keeps it.
             let server = facts.hub.clone();
             return Err(Refusal::Internal(format!("{found} is not the hub of {} yet: {server} is", facts.room_id)));
         }

@@ -119,7 +119,13 @@ impl Lm {
         draft: &Draft,
     ) -> Result<(OwnedEventId, Position), Refusal> {
         for _ in 0..TRIES {
-            let what = self.ask_next_hub(cell, server, draft).await?;
+            let last = self.hubbed(&cell.room_id).await?.last_id().cloned();
+            let what = match self.ask_next_hub(cell, server, draft).await {
+                Ok(what) => what,
+                // It is said about an end of the log that is its end no more.
+                Err(_) if self.hubbed(&cell.room_id).await?.last_id() != last.as_ref() => continue,
+                Err(refusal) => return Err(refusal),
+            };
             match self.append(cell, vec![(what, Origin::default())]).await.pop() {
                 Some(Outcome::Moved(_)) => {}
                 Some(outcome) => return done(outcome),

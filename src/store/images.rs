@@ -93,6 +93,20 @@ pub async fn echoed(tx: &mut Tx, lpdu_id: &EventId, event_id: &EventId) -> Resul
     Ok(done.rows_affected() > 0)
 }
 
+/// An LPDU is replaced: the image is now known by this ID, which is another LPDU's (`pending`) or an event's.
+pub async fn replaced(tx: &mut Tx, lpdu_id: &EventId, by: &EventId, pending: bool) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE bridge_images SET image_event_id = $1, pending = $2 \
+         WHERE side = 'matrix' AND image_event_id = $3 AND pending = 1",
+    )
+    .bind(by.as_str())
+    .bind(i64::from(pending))
+    .bind(lpdu_id.as_str())
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
 /// Takes back an image that the hub refused, and says whose it was.
 pub async fn take_pending(tx: &mut Tx, lpdu_id: &EventId) -> Result<Option<ImageRow>, StoreError> {
     let row = sqlx::query(sqlx::AssertSqlSafe(format!(

@@ -89,6 +89,28 @@ pub async fn update(tx: &mut Tx, row: &PortalRow) -> Result<(), StoreError> {
     Ok(())
 }
 
+/// The LM room of a portal has another hub.
+pub async fn set_hub(tx: &mut Tx, number: i64, hub: &ruma::ServerName) -> Result<(), StoreError> {
+    sqlx::query("UPDATE bridge_portals SET lm_hub = $2 WHERE number = $1")
+        .bind(number)
+        .bind(hub.as_str())
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
+/// Writes down again who keeps the logs of all portals, where that was not written when it changed.
+pub async fn set_all_hubs(tx: &mut Tx) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE bridge_portals SET lm_hub = (SELECT hub FROM lm_rooms WHERE lm_rooms.room_id = bridge_portals.lm_room_id) \
+         WHERE state <> 'ended' AND EXISTS (SELECT 1 FROM lm_rooms \
+         WHERE lm_rooms.room_id = bridge_portals.lm_room_id AND lm_rooms.hub <> bridge_portals.lm_hub)",
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
 /// Writes how a portal is, why, and when its ghosts leave for that.
 pub async fn set_state(
     tx: &mut Tx,

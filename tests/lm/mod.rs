@@ -9,6 +9,7 @@ mod hostile_hub;
 mod hostile_participant;
 mod http;
 mod hub_and_participant;
+mod hub_transfer;
 mod knocks;
 pub mod log_hub;
 mod long_gaps;

@@ -61,6 +61,8 @@ pub struct World {
     resolve: BTreeMap<OwnedServerName, url::Url>,
     /// Whom all others believe about the keys of those who do not answer.
     notary: Option<&'static str>,
+    /// `[hub_transfer]` of each server that has it.
+    hub_transfer: BTreeMap<String, Value>,
 }
 
 impl World {
@@ -72,6 +74,17 @@ impl World {
     /// The same, with a clock of the test's.
     pub async fn with_clock<const N: usize>(names: [&str; N], clock: SharedClock) -> (Self, [Node; N]) {
         Self::begin(names, &[], clock, None).await
+    }
+
+    /// The same, where logs change hands as these settings of `[hub_transfer]` have it.
+    pub async fn handing_over<const N: usize>(servers: [(&str, Value); N]) -> (Self, [Node; N]) {
+        let (mut world, nodes) = Self::new(servers.each_ref().map(|(name, _)| *name)).await;
+        world.hub_transfer = servers.into_iter().map(|(name, setting)| (name.to_owned(), setting)).collect();
+        let mut restarted = Vec::new();
+        for node in nodes {
+            restarted.push(world.restart(node).await);
+        }
+        (world, restarted.try_into().unwrap_or_else(|_| panic!("as many nodes as names")))
     }
 
     /// The same, among others that are somewhere else.
@@ -100,7 +113,8 @@ impl World {
         let resolve = own
             .chain(others.iter().copied())
             .map(|(name, address)| (ServerName::parse(name).unwrap(), format!("http://{address}").parse().unwrap()));
-        let world = Self { resolve: resolve.collect(), directory, clock, notary };
+        let hub_transfer = BTreeMap::new();
+        let world = Self { resolve: resolve.collect(), directory, clock, notary, hub_transfer };
         let mut nodes = Vec::new();
         for (name, listener) in listeners {
             nodes.push(world.node(name, listener).await);
@@ -117,7 +131,10 @@ impl World {
             "database": { "url": format!("sqlite://{}", file("db").display()) },
             "federation": { "allow_private_networks": true, "resolve": self.resolve, "notaries": notaries },
         });
-        let config: Config = serde_json::from_value(config).unwrap();
+        let mut config: Config = serde_json::from_value(config).unwrap();
+        if let Some(setting) = self.hub_transfer.get(name) {
+            config.hub_transfer = serde_json::from_value(setting.clone()).unwrap();
+        }
         let context = isthmus::gateway::context(config, self.clock.clone()).await.unwrap();
         let watcher = Arc::new(Watcher::default());
         let lm = Lm::new(context.clone(), watcher.clone());

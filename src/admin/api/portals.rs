@@ -356,6 +356,44 @@ pub(super) async fn announce(
     Ok(Json(Announced { matrix_event_id: matrix.to_string(), lm_event_id: lm.to_string() }))
 }
 
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HandOver {
+    /// The LM server that is to keep the log.
+    #[schema(value_type = String)]
+    server: OwnedServerName,
+    /// Whether it is done although servers in the room do not show that they know of changes of the hub: these are cut off.
+    #[serde(default)]
+    force: bool,
+}
+
+/// What was done.
+#[derive(Serialize, ToSchema)]
+pub(super) struct HandedOver {
+    /// The event that handed the log over.
+    event_id: String,
+    /// The server that keeps the log now.
+    #[schema(value_type = String)]
+    lm_hub: OwnedServerName,
+    /// The servers in the room that do not show that they know of changes of the hub.
+    #[schema(value_type = Vec<String>)]
+    unaware: Vec<OwnedServerName>,
+}
+
+/// Hands the log of the portal's LM room over to another LM server in it, which agrees to that.
+#[utoipa::path(
+    post, path = "/portals/{portal_id}/hub", params(("portal_id" = String, Path)), request_body = HandOver,
+    responses((status = 200, body = HandedOver), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError))
+)]
+pub(super) async fn hand_over(
+    State(admin): State<Admin>,
+    Path(portal_id): Path<String>,
+    Body(HandOver { server, force }): Body<HandOver>,
+) -> Result<Json<HandedOver>, Refusal> {
+    let done = admin.bridge.hand_over(&portal_id, &server, force).await?;
+    Ok(Json(HandedOver { event_id: done.event_id.to_string(), lm_hub: server, unaware: done.unaware }))
+}
+
 #[derive(Serialize, ToSchema)]
 pub(super) struct Repaired {
     /// How many repairs were sent.
