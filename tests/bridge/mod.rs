@@ -10,6 +10,7 @@ mod ends;
 mod explain;
 mod faults;
 mod from_lm;
+mod hub_transfer;
 mod invites;
 mod knocks;
 mod loops;

@@ -112,7 +112,8 @@ impl World {
         }
         resolve.insert(ServerName::parse(DEAD).unwrap(), "http://127.0.0.1:1".parse().unwrap());
         let [own, other, spare] = listeners;
-        let context = context(directory.path(), LM, &resolve, clock.clone(), &json!({})).await;
+        let hands_over = json!({ "hub_transfer": { "give": true, "accept": ["*"] } });
+        let context = context(directory.path(), LM, &resolve, clock.clone(), &hands_over).await;
         let between: SharedBetween = Arc::new(Alone);
         let lm = Lm::new(context.clone(), between.clone());
         let server = serve(&context, &lm, Dag::new(context.clone(), between.clone()), between, other).await;

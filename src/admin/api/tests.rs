@@ -170,6 +170,8 @@ async fn what_is_wrong_with_a_request_is_said() {
         (Method::POST, "/portals/p77/invite", json!({ "user_id": "@a:b" }), 404, "the portal p77"),
         (Method::POST, "/portals/p77/invite", json!({ "user_id": "a" }), 400, "user_id"),
         (Method::POST, "/portals/p77/resume", Value::Null, 404, "the portal p77"),
+        (Method::POST, "/portals/p77/hub", json!({ "server": "b.example" }), 404, "the portal p77"),
+        (Method::POST, "/portals/p77/hub", json!({ "server": "no name" }), 400, "the body"),
         (Method::PUT, "/portals/p77/power", json!({ "user_id": "@a:b", "level": 50 }), 404, "the portal p77"),
         (Method::PUT, "/portals/p77/power", json!({ "user_id": "@a:b", "level": "50" }), 400, "the body"),
         (Method::GET, "/events/%24nothing", Value::Null, 404, "the event $nothing"),
