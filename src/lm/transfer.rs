@@ -72,6 +72,11 @@ impl Lm {
         let (cell, _) = self.find(room_id).await?;
         self.is_own(sender)?;
         let room = self.hubbed(room_id).await?;
+        if room.facts.shared {
+            return Err(Refusal::Forbidden(format!(
+                "{room_id} is shared with graph servers: its log stays where it is"
+            )));
+        }
         let draft = hub_event(sender, server, self.context().clock.now_ms());
         // What forbids it whatever the server says.
         prepare(&room, &draft)?;
@@ -208,6 +213,9 @@ impl Lm {
         let mut pdu = Pdu::parse(event, Redaction::Draft)?;
         let (context, own) = (self.context(), &self.context().server_name);
         let (cell, room) = self.find(&pdu.room_id).await?;
+        if room.facts.shared {
+            return Err(Refusal::Forbidden(format!("{} is shared with graph servers", pdu.room_id)));
+        }
         if room.facts.hub != *origin {
             let hub = room.facts.hub.to_string();
             return Err(Refusal::WrongHub { hub, found: origin.to_string() });

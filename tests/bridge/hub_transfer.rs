@@ -43,7 +43,8 @@ async fn a_portal_goes_on_when_its_log_goes_away_and_comes_back() {
         async move { world.server.bodies(lm).await.iter().filter(|found| **found == said).count() == 1 }
     };
     so("alice in the log", || at_hub("to another hub")).await;
-    let status = async |gateway: &super::world::Gateway, event| gateway.bridge.explain(event).await.unwrap().unwrap().status;
+    let status =
+        async |gateway: &super::world::Gateway, event| gateway.bridge.explain(event).await.unwrap().unwrap().status;
     so("its echo", || async { status(&gateway, &away).await == "crossed" }).await;
     world.lm_say(lm, "bob", "from the new hub").await;
     let hi = (ghost(Side::Lm, "bob"), "from the new hub".to_owned());

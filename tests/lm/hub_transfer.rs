@@ -43,7 +43,7 @@ async fn hand_over(from: &Node, room: &RoomId, user: &str, to: &Node) -> Result<
 async fn hub_at(node: &Node, room: &RoomId) -> String {
     match node.lm.room(room).await.unwrap().unwrap().role {
         Role::Hub => node.name.to_string(),
-        Role::Participant { hub } => hub.to_string(),
+        Role::Participant { hub } | Role::GraphServer { hub } => hub.to_string(),
     }
 }
 

@@ -5,7 +5,6 @@ use std::sync::LazyLock;
 use ruma::{EventId, OwnedEventId, RoomId, ServerName};
 use sqlx::Row as _;
 
-
 use super::super::rows::{Statement, chunks, placeholders, statement, statements};
 use super::{Complaint, NewEvent, RoomRow, redaction_name};
 use crate::event::Redaction;
