@@ -17,6 +17,9 @@ use crate::refusal::Refusal;
 use crate::seam::{LogBatch, LogOrigin, NewLog};
 use crate::store::{StoreError, Tx, TxFuture};
 
+/// The event that hands an LM room over to another hub.
+const HUB_EVENT: &str = "m.room.hub";
+
 /// What of a batch is the log's.
 #[derive(Default)]
 pub(super) struct Linear {
@@ -112,6 +115,10 @@ impl Batch {
     /// Whether the log's rules have the event at its end. Where another server is the hub its log decides, and not ours.
     pub(super) fn judge_by_log(&self, event: Option<&event::Pdu>) -> Result<(), Refusal> {
         match (&self.linear.log, event) {
+            // Graph servers go by the creator for good, and a log has one hub.
+            (Some(_), Some(event)) if event.kind == HUB_EVENT && event.state_key.as_deref() == Some("") => {
+                Err(Refusal::Forbidden("a shared room is not handed over: its creator's server stays its hub".to_owned()))
+            }
             (Some(log), Some(event)) if self.is_hub() => log.judge(event),
             _ => Ok(()),
         }

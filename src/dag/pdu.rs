@@ -417,3 +417,50 @@ fn public_keys(keys: &VerifyKeys) -> Result<PublicKeyMap, Refusal> {
     }
     Ok(map)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+    use crate::event::VerifyKey;
+
+    /// Events of a dual-stack Synapse, of all the kinds of servers that a shared room has.
+    #[test]
+    fn recorded_events_of_a_shared_room_are_read_and_verified() {
+        let recorded = include_str!("../../tests/vectors/dual-stack-synapse-events.json");
+        let recorded: Value = serde_json::from_str(recorded).unwrap();
+        let version = RoomVersion::parse(recorded["room_version"].as_str().unwrap()).unwrap();
+        let mut keys = VerifyKeys::new();
+        for (server, of_server) in recorded["public_keys"].as_object().unwrap() {
+            let of_server = of_server.as_object().unwrap().iter();
+            let of_server = of_server.map(|(id, key)| (id.clone(), VerifyKey::from_base64(key.as_str().unwrap()).unwrap()));
+            keys.insert(server.as_str().try_into().unwrap(), of_server.collect());
+        }
+        let mut finished = 0;
+        for vector in recorded["events"].as_array().unwrap() {
+            let object = vector["pdu"].as_object().unwrap().clone();
+            let event = Unverified::from_object(object.clone(), version).unwrap();
+            assert_eq!(event.pdu().event_id, vector["event_id"].as_str().unwrap());
+            assert_eq!(id_as_received(&vector["pdu"].to_string(), version), Some(event.pdu().event_id.clone()));
+            let signers = event.signers().unwrap();
+            let by_hub = event.pdu().hub_server.is_some();
+            assert_eq!(signers.len(), if by_hub { 2 } else { 1 });
+            let verified = event.clone().verify(&keys).unwrap();
+            let redacted = verified.pdu().redacted().unwrap();
+            assert_eq!(redacted.to_linear().unwrap().event_id, verified.pdu().event_id);
+            assert_eq!(redacted.to_value(), vector["redacted"]);
+            let stored = Pdu::read_stored(verified.pdu().raw.get(), verified.pdu().event_id.as_str(), version).unwrap();
+            assert_eq!((stored.depth, &stored.hub_server), (0, &verified.pdu().hub_server));
+            finished += usize::from(by_hub);
+            // Without the hub's signature, or the participant's, it is nothing.
+            for server in signers {
+                let mut unsigned = object.clone();
+                unsigned["signatures"].as_object_mut().unwrap().remove(server.as_str());
+                let unsigned = Unverified::from_object(unsigned, version).unwrap();
+                assert!(matches!(unsigned.verify(&keys), Err(Refusal::BadSignature { .. })));
+            }
+        }
+        assert!(finished >= 4);
+    }
+}
