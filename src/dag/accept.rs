@@ -164,7 +164,7 @@ impl Batch {
         };
         let mut event = Stored::new(pdu);
         let mut verdict = self.judge(&event, &known, &before, &now).await?;
-        if let (Verdict::Accepted, Err(refusal)) = (&verdict, self.judge_by_log(linear.as_deref())) {
+        if let (Verdict::Accepted, Err(refusal)) = (&verdict, self.judge_by_log(linear.as_deref(), &known)) {
             verdict = Verdict::SoftFailed(refusal);
         }
         let verdict = match verdict {

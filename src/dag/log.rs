@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ruma::events::TimelineEventType;
-use ruma::{OwnedServerName, RoomId};
+use ruma::{OwnedEventId, OwnedServerName, RoomId};
 
 use super::batch::Batch;
+use super::events::EventMap;
 use super::pdu::Pdu;
 use super::room::Room;
 use super::snapshot::{Snapshot, StateKey};
@@ -112,13 +113,21 @@ impl Batch {
         self.linear.hub.as_ref() == Some(&self.shared.context.server_name)
     }
 
-    /// Whether the log's rules have the event at its end. Where another server is the hub its log decides, and not ours.
-    pub(super) fn judge_by_log(&self, event: Option<&event::Pdu>) -> Result<(), Refusal> {
+    /// Whether the log's rules have the event at its end. Where another server is the hub its log decides, and not ours. What
+    /// names, among those that allow it, an event that the log does not have is nothing for participants, who know the log alone.
+    pub(super) fn judge_by_log(&self, event: Option<&event::Pdu>, known: &EventMap) -> Result<(), Refusal> {
+        let is_there = |id: &&OwnedEventId| known.get(*id).is_some_and(|event| event.is_accepted());
+        if let Some(event) = event.filter(|_| self.is_hub())
+            && let Some(missing) = event.auth_events.iter().find(|id| !is_there(id))
+        {
+            let problem = format!("auth_events name {missing}, which was not accepted here");
+            return Err(Refusal::LmRule { rule: "4.2", problem });
+        }
         match (&self.linear.log, event) {
             // Graph servers go by the creator for good, and a log has one hub.
-            (Some(_), Some(event)) if event.kind == HUB_EVENT && event.state_key.as_deref() == Some("") => {
-                Err(Refusal::Forbidden("a shared room is not handed over: its creator's server stays its hub".to_owned()))
-            }
+            (Some(_), Some(event)) if event.kind == HUB_EVENT && event.state_key.as_deref() == Some("") => Err(
+                Refusal::Forbidden("a shared room is not handed over: its creator's server stays its hub".to_owned()),
+            ),
             (Some(log), Some(event)) if self.is_hub() => log.judge(event),
             _ => Ok(()),
         }

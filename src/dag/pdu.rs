@@ -434,7 +434,8 @@ mod tests {
         let mut keys = VerifyKeys::new();
         for (server, of_server) in recorded["public_keys"].as_object().unwrap() {
             let of_server = of_server.as_object().unwrap().iter();
-            let of_server = of_server.map(|(id, key)| (id.clone(), VerifyKey::from_base64(key.as_str().unwrap()).unwrap()));
+            let of_server =
+                of_server.map(|(id, key)| (id.clone(), VerifyKey::from_base64(key.as_str().unwrap()).unwrap()));
             keys.insert(server.as_str().try_into().unwrap(), of_server.collect());
         }
         let mut finished = 0;

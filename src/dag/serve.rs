@@ -11,6 +11,7 @@ use super::events::{EventMap, Events};
 use super::room::Room;
 use super::snapshot::Snapshot;
 use super::stored::{Status, Stored};
+use super::version::is_shared;
 use crate::event::{Object, parse_event_id};
 use crate::refusal::Refusal;
 use crate::seam::Membership;
@@ -99,7 +100,8 @@ impl Dag {
         let room = self.reader(origin, room_id, &latest).await?;
         let limit = body.get("limit").and_then(Value::as_u64).unwrap_or(10);
         let limit = usize::try_from(limit).unwrap_or(MAX_MISSING).min(MAX_MISSING);
-        let min_depth = body.get("min_depth").and_then(Value::as_i64).unwrap_or(0);
+        // Of a shared room nobody else knows how deep something is here.
+        let min_depth = body.get("min_depth").and_then(Value::as_i64).filter(|_| !is_shared(room.version)).unwrap_or(0);
         let earliest: HashSet<OwnedEventId> = event_ids(&body, "earliest_events")?.into_iter().collect();
         let heads = self.shared.events.get_many(&latest).await?;
         let heads: Vec<_> = heads.into_values().filter(|event| event.pdu.room_id == room.room_id).collect();

@@ -19,7 +19,7 @@ async fn what_parted_while_nobody_looked_is_corrected_when_the_room_is_loaded() 
     }
     // The room's task compares before anything else.
     hub.gateway.send(&room, message(&bot(), "loaded")).await.unwrap();
-    assert_eq!(hub.says(&room, "m.room.topic", "")["topic"], "one");
+    assert_eq!(hub.says(&room, "m.room.topic", "").await["topic"], "one");
     hub.assert_in_step(&room).await;
 }
 
@@ -38,6 +38,7 @@ async fn corrections_end_and_what_is_left_is_told_and_tried_again() {
         assert!(hub.pdu(&peer, &mut base.clone(), &topic).await);
         corrected = hub
             .log(&room)
+            .await
             .events
             .iter()
             .filter(|(event, _)| event.sender == bot() && event.kind == "m.room.topic")
@@ -47,7 +48,7 @@ async fn corrections_end_and_what_is_left_is_told_and_tried_again() {
     let left = hub.gateway.dag.uncorrected(&room).await.unwrap();
     assert_eq!(left.len(), 1, "{left:?}");
     assert_eq!(left[0].0, ("m.room.topic".to_owned(), String::new()));
-    hub.log(&room).assert_sound();
+    hub.log(&room).await.assert_sound();
     hub.gateway.clock.advance(61_000);
     hub.gateway.send(&room, message(&bot(), "next")).await.unwrap();
     hub.assert_in_step(&room).await;

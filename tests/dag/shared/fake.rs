@@ -94,6 +94,8 @@ impl Log {
             for prev in event.prev_events.iter().filter(|prev| all.contains(*prev)) {
                 assert!(seen.contains(prev), "{prev} must come before {}", event.event_id);
             }
+            let known = event.auth_events.iter().all(|id| seen.contains(id));
+            assert!(known, "{} is allowed by what the log does not have", event.event_id);
             if let Err(refusal) = replayed.judge(event) {
                 panic!("{} {:?} does not pass at its place: {refusal}", event.kind, event.content());
             }

@@ -7,7 +7,8 @@ mod random;
 
 use isthmus::event::{Lpdu, VerifiedLpdu, VerifyKey, VerifyKeys};
 use isthmus::federation::{Feed, FeedKind, FeedSource as _};
-use isthmus::seam::{EventEffect, Graphs as _, LogOrigin, NewShared, Next, NextEvent};
+use isthmus::lm::{Lm, Position};
+use isthmus::seam::{EventEffect, Graphs as _, LogOrigin, NewLog, NewShared, Next, NextEvent};
 use isthmus::store::StoreError;
 
 use self::fake::{FakeLogs, Log};
@@ -20,19 +21,31 @@ const LM: RoomVersion = RoomVersion::Lm02;
 struct Hub {
     gateway: Gateway,
     logs: FakeLogs,
+    /// The real ones, where they are wanted.
+    lm: Option<Lm>,
 }
 
 impl Hub {
     async fn start(peers: &[&Peer]) -> Self {
-        let hub = Self { gateway: Gateway::start(peers).await, logs: FakeLogs::default() };
-        hub.gateway.dag.set_logs(Arc::new(hub.logs.clone()));
-        hub
+        Self::over(Gateway::start(peers).await, FakeLogs::default(), false)
+    }
+
+    /// With the linear side's logs.
+    async fn real(peers: &[&Peer]) -> Self {
+        Self::over(Gateway::start(peers).await, FakeLogs::default(), true)
     }
 
     fn restart(self, peers: &[&Peer]) -> Self {
-        let hub = Self { gateway: self.gateway.restart(peers), logs: self.logs };
-        hub.gateway.dag.set_logs(Arc::new(hub.logs.clone()));
-        hub
+        Self::over(self.gateway.restart(peers), self.logs, self.lm.is_some())
+    }
+
+    fn over(gateway: Gateway, logs: FakeLogs, real: bool) -> Self {
+        let lm = real.then(|| Lm::new(gateway.context.clone(), gateway.between.clone()));
+        match &lm {
+            Some(lm) => gateway.dag.set_logs(lm.logs()),
+            None => gateway.dag.set_logs(Arc::new(logs.clone())),
+        }
+        Self { gateway, logs, lm }
     }
 
     /// A public room in which everybody may set the topic, moderators may ban and alter levels.
@@ -49,8 +62,13 @@ impl Hub {
         self.gateway.dag.create(room).await.unwrap()
     }
 
-    fn log(&self, room: &RoomId) -> Log {
-        self.logs.log(room)
+    async fn log(&self, room: &RoomId) -> Log {
+        let Some(lm) = &self.lm else { return self.logs.log(room) };
+        let events = lm.log(room, Position(0), 1000).await.unwrap();
+        let events = events.into_iter().map(|appended| (appended.event, LogOrigin::default())).collect();
+        let state = lm.state(room).await.unwrap();
+        let state = state.iter().map(|(kind, key, event)| ((kind.to_owned(), key.to_owned()), event.clone()));
+        Log { room: NewLog { room_id: room.to_owned(), version: LM, hub: own() }, events, state: state.collect() }
     }
 
     /// What an LM server's user sends.
@@ -85,7 +103,7 @@ impl Hub {
 
     /// INV-2 to INV-4: the log is sound, and its state is the graph's.
     async fn assert_in_step(&self, room: &RoomId) {
-        let log = self.log(room);
+        let log = self.log(room).await;
         log.assert_sound();
         assert_eq!(self.gateway.dag.uncorrected(room).await.unwrap(), []);
         let here = self.gateway.dag.state(room).await.unwrap();
@@ -103,8 +121,8 @@ impl Hub {
         }
     }
 
-    fn says(&self, room: &RoomId, kind: &str, key: &str) -> Object {
-        self.log(room).state[&(kind.to_owned(), key.to_owned())].content().clone()
+    async fn says(&self, room: &RoomId, kind: &str, key: &str) -> Object {
+        self.log(room).await.state[&(kind.to_owned(), key.to_owned())].content().clone()
     }
 }
 
@@ -135,42 +153,46 @@ async fn outbox(hub: &Hub, room: &RoomId, peer: &Peer) -> Vec<OwnedEventId> {
 #[tokio::test]
 async fn a_shared_room_is_a_graph_and_a_log_at_once() {
     let (graph, linear) = (Peer::start("graph.example").await, Peer::start("linear.example").await);
-    let hub = Hub::start(&[&graph, &linear]).await;
+    both_at_once(Hub::start(&[&graph, &linear]).await, &graph, &linear).await;
+    both_at_once(Hub::real(&[&graph, &linear]).await, &graph, &linear).await;
+}
+
+async fn both_at_once(hub: Hub, graph: &Peer, linear: &Peer) {
     let room = hub.room().await;
     let (alice, lena) = (graph.user("alice"), linear.user("lena"));
     let mut view = graph.join(&hub.gateway, &room, &alice).await.unwrap();
-    let join = hub.lpdu(&linear, &room, member(&lena, &lena, "join")).await.unwrap();
-    let said = hub.lpdu(&linear, &room, message(&lena, "by the hub")).await.unwrap();
-    assert!(hub.pdu(&graph, &mut view, &message(&alice, "at once")).await);
+    let join = hub.lpdu(linear, &room, member(&lena, &lena, "join")).await.unwrap();
+    let said = hub.lpdu(linear, &room, message(&lena, "by the hub")).await.unwrap();
+    assert!(hub.pdu(graph, &mut view, &message(&alice, "at once")).await);
     let reply = hub.gateway.send(&room, message(&bot(), "both")).await.unwrap();
     hub.assert_in_step(&room).await;
-    let log = hub.log(&room);
+    let log = hub.log(&room).await;
     assert_eq!(log.room.hub, own());
     let (last, origin) = log.events.last().unwrap();
-    assert_eq!((last.event_id.clone(), origin.foreign), (reply.clone(), false));
+    assert_eq!((&last.event_id, origin.foreign), (&reply, false));
     assert_eq!(last.prev_events.len(), 2);
     assert!(last.hub_server.is_none() && !last.json.contains_key("depth"));
     let finished = log.events.iter().find(|(event, _)| event.event_id == said).unwrap();
-    assert!(finished.0.hub_server.is_some() && finished.0.lpdu_id.is_some() && finished.1.foreign);
+    assert!(finished.0.hub_server.is_some() && finished.0.lpdu_id.is_some());
     // An ancestor is less deep than what follows it.
     let depth = async |id: &OwnedEventId| hub.gateway.dag.event(id).await.unwrap().unwrap().depth;
     assert!(depth(&join).await < depth(&said).await && depth(&said).await < depth(&reply).await);
 
     // The graph server gets what it cannot have from its maker; the LM server gets the log and nothing of this.
-    let sent = outbox(&hub, &room, &graph).await;
+    let sent = outbox(&hub, &room, graph).await;
     assert!([&join, &said, &reply].iter().all(|id| sent.contains(id)), "{sent:?}");
-    assert_eq!(outbox(&hub, &room, &linear).await, Vec::<OwnedEventId>::new());
+    assert_eq!(outbox(&hub, &room, linear).await, Vec::<OwnedEventId>::new());
     assert!(hub.gateway.inbox(&room).await.is_empty(), "the log tells the bridge");
 
     // The same LPDU is the same event, and restarts change nothing.
-    let again = lpdu(&linear, &room, &message(&lena, "by the hub"));
+    let again = lpdu(linear, &room, &message(&lena, "by the hub"));
     assert_eq!(hub.add(&room, Next::Lpdu(again.clone()), None).await.unwrap(), said);
-    let hub = hub.restart(&[&graph, &linear]);
+    let hub = hub.restart(&[graph, linear]);
     assert_eq!(hub.add(&room, Next::Lpdu(again), None).await.unwrap(), said);
-    let last = hub.lpdu(&linear, &room, message(&lena, "again")).await.unwrap();
-    assert_eq!(hub.log(&room).ids().last(), Some(&last));
-    assert_eq!(outbox(&hub, &room, &linear).await, Vec::<OwnedEventId>::new());
-    assert!(outbox(&hub, &room, &graph).await.contains(&last));
+    let last = hub.lpdu(linear, &room, message(&lena, "again")).await.unwrap();
+    assert_eq!(hub.log(&room).await.ids().last(), Some(&last));
+    assert_eq!(outbox(&hub, &room, linear).await, Vec::<OwnedEventId>::new());
+    assert!(outbox(&hub, &room, graph).await.contains(&last));
     hub.assert_in_step(&room).await;
 }
 
@@ -181,8 +203,8 @@ async fn what_is_refused_or_not_written_leaves_no_trace() {
     let room = hub.room().await;
     let (lena, lars) = (linear.user("lena"), linear.user("lars"));
     hub.lpdu(&linear, &room, member(&lena, &lena, "join")).await.unwrap();
-    let before = (hub.log(&room).ids(), hub.gateway.state(&room).await);
-    let unchanged = async || assert_eq!((hub.log(&room).ids(), hub.gateway.state(&room).await), before);
+    let before = (hub.log(&room).await.ids(), hub.gateway.state(&room).await);
+    let unchanged = async || assert_eq!((hub.log(&room).await.ids(), hub.gateway.state(&room).await), before);
 
     let refused = hub.lpdu(&linear, &room, message(&lars, "not joined")).await.unwrap_err();
     assert!(matches!(refused, Refusal::MatrixRule(_) | Refusal::LmRule { .. }), "{refused}");
@@ -202,7 +224,7 @@ async fn what_is_refused_or_not_written_leaves_no_trace() {
     let events = [message(&lena, "lost"), message(&lars, "not joined"), message(&lena, "third")];
     let added = hub.gateway.dag.add(&room, events.iter().map(next).collect()).await;
     assert_eq!(added.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, true]);
-    assert_eq!(hub.log(&room).ids().len(), before.0.len() + 2);
+    assert_eq!(hub.log(&room).await.ids().len(), before.0.len() + 2);
     hub.assert_in_step(&room).await;
 }
 
@@ -214,7 +236,7 @@ async fn nobody_but_the_hub_finishes_events_and_none_of_its_own_users() {
     let (alice, lena) = (one.user("alice"), two.user("lena"));
     let view = one.join(&hub.gateway, &room, &alice).await.unwrap();
     hub.lpdu(&two, &room, member(&lena, &lena, "join")).await.unwrap();
-    let log = hub.log(&room).ids();
+    let log = hub.log(&room).await.ids();
     // A graph server plays the hub for another's user.
     let template = object(json!({ "type": "m.room.message", "room_id": room, "sender": lena,
         "content": { "body": "no" }, "origin_server_ts": NOW }));
@@ -249,6 +271,6 @@ async fn nobody_but_the_hub_finishes_events_and_none_of_its_own_users() {
     event.insert("content".to_owned(), json!({ "body": "another" }));
     assert!(one.put(&hub.gateway.dag, &[&event]).await[0].result.is_ok());
     assert!(hub.gateway.dag.event(&id).await.unwrap().unwrap().content.is_empty());
-    assert_eq!(hub.log(&room).ids(), [log, vec![id]].concat());
+    assert_eq!(hub.log(&room).await.ids(), [log, vec![id]].concat());
     hub.assert_in_step(&room).await;
 }

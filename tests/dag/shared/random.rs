@@ -42,9 +42,10 @@ fn does(step: &Step, who: &UserId, whom: &UserId, number: usize) -> Draft {
     Draft { origin_server_ts: NOW - step.age, ..draft }
 }
 
-async fn scenario(steps: Vec<Step>) {
+async fn scenario(steps: Vec<Step>, real: bool) {
     let (peer, linear) = (Peer::start("graph.example").await, Peer::start("linear.example").await);
-    let hub = Hub::start(&[&peer, &linear]).await;
+    let peers = [&peer, &linear];
+    let hub = if real { Hub::real(&peers).await } else { Hub::start(&peers).await };
     let room = hub.room().await;
     let users: Vec<_> = ["a", "b", "c", "d"].iter().map(|name| peer.user(name)).collect();
     let others: Vec<_> = ["k", "l", "m", "n"].iter().map(|name| linear.user(name)).collect();
@@ -94,8 +95,11 @@ async fn scenario(steps: Vec<Step>) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 60, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
-    fn inv_2_inv_3_inv_4_the_log_is_what_the_graph_comes_to(steps in prop::collection::vec(step(), 1..30)) {
+    fn inv_2_inv_3_inv_4_the_log_is_what_the_graph_comes_to(
+        steps in prop::collection::vec(step(), 1..30),
+        real in any::<bool>(),
+    ) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        runtime.block_on(scenario(steps));
+        runtime.block_on(scenario(steps, real));
     }
 }
