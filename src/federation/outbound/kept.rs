@@ -13,20 +13,24 @@ use crate::store::outbound as rows;
 use crate::store::outbound_edus as kept;
 use crate::store::{Store, StoreError, Tx};
 
-/// The feed of a destination's EDUs that go by one protocol. It stands where rooms do, under a name that no room has.
+/// The feed of a destination's EDUs that go by one protocol. It stands where rooms do, and its kind tells it from them. The
+/// prefix is short, so that the longest name of a server that users can have still fits.
 fn feed(side: Side, destination: &ServerName) -> Result<Feed, StoreError> {
-    let room_id = RoomId::parse(format!("!edus:{destination}"));
+    let room_id = RoomId::parse(format!("!e:{destination}"));
     let room_id = room_id.map_err(|error| StoreError::corrupt("destination", error))?;
     Ok(Feed { kind: FeedKind::of_edus(side), room_id })
 }
 
 impl OutboundQueues {
     /// Inside a write job: `destination` gets an EDU of a user of this gateway by one protocol's `send`. After the commit
-    /// [`Self::wake_edus`] has it sent.
+    /// [`Self::wake_edus`] has it sent. One that nobody would take, since it is too long or has too long a name in it, is an error.
     pub async fn keep_edu(tx: &mut Tx, side: Side, destination: &ServerName, edu: &Edu) -> Result<(), StoreError> {
         let feed = feed(side, destination)?;
         let position = rows::head(tx, feed.kind.as_str(), feed.room_id.as_str()).await?.saturating_add(1);
         let text = canonical_json(&edu.to_matrix());
+        if !is_readable(&text, edu) {
+            return Err(StoreError::corrupt("EDU", "nobody would take it"));
+        }
         kept::put(tx, feed.kind.as_str(), destination, position, &text).await?;
         Self::subscribe(tx, destination, &feed, position.saturating_sub(1)).await?;
         Self::advance(tx, &feed, position).await
@@ -38,6 +42,12 @@ impl OutboundQueues {
             self.wake(&feed, &[destination.to_owned()]);
         }
     }
+}
+
+/// Whether an EDU is read as what was written.
+fn is_readable(text: &[u8], edu: &Edu) -> bool {
+    let text = std::str::from_utf8(text).unwrap_or_default();
+    matches!(&Edu::read(text, edu.user().server_name())[..], [Ok(read)] if read == edu)
 }
 
 /// Where the queues read them.

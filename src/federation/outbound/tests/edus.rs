@@ -274,3 +274,36 @@ async fn hc_20_messages_and_what_may_be_lost_are_a_hundred_together() {
     world.settled().await;
     world.queues.stop().await;
 }
+
+#[tokio::test]
+async fn what_nobody_would_take_is_not_kept_and_the_longest_names_are() {
+    both_stores(|store| async move {
+        let put = async |destination: String, edu: Edu| {
+            let destination = name(&destination);
+            let write = store.write(move |tx| {
+                Box::pin(async move { OutboundQueues::keep_edu(tx, Side::Lm, &destination, &edu).await })
+            });
+            write.await
+        };
+        let with = |change: fn(&mut ToDevice)| {
+            let Edu::ToDevice(mut message) = message("1") else { panic!() };
+            change(&mut message);
+            Edu::ToDevice(message)
+        };
+        let long = || "x".repeat(256);
+        for refused in [
+            with(|message| message.message_id = None),
+            with(|message| message.kind = "x".repeat(256)),
+            with(|message| message.device = String::new()),
+            with(|message| drop(message.content.insert("x".to_owned(), json!("x".repeat(200_000))))),
+        ] {
+            assert!(put("a.example".to_owned(), refused.clone()).await.is_err(), "{}", refused.kind());
+        }
+        // As long as the server of a user can be: `@a:` is before it.
+        let longest = format!("{}.example", &long()[..244]);
+        put(longest.clone(), message("1")).await.unwrap();
+        let kept = crate::store::outbound_edus::range(&store, "lm_edus", &name(&longest), 0, 99, 99).await.unwrap();
+        assert_eq!(kept.len(), 1);
+    })
+    .await;
+}
