@@ -15,6 +15,8 @@ use crate::refusal::Refusal;
 const MAX_HEADERS: usize = 8;
 /// How long one header may be: four values of at most 255 bytes, escaped.
 const MAX_HEADER: usize = 4096;
+/// How long a server name or the ID of a key may be, in bytes; the parser of names has no limit.
+const MAX_NAME: usize = 255;
 
 /// A request whose origin is proved.
 #[derive(Debug, Clone)]
@@ -204,6 +206,9 @@ fn claims(server_name: &ServerName, headers: &HeaderMap) -> Result<Claims, Refus
             }
             None => return Err(unauthenticated(format!("the request names no destination, this is {server_name}"))),
         }
+        if claimed.origin.as_str().len() > MAX_NAME || claimed.key.as_str().len() > MAX_NAME {
+            return Err(unauthenticated(format!("origin or key are longer than {MAX_NAME} bytes")));
+        }
         let signature = ClaimedSignature { key_id: claimed.key.to_string(), signature: claimed.sig.encode() };
         match &mut found {
             None => found = Some(Claims { origin: claimed.origin, signatures: vec![signature] }),
@@ -351,6 +356,7 @@ pub(super) mod tests {
         for bad in ["", "a b", "a.example:x", "a.example/", "g.example", "a_b:99999999"] {
             refused(&[&header(bad, "g.example")]);
         }
+        refused(&[&header(&"a".repeat(256), "g.example")]);
         refused(&[&header("a.example", "g.example"), &header("b.example", "g.example")]);
     }
 

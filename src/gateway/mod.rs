@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::listen::ListenError;
 pub(crate) use self::listen::Listener;
 pub use self::routes::{Endpoint, Federation, Takes, federation_endpoints, federation_routes};
+pub use self::transaction::parse as transaction_parts;
 use crate::admin::{Admin, metrics};
 use crate::appservice::{Appservice, AppserviceError};
 use crate::bridge::Bridge;

@@ -168,7 +168,8 @@ async fn receive(
     Ok((answer(outcomes, dialect), said_something))
 }
 
-fn parse(raw: &[u8], signer: &ServerName) -> Result<(Vec<Raw>, Vec<Raw>), Refusal> {
+/// The events and EDUs of a transaction that `signer` has signed, each still text.
+pub fn parse(raw: &[u8], signer: &ServerName) -> Result<(Vec<Raw>, Vec<Raw>), Refusal> {
     // A list of the fields' values would be read as well.
     if raw.trim_ascii_start().first() != Some(&b'{') {
         return Err(Refusal::malformed("transaction", "no object"));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use http::Method;
 use isthmus::dag::NewRoom;
-use isthmus::event::{RoomVersion, canonical_json};
+use isthmus::event::{RoomVersion, canonical_json, canonical_text};
 use isthmus::federation::RemoteError;
 use isthmus::gateway::{Endpoint, Takes, federation_endpoints};
 use isthmus::identity::SigningKey;
@@ -61,7 +61,14 @@ pub fn http() -> &'static reqwest::Client {
     &CLIENT
 }
 
-async fn ask(node: &Node, method: &Method, uri: &str, authorization: Option<&str>, body: Option<&[u8]>) -> Answered {
+/// Asks with the body as it is.
+pub async fn ask(
+    node: &Node,
+    method: &Method,
+    uri: &str,
+    authorization: Option<&str>,
+    body: Option<&[u8]>,
+) -> Answered {
     let mut request = http().request(method.clone(), node.url(uri));
     if let Some(authorization) = authorization {
         request = request.header("authorization", authorization);
@@ -82,6 +89,18 @@ pub fn signature(a: &Node, b: &Node, key: &SigningKey, method: &Method, uri: &st
     }
     let sig = key.sign(&canonical_json(message.as_object().unwrap()));
     format!(r#"X-Matrix origin="{origin}",destination="{destination}",key="{}",sig="{sig}""#, key.id())
+}
+
+/// The signature of a request from `a` to `b`, over a body that may be no JSON: then over none.
+pub fn signature_over(a: &Node, b: &Node, method: &Method, uri: &str, body: &[u8]) -> String {
+    let rest = json!({ "destination": b.name, "method": method.as_str(), "origin": a.name, "uri": uri });
+    let rest = canonical_json(rest.as_object().unwrap());
+    let message = match canonical_text(body) {
+        Ok(content) => [b"{\"content\":", &content[..], b",", &rest[1..]].concat(),
+        Err(_) => rest,
+    };
+    let key = &a.context.signing_key;
+    format!(r#"X-Matrix origin="{}",destination="{}",key="{}",sig="{}""#, a.name, b.name, key.id(), key.sign(&message))
 }
 
 /// Asks with a right signature.
