@@ -9,6 +9,7 @@ mod conformance;
 mod dag;
 mod docker;
 mod doctor;
+mod fuzz;
 mod lm;
 mod support;
 mod synapse;

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, UserId};
 
 use crate::dag::{self, Dag, GraphEvent};
-use crate::event::{Object, Pdu, event_id};
+use crate::event::{Object, Pdu};
 use crate::identity::Side;
 use crate::lm::{self, Appended, Lm, Sent};
 use crate::refusal::Refusal;
@@ -63,8 +63,6 @@ impl From<&GraphEvent> for Event {
 
 impl From<&Appended> for Event {
     fn from(Appended { event, position }: &Appended) -> Self {
-        // The draft has no word on where a redaction names its target; both places are in use.
-        let redacts = event.content().get("redacts").or_else(|| event.json.get("redacts"));
         Self {
             event_id: event.event_id.clone(),
             lpdu_id: event.lpdu_id.clone(),
@@ -74,7 +72,7 @@ impl From<&Appended> for Event {
             state_key: event.state_key.clone(),
             origin_server_ts: event.origin_server_ts,
             content: event.content().clone(),
-            redacts: redacts.and_then(|id| id.as_str()).and_then(event_id),
+            redacts: event.redacts(),
             order: position.0,
         }
     }

@@ -270,6 +270,15 @@ impl Pdu {
         Self { json: redact(&self.json, redaction), ..self.clone() }
     }
 
+    /// What this redacts, when it is a redaction. The draft has no word on where it says so; both places are in use.
+    pub fn redacts(&self) -> Option<OwnedEventId> {
+        if self.kind != "m.room.redaction" || self.state_key.is_some() {
+            return None;
+        }
+        let named = self.content().get("redacts").or_else(|| self.json.get("redacts"))?;
+        super::event_id(named.as_str()?)
+    }
+
     /// `content`.
     pub fn content(&self) -> &Object {
         static EMPTY: std::sync::LazyLock<Object> = std::sync::LazyLock::new(Object::new);

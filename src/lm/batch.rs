@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::FutureExt as _;
 use ruma::{OwnedEventId, OwnedServerName};
 
+use super::redactions::{self, Redacting};
 use super::room::{Move, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
 use super::succession::Succession;
@@ -40,6 +41,7 @@ struct Entry {
     bytes: Vec<u8>,
     origin: Origin,
     moved: Option<Move>,
+    redacts: Option<Redacting>,
 }
 
 /// Events that are to be appended together.
@@ -86,9 +88,10 @@ impl Batch {
         let pdu = Arc::new(pdu);
         // On a copy: should this fail half-way, nothing of it was done.
         let mut after = self.after.clone();
+        let redacts = Redacting::of(&pdu, &self.after);
         let moved = after.apply(&pdu);
         let (position, bytes) = (after.head, pdu.to_bytes());
-        self.entries.push(Entry { pdu, position, bytes, origin, moved });
+        self.entries.push(Entry { pdu, position, bytes, origin, moved, redacts });
         self.after = after;
         self.entries.len().saturating_sub(1)
     }
@@ -243,12 +246,13 @@ impl News {
     /// Tells the room's cell, the queues and the bridge what was committed.
     pub async fn tell(self, lm: &Lm, cell: Option<&Arc<RoomCell>>, done: Done) -> Result<Committed, StoreError> {
         let Self { before, after, events, destinations, somebody_moved, handed_over } = self;
-        let Done { kept, failed, untried, texts, pushed } = done;
+        let Done { kept, failed, untried, texts, pushed, redacted } = done;
         let room_id = after.facts.room_id.clone();
         // Not every server in a shared room has its log.
         let all_read_the_log = !after.facts.shared;
         let appended = appended(&before, &events, kept);
-        let snapshot = if kept == events.len() { after } else { replay(&before, &after, &appended) };
+        let mut snapshot = if kept == events.len() { after } else { replay(&before, &after, &appended) };
+        redacted.iter().for_each(|event| snapshot.redact(event));
         let cell = match cell {
             Some(cell) => {
                 if handed_over.is_some() {
@@ -261,13 +265,19 @@ impl News {
                     // Before the new head can be seen: who sees that must see who came and went with it.
                     cell.forget_stays();
                 }
+                if !redacted.is_empty() {
+                    cell.forget_recent();
+                }
                 cell.publish(Arc::new(snapshot));
                 cell.clone()
             }
             None => lm.rooms().add(snapshot).await?,
         };
+        lm.forget_events(&redacted).await;
         if !destinations.is_empty() {
-            cell.keep_recent(texts);
+            if redacted.is_empty() {
+                cell.keep_recent(texts);
+            }
             let feed = Feed { kind: FeedKind::Log, room_id: room_id.clone() };
             let outbound = &lm.context().outbound;
             match appended.last() {
@@ -278,7 +288,8 @@ impl News {
             }
         }
         if pushed {
-            for event in &appended {
+            let redacted = redactions::ids(&redacted);
+            for event in appended.iter().filter(|event| !redacted.contains(&*event.event.event_id)) {
                 lm.remember(event).await;
             }
             lm.between().accepted(Side::Lm, &room_id);
@@ -383,6 +394,8 @@ pub(super) struct Done {
     texts: Vec<(i64, Bytes)>,
     /// Whether anything went into the bridge's inbox.
     pushed: bool,
+    /// What is redacted from now on, as it was.
+    redacted: Vec<Pdu>,
 }
 
 impl Job {
@@ -410,7 +423,7 @@ impl Job {
         }
         if self.entries.is_empty() {
             stored::replace_state(tx, &room_id, &self.replaced).await?;
-            return Ok(Done { kept, failed, untried, texts: Vec::new(), pushed: false });
+            return Ok(Done { kept, failed, untried, texts: Vec::new(), pushed: false, redacted: Vec::new() });
         }
         if !self.new_room {
             stored::advance_head(tx, &room_id, head).await?;
@@ -420,6 +433,9 @@ impl Job {
         }
         let pushed = self.push_to_inbox(tx).await?;
         let is_hub = self.is_hub;
+        let table = (self.after.redaction, is_hub);
+        let redacting: Vec<Redacting> = self.entries.iter().filter_map(|entry| entry.redacts.clone()).collect();
+        let pdus: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
         let replaced = std::mem::take(&mut self.replaced);
         let (feed, succession) = (self.feed.clone(), self.handed_over.take());
         let server_name = self.server_name.clone();
@@ -428,9 +444,13 @@ impl Job {
         if let Some(succession) = succession {
             succession.write(tx, &feed, &server_name, head).await?;
         }
+        let mut redacted = if is_hub { Vec::new() } else { redactions::redacted_before(tx, &room_id, &pdus).await? };
+        for redacting in redacting {
+            redacted.extend(redacting.write(tx, &room_id, table).await?);
+        }
         let text = |event: NewEvent| (event.position, event.json.into());
         let texts = if is_hub { events.into_iter().map(text).collect() } else { Vec::new() };
-        Ok(Done { kept, failed, untried, texts, pushed })
+        Ok(Done { kept, failed, untried, texts, pushed, redacted })
     }
 
     /// Writes the effects in order, up to the first that fails; says how many events are kept.

@@ -5,6 +5,7 @@ use std::sync::Weak;
 use async_trait::async_trait;
 use ruma::{RoomId, ServerName};
 
+use super::redactions::as_read;
 use super::{Inner, Lm};
 use crate::event::Object;
 use crate::federation::{Delivery, Feed, FeedKind, FeedSource};
@@ -84,7 +85,8 @@ impl Lm {
     ) -> Result<Vec<Delivery>, StoreError> {
         let store = &self.context().store;
         let Some(cell) = self.rooms().find(room_id).await? else { return Ok(Vec::new()) };
-        let head = cell.snapshot(store).await?.head;
+        let room = cell.snapshot(store).await?;
+        let head = room.head;
         let last = until.unwrap_or(head).min(head);
         let stays = cell.stays(store, destination).await?;
         let Some((first, last)) = next_visible(&stays, after, last) else {
@@ -97,6 +99,7 @@ impl Lm {
             None => {
                 let limit = i64::try_from(limit).unwrap_or(i64::MAX);
                 let rows = stored::range(store, room_id, first, last, limit).await?;
+                let rows = as_read(store, room_id, room.redaction, rows).await?;
                 rows.into_iter().map(|row| (row.position, row.json.into())).collect()
             }
         };

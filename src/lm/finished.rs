@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::Lm;
 use super::peers::prev_events;
+use super::redactions::is_copy;
 use crate::event::{HashCheck, Object, Pdu, Redaction, VerifyKeys, event_id, reference_hash, verify_signatures};
 use crate::guard::{guarded, guarded_now, trip};
 use crate::refusal::Refusal;
@@ -23,6 +24,8 @@ pub(super) struct Finished {
     pub redaction: Redaction,
     /// Which hash is wrong.
     pub redacted: Option<Refusal>,
+    /// Whether it came redacted, as it is served when a redaction was accepted, or where not all may read it.
+    pub copy: bool,
 }
 
 /// Why an event is not taken.
@@ -171,8 +174,11 @@ fn try_other(pdu: Pdu, keys: &VerifyKeys, redaction: Redaction, refusal: Refusal
 
 fn finish(pdu: Pdu, redaction: Redaction) -> Finished {
     match pdu.check_hashes() {
-        HashCheck::Intact => Finished { pdu, redaction, redacted: None },
-        HashCheck::Redact(why) => Finished { pdu: pdu.redacted(redaction), redaction, redacted: Some(why) },
+        HashCheck::Intact => Finished { pdu, redaction, redacted: None, copy: false },
+        HashCheck::Redact(why) => {
+            let copy = is_copy(&pdu.json, redaction);
+            Finished { pdu: pdu.redacted(redaction), redaction, redacted: Some(why), copy }
+        }
     }
 }
 

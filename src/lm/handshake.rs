@@ -43,7 +43,8 @@ impl Lm {
         let state = stored::state_before(&self.context().store, room_id, appended.position.0).await?;
         let chain = self.auth_chain(&state).await?;
         let room = self.hubbed(room_id).await?;
-        let state = in_replay_order(&room, state, &chain)?;
+        let state = self.as_read(&room, in_replay_order(&room, state, &chain)?).await?;
+        let chain = self.as_read(&room, chain).await?;
         Ok(json!({
             "event": appended.event.json,
             "state": to_values(&state)?,

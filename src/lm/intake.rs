@@ -324,7 +324,7 @@ impl<'a> Taking<'a> {
     }
 
     async fn judge_and_place(&mut self, event: Finished) -> Result<Result<(), Refusal>, Refusal> {
-        let Finished { pdu, redaction, redacted } = event;
+        let Finished { pdu, redaction, redacted, copy } = event;
         if pdu.room_id != self.room().facts.room_id {
             return Ok(Err(Refusal::malformed(
                 "room_id",
@@ -352,7 +352,7 @@ impl<'a> Taking<'a> {
             self.fresh.insert(pdu.event_id);
             return Ok(Err(refusal));
         }
-        if let Some(why) = redacted {
+        if let Some(why) = redacted.filter(|_| !copy || pdu.sender.server_name() == self.lm.context().server_name) {
             self.complain(&pdu.event_id, &format!("taken redacted: {why}"));
         }
         if self.forks(&pdu).await? {

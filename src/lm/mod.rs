@@ -30,6 +30,7 @@ mod names;
 mod participant;
 mod peers;
 mod reads;
+mod redactions;
 mod room;
 mod rooms;
 pub mod rules;

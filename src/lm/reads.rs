@@ -109,14 +109,20 @@ impl Lm {
         let (_, snapshot) = self.find(room_id).await?;
         let limit = limit.clamp(0, LOG);
         let rows = stored::range(&self.context().store, room_id, from.0, snapshot.head, limit).await?;
+        let rows = self.as_read(&snapshot, rows).await?;
         rows.into_iter().map(|row| from_row(row, &snapshot)).collect()
     }
 
     async fn appended(&self, row: Option<EventRow>) -> Result<Option<Appended>, Refusal> {
         let Some(row) = row else { return Ok(None) };
-        let (_, snapshot) = self.find(&row.room_id.clone()).await?;
+        let (cell, snapshot) = self.find(&row.room_id.clone()).await?;
+        let redactions = cell.redactions();
+        let Some(row) = self.as_read(&snapshot, vec![row]).await?.pop() else { return Ok(None) };
         let event = from_row(row, &snapshot)?;
         self.remember(&event).await;
+        if cell.redactions() != redactions {
+            self.forget_events(&[Pdu::clone(&event.event)]).await;
+        }
         Ok(Some(event))
     }
 

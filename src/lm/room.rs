@@ -255,6 +255,14 @@ impl Snapshot {
         self.place(pdu)
     }
 
+    /// Leaves of an event what redaction does. The rules go by nothing of what goes.
+    pub fn redact(&mut self, event: &Pdu) {
+        let current = event.state_key.as_deref().and_then(|state_key| self.state_event(&event.kind, state_key));
+        if current.is_some_and(|current| current.event_id == event.event_id) {
+            self.state.insert(&Arc::new(event.redacted(self.redaction)));
+        }
+    }
+
     fn place(&mut self, pdu: &Arc<Pdu>) -> Option<Move> {
         let state_key = pdu.state_key.as_ref()?;
         let before = self.state.insert(pdu);

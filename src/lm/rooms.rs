@@ -13,6 +13,7 @@ use super::Appended;
 use super::actor::Job;
 use super::ahead::Ahead;
 use super::holes::Missing;
+use super::redactions::as_read;
 use super::room::{Facts, Snapshot};
 use super::weight::Weight;
 use crate::admin::metrics::CacheMeter;
@@ -46,6 +47,7 @@ pub(super) struct RoomCell {
     /// Held by whoever appends what a hub sent, so that its events are taken in order.
     pub intake: tokio::sync::Mutex<()>,
     recent: Mutex<Recent>,
+    redactions: AtomicUsize,
     waiters: Mutex<HashMap<OwnedEventId, Vec<Echo>>>,
     stays: Mutex<Stays>,
     /// As participant: what our users sent and what has not come back.
@@ -116,6 +118,7 @@ impl RoomCell {
             jobs: Mutex::default(),
             intake: tokio::sync::Mutex::default(),
             recent: Mutex::default(),
+            redactions: AtomicUsize::default(),
             waiters: Mutex::default(),
             stays: Mutex::default(),
             ahead: Mutex::default(),
@@ -200,6 +203,17 @@ impl RoomCell {
         *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = None;
         lock(&self.recent).shrink(0);
         self.forget_stays();
+    }
+
+    /// What is kept as text is not what is to be read any more.
+    pub fn forget_recent(&self) {
+        lock(&self.recent).shrink(0);
+        self.redactions.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Grows with each redaction, so that what was read before it is not kept after it.
+    pub fn redactions(&self) -> usize {
+        self.redactions.load(Ordering::Acquire)
     }
 
     /// Keeps events as text for those who read the log as it grows.
@@ -348,6 +362,7 @@ async fn load(store: &Store, room_id: &RoomId) -> Result<Snapshot, StoreError> {
     let last = last.into_iter().next().ok_or_else(|| StoreError::corrupt("log", "the last event is missing"))?;
     let last = Arc::new(stored_pdu(last, row.redaction)?);
     let weight = state.iter().fold(Weight::default(), |weight, event| weight.with(event.json.len()));
+    let state = as_read(store, room_id, row.redaction, state).await?;
     let state = state.into_iter().map(|event| Ok(Arc::new(stored_pdu(event, row.redaction)?)));
     let state = state.collect::<Result<Vec<_>, StoreError>>()?;
     let facts = Facts { room_id: row.room_id, version: row.version, hub: row.hub, shared: row.shared };

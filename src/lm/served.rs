@@ -1,5 +1,6 @@
 //! What other servers read of the rooms that are hubbed here. A server sees a room while it has a joined user there, and
-//! up to the event that ended that when it had one; to all others the room and its events do not exist. What it sees without
+//! up to the event that ended that when it had one; to all others, also those with an invite alone, the room and its events do
+//! not exist, unless all the world may read it. What it sees without
 //! its contents says [`super::visibility`]; state is always seen whole.
 
 use std::collections::BTreeSet;
@@ -9,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::room::Snapshot;
 use super::rules::HUB_EVENT;
+use super::visibility::is_world_readable;
 use super::{Lm, Role};
 use crate::refusal::Refusal;
 use crate::store::lm::{self as stored, EventRow};
@@ -20,14 +22,31 @@ const AUTH_CHAIN: usize = 20_000;
 /// And how far back: each change of a user's name stands on the one before it.
 const AUTH_DEPTH: usize = 500;
 
+/// How far a server sees a log.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reach {
+    /// The last position that it sees at all; −1 when it sees nothing.
+    pub until: i64,
+    /// The last position that it sees because of its users; what comes after that, all the world sees.
+    pub as_member: i64,
+}
+
+impl Reach {
+    /// The same, no further than a log was kept here.
+    fn within(self, kept: i64) -> Self {
+        Self { until: self.until.min(kept), ..self }
+    }
+}
+
 impl Lm {
     /// `GET event`
     pub async fn get_event(&self, origin: &ServerName, event_id: &EventId) -> Result<Value, Refusal> {
         let unknown = || Refusal::NotFound(format!("event {event_id}"));
         let row = stored::event(&self.context().store, event_id).await?.ok_or_else(unknown)?;
         let (_, room) = self.find(&row.room_id).await?;
-        match row.position <= self.sees_until(origin, &room).await?.min(self.kept_until(&room).await?) {
-            true => self.as_seen_by(origin, &room, &[row]).await?.pop().ok_or_else(unknown),
+        let reach = self.reach(origin, &room).await?.within(self.kept_until(&room).await?);
+        match row.position <= reach.until {
+            true => self.as_seen_by(origin, reach, &room, vec![row]).await?.pop().ok_or_else(unknown),
             false => Err(unknown()),
         }
     }
@@ -44,7 +63,7 @@ impl Lm {
             // What is current only the hub can say.
             self.hubbed(room_id).await?;
         }
-        let (room, until) = self.kept_and_seen(origin, room_id).await?;
+        let (room, Reach { until, .. }) = self.kept_and_seen(origin, room_id).await?;
         let store = &self.context().store;
         let state = match event_id {
             Some(event_id) => {
@@ -59,6 +78,7 @@ impl Lm {
             // The draft's name and the one that peers write.
             return Ok(json!({ "pdu_ids": state, "pdus_ids": state, "auth_chain_ids": chain }));
         }
+        let (state, chain) = (self.as_read(&room, state).await?, self.as_read(&room, chain).await?);
         Ok(json!({ "pdus": to_values(&state)?, "auth_chain": to_values(&chain)? }))
     }
 
@@ -71,27 +91,27 @@ impl Lm {
         limit: i64,
     ) -> Result<Value, Refusal> {
         let seen = self.kept_and_seen(origin, room_id).await;
-        let (room, until) = seen.map_err(|refusal| match refusal {
+        let (room, reach) = seen.map_err(|refusal| match refusal {
             // That another server keeps the log is said by the endpoints for which the draft has it.
             Refusal::WrongHub { .. } => Refusal::UnknownRoom(room_id.to_string()),
             refusal => refusal,
         })?;
-        let last = self.position_of(&room, from, until).await?;
+        let last = self.position_of(&room, from, reach.until).await?;
         let limit = limit.clamp(0, BACKFILL);
         let first = last.saturating_sub(limit).saturating_add(1).max(0);
         let rows = stored::range(&self.context().store, room_id, first, last, limit).await?;
-        Ok(json!({ "pdus": self.as_seen_by(origin, &room, &rows).await? }))
+        Ok(json!({ "pdus": self.as_seen_by(origin, reach, &room, rows).await? }))
     }
 
-    /// A room that is hubbed here, or was until another server took its log over, and the last position of it that `origin` sees.
-    async fn kept_and_seen(&self, origin: &ServerName, room_id: &RoomId) -> Result<(Snapshot, i64), Refusal> {
+    /// A room that is hubbed here, or was until another server took its log over, and what of it `origin` sees.
+    async fn kept_and_seen(&self, origin: &ServerName, room_id: &RoomId) -> Result<(Snapshot, Reach), Refusal> {
         let (_, room) = self.find(room_id).await?;
         let kept = self.kept_until(&room).await?;
         if kept < 0 {
             self.hubbed(room_id).await?;
         }
-        match self.sees_until(origin, &room).await?.min(kept) {
-            until if until >= 0 => Ok(((*room).clone(), until)),
+        match self.reach(origin, &room).await?.within(kept) {
+            reach if reach.until >= 0 => Ok(((*room).clone(), reach)),
             _ => Err(Refusal::UnknownRoom(room_id.to_string())),
         }
     }
@@ -120,13 +140,14 @@ impl Lm {
         }
     }
 
-    /// The last position that a server sees; −1 when it sees nothing.
-    async fn sees_until(&self, server: &ServerName, room: &Snapshot) -> Result<i64, Refusal> {
+    async fn reach(&self, server: &ServerName, room: &Snapshot) -> Result<Reach, Refusal> {
         if room.has_server(server) {
-            return Ok(room.head);
+            return Ok(Reach { until: room.head, as_member: room.head });
         }
         let stays = stored::stays(&self.context().store, &room.facts.room_id, server).await?;
-        Ok(stays.into_iter().filter_map(|stay| stay.until).max().unwrap_or(-1))
+        let as_member = stays.into_iter().filter_map(|stay| stay.until).max().unwrap_or(-1);
+        let until = if is_world_readable(room) { room.head } else { as_member };
+        Ok(Reach { until, as_member })
     }
 
     async fn position_of(&self, room: &Snapshot, event_id: &EventId, until: i64) -> Result<i64, Refusal> {

@@ -301,5 +301,5 @@ fn again_later(gap: Gap, problem: &str, now: i64) -> Gap {
 fn proved(taking: &Taking<'_>, row: &Staged, redaction: Redaction) -> Option<Finished> {
     let room_id = taking.room().facts.room_id.clone();
     let row = EventRow { room_id, position: 0, event_id: row.event_id.clone(), json: row.json.clone() };
-    Some(Finished { pdu: stored_pdu(row, redaction).ok()?, redaction, redacted: None })
+    Some(Finished { pdu: stored_pdu(row, redaction).ok()?, redaction, redacted: None, copy: false })
 }

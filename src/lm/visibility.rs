@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::Lm;
 use super::room::Snapshot;
 use super::rooms::stored_pdu;
+use super::served::Reach;
 use crate::event::{Object, Pdu};
 use crate::refusal::Refusal;
 use crate::store::lm::{self as stored, EventRow, Stay};
@@ -19,20 +20,29 @@ pub(super) struct Sight {
     stays: Vec<Stay>,
     /// From which positions on the server had somebody who was invited, or had not.
     invited: Vec<(i64, bool)>,
+    /// The last position that the server sees because of its users.
+    as_member: i64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Visibility {
-    All,
+    World,
+    Shared,
     Invited,
     Joined,
 }
 
 impl Lm {
     /// What a server sees of a stretch of a log.
-    async fn sight(&self, server: &ServerName, room: &Snapshot, events: &[EventRow]) -> Result<Sight, Refusal> {
+    async fn sight(
+        &self,
+        server: &ServerName,
+        as_member: i64,
+        room: &Snapshot,
+        events: &[EventRow],
+    ) -> Result<Sight, Refusal> {
         let (store, room_id) = (&self.context().store, &room.facts.room_id);
-        let mut sight = Sight { visibility: Vec::new(), stays: Vec::new(), invited: Vec::new() };
+        let mut sight = Sight { visibility: Vec::new(), stays: Vec::new(), invited: Vec::new(), as_member };
         let Some(first) = events.first().map(|event| event.position) else { return Ok(sight) };
         let kind = "m.room.history_visibility";
         let mut rows = stored::state_of_kind_before(store, room_id, first, kind, "").await?;
@@ -71,14 +81,16 @@ impl Lm {
     pub(super) async fn as_seen_by(
         &self,
         server: &ServerName,
+        reach: Reach,
         room: &Snapshot,
-        events: &[EventRow],
+        events: Vec<EventRow>,
     ) -> Result<Vec<Value>, Refusal> {
-        let sight = self.sight(server, room, events).await?;
+        let sight = self.sight(server, reach.as_member, room, &events).await?;
+        let events = self.as_read(room, events).await?;
         events
             .iter()
             .map(|row| {
-                if sight.is_whole() {
+                if sight.is_whole() && row.position <= reach.as_member {
                     return super::served::to_value(row);
                 }
                 let pdu = stored_pdu(row.clone(), room.redaction)?;
@@ -90,9 +102,9 @@ impl Lm {
 }
 
 impl Sight {
-    /// Whether nothing was ever hidden from anybody.
+    /// Whether nothing was ever hidden from anybody who was in the room.
     fn is_whole(&self) -> bool {
-        self.visibility.iter().all(|(_, visibility)| *visibility == Visibility::All)
+        self.visibility.iter().all(|(_, visibility)| matches!(visibility, Visibility::World | Visibility::Shared))
     }
 
     /// Whether the server sees the contents of the event at `position`.
@@ -102,10 +114,14 @@ impl Sight {
         if own || event.state_key.is_some() || event.kind == "m.mls.commit" {
             return true;
         }
-        let visibility = before(&self.visibility, position).unwrap_or(Visibility::All);
-        visibility == Visibility::All
-            || self.was_there(position)
-            || (visibility == Visibility::Invited && before(&self.invited, position).unwrap_or(false))
+        let visibility = before(&self.visibility, position).unwrap_or(Visibility::Shared);
+        if visibility == Visibility::World {
+            return true;
+        }
+        position <= self.as_member
+            && (visibility == Visibility::Shared
+                || self.was_there(position)
+                || (visibility == Visibility::Invited && before(&self.invited, position).unwrap_or(false)))
     }
 
     fn was_there(&self, position: i64) -> bool {
@@ -135,11 +151,18 @@ fn before<T: Copy>(changes: &[(i64, T)], position: i64) -> Option<T> {
     changes.iter().rev().find(|(from, _)| *from < position).map(|(_, value)| *value)
 }
 
+/// Whether those may read a room now who were never in it.
+pub(super) fn is_world_readable(room: &Snapshot) -> bool {
+    let event = room.state_event("m.room.history_visibility", "");
+    event.is_some_and(|event| visibility(event.content()) == Visibility::World)
+}
+
 fn visibility(content: &Object) -> Visibility {
     match content.get("history_visibility").and_then(Value::as_str) {
         Some("joined") => Visibility::Joined,
         Some("invited") => Visibility::Invited,
+        Some("world_readable") => Visibility::World,
         // As in Matrix, what is not understood is like what is not there: shared.
-        _ => Visibility::All,
+        _ => Visibility::Shared,
     }
 }

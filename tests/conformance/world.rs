@@ -17,9 +17,6 @@ pub const SECOND: &str = "second.example";
 /// A server that is known not to be there.
 pub const NOBODY: &str = "nobody.example";
 
-/// What isthmus does not do yet, and what cannot be looked at for that reason.
-pub const GAPS: [&str; 1] = ["LM-R-020"];
-
 /// A server that can find the suite, and the socket on which the suite is to listen.
 pub async fn target(name: &str) -> (World, Node, TcpListener) {
     let socket = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,4 +1,4 @@
-//! Servers that come and go: schedules made of a seed, of messages, joins, leaves, kicks, links that are cut, answers that are
+//! Servers that come and go: schedules made of a seed, of messages, redactions, joins, leaves, kicks, links that are cut, answers that are
 //! lost and servers that are started again. Afterwards each log is its hub's, and nothing is missing or twice.
 //!
 //! `ISTHMUS_SEED=N cargo test schedules` runs the schedules of that seed. The schedule is the same each time; how the servers'
@@ -18,7 +18,7 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId};
 
-use super::world::{Node, World, assert_dense, member, message};
+use super::world::{Node, World, assert_dense, draft, member, message};
 use crate::support::between::Watcher;
 
 /// How long the servers may take to come into step after the schedule.
@@ -53,6 +53,7 @@ async fn run<const N: usize>(names: [&str; N], seed: u64) {
         rooms: Vec::new(),
         watchers: Vec::new(),
         said: Vec::new(),
+        doomed: Vec::new(),
         told: Vec::new(),
     };
     schedule.begin().await;
@@ -108,6 +109,8 @@ struct Schedule {
     /// Of the servers as they were before they were started again too.
     watchers: Vec<Arc<Watcher>>,
     said: Vec<Said>,
+    /// What hubs said that may be redacted, with the room.
+    doomed: Vec<(usize, OwnedEventId)>,
     /// What was done, for who reads a failure.
     told: Vec<String>,
 }
@@ -155,7 +158,8 @@ impl Schedule {
         let localpart = self.localpart();
         let user = self.node(node).user(localpart);
         match self.random.gen_range(0..100) {
-            0..60 => self.speak(room).await,
+            0..54 => self.speak(room).await,
+            54..60 => self.redact(room).await,
             60..72 => {
                 let joined = self.join(node, room, &user).await;
                 self.told.push(format!("{user} joins {room}: {joined}"));
@@ -234,6 +238,20 @@ impl Schedule {
             };
             self.said.push(Said { room, sender, body, lpdu_id });
         }
+    }
+
+    /// A hub says two things, and redacts something that it said.
+    async fn redact(&mut self, room: usize) {
+        let bot = self.node(room).user("bot");
+        for body in ["gone soon", "perhaps gone soon"] {
+            let Ok(Sent::Appended(event)) = self.send(room, room, message(&bot, body)).await else { continue };
+            self.doomed.push((room, event.event.event_id.clone()));
+        }
+        let (room, target) = self.doomed.swap_remove(self.random.gen_range(0..self.doomed.len()));
+        let bot = self.node(room).user("bot");
+        let redaction = draft(&bot, "m.room.redaction", None, serde_json::json!({ "redacts": target }));
+        let redacted = self.send(room, room, redaction).await.is_ok();
+        self.told.push(format!("{target} in {room} is redacted: {redacted}"));
     }
 
     /// Waits until nothing is on its way, with one user of every server in every room.
@@ -318,7 +336,7 @@ impl Schedule {
     }
 }
 
-/// What a participant has is the hub's, byte for byte and in the hub's order, and from its last join on it has all of it.
+/// What a participant reads is what the hub reads, byte for byte, in the hub's order and without what was redacted, and from its last join on it has all of it.
 fn same_log(hub: &[Appended], part: &[Appended], name: &OwnedServerName) {
     let at_hub: HashMap<_, _> = hub.iter().map(|event| (&event.event.event_id, event)).collect();
     for event in part {

@@ -1,8 +1,9 @@
 //! Rooms of the linear side: the log, the current state, which servers were in a room when, LPDUs on their way to a hub,
-//! what is missing of foreign hubs' logs, and complaints about them.
+//! what is missing of foreign hubs' logs, what was redacted, and complaints about hubs.
 
 mod holes;
 mod read;
+mod redactions;
 mod staged;
 mod write;
 
@@ -16,6 +17,7 @@ pub use self::read::{
     Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,
     queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now, state_of_kind_before, stays,
 };
+pub use self::redactions::{Asked, redact, redacted, redacted_now, target};
 pub use self::staged::{
     Gap, Staged, bytes_of_other_gaps, close_gap, gap, note_newest, rooms_with_gaps, stage, staged, staged_of, unstage,
 };

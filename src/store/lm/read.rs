@@ -274,7 +274,7 @@ pub async fn known_of(
     Ok(known)
 }
 
-fn event_row(row: &AnyRow) -> Result<EventRow, StoreError> {
+pub(super) fn event_row(row: &AnyRow) -> Result<EventRow, StoreError> {
     Ok(EventRow {
         room_id: parsed(row, "room_id")?,
         position: row.try_get("position")?,

@@ -1,0 +1,104 @@
+//! What was redacted in a log. The log itself stays as it was written (INV-1); who reads it asks here what of it to leave out.
+
+use std::collections::BTreeSet;
+
+use ruma::{EventId, OwnedEventId, OwnedUserId, RoomId};
+use sqlx::AssertSqlSafe;
+use sqlx::any::AnyRow;
+
+use super::super::rows::{chunks, placeholders};
+use super::EventRow;
+use super::read::{event_row, parsed};
+use crate::store::{Store, StoreError, Tx};
+
+/// From how many events on it is asked first whether anything at all was redacted.
+const MANY: usize = 100;
+
+/// An event with its sender, of which it is asked whether it was redacted.
+pub type Asked = (OwnedEventId, OwnedUserId);
+
+/// Records that `redaction` redacts `target`; without `by` whosever the target is, else only when it is that user's.
+pub async fn redact(
+    tx: &mut Tx,
+    room_id: &RoomId,
+    target: &EventId,
+    by: Option<&str>,
+    redaction: &EventId,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO lm_redactions (room_id, target, by_user, redaction) VALUES ($1, $2, $3, $4) \
+         ON CONFLICT (room_id, target, by_user) DO NOTHING",
+    )
+    .bind(room_id.as_str())
+    .bind(target.as_str())
+    .bind(by.unwrap_or_default())
+    .bind(redaction.as_str())
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Those of the events of a room that were redacted.
+pub async fn redacted(store: &Store, room_id: &RoomId, events: &[Asked]) -> Result<BTreeSet<OwnedEventId>, StoreError> {
+    let mut found = BTreeSet::new();
+    if events.len() >= MANY {
+        let any = sqlx::query("SELECT target FROM lm_redactions WHERE room_id = $1 LIMIT 1").bind(room_id.as_str());
+        if any.fetch_optional(store.reader()).await?.is_none() {
+            return Ok(found);
+        }
+    }
+    for chunk in chunks(events) {
+        let sql = targets(chunk.len());
+        let rows = bound(&sql, room_id, chunk).fetch_all(store.reader()).await?;
+        add(&mut found, &rows)?;
+    }
+    Ok(found)
+}
+
+/// The same, seen from within a transaction.
+pub async fn redacted_now(
+    tx: &mut Tx,
+    room_id: &RoomId,
+    events: &[Asked],
+) -> Result<BTreeSet<OwnedEventId>, StoreError> {
+    let mut found = BTreeSet::new();
+    for chunk in chunks(events) {
+        let sql = targets(chunk.len());
+        let rows = bound(&sql, room_id, chunk).fetch_all(&mut *tx).await?;
+        add(&mut found, &rows)?;
+    }
+    Ok(found)
+}
+
+/// An event of a room, seen from within a transaction.
+pub async fn target(tx: &mut Tx, room_id: &RoomId, event_id: &EventId) -> Result<Option<EventRow>, StoreError> {
+    let row =
+        sqlx::query("SELECT room_id, position, event_id, json FROM lm_events WHERE event_id = $1 AND room_id = $2")
+            .bind(event_id.as_str())
+            .bind(room_id.as_str())
+            .fetch_optional(tx)
+            .await?;
+    row.as_ref().map(event_row).transpose()
+}
+
+fn targets(events: usize) -> String {
+    // Each event twice: as redacted whosever it is, and by its own sender.
+    let pairs = placeholders(events.saturating_mul(2), 2, 1);
+    format!("SELECT target FROM lm_redactions WHERE room_id = $1 AND (target, by_user) IN (VALUES {pairs})")
+}
+
+type Query<'q> = sqlx::query::Query<'q, sqlx::Any, sqlx::any::AnyArguments>;
+
+fn bound<'q>(sql: &'q str, room_id: &'q RoomId, events: &'q [Asked]) -> Query<'q> {
+    let query = sqlx::query(AssertSqlSafe(sql)).bind(room_id.as_str());
+    events.iter().fold(query, |query, (event_id, sender)| {
+        query.bind(event_id.as_str()).bind("").bind(event_id.as_str()).bind(sender.as_str())
+    })
+}
+
+fn add(found: &mut BTreeSet<OwnedEventId>, rows: &[AnyRow]) -> Result<(), StoreError> {
+    for row in rows {
+        found.insert(parsed(row, "target")?);
+    }
+    Ok(())
+}
