@@ -1,5 +1,7 @@
 //! One run of the suite: who plays whom, what is known of the target and the room, and how the checks ask and wait.
 
+mod endpoint;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,6 +11,7 @@ use bytes::Bytes;
 use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId, ServerName, UserId};
 use serde_json::{Value, json};
 
+pub(super) use self::endpoint::Endpoint;
 use super::ear::{Arrival, Ear, lock};
 use super::report::{Outcome, Unmet, ensure, fail, skip};
 use super::wire::{Answer, Ask, Identity, Signing, object, segment};
@@ -19,76 +22,8 @@ use crate::federation::{Client, Probe};
 /// How often a request is repeated that the target has no time for.
 const PATIENT: usize = 5;
 
-/// The prefix under which the draft's own endpoints are found until they have stable names.
-const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
 /// The room versions that the suite speaks, the one that the peers know first.
 pub(super) const VERSIONS: [&str; 2] = ["org.matrix.i-d.ralston-mimi-linearized-matrix.02", "I.1"];
-
-/// Endpoints that have a stable and an unstable name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Endpoint {
-    Send,
-    Event,
-    Backfill,
-    Invite,
-    SendJoin,
-    SendLeave,
-    SendKnock,
-    Device,
-}
-
-impl Endpoint {
-    pub const ALL: [Self; 8] = [
-        Self::Send,
-        Self::Event,
-        Self::Backfill,
-        Self::Invite,
-        Self::SendJoin,
-        Self::SendLeave,
-        Self::SendKnock,
-        Self::Device,
-    ];
-
-    fn names(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Send => ("v2", "send"),
-            Self::Event => ("v2", "event"),
-            Self::Backfill => ("v2", "backfill"),
-            Self::Invite => ("v3", "invite"),
-            Self::SendJoin => ("v3", "send_join"),
-            Self::SendLeave => ("v3", "send_leave"),
-            Self::SendKnock => ("v3", "send_knock"),
-            Self::Device => ("v1", "user"),
-        }
-    }
-
-    pub fn stable(self, rest: &str) -> String {
-        let (version, name) = self.names();
-        format!("/_matrix/federation/{version}/{name}/{rest}")
-    }
-
-    pub fn unstable(self, rest: &str) -> String {
-        format!("{UNSTABLE}/{}/{rest}", self.names().1)
-    }
-
-    /// A request that is well signed and says nothing of use.
-    fn trial(self, uri: String) -> Ask {
-        match self {
-            Self::Send => Ask::put(uri, json!({ "pdus": [], "edus": [] })),
-            Self::Event | Self::Backfill | Self::Device => Ask::get(uri),
-            Self::Invite | Self::SendJoin | Self::SendLeave | Self::SendKnock => Ask::post(uri, json!({})),
-        }
-    }
-
-    fn trial_rest(self) -> &'static str {
-        match self {
-            Self::Event => "%24AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
-            Self::Backfill => "%21nowhere%3Ainvalid?v=%24AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA&limit=1",
-            Self::Device => "%40nobody%3Ainvalid/device/ABC",
-            _ => "trial",
-        }
-    }
-}
 
 /// What was learned on the way.
 #[derive(Default)]

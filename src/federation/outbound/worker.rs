@@ -1,17 +1,18 @@
 //! The worker of one destination: has a transaction composed, keeps its composition, sends it until it is answered, and
 //! keeps what has arrived.
 
+mod failing;
+
 use std::time::Duration;
 
 use bytes::Bytes;
-use rand::Rng as _;
 use ruma::OwnedServerName;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::compose::{Composed, Composer, Part, Transaction, part_rows};
 use super::slot::{News, Slot};
-use super::verdict::{Failure, Verdict, asked_for, backoff, is_refusal, judge, may_be_about_events, still_alone};
+use super::verdict::{is_refusal, may_be_about_events, still_alone};
 use super::wire::Envelope;
 use super::{Feed, Shared, lock};
 use crate::admin::metrics;
@@ -20,12 +21,10 @@ use crate::federation::RemoteError;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::store::StoreError;
-use crate::store::outbound::{self as rows, FailureRow, InflightRow, PartRow};
+use crate::store::outbound::{self as rows, InflightRow, PartRow};
 
 /// How long a worker stays when there is nothing to do.
 const LINGER: Duration = Duration::from_secs(20);
-/// The shortest time between two tries of a destination that fails.
-const MIN_PAUSE: Duration = Duration::from_secs(1);
 /// How often an answer that cannot be recorded is had again.
 const TELLS: i64 = 10;
 /// How long EDUs alone may take, and how long when events wait behind them.
@@ -367,62 +366,6 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    async fn refused(
-        &mut self,
-        transaction: Transaction,
-        events: usize,
-        error: RemoteError,
-    ) -> Result<Option<Transaction>, StoreError> {
-        let mut stops_at_first = false;
-        if may_be_about_events(&error) {
-            self.tries = self.tries.saturating_add(1);
-            self.tried_since.get_or_insert_with(Instant::now);
-            stops_at_first = self.shared.sender.stops_at_first(&*self.shared.wire, self.destination).await;
-        }
-        let lasting = self.tried_since.map_or(Duration::ZERO, |since| since.elapsed());
-        let verdict = judge(&Failure { error: &error, events, stops_at_first, tries: self.tries, lasting });
-        match verdict {
-            Verdict::Retry => self.failed(transaction, error.to_string(), asked_for(&error)).await,
-            Verdict::Split => {
-                tracing::info!(server = %self.destination, events, %error, "sending the events one by one");
-                self.split(transaction, events).await?;
-                Ok(None)
-            }
-            Verdict::Refused | Verdict::GiveUp => {
-                let feed = transaction.parts.iter().find(|part| !part.positions.is_empty());
-                let (room, position) =
-                    feed.map_or((None, None), |part| (Some(&part.feed.room_id), part.positions.first()));
-                if verdict == Verdict::GiveUp {
-                    tracing::error!(server = %self.destination, ?room, ?position, %error, "passing over an event");
-                } else {
-                    tracing::warn!(server = %self.destination, ?room, ?position, %error, "an event was refused");
-                }
-                if let Err(refusal) = self.tell(&transaction, &error_object(&error)).await {
-                    return self.failed(transaction, refusal.to_string(), Duration::ZERO).await;
-                }
-                self.singles = self.singles.saturating_sub(events);
-                self.arrived(&transaction);
-                Ok(None)
-            }
-        }
-    }
-
-    /// Composes anew what was in a transaction, one event at a time.
-    async fn split(&mut self, transaction: Transaction, events: usize) -> Result<(), StoreError> {
-        self.doubtful = part_rows(&transaction.parts);
-        self.doubtful.retain_mut(|part| {
-            part.doubtful = true;
-            !part.positions.is_empty()
-        });
-        let (name, row) = (self.destination.to_string(), self.row(None));
-        self.shared.store.write(move |tx| Box::pin(async move { rows::keep_inflight(tx, &name, &row).await })).await?;
-        self.slot.forget_places();
-        self.slot.put_back(transaction.parts.into_iter().map(|part| part.feed));
-        self.singles = events;
-        (self.tries, self.tried_since) = (0, None);
-        Ok(())
-    }
-
     /// The transaction is done with; this is kept together with what comes next.
     fn arrived(&mut self, transaction: &Transaction) {
         if self.failures > 0 {
@@ -443,65 +386,12 @@ impl<'a> Worker<'a> {
         self.done = Some(done);
     }
 
-    /// The destination failed: it is left alone for as long as it asks for, and then for a while or until it is heard of.
-    async fn failed(
-        &mut self,
-        mut transaction: Transaction,
-        problem: String,
-        asked: Duration,
-    ) -> Result<Option<Transaction>, StoreError> {
-        self.failures = self.failures.saturating_add(1);
-        let delay = backoff(self.failures, rand::rngs::OsRng.r#gen()).max(asked);
-        let row = FailureRow {
-            destination: self.destination.to_string(),
-            failures: self.failures,
-            retry_at: self.shared.clock.now_ms().saturating_add(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)),
-            last_error: problem.chars().take(500).collect(),
-        };
-        tracing::info!(server = %self.destination, failures = self.failures, ?delay, problem, "a destination fails");
-        self.shared.store.write(move |tx| Box::pin(async move { rows::record_failure(tx, &row).await })).await?;
-        transaction.uncertain = true;
-        for part in &mut transaction.parts {
-            // Destinations that are away for long hold no events in memory.
-            part.events = None;
-        }
-        self.slot.edus().silence(Instant::now(), delay);
-        self.pause(asked).await;
-        self.pause_until_heard(delay.saturating_sub(asked)).await;
-        Ok(Some(transaction))
-    }
-
-    async fn pause_until_heard(&self, delay: Duration) {
-        let start = Instant::now();
-        tokio::select! {
-            () = self.pause(delay) => return,
-            () = self.slot.until_heard() => {}
-        }
-        self.pause(MIN_PAUSE.min(delay).saturating_sub(start.elapsed())).await;
-    }
-
     async fn pause(&self, delay: Duration) {
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             () = self.stop.cancelled() => {}
         }
     }
-}
-
-/// An error as the answer to the one event that it is about.
-fn error_object(error: &RemoteError) -> Object {
-    let (errcode, text) = match error {
-        RemoteError::Status { errcode, error: text, status, .. } if text.is_empty() => {
-            (errcode.as_str(), status.to_string())
-        }
-        RemoteError::Status { errcode, error: text, .. } => (errcode.as_str(), text.clone()),
-        other => ("", other.to_string()),
-    };
-    let errcode = if errcode.is_empty() { "M_UNKNOWN" } else { errcode };
-    let mut object = Object::new();
-    object.insert("errcode".to_owned(), errcode.into());
-    object.insert("error".to_owned(), text.into());
-    object
 }
 
 fn same_feed(one: &PartRow, other: &PartRow) -> bool {
