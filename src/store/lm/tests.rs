@@ -1,6 +1,6 @@
 //! The logs of LM rooms as they are kept, on both databases.
 
-use ruma::{room_id, server_name};
+use ruma::{OwnedUserId, room_id, server_name};
 
 use super::*;
 use crate::store::Store;
@@ -268,6 +268,40 @@ async fn reading_the_state_costs_no_more_in_a_long_log() {
         assert!(costs[1] < costs[0] * 25, "{costs:?}");
         let others = state_of_kind_before(&store, room_id, 70, "m.room.member", "%:other.example").await.unwrap();
         assert_eq!(others, []);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_is_redacted_is_so_whoever_said_it_or_for_its_sender_alone() {
+    both_stores(|store| async move {
+        let (room, other) = (room_id!("!room:hub.example"), room_id!("!other:hub.example"));
+        let [alice, bob] = ["@alice:h.example", "@bob:h.example"].map(|user| OwnedUserId::try_from(user).unwrap());
+        let by_bob = bob.to_string();
+        let write = store.write(move |tx| {
+            Box::pin(async move {
+                redact(tx, room, &id("all"), None, &id("r1")).await?;
+                redact(tx, room, &id("all"), None, &id("r2")).await?;
+                redact(tx, room, &id("bobs"), Some(&by_bob), &id("r3")).await?;
+                redact(tx, other, &id("elsewhere"), None, &id("r4")).await
+            })
+        });
+        write.await.unwrap();
+        let asked: Vec<Asked> = ["all", "bobs", "elsewhere", "none"]
+            .into_iter()
+            .flat_map(|name| [(id(name), alice.clone()), (id(name), bob.clone())])
+            .collect();
+        let of = |events: &[Asked]| events.to_vec();
+        assert_eq!(redacted(&store, room, &asked).await.unwrap(), [id("all"), id("bobs")].into());
+        assert_eq!(redacted(&store, room, &of(&asked[2..3])).await.unwrap(), [].into(), "it is not alice's");
+        // Many at once are asked of in pieces, and of a room in which nothing is redacted nothing is asked.
+        let mut many: Vec<Asked> = (0..333).map(|number| (id(&format!("e{number}")), alice.clone())).collect();
+        many.push((id("all"), alice.clone()));
+        assert_eq!(redacted(&store, room, &many).await.unwrap(), [id("all")].into());
+        assert_eq!(redacted(&store, room_id!("!third:hub.example"), &many).await.unwrap(), [].into());
+        let events = many.clone();
+        let now = store.write(move |tx| Box::pin(async move { redacted_now(tx, room, &events).await }));
+        assert_eq!(now.await.unwrap(), [id("all")].into());
     })
     .await;
 }
