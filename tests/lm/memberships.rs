@@ -19,6 +19,47 @@ use super::world::{Node, World, bodies, member};
 
 const V2: &str = "/_matrix/federation/v2";
 
+/// The log does not tell a server of who is taken out before they were in: the hub does so once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_was_invited_or_has_knocked_and_is_turned_away_has_their_server_told() {
+    let (_world, [hub, out]) = World::new(["hub.example", "out.example"]).await;
+    let room = hub.create_room("knock").await;
+    let (bot, dave, erin) = (hub.user("bot"), out.user("dave"), out.user("erin"));
+    let (told, mut news) = tokio::sync::mpsc::unbounded_channel();
+    out.meddle(move |request, next| {
+        let told = told.clone();
+        async move {
+            let is_send = request.uri().path().contains("/send/");
+            let (parts, body) = request.into_parts();
+            let body = axum::body::to_bytes(body, 1 << 20).await.unwrap();
+            if is_send {
+                told.send(serde_json::from_slice::<Value>(&body).unwrap()).unwrap();
+            }
+            next.run(axum::extract::Request::from_parts(parts, axum::body::Body::from(body))).await
+        }
+    });
+    let invite = Outgoing { draft: member(&bot, &dave, "invite"), effect: None };
+    hub.lm.invite(&room, invite).await.unwrap();
+    out.lm.knock(&room, &erin, std::slice::from_ref(&hub.name), Object::new()).await.unwrap();
+    for (user, membership) in [(&dave, "leave"), (&erin, "ban")] {
+        let Sent::Appended(removal) = hub.send(&room, member(&bot, user, membership)).await.unwrap() else { panic!() };
+        let told = tokio::time::timeout(std::time::Duration::from_secs(20), news.recv()).await.unwrap().unwrap();
+        assert_eq!(told["pdus"], json!([removal.event.json]), "{user}");
+    }
+    // Of who leaves by themselves, and of who is banned and was never asked, nobody is told.
+    let (frank, grace) = (out.user("frank"), out.user("grace"));
+    out.lm.knock(&room, &frank, std::slice::from_ref(&hub.name), Object::new()).await.unwrap();
+    out.lm.leave(&room, &frank, std::slice::from_ref(&hub.name)).await.unwrap();
+    hub.send(&room, member(&bot, &grace, "ban")).await.unwrap();
+    // Whoever is told next is the next who is turned away.
+    let heidi = out.user("heidi");
+    let invite = Outgoing { draft: member(&bot, &heidi, "invite"), effect: None };
+    hub.lm.invite(&room, invite).await.unwrap();
+    hub.send(&room, member(&bot, &heidi, "leave")).await.unwrap();
+    let told = tokio::time::timeout(std::time::Duration::from_secs(20), news.recv()).await.unwrap().unwrap();
+    assert_eq!(told["pdus"][0]["state_key"], json!(heidi), "{told}");
+}
+
 /// A room of the hub in which `@alice` of the participant may invite, kick and ban.
 async fn room_of_alice(hub: &Node, part: &Node) -> (OwnedRoomId, OwnedUserId) {
     let alice = part.user("alice");

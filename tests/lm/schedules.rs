@@ -5,6 +5,7 @@
 //! tasks interleave is not.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,10 @@ use axum::extract::Request;
 use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
-use isthmus::event::{Object, canonical_json};
+use futures::FutureExt as _;
+use isthmus::event::{Lpdu, Object, Redaction, canonical_json, redact};
+use isthmus::federation::authorization_header;
+use isthmus::identity::SigningKey;
 use isthmus::lm::{Appended, Sent};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -28,27 +32,56 @@ const STEPS: usize = 50;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_1_inv_3_inv_5_two_servers_that_come_and_go_end_with_one_log() {
-    run(["one.example", "two.example"], 1).await;
+    run(["one.example", "two.example"], 1, None).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_1_inv_3_inv_5_three_servers_that_come_and_go_end_with_one_log() {
-    run(["one.example", "two.example", "three.example"], 2).await;
+    run(["one.example", "two.example", "three.example"], 2, None).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_1_inv_3_inv_5_five_servers_that_come_and_go_end_with_one_log() {
-    run(["one.example", "two.example", "three.example", "four.example", "five.example"], 3).await;
+    run(["one.example", "two.example", "three.example", "four.example", "five.example"], 3, None).await;
+}
+
+/// What would go unnoticed if the schedules proved nothing: a network that breaks what the servers promise is found out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_schedule_fails_where_the_network_breaks_what_servers_promise() {
+    for fault in [Fault::Swallows, Fault::Repeats, Fault::Reverses, Fault::Empties] {
+        let broken = run(["one.example", "two.example"], 1, Some(fault));
+        let Err(panic) = AssertUnwindSafe(broken).catch_unwind().await else { panic!("{fault:?} went unnoticed") };
+        let said = panic.downcast_ref::<String>().map(|said| said.chars().take(200).collect::<String>());
+        println!("{fault:?}: {said:?}");
+    }
+}
+
+/// What a network does that servers rely on being done rightly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// Over a link that is cut, everything is said to have arrived.
+    Swallows,
+    /// What is sent to a hub is sent to it as another event as well, as by a server that does not know what it has sent.
+    Repeats,
+    /// Events come in the wrong order.
+    Reverses,
+    /// Events of a log come without their contents, which looks like a redaction.
+    Empties,
 }
 
 /// Each server is the hub of one room and takes part in the others'.
-async fn run<const N: usize>(names: [&str; N], seed: u64) {
+async fn run<const N: usize>(names: [&str; N], seed: u64, fault: Option<Fault>) {
     let seed = std::env::var("ISTHMUS_SEED").map_or(seed, |text| text.parse().unwrap());
     let (world, nodes) = World::new(names).await;
     let mut schedule = Schedule {
         world,
         random: StdRng::seed_from_u64(seed),
-        links: Arc::new(Links { cut: Mutex::default(), random: Mutex::new(StdRng::seed_from_u64(!seed)) }),
+        links: Arc::new(Links {
+            cut: Mutex::default(),
+            random: Mutex::new(StdRng::seed_from_u64(!seed)),
+            fault,
+            keys: nodes.iter().map(|node| (node.name.clone(), node.context.signing_key.clone())).collect(),
+        }),
         nodes: nodes.into_iter().map(Some).collect(),
         rooms: Vec::new(),
         watchers: Vec::new(),
@@ -68,6 +101,9 @@ async fn run<const N: usize>(names: [&str; N], seed: u64) {
 struct Links {
     cut: Mutex<BTreeSet<(String, String)>>,
     random: Mutex<StdRng>,
+    fault: Option<Fault>,
+    /// With which what was meddled with is signed again.
+    keys: BTreeMap<OwnedServerName, Arc<SigningKey>>,
 }
 
 impl Links {
@@ -81,12 +117,59 @@ impl Links {
         let header = request.headers().get("authorization").and_then(|header| header.to_str().ok()).unwrap_or_default();
         let from = header.split("origin=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap_or_default();
         if !self.is_cut(from, to) {
+            let from = from.to_owned();
+            let request = match self.fault {
+                Some(fault) if request.uri().path().contains("/send/") => self.meddle(fault, &from, to, request).await,
+                _ => request,
+            };
             return next.run(request).await;
+        }
+        if self.fault == Some(Fault::Swallows) {
+            return axum::Json(serde_json::json!({})).into_response();
         }
         if self.random.lock().unwrap().gen_bool(0.5) {
             next.run(request).await;
         }
         StatusCode::SERVICE_UNAVAILABLE.into_response()
+    }
+}
+
+impl Links {
+    /// A transaction as a bad network brings it.
+    async fn meddle(&self, fault: Fault, from: &str, to: &str, request: Request) -> Request {
+        let (mut parts, body) = request.into_parts();
+        let body = axum::body::to_bytes(body, 1 << 24).await.unwrap();
+        let mut body: Object = serde_json::from_slice(&body).unwrap();
+        let key = &self.keys[from];
+        if let Some(pdus) = body.get_mut("pdus").and_then(|pdus| pdus.as_array_mut()) {
+            match fault {
+                Fault::Swallows => {}
+                Fault::Reverses => pdus.reverse(),
+                Fault::Empties => {
+                    for pdu in pdus.iter_mut().filter_map(|pdu| pdu.as_object_mut()) {
+                        if pdu.contains_key("prev_events") {
+                            *pdu = redact(pdu, Redaction::Draft);
+                        }
+                    }
+                }
+                Fault::Repeats => {
+                    let lpdus: Vec<Object> = pdus.iter().filter_map(|pdu| pdu.as_object().cloned()).collect();
+                    for mut again in lpdus.into_iter().filter(|pdu| !pdu.contains_key("prev_events")) {
+                        let ts = again["origin_server_ts"].as_i64().unwrap();
+                        again.insert("origin_server_ts".to_owned(), (ts + 1).into());
+                        let [from, to] = [from, to].map(|name| OwnedServerName::try_from(name).unwrap());
+                        pdus.push(serde_json::Value::Object(Lpdu::build(again, &to, &from, key).unwrap().json));
+                    }
+                    pdus.truncate(50);
+                }
+            }
+        }
+        let [origin, destination] = [from, to].map(|name| OwnedServerName::try_from(name).unwrap());
+        let uri = parts.uri.path_and_query().unwrap().as_str().to_owned();
+        let header = authorization_header(&origin, &destination, key, &parts.method, &uri, Some(&body));
+        parts.headers.insert("authorization", header.parse().unwrap());
+        parts.headers.remove("content-length");
+        Request::from_parts(parts, axum::body::Body::from(canonical_json(&body)))
     }
 }
 
