@@ -30,6 +30,8 @@ pub(super) struct Redacting {
     sender: OwnedUserId,
     /// Whether its sender may redact what others said.
     everything: bool,
+    /// Whether its sender may redact what others of the same server said, as graph servers have it in a room that they share.
+    neighbours: bool,
 }
 
 impl Redacting {
@@ -40,7 +42,8 @@ impl Redacting {
         let creator = before.state_event("m.room.create", "").map(|create| &*create.sender);
         let levels = super::rules::Levels::new(power, creator);
         let everything = levels.of_user(&event.sender) >= levels.to_do(Action::Redact);
-        Some(Self { target, redaction: event.event_id.clone(), sender: event.sender.clone(), everything })
+        let (sender, neighbours) = (event.sender.clone(), before.facts.shared);
+        Some(Self { target, redaction: event.event_id.clone(), sender, everything, neighbours })
     }
 
     /// Writes down what it redacts, in the transaction that appends it; what it redacts, if that is in the log already.
@@ -59,7 +62,9 @@ impl Redacting {
             return Ok(None);
         };
         let target = stored_pdu(row, table)?;
-        if !may_be_redacted(&target.kind) || !(self.everything || target.sender == self.sender) {
+        let is_neighbour = self.neighbours && target.sender.server_name() == self.sender.server_name();
+        let may = self.everything || is_neighbour || target.sender == self.sender;
+        if !may || !may_be_redacted(&target.kind) {
             return Ok(None);
         }
         stored::redact(tx, room_id, &self.target, None, &self.redaction).await?;

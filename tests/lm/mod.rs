@@ -3,10 +3,8 @@
 mod devices;
 mod edus;
 mod errors;
-mod graph_server;
-mod faulty_hub;
 mod forgeries;
-mod full_disk;
+mod graph_server;
 mod holes;
 mod hostile_hub;
 mod hostile_participant;

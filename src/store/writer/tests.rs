@@ -270,7 +270,6 @@ async fn inv_6_hc_82_on_a_full_disk_nothing_is_called_written_that_is_not() {
         let jobs = [submit(&store, |tx| Box::pin(insert(tx, 1))).await, submit(&store, big(11)).await];
         let last = submit(&store, |tx| Box::pin(insert(tx, 2))).await;
         release.send(()).unwrap();
-        release.send(()).unwrap();
         holder.await.unwrap().ok();
         full.await.unwrap().ok();
         let mut told = Vec::new();
