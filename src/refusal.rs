@@ -185,6 +185,16 @@ pub enum Refusal {
         /// How long it asks to be left alone, in milliseconds.
         retry_after_ms: Option<u64>,
     },
+    /// What was answered to the same transaction before.
+    #[error("{error}")]
+    Repeated {
+        /// The status of that answer, from 400 to 499.
+        status: u16,
+        /// Its `errcode`.
+        errcode: Box<str>,
+        /// Its `error`.
+        error: Box<str>,
+    },
     /// This gateway has a fault that shows with this event, each time it comes.
     #[error("this gateway fails on {0}")]
     Fails(String),
@@ -232,6 +242,7 @@ impl Refusal {
             Self::NotBridged(_) => "not_bridged",
             Self::Remote { .. } => "remote",
             Self::Declined { .. } => "declined",
+            Self::Repeated { .. } => "repeated",
             Self::Fails(_) => "fails",
             Self::Corrupt(_) | Self::Internal(_) => "internal",
         }
@@ -240,7 +251,7 @@ impl Refusal {
     /// The Matrix error code that goes with it.
     pub fn errcode(&self) -> &str {
         match self {
-            Self::Declined { errcode, .. } => errcode,
+            Self::Declined { errcode, .. } | Self::Repeated { errcode, .. } => errcode,
             Self::NotJson(_) => "M_NOT_JSON",
             Self::Malformed { .. } => "M_BAD_JSON",
             Self::TooLarge { .. } => "M_TOO_LARGE",
@@ -263,7 +274,9 @@ impl Refusal {
             | Self::WrongHub { .. }
             | Self::UnableToAuthoriseJoin { .. }
             | Self::IncompatibleRoomVersion(_) => StatusCode::BAD_REQUEST,
-            Self::Declined { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::FORBIDDEN),
+            Self::Declined { status, .. } | Self::Repeated { status, .. } => {
+                StatusCode::from_u16(*status).unwrap_or(StatusCode::FORBIDDEN)
+            }
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::UnknownRoom(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,

@@ -1,12 +1,15 @@
 //! Joining, leaving, knocking and invites. Both protocols have the same handshakes: a template is asked for (`make_…`), completed, and
 //! sent (`send_…`). The template's path, and the path that Matrix sends to, serve both, and the side that the room is on answers.
 
+use http::StatusCode;
 use ruma::{OwnedEventId, OwnedRoomId};
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::routes::{Answer, Federation, Place, place_of, side_of};
 use super::signed::{Asked, Given};
-use crate::event::{Family, Object, Pdu, Redaction, RoomVersion};
+use crate::event::{Family, Lpdu, Object, Pdu, Redaction, RoomVersion};
+use crate::federation::Begun;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 
@@ -66,7 +69,85 @@ pub(super) async fn send_lm(handshake: Handshake, federation: Federation, given:
     if let Some((room_id, event_id)) = of_a_graph(&federation, &given.body).await? {
         return send_to_graph(handshake, federation, given, room_id, event_id).await;
     }
-    send_to_log(handshake, federation, given).await
+    let endpoint = match handshake {
+        Handshake::Join => "v3/send_join",
+        Handshake::Leave => "v3/send_leave",
+        Handshake::Knock => "v3/send_knock",
+    };
+    let lpdu_id = Lpdu::parse(given.body.clone()).ok().map(|lpdu| lpdu.lpdu_id);
+    let taking = federation.clone();
+    let said = |answer| match (handshake, lpdu_id) {
+        // The room's state is too much to be kept for everybody who has joined.
+        (Handshake::Join, Some(lpdu_id)) => Said::Joined { lpdu_id },
+        _ => Said::Answer(answer),
+    };
+    once(&federation, endpoint, given, said, |given| send_to_log(handshake, taking, given)).await
+}
+
+/// What was said to a transaction, as it is written down.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Said {
+    Answer(Value),
+    /// The answer to the join that was made of this LPDU.
+    Joined {
+        lpdu_id: OwnedEventId,
+    },
+    /// An event that was signed.
+    Signed(Value),
+    Refused {
+        status: u16,
+        errcode: Box<str>,
+        error: Box<str>,
+    },
+}
+
+/// Does what a transaction asks for once: whoever uses its ID again, with whatever body, is told the same. What may succeed later
+/// is not written down.
+/// Source: draft-ralston-mimi-linearized-matrix-04, section "Transaction Identifiers" (`int-txn-ids`).
+async fn once<F: Future<Output = Answer>>(
+    federation: &Federation,
+    endpoint: &str,
+    given: Given,
+    said: impl FnOnce(Value) -> Said,
+    take: impl FnOnce(Given) -> F,
+) -> Answer {
+    let txn_id = given.segment("txn_id").to_owned();
+    let processing = match federation.transactions.begin(&given.origin, endpoint, &txn_id).await? {
+        Begun::Answered(before) => return repeat(federation, before).await,
+        Begun::Process(processing) => processing,
+    };
+    let answer = take(given).await;
+    let record = match &answer {
+        Ok(answer) => said(answer.clone()),
+        // Nobody changes what a room's version is.
+        Err(Refusal::IncompatibleRoomVersion(_)) => return answer,
+        Err(refusal) if refusal.is_transient() || !refusal.status().is_client_error() => return answer,
+        Err(refusal) if refusal.status() == StatusCode::TOO_MANY_REQUESTS => return answer,
+        Err(refusal) => Said::Refused {
+            status: refusal.status().as_u16(),
+            errcode: refusal.errcode().into(),
+            error: refusal.to_string().into(),
+        },
+    };
+    let record = serde_json::to_value(record).map_err(|error| Refusal::Internal(error.to_string()))?;
+    processing.finish(record).await?;
+    answer
+}
+
+async fn repeat(federation: &Federation, before: Value) -> Answer {
+    let said = serde_json::from_value(before).map_err(|error| Refusal::Corrupt(format!("answer: {error}")))?;
+    match said {
+        Said::Answer(answer) => Ok(answer),
+        Said::Joined { lpdu_id } => federation.lm.answer_join_again(&lpdu_id).await,
+        Said::Signed(event) => Ok(signed(event)),
+        Said::Refused { status, errcode, error } => Err(Refusal::Repeated { status, errcode, error }),
+    }
+}
+
+/// The answer to an invite, under the draft's name and the one that peers read.
+fn signed(event: Value) -> Value {
+    json!({ "pdu": event, "event": event })
 }
 
 /// The room and the ID of an event that is one of a shared room's graph.
@@ -98,16 +179,22 @@ pub(super) async fn invite(federation: Federation, given: Given) -> Answer {
     let version = given.body.get("room_version").and_then(Value::as_str);
     let version = version.ok_or_else(|| Refusal::malformed("room_version", "missing or no string"))?;
     match RoomVersion::parse(version).map(RoomVersion::family) {
-        Some(Family::Log) => invite_lm(federation, given).await,
+        Some(Family::Log) => take_invite(federation, given).await,
         Some(Family::Graph) => federation.dag.invited(&given.origin, &room_id, &event_id, given.body).await,
         None => Err(Refusal::IncompatibleRoomVersion(version.to_owned())),
     }
 }
 
 /// The same under the draft's own name.
-pub(super) async fn invite_lm(federation: Federation, mut given: Given) -> Answer {
+pub(super) async fn invite_lm(federation: Federation, given: Given) -> Answer {
+    let taking = federation.clone();
+    let said = |mut answer: Value| Said::Signed(answer.get_mut("pdu").map(Value::take).unwrap_or_default());
+    once(&federation, "v3/invite", given, said, |given| take_invite(taking, given)).await
+}
+
+async fn take_invite(federation: Federation, mut given: Given) -> Answer {
     given.waits(&federation)?;
-    federation.lm.invited(&given.origin, given.body).await
+    federation.lm.invited(&given.origin, given.body).await.map(signed)
 }
 
 /// A hub asks whether this server will keep the log of a room from an event on.

@@ -1,6 +1,6 @@
 //! Handshakes at the hub: servers that are not in a room come in, leave again, or ask to be let in.
 
-use ruma::{RoomId, ServerName, UserId};
+use ruma::{EventId, RoomId, ServerName, UserId};
 use serde_json::{Map, Value, json};
 
 use super::actor::What;
@@ -39,6 +39,17 @@ impl Lm {
     /// `POST send_join`; the same LPDU again gets the same answer.
     pub async fn send_join(&self, origin: &ServerName, body: Object) -> Result<Value, Refusal> {
         let appended = self.take(origin, body, Membership::Join).await?;
+        self.answer_join(&appended).await
+    }
+
+    /// The answer to a join that was taken before.
+    pub async fn answer_join_again(&self, lpdu_id: &EventId) -> Result<Value, Refusal> {
+        let unknown = || Refusal::NotFound(format!("the join {lpdu_id}"));
+        let appended = self.event_of_lpdu(lpdu_id).await?.ok_or_else(unknown)?;
+        self.answer_join(&appended).await
+    }
+
+    async fn answer_join(&self, appended: &Appended) -> Result<Value, Refusal> {
         let room_id = &appended.event.room_id;
         let state = stored::state_before(&self.context().store, room_id, appended.position.0).await?;
         let chain = self.auth_chain(&state).await?;

@@ -142,7 +142,7 @@ impl Lm {
         Ok(Sent::Queued { lpdu_id: lpdu.lpdu_id })
     }
 
-    /// `POST invite`, as hub (from a participant, for a third server) and as the target's server.
+    /// `POST invite`, as hub (from a participant, for a third server) and as the target's server: the signed event.
     pub async fn invited(&self, origin: &ServerName, body: Object) -> Result<Value, Refusal> {
         let Some(Value::Object(event)) = body.get("event") else {
             return Err(Refusal::malformed("event", "missing or no object"));
@@ -165,8 +165,7 @@ impl Lm {
             }
             _ => self.countersign(origin, &body, event.clone()).await?,
         };
-        // The draft's name and the one that peers read.
-        Ok(json!({ "pdu": signed, "event": signed }))
+        Ok(Value::Object(signed))
     }
 
     /// A participant's invite, at the hub.

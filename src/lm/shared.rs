@@ -13,9 +13,9 @@ use super::batch::{Batch, Done, Origin};
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
 use super::{Appended, Lm, NewRoom};
-use crate::event::{Pdu, Redaction};
+use crate::event::{Object, Pdu, Redaction};
 use crate::refusal::Refusal;
-use crate::seam::{Draft, Graphs, JoinShared, LogBatch, LogOrigin, Logs, NewLog, NewShared, Next, NextEvent};
+use crate::seam::{Draft, Graphs, JoinShared, LogBatch, LogOrigin, Logs, NewLog, NewShared, Next, NextEvent, SHARED};
 use crate::store::lm as stored;
 use crate::store::{StoreError, Tx};
 
@@ -37,7 +37,11 @@ impl Lm {
 
     /// Creates a room that LM servers and graph servers share, with the gateway as its hub.
     pub async fn create_shared(&self, room: NewRoom) -> Result<OwnedRoomId, Refusal> {
-        let NewRoom { creator, version, initial_state } = room;
+        let NewRoom { creator, version, mut initial_state } = room;
+        let content = Object::from_iter([(SHARED.to_owned(), true.into())]);
+        let (sender, kind, origin_server_ts) =
+            (creator.clone(), "m.room.create".to_owned(), self.context().clock.now_ms());
+        initial_state.push(Draft { sender, kind, state_key: Some(String::new()), content, origin_server_ts });
         let room_id = self.graphs()?.create(NewShared { creator, version, initial_state }).await?;
         tracing::info!(room = %room_id, "created a shared room");
         Ok(room_id)

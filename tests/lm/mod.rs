@@ -19,6 +19,7 @@ mod notary;
 mod own_events;
 mod redactions;
 mod schedules;
+mod shared;
 mod transactions;
 mod unreadable;
 pub mod world;

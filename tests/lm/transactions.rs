@@ -6,7 +6,7 @@ use ruma::OwnedRoomId;
 use serde_json::{Value, json};
 
 use super::http::ask_signed;
-use super::world::{Node, World, bodies, message};
+use super::world::{Node, World, bodies, member, message};
 
 const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
 
@@ -80,4 +80,43 @@ async fn many_transactions_at_once_are_taken_one_after_the_other_and_none_is_los
     let mut texts = texts;
     texts.sort();
     assert_eq!(said, texts);
+}
+
+/// Handshakes have transaction IDs too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_35_a_handshake_s_used_id_gets_its_first_answer_whatever_comes_with_it() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let (open, closed) = (hub.create_room("public").await, hub.create_room("invite").await);
+    let at = |name: &str| format!("/_matrix/federation/{name}");
+    let ask = async |hub: &Node, uri: &str, body: &Value| ask_signed(&part, hub, &Method::POST, uri, Some(body)).await;
+    let hub_name = hub.name.clone();
+    let change = |room: &OwnedRoomId, who: &str, membership: &str| {
+        let user = part.user(who);
+        json!(part.lpdu(room, &hub_name, &member(&user, &user, membership)).json)
+    };
+    // Another body under a used ID is not looked at, under whichever name, and across a restart.
+    let join = ask(&hub, &at("v3/send_join/T"), &change(&open, "alice", "join")).await;
+    assert_eq!(join.0, 200, "{}", join.1);
+    let other = change(&open, "bob", "join");
+    assert_eq!(ask(&hub, &at("v3/send_join/T"), &other).await, join);
+    assert_eq!(ask(&hub, &format!("{UNSTABLE}/send_join/T"), &other).await, join);
+    // A refusal is an answer as well.
+    let late = change(&closed, "alice", "join");
+    let refused = ask(&hub, &at("v3/send_join/C"), &late).await;
+    assert_eq!((refused.0, &refused.1["errcode"]), (403, &json!("M_FORBIDDEN")), "{}", refused.1);
+    let bot = hub.user("bot");
+    hub.send(&closed, member(&bot, &part.user("alice"), "invite")).await.unwrap();
+    let hub = world.restart(hub).await;
+    assert_eq!(ask(&hub, &at("v3/send_join/C"), &late).await, refused);
+    assert_eq!(ask(&hub, &at("v3/send_join/T"), &other).await, join);
+    assert_eq!(ask(&hub, &at("v3/send_join/C2"), &late).await.0, 200);
+    // Leaving, with the same ID: another endpoint.
+    let leave = ask(&hub, &at("v3/send_leave/T"), &change(&open, "alice", "leave")).await;
+    assert_eq!(leave.0, 200, "{}", leave.1);
+    assert_eq!(ask(&hub, &at("v3/send_leave/T"), &json!({ "what": "ever" })).await, leave);
+    let members = |log: Vec<isthmus::lm::Appended>| {
+        let members = log.into_iter().filter(|appended| appended.event.sender.server_name() == part.name);
+        members.map(|appended| appended.event.sender.localpart().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(members(hub.log(&open).await), ["alice", "alice"], "bob came by a used ID");
 }
