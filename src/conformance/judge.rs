@@ -301,7 +301,12 @@ pub(super) fn auth_events(session: &Session) -> Outcome {
     let joined = session.joined()?;
     let mut state = state_of(joined.get("state").unwrap_or(&Value::Null));
     let own = joined.get("event").cloned();
+    let mut seen = BTreeSet::new();
     for event in own.into_iter().chain(heard(session)?) {
+        // A hub may send the joining server its join, too.
+        if !seen.insert(id_of(&event)) {
+            continue;
+        }
         let named: Vec<&str> = event
             .get("auth_events")
             .and_then(Value::as_array)

@@ -333,7 +333,7 @@ impl Session {
         let later = pushed(&arrivals, &self.first).map(|(_, event)| event).filter(matches).last().cloned();
         let own = joined.get("event").filter(matches).cloned();
         let before =
-            joined.get("state").and_then(Value::as_array).and_then(|state| state.iter().find(matches)).cloned();
+            joined.get("state").and_then(Value::as_array).and_then(|state| state.iter().rfind(matches)).cloned();
         later.or(own).or(before)
     }
 
