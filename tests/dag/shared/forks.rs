@@ -174,3 +174,30 @@ async fn lpdus_and_pdus_by_turns_are_one_log() {
         two.hub.log(&two.room).await.events.into_iter().filter(|(event, _)| event.kind == "m.room.message").count();
     assert_eq!(bodies, 16);
 }
+
+#[tokio::test]
+async fn a_join_and_a_ban_at_once_end_as_a_ban() {
+    for (join_first, real) in [(false, false), (true, false), (false, true), (true, true)] {
+        let two = two(real).await;
+        let dora = two.peer.user("dora");
+        let users = json!({ (bot().as_str()): (1_i64 << 53) - 1, (two.alice.as_str()): 60 });
+        let levels = json!({ "users": users, "users_default": 50, "ban": 50 });
+        two.hub.gateway.send(&two.room, state("m.room.power_levels", "", levels)).await.unwrap();
+        let base = two.hub.view(&two.room).await;
+        let (join, ban) = (member(&dora, &dora, "join"), member(&two.alice, &dora, "ban"));
+        let mut hers = base.clone();
+        if join_first {
+            assert!(two.hub.pdu(&two.peer, &mut hers, &join).await);
+            assert!(two.hub.pdu(&two.peer, &mut base.clone(), &ban).await);
+        } else {
+            assert!(two.hub.pdu(&two.peer, &mut base.clone(), &ban).await);
+            assert!(!two.hub.pdu(&two.peer, &mut hers, &join).await);
+        }
+        two.hub.assert_in_step(&two.room).await;
+        let dora_is = two.hub.says(&two.room, "m.room.member", dora.as_str()).await;
+        assert_eq!(dora_is["membership"], "ban", "{join_first} {real}");
+        // What she says on the branch on which she came is not taken by either.
+        assert!(!two.hub.pdu(&two.peer, &mut hers, &message(&dora, "hello")).await);
+        two.hub.assert_in_step(&two.room).await;
+    }
+}
