@@ -145,6 +145,14 @@ impl Batch {
         }
         let linear = self.linear_form(&pdu)?;
         self.begin_log(&pdu, before.as_ref()).await?;
+        if let Some(before) = &before {
+            self.log_gap(before).await?;
+        }
+        // What came alone may have gone to the log with others.
+        let linear = match known.contains_key(&pdu.event_id) && self.log_has(&pdu.event_id).await? {
+            true => None,
+            false => linear,
+        };
         // The room as it is now; where the state before the event is another server's word, what happened in the gap is part
         // of it.
         let (before, now) = match before {
@@ -164,7 +172,9 @@ impl Batch {
         };
         let mut event = Stored::new(pdu);
         let mut verdict = self.judge(&event, &known, &before, &now).await?;
-        if let (Verdict::Accepted, Err(refusal)) = (&verdict, self.judge_by_log(linear.as_deref(), &known)) {
+        if matches!(verdict, Verdict::Accepted)
+            && let Err(refusal) = self.judge_by_log(linear.as_deref(), &known).await?
+        {
             verdict = Verdict::SoftFailed(refusal);
         }
         let verdict = match verdict {

@@ -4,14 +4,17 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use imbl::ordmap::DiffItem;
 use ruma::events::TimelineEventType;
-use ruma::{OwnedEventId, OwnedServerName, RoomId};
+use ruma::{EventId, OwnedServerName, RoomId};
 
 use super::batch::Batch;
 use super::events::EventMap;
+use super::order::linearize;
 use super::pdu::Pdu;
 use super::room::Room;
 use super::snapshot::{Snapshot, StateKey};
+use super::stored::Status;
 use super::version::is_shared;
 use crate::event;
 use crate::refusal::Refusal;
@@ -113,24 +116,62 @@ impl Batch {
         self.linear.hub.as_ref() == Some(&self.shared.context.server_name)
     }
 
+    /// Whether the log has an event.
+    pub(super) async fn log_has(&self, event_id: &EventId) -> Result<bool, Refusal> {
+        match &self.linear.log {
+            Some(log) => log.has(event_id).await,
+            None => Ok(false),
+        }
+    }
+
     /// Whether the log's rules have the event at its end. Where another server is the hub its log decides, and not ours. What
     /// names, among those that allow it, an event that the log does not have is nothing for participants, who know the log alone.
-    pub(super) fn judge_by_log(&self, event: Option<&event::Pdu>, known: &EventMap) -> Result<(), Refusal> {
-        let is_there = |id: &&OwnedEventId| known.get(*id).is_some_and(|event| event.is_accepted());
-        if let Some(event) = event.filter(|_| self.is_hub())
-            && let Some(missing) = event.auth_events.iter().find(|id| !is_there(id))
-        {
-            let problem = format!("auth_events name {missing}, which was not accepted here");
-            return Err(Refusal::LmRule { rule: "4.2", problem });
-        }
-        match (&self.linear.log, event) {
+    pub(super) async fn judge_by_log(
+        &self,
+        event: Option<&event::Pdu>,
+        known: &EventMap,
+    ) -> Result<Result<(), Refusal>, Refusal> {
+        let (Some(log), Some(event)) = (&self.linear.log, event) else { return Ok(Ok(())) };
+        if event.kind == HUB_EVENT && event.state_key.as_deref() == Some("") {
             // Graph servers go by the creator for good, and a log has one hub.
-            (Some(_), Some(event)) if event.kind == HUB_EVENT && event.state_key.as_deref() == Some("") => Err(
-                Refusal::Forbidden("a shared room is not handed over: its creator's server stays its hub".to_owned()),
-            ),
-            (Some(log), Some(event)) if self.is_hub() => log.judge(event),
-            _ => Ok(()),
+            let problem = "a shared room is not handed over: its creator's server stays its hub";
+            return Ok(Err(Refusal::Forbidden(problem.to_owned())));
         }
+        if !self.is_hub() {
+            return Ok(Ok(()));
+        }
+        for id in &event.auth_events {
+            if !known.get(id).is_some_and(|event| event.is_accepted()) && !log.has(id).await? {
+                let problem = format!("auth_events name {id}, which was not accepted here");
+                return Ok(Err(Refusal::LmRule { rule: "4.2", problem }));
+            }
+        }
+        Ok(log.judge(event))
+    }
+
+    /// What happened in a gap that is closed with another server's word of the state: those of its events that are here go to
+    /// the log, as far as its rules have them, before what follows the gap. Else everybody who has come meanwhile would have
+    /// to be taken out of the room.
+    pub(super) async fn log_gap(&mut self, before: &Snapshot) -> Result<(), Refusal> {
+        if !self.is_hub() || self.linear.log.is_none() {
+            return Ok(());
+        }
+        let mut ids = Vec::new();
+        for item in self.core.current.map.diff(&before.map) {
+            if let DiffItem::Add(_, id) | DiffItem::Update { new: (_, id), .. } = item {
+                ids.push(id.clone());
+            }
+        }
+        let found = self.shared.events.with_staged(&ids, &self.staged).await?;
+        let alone = found.into_values().filter(|event| event.groups.is_none() && event.status == Status::Accepted);
+        for event in linearize(alone.collect(), |event| &event.pdu, |pdu| pdu.auth_events.clone()) {
+            let known = self.events(&event.pdu.auth_events).await?;
+            let linear = event.pdu.to_linear()?;
+            if !self.log_has(&linear.event_id).await? && self.judge_by_log(Some(&linear), &known).await?.is_ok() {
+                self.linear.push(Arc::new(linear), LogOrigin { foreign: true, answered: false });
+            }
+        }
+        Ok(())
     }
 
     /// Where another server is the hub, and nothing can be corrected by events: the log's state is the graph's.

@@ -200,6 +200,13 @@ impl LogBatch for Growing {
         self.batch.replace_state(kind, state_key, event);
     }
 
+    async fn has(&self, event_id: &EventId) -> Result<bool, Refusal> {
+        if self.batch.events().any(|event| event.event_id == event_id) {
+            return Ok(true);
+        }
+        Ok(stored::event(&self.lm.context().store, event_id).await?.is_some())
+    }
+
     async fn find_lpdu(&self, lpdu_id: &EventId) -> Result<Option<OwnedEventId>, Refusal> {
         if let Some(event_id) = self.of_lpdus.get(lpdu_id) {
             return Ok(Some(event_id.clone()));

@@ -75,6 +75,9 @@ pub trait LogBatch: Send + Sync {
     /// or none. The event may be one that the log does not have.
     fn set_state(&mut self, kind: &str, state_key: &str, event: Option<Arc<Pdu>>);
 
+    /// Whether it has an event, or that is on its way.
+    async fn has(&self, event_id: &EventId) -> Result<bool, Refusal>;
+
     /// The event that was made of an LPDU, in the log or on its way.
     async fn find_lpdu(&self, lpdu_id: &EventId) -> Result<Option<OwnedEventId>, Refusal>;
 

@@ -81,3 +81,33 @@ async fn without_the_power_to_correct_the_room_says_what_is_out_of_step() {
     assert!(hub.pdu(&peer, &mut view, &topic).await);
     hub.assert_in_step(&room).await;
 }
+
+#[tokio::test]
+async fn who_came_in_a_gap_is_in_the_log_and_not_kicked() {
+    for real in [false, true] {
+        let peer = Peer::start("graph.example").await;
+        let hub = if real { Hub::real(&[&peer]).await } else { Hub::start(&[&peer]).await };
+        let room = hub.room().await;
+        let (alice, carol) = (peer.user("alice"), peer.user("carol"));
+        peer.join(&hub.gateway, &room, &alice).await.unwrap();
+        let mut view = hub.view(&room).await;
+        let (lost, _) = view.say(&peer, &alice, "lost");
+        let (join, join_event) =
+            view.add(&peer, &carol, "m.room.member", Some(carol.as_str()), json!({ "membership": "join" }));
+        let (lost_too, _) = view.say(&peer, &alice, "lost too");
+        peer.memory.hidden.lock().unwrap().extend([lost, lost_too]);
+        let before = view.state.values().cloned().collect();
+        let (edge, event) = view.say(&peer, &carol, "edge");
+        peer.memory.states.lock().unwrap().insert(edge.clone(), before);
+        assert!(peer.put(&hub.gateway.dag, &[&event]).await[0].result.is_ok());
+        assert!(hub.gateway.dag.event(&edge).await.unwrap().is_some());
+        assert_eq!(hub.gateway.membership(&room, &carol).await.as_deref(), Some("join"));
+        let ids = hub.log(&room).await.ids();
+        assert_eq!(ids[ids.len() - 2..], [join.clone(), edge]);
+        hub.assert_in_step(&room).await;
+        // It comes again by itself, and is not there twice.
+        peer.put(&hub.gateway.dag, &[&join_event]).await;
+        assert_eq!(hub.log(&room).await.ids().iter().filter(|id| **id == join).count(), 1);
+        hub.assert_in_step(&room).await;
+    }
+}

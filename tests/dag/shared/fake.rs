@@ -165,6 +165,10 @@ impl LogBatch for FakeBatch {
         };
     }
 
+    async fn has(&self, event_id: &EventId) -> Result<bool, Refusal> {
+        Ok(self.after.events.iter().any(|(event, _)| event.event_id == event_id))
+    }
+
     async fn find_lpdu(&self, lpdu_id: &EventId) -> Result<Option<OwnedEventId>, Refusal> {
         let known = self.after.events.iter().find(|(event, _)| event.lpdu_id.as_deref() == Some(lpdu_id));
         Ok(known.map(|(event, _)| event.event_id.clone()))
