@@ -14,10 +14,13 @@ use super::given::stands_on_all;
 use super::pdu::{Unverified, Verified};
 use super::receive::Outcomes;
 use super::room::Room;
+use super::stored::Stored;
+use super::version::is_shared;
 use crate::event::{Object, parse_event_id};
 use crate::federation::Call;
 use crate::guard::guarded;
 use crate::refusal::Refusal;
+use crate::store::dag::first_with_state;
 
 /// How often the events in between are asked for, each time further back.
 const ROUNDS: usize = 5;
@@ -167,7 +170,9 @@ impl Filling<'_> {
             })
             .take(20)
             .collect();
-        let body = json!({ "limit": PER_ROUND, "min_depth": 0, "earliest_events": earliest, "latest_events": latest });
+        let floor = self.floor().await?;
+        let body =
+            json!({ "limit": PER_ROUND, "min_depth": floor, "earliest_events": earliest, "latest_events": latest });
         let uri = format!("/_matrix/federation/v1/get_missing_events/{}", segment(self.room.room_id.as_str()));
         let body = body.as_object().cloned().unwrap_or_default();
         let call = Call { limit: 8 << 20, ..Call::post(uri, body) };
@@ -180,12 +185,22 @@ impl Filling<'_> {
         };
         let events = self.verify(take_events(&mut answer, "events", PER_ROUND)).await?;
         let mut new = false;
-        for event in events {
+        for event in events.into_iter().filter(|event| event.pdu().depth >= floor) {
             if self.waiting.len() < MAX_WAITING {
                 new |= self.waiting.insert(event.pdu().event_id.clone(), event).is_none();
             }
         }
         Ok(new)
+    }
+
+    /// The depth at which the room's history begins here. What was said before the gateway came into a room that lives
+    /// elsewhere is no gap, and must not be taken for what is said now: the state at its edge is asked for.
+    async fn floor(&self) -> Result<i64, Refusal> {
+        if is_shared(self.room.version) {
+            return Ok(0);
+        }
+        let first = first_with_state(&self.shared.context.store, &self.room.room_id).await?;
+        Ok(first.map(Stored::from_row).transpose()?.map_or(0, |first| first.pdu.depth))
     }
 
     /// Fetches auth events, each alone when they are few, and those that they need in turn; true when something new came.

@@ -19,7 +19,6 @@ use super::pdu::{Unverified, Verified};
 use super::room::{Core, Room};
 use super::snapshot::StateKey;
 use super::stored::Stored;
-use super::version::is_shared;
 use super::{Dag, GraphEvent, Shared};
 use crate::event::{Object, RoomVersion};
 use crate::federation::Call;
@@ -229,11 +228,8 @@ async fn enter(
         tracing::warn!(room = %batch.room_id, lost = lost.len(), malformed = given.left_out, of = ids.len(),
             "a room was joined with a state of which some events cannot be had");
     }
-    // What was known of the room, if it was, ended with the last user's leave. The log of a shared room goes on.
-    if is_shared(batch.version) && !batch.core.tips.is_empty() {
-        let hub = batch.hub_of(&batch.core.current).await?;
-        batch.open_log(hub).await?;
-    }
+    batch.begin_log_with(&before).await?;
+    // What was known of the room, if it was, ended with the last user's leave.
     batch.core.tips.clear();
     batch.set_current(before.clone()).await?;
     batch.accept(join, &Source::Elsewhere, Some(before)).await?.accepted().cloned()

@@ -92,6 +92,22 @@ impl Batch {
         self.open_log(hub).await
     }
 
+    /// Begins the log of a shared room that is joined, or goes on with it, with those of the state's events that are new here: it has
+    /// what its state is.
+    pub(super) async fn begin_log_with(&mut self, state: &Snapshot) -> Result<(), Refusal> {
+        if !is_shared(self.version) || self.shared.logs.get().is_none() {
+            return Ok(());
+        }
+        let hub = self.hub_of(state).await?;
+        self.open_log(hub).await?;
+        let is_new = |id: &&OwnedEventId| self.staged.get(*id).is_some_and(|event| event.groups.is_none());
+        let new: Vec<_> = state.map.values().filter(is_new).filter_map(|id| self.staged.get(id).cloned()).collect();
+        for event in linearize(new, |event| &event.pdu, |pdu| pdu.auth_events.clone()) {
+            self.linear.push(Arc::new(event.pdu.to_linear()?), LogOrigin::default());
+        }
+        Ok(())
+    }
+
     pub(super) async fn open_log(&mut self, hub: Option<OwnedServerName>) -> Result<(), Refusal> {
         let Some(logs) = self.shared.logs.get().cloned() else { return Ok(()) };
         let hub = hub.ok_or_else(|| Refusal::NotFound(format!("the m.room.create of {}", self.room_id)))?;

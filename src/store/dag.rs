@@ -307,6 +307,18 @@ pub async fn events(store: &Store, ids: &[OwnedEventId]) -> Result<Vec<EventRow>
 
 const CHUNK: usize = 256;
 
+/// The event of a room that was stored first with the state before it: where its history begins here.
+pub async fn first_with_state(store: &Store, room_id: &RoomId) -> Result<Option<EventRow>, StoreError> {
+    sqlx::query(
+        "SELECT * FROM dag_events WHERE room_id = $1 AND before_group IS NOT NULL AND status = 0 ORDER BY seq LIMIT 1",
+    )
+    .bind(room_id.as_str())
+    .fetch_optional(store.reader())
+    .await?
+    .map(event_row)
+    .transpose()
+}
+
 /// A state group and those that it stands on, down to the last whole state.
 pub async fn group_chain(store: &Store, id: i64) -> Result<Vec<GroupRow>, StoreError> {
     sqlx::query(

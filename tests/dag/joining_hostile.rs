@@ -371,3 +371,26 @@ async fn what_cannot_be_checked_of_a_state_is_left_out() {
     let topic = gateway.dag.state_event(&room, "m.room.topic", "").await.unwrap().unwrap();
     assert!(topic.content.is_empty(), "a wrong hash leaves the redacted copy");
 }
+
+#[tokio::test]
+async fn what_was_said_before_the_join_is_not_taken_for_news() {
+    let peer = Arc::new(Peer::start("peer.example").await);
+    let gateway = Gateway::start(&[&peer]).await;
+    let mut view = room_of(&peer, RoomVersion::V11, json!({ "join_rule": "public" }));
+    let admin = peer.user("admin");
+    for number in 0..5 {
+        view.say(&peer, &admin, &format!("old {number}"));
+    }
+    // Said while the join was under way: it follows what was before the join, and the join does not.
+    let mut beside = view.clone();
+    let (said, event) = beside.say(&peer, &admin, "beside");
+    let before = view.state.values().cloned().collect();
+    peer.memory.states.lock().unwrap().insert(said.clone(), before);
+    let hosted = open(&peer, view, Box::new(|_, _| {}));
+    let room = hosted.view.lock().unwrap().room_id.clone();
+    gateway.dag.join(&room, std::slice::from_ref(&peer.name), &ghost("bob"), Object::new()).await.unwrap();
+    let received = peer.put(&gateway.dag, &[&event]).await.remove(0);
+    assert!(received.result.is_ok(), "{received:?}");
+    assert_eq!(gateway.inbox(&room).await, [said]);
+    assert_eq!(gateway.membership(&room, &ghost("bob")).await.as_deref(), Some("join"));
+}

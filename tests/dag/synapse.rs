@@ -262,3 +262,93 @@ async fn two_synapses_and_the_gateway_speak_and_decide_at_once() {
     let history = dora.history(room.as_str()).await.unwrap();
     assert!(history.iter().any(|event| event["content"]["body"] == "round 0"));
 }
+
+/// The versions in which the gateway joins the rooms of others.
+const JOINED: [&str; 7] = ["6", "7", "8", "9", "10", "11", "12"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rooms_of_a_stock_synapse_are_joined_in_each_version() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = Authority::new(directory.path()).unwrap();
+    let house = House::open(&authority).await;
+    let (one, two) = (directory.path().join("a"), directory.path().join("b"));
+    let (one, two) = tokio::join!(start(&one, &authority), start(&two, &authority));
+    let alice = one.register("alice", "secret").await.unwrap();
+    let carol = two.register("carol", "secret").await.unwrap();
+    let via: Vec<ruma::OwnedServerName> = vec![one.server_name.as_str().try_into().unwrap()];
+    let bob = house.user("bob");
+    for version in JOINED {
+        let body = json!({ "room_version": version, "preset": "public_chat", "name": format!("of version {version}") });
+        let there = alice.create_room(body).await.unwrap();
+        let room: OwnedRoomId = there.as_str().try_into().unwrap();
+        carol.join(&there, &[&one.server_name]).await.unwrap();
+        alice.send_text(&there, "earlier").await.unwrap();
+        let content = object(json!({ "displayname": "Bob" }));
+        let joined = house.dag.join(&room, &via, &bob, content).await.unwrap();
+        assert_eq!(joined.version.as_str(), version);
+        alice.wait_for_member(&there, bob.as_str(), "join").await.unwrap();
+        house.same_state_as(&room, &alice).await;
+        house.say(&room, "bob", "hello from bob").await;
+        // It goes to all servers of the room, by itself.
+        tokio::try_join!(alice.wait_for_text(&there, "hello from bob"), carol.wait_for_text(&there, "hello from bob"),)
+            .unwrap();
+        for client in [&alice, &carol] {
+            let sent = client.send_text(&there, "hello back").await.unwrap();
+            house.wait_for(&room, &sent).await;
+        }
+        // A second user needs nobody's help; one who left comes back to a room that went on.
+        house.dag.join(&room, &[], &house.user("dave"), object(json!({}))).await.unwrap();
+        alice.wait_for_member(&there, house.user("dave").as_str(), "join").await.unwrap();
+        for user in ["bob", "dave"] {
+            house.dag.leave(&room, &house.user(user), &[], None).await.unwrap();
+            alice.wait_for_member(&there, house.user(user).as_str(), "leave").await.unwrap();
+        }
+        alice.set_state(&there, "m.room.topic", "", json!({ "topic": "without you" })).await.unwrap();
+        house.dag.join(&room, &via, &bob, object(json!({}))).await.unwrap();
+        house.same_state_as(&room, &alice).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invites_conditions_and_knocks_of_a_stock_synapse() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = Authority::new(directory.path()).unwrap();
+    let house = House::open(&authority).await;
+    let synapse = start(&directory.path().join("a"), &authority).await;
+    let alice = synapse.register("alice", "secret").await.unwrap();
+    let via: Vec<ruma::OwnedServerName> = vec![synapse.server_name.as_str().try_into().unwrap()];
+    let (bob, dave) = (house.user("bob"), house.user("dave"));
+
+    let there = alice.create_room(json!({ "preset": "private_chat" })).await.unwrap();
+    let room: OwnedRoomId = there.as_str().try_into().unwrap();
+    let refusal = house.dag.join(&room, &via, &bob, object(json!({}))).await.unwrap_err();
+    assert_eq!(refusal.code(), "forbidden", "{refusal}");
+    for user in [&bob, &dave] {
+        alice.invite(&there, user.as_str()).await.unwrap();
+    }
+    house.dag.decline(&room, &dave, Some("no, thanks")).await.unwrap();
+    alice.wait_for_member(&there, dave.as_str(), "leave").await.unwrap();
+    house.dag.join(&room, &[], &bob, object(json!({}))).await.unwrap();
+    house.same_state_as(&room, &alice).await;
+
+    let rules = json!({ "join_rule": "restricted", "allow": [{ "type": "m.room_membership", "room_id": there }] });
+    let rules = json!([{ "type": "m.room.join_rules", "state_key": "", "content": rules }]);
+    let inner = alice.create_room(json!({ "preset": "private_chat", "initial_state": rules })).await.unwrap();
+    let inner: OwnedRoomId = inner.as_str().try_into().unwrap();
+    let refusal = house.dag.join(&inner, &via, &dave, object(json!({}))).await.unwrap_err();
+    assert_eq!(refusal.code(), "forbidden", "{refusal}");
+    let joined = house.dag.join(&inner, &via, &bob, object(json!({}))).await.unwrap();
+    assert_eq!(joined.join.content["join_authorised_via_users_server"], alice.user_id.as_str());
+    house.same_state_as(&inner, &alice).await;
+    house.dag.join(&room, &via, &dave, object(json!({}))).await.unwrap_err();
+
+    let rules = json!([{ "type": "m.room.join_rules", "state_key": "", "content": { "join_rule": "knock" } }]);
+    let closed = alice.create_room(json!({ "preset": "private_chat", "initial_state": rules })).await.unwrap();
+    let closed_id: OwnedRoomId = closed.as_str().try_into().unwrap();
+    let told = house.dag.knock(&closed_id, &via, &dave, object(json!({ "reason": "let me in" }))).await.unwrap();
+    assert!(!told.is_empty());
+    alice.wait_for_member(&closed, dave.as_str(), "knock").await.unwrap();
+    alice.invite(&closed, dave.as_str()).await.unwrap();
+    house.dag.join(&closed_id, &[], &dave, object(json!({}))).await.unwrap();
+    alice.wait_for_member(&closed, dave.as_str(), "join").await.unwrap();
+}
