@@ -192,6 +192,9 @@ pub trait Between: Send + Sync + 'static {
         false
     }
 
+    /// The hub of an LM room misbehaves; what it did is said by one word. Called from where its events are taken: from memory.
+    fn hub_misbehaves(&self, _room_id: &RoomId, _fault: &'static str) {}
+
     /// A participant of an LM room is told how the hub judged an LPDU that it sent; again when it could not be recorded.
     async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) -> Result<(), Refusal>;
 

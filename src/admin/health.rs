@@ -49,6 +49,8 @@ pub struct Health {
     pub echoes: Waiting,
     /// Events of foreign hubs' logs that could not be had, or not be checked, so far.
     pub missing: Waiting,
+    /// What foreign hubs did wrong with their logs.
+    pub hub_faults: HubFaults,
     /// Long parts of foreign hubs' logs, from an absence, that are being fetched.
     pub catching_up: CatchingUp,
     /// Events of other servers, since the start, for rooms that the database does not know. Where there are many, it may be that
@@ -91,6 +93,17 @@ pub struct Waiting {
     pub waiting: i64,
     /// How long the oldest has waited.
     pub oldest_age_ms: i64,
+}
+
+/// What foreign hubs did wrong.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct HubFaults {
+    /// How many faults were noticed in the last hour.
+    pub count: i64,
+    /// In how many rooms.
+    pub rooms: i64,
+    /// How many rooms' hubs do not know the log's end as it is here now.
+    pub lost: i64,
 }
 
 /// Parts of logs that are too long to be fetched at once.
@@ -144,7 +157,7 @@ impl Admin {
     /// How the gateway is now. The gauges of what waits are set by the way.
     pub async fn health(&self) -> Health {
         let context = &self.context;
-        let store = match tokio::time::timeout(PATIENCE, overview(&context.store)).await {
+        let store = match tokio::time::timeout(PATIENCE, overview(&context.store, context.clock.now_ms())).await {
             Ok(answer) => answer.map_err(|error| error.to_string()),
             Err(_) => Err(format!("no answer within {} s", PATIENCE.as_secs())),
         };
@@ -230,6 +243,18 @@ fn judge(findings: Findings) -> Health {
              `isthmus portal show` says where"
         ));
     }
+    let lm::Faults { count, rooms: faulty, lost } = store.faults;
+    if lost > 0 {
+        problems.push(format!(
+            "the hubs of {lost} rooms do not know what they gave before, and nothing is sent to them: \
+             `isthmus portal show` says where"
+        ));
+    }
+    if count > 0 {
+        problems.push(format!(
+            "foreign hubs misbehaved {count} times in the last hour, in {faulty} rooms: `isthmus portal show` says how"
+        ));
+    }
     if let Some(homeserver) = findings.homeserver.as_ref().filter(|homeserver| !homeserver.reachable) {
         let error = homeserver.error.as_deref().unwrap_or("it was not tried yet");
         problems.push(format!("the ping through the homeserver did not come back ({error}): run `isthmus doctor`"));
@@ -255,6 +280,7 @@ fn judge(findings: Findings) -> Health {
         inbox,
         echoes,
         missing,
+        hub_faults: HubFaults { count, rooms: faulty, lost },
         catching_up: CatchingUp { rooms, fetched, taken },
         events_of_unknown_rooms: METRICS.events_of_unknown_rooms.get(),
         outbound: Outbound {
@@ -301,6 +327,8 @@ mod tests {
             taken: 30,
         };
         let holes = Overview { missing: holes, ..Overview::default() };
+        let forked = Overview { faults: lm::Faults { count: 57, rooms: 2, lost: 0 }, ..Overview::default() };
+        let forgot = Overview { faults: lm::Faults { count: 0, rooms: 0, lost: 1 }, ..Overview::default() };
         let down = HomeserverStatus { error: Some("502".to_owned()), ..HomeserverStatus::default() };
         let failing = 5;
         let cases = [
@@ -318,6 +346,8 @@ mod tests {
                 Findings { store: Ok(holes), ..good() },
                 "first for 12 minutes (hub.example does not give it; 70 events of long absences were fetched so far, 30 of them",
             ),
+            (Findings { store: Ok(forked), ..good() }, "misbehaved 57 times in the last hour, in 2 rooms"),
+            (Findings { store: Ok(forgot), ..good() }, "the hubs of 1 rooms do not know"),
             (Findings { homeserver: Some(down), ..good() }, "did not come back (502)"),
         ];
         for (index, (findings, problem)) in cases.into_iter().enumerate() {

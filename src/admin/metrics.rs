@@ -38,6 +38,7 @@ pub struct Metrics {
     pub inbox_waiting: IntGauge,
     pub inbox_oldest_seconds: IntGauge,
     pub echoes_waiting: IntGauge,
+    pub lm_hub_faults: IntCounterVec,
     pub lm_missing: IntGauge,
     pub lm_missing_oldest_seconds: IntGauge,
     pub portals: IntGaugeVec,
@@ -290,6 +291,7 @@ impl Metrics {
             inbox_waiting: gauge(r, "inbox_waiting", "Accepted events that wait to be carried over."),
             inbox_oldest_seconds: gauge(r, "inbox_oldest_seconds", "How long the oldest of them has waited."),
             echoes_waiting: gauge(r, "echoes_waiting", "Images that a foreign hub did not send back yet."),
+            lm_hub_faults: counter(r, "lm_hub_faults_total", "Faults of foreign hubs, by kind.", &["kind"]),
             lm_missing: gauge(r, "lm_missing", "Events of foreign hubs' logs that could not be had or checked so far."),
             lm_missing_oldest_seconds: gauge(
                 r,

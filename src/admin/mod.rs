@@ -12,7 +12,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use http::header;
 
-pub use self::health::{CatchingUp, Failing, Health, Outbound, Status, Waiting};
+pub use self::health::{CatchingUp, Failing, Health, HubFaults, Outbound, Status, Waiting};
 use crate::appservice::Appservice;
 use crate::bridge::Bridge;
 use crate::dag::Dag;

@@ -54,7 +54,7 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{CatchingUp, Failing, Outbound, Waiting};
+    use super::super::{CatchingUp, Failing, HubFaults, Outbound, Waiting};
     use super::*;
 
     #[test]
@@ -76,6 +76,7 @@ mod tests {
             inbox: Waiting::default(),
             echoes: Waiting::default(),
             missing: Waiting::default(),
+            hub_faults: HubFaults::default(),
             catching_up: CatchingUp::default(),
             events_of_unknown_rooms: 0,
             outbound: Outbound { waiting: 1, failing: vec![failing] },

@@ -25,6 +25,8 @@ use crate::store::{inbox, lm, portals as stored};
 
 /// How many refusals are shown.
 const REFUSALS: i64 = 50;
+/// How many faults of a hub are shown.
+const FAULTS: i64 = 10;
 /// From when on what waits is a sign that something is wrong.
 const OVERDUE_MS: i64 = 600_000;
 
@@ -37,6 +39,8 @@ pub struct Health {
     pub pending: i64,
     /// What of the hub's log could not be had, or not be checked, so far.
     pub missing: Missing,
+    /// What the hub did wrong with its log.
+    pub hub_faults: HubFaults,
     /// Whether the hub is told to wait, because too much waits already.
     pub paused: bool,
     /// Whether something has waited for more than ten minutes.
@@ -56,6 +60,30 @@ pub struct Waiting {
     pub count: i64,
     /// When the oldest was accepted, in milliseconds.
     pub since: Option<i64>,
+}
+
+/// What a foreign hub did wrong with its log.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct HubFaults {
+    /// How many faults are on record.
+    pub count: i64,
+    /// Since when the hub does not know the log's end as it is here, in milliseconds. Nothing is sent to it until it does.
+    pub lost_since: Option<i64>,
+    /// The newest.
+    pub newest: Vec<HubFault>,
+}
+
+/// One fault of a hub.
+#[derive(Debug, Clone, Serialize)]
+pub struct HubFault {
+    /// The event with which it was noticed.
+    pub event_id: String,
+    /// `forked`, `rewritten`, `forbidden`, `skipped` or `went_back`.
+    pub kind: String,
+    /// What is wrong.
+    pub problem: String,
+    /// When it was noticed, in milliseconds.
+    pub noticed_ts: i64,
 }
 
 /// What is missing of a foreign hub's log.
@@ -192,11 +220,23 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
         ],
         pending,
         missing: Missing { count, since, last_error, fetched, taken },
+        hub_faults: hub_faults(core, &portal).await?,
         paused: core.pauses.is_paused(number),
         overdue: [since_matrix, since_lm, since_pending, since].into_iter().any(late),
         members,
         refusals: images::refusals(store, number, REFUSALS).await?.into_iter().map(Refused::from).collect(),
     })
+}
+
+async fn hub_faults(core: &Core, portal: &Portal) -> Result<HubFaults, Refusal> {
+    let (store, room) = (&core.context.store, &portal.lm_room_id);
+    let (count, newest) = lm::faults(store, room, FAULTS).await?;
+    let fault = |row: lm::FaultRow| {
+        let lm::FaultRow { event_id, kind, problem, noticed_ts } = row;
+        HubFault { event_id, kind, problem, noticed_ts }
+    };
+    let lost_since = lm::lost_since(store, room).await?;
+    Ok(HubFaults { count, lost_since, newest: newest.into_iter().map(fault).collect() })
 }
 
 async fn natives(core: &Core, portal: &Portal, side: Side) -> Result<Vec<OwnedUserId>, Refusal> {

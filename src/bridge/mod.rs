@@ -47,7 +47,7 @@ use std::sync::Arc;
 
 use ruma::{EventId, OwnedEventId, OwnedServerName, OwnedUserId, UserId};
 
-pub use self::admin::{Explanation, Health, Members, Refused, Waiting};
+pub use self::admin::{Explanation, Health, HubFault, HubFaults, Members, Refused, Waiting};
 pub use self::alias::of_alias;
 use self::core::Core;
 pub use self::ends::{GHOSTS_STAY_MS, UNUSED_MS};

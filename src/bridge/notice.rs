@@ -23,6 +23,8 @@ const SAME_EVERY_MS: i64 = 600_000;
 const A_MINUTE: usize = 5;
 /// How many senders are remembered; with more, everything is forgotten.
 const REMEMBERED: usize = 10_000;
+/// How often a room is told of its hub's faults.
+const HUB_EVERY_MS: i64 = 3_600_000;
 /// The longest reason in a notice, in characters.
 const REASON_LIMIT: usize = 300;
 
@@ -36,6 +38,8 @@ pub(super) struct Notices {
 struct Told {
     senders: HashMap<(i64, OwnedUserId, &'static str), i64>,
     portals: HashMap<i64, Vec<i64>>,
+    /// When the room of a portal was told of a kind of its hub's faults, and how many there were since.
+    hubs: HashMap<(i64, &'static str), (i64, u64)>,
 }
 
 impl Notices {
@@ -55,6 +59,36 @@ impl Notices {
                 tracing::warn!(portal = portal.portal_id, %refusal, "a notice could not be sent");
             }
         });
+    }
+
+    /// Tells the Matrix room of a portal that its hub misbehaves: at once, and then once in an hour how often.
+    pub(super) fn hub(&self, core: &Arc<Core>, portal: &Arc<Portal>, fault: &'static str) {
+        if !core.context.config.portals.notices || portal.is_one_room() {
+            return;
+        }
+        let Some(count) = self.hub_due((portal.number(), fault), core.now_ms()) else { return };
+        let body = hub_notice(portal.lm_hub.as_str(), fault, count);
+        let (core, portal) = (core.clone(), portal.clone());
+        core.clone().spawn(async move {
+            if let Err(refusal) = say(&core, &portal, Side::Matrix, body).await {
+                tracing::warn!(portal = portal.portal_id, %refusal, "a notice could not be sent");
+            }
+        });
+    }
+
+    /// How many faults of a kind are to be told now, if any are.
+    fn hub_due(&self, key: (i64, &'static str), now: i64) -> Option<u64> {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.hubs.len() > REMEMBERED {
+            *told = Told::default();
+        }
+        let (at, count) = told.hubs.entry(key).or_insert((i64::MIN, 0));
+        *count = count.saturating_add(1);
+        if *at != i64::MIN && is_recent(*at, now, HUB_EVERY_MS) {
+            return None;
+        }
+        *at = now;
+        Some(std::mem::take(count))
     }
 
     fn due(&self, key: (i64, OwnedUserId, &'static str), now: i64) -> bool {
@@ -97,6 +131,22 @@ fn notice(event: &Event, refusal: &Refusal) -> Object {
     content
 }
 
+fn hub_notice(hub: &str, fault: &str, count: u64) -> Object {
+    let what = match fault {
+        "went_back" => "does not know any more what was said here last: nothing is sent to it until it does",
+        "forked" => "lets this room's log fork: messages may come late, or in another order than elsewhere",
+        "rewritten" => "gave events of this room that are not as they were signed",
+        "forbidden" => "took events into this room that its rules forbid: they are left out here",
+        "skipped" => "does not give all of this room's log: messages may be missing here",
+        _ => "does not keep this room's log as it should",
+    };
+    let times = if count > 1 { format!(" ({count} times since this was said last)") } else { String::new() };
+    let mut content =
+        text("m.notice", &format!("The server {hub}, which keeps the room on the other side, {what}{times}."));
+    content.insert("m.mentions".to_owned(), json!({}));
+    content
+}
+
 /// The content of a message.
 pub(super) fn text(msgtype: &str, body: &str) -> Object {
     let mut content = Object::new();
@@ -120,6 +170,20 @@ mod tests {
     use ruma::user_id;
 
     use super::*;
+
+    #[test]
+    fn a_room_is_told_of_its_hub_at_once_and_then_once_in_an_hour() {
+        let notices = Notices::default();
+        assert_eq!(notices.hub_due((1, "forked"), 5), Some(1));
+        for _ in 0..7 {
+            assert_eq!(notices.hub_due((1, "forked"), HUB_EVERY_MS), None);
+        }
+        assert_eq!(notices.hub_due((1, "went_back"), 6), Some(1));
+        assert_eq!(notices.hub_due((2, "forked"), 6), Some(1));
+        assert_eq!(notices.hub_due((1, "forked"), HUB_EVERY_MS + 5), Some(8));
+        let body = hub_notice("hub.example", "forked", 8)["body"].as_str().unwrap().to_owned();
+        assert!(body.contains("hub.example") && body.contains("fork") && body.contains('8'), "{body}");
+    }
 
     #[test]
     fn a_sender_is_told_the_same_once_in_a_while_and_a_room_not_flooded() {

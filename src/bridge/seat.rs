@@ -60,6 +60,12 @@ impl Between for Seat {
         profile(&self.0, side, user_id).await
     }
 
+    fn hub_misbehaves(&self, room_id: &RoomId, fault: &'static str) {
+        if let Some(entry) = self.0.registry.of_room(Side::Lm, room_id) {
+            self.0.notices.hub(&self.0, &entry.portal(), fault);
+        }
+    }
+
     async fn lpdu_refused(&self, room_id: &RoomId, lpdu_id: &OwnedEventId, error: &str) -> Result<(), Refusal> {
         lpdu_refused(&self.0, room_id, lpdu_id, error).await
     }

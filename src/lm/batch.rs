@@ -343,7 +343,7 @@ async fn each_alone(lm: &Lm, cell: &Arc<RoomCell>, events: Vec<Arc<Pdu>>) -> Res
         refused.insert(event.event_id.clone());
         let mut batch = Batch::new(cell.snapshot(store).await?);
         let problem = refusal.to_string();
-        batch.complain(Complaint { event_id: event.event_id.clone(), problem, settled: true });
+        batch.complain(Complaint { event_id: event.event_id.clone(), problem, settled: true, fault: None });
         batch.write(lm, Some(cell)).await?;
     }
     Ok(committed)
@@ -499,6 +499,9 @@ impl Job {
 
     async fn append(self, tx: &mut Tx) -> Result<Vec<NewEvent>, StoreError> {
         let room_id = &self.feed.room_id;
+        let of_own = |entry: &&Entry| entry.pdu.sender.server_name() == self.server_name;
+        let own: Vec<OwnedEventId> =
+            self.entries.iter().filter(of_own).filter_map(|entry| entry.pdu.lpdu_id.clone()).collect();
         let events: Vec<NewEvent> = self
             .entries
             .into_iter()
@@ -511,6 +514,9 @@ impl Job {
             })
             .collect();
         stored::append(tx, room_id, &events).await?;
+        for lpdu_id in own.iter().filter(|_| !self.is_hub) {
+            stored::lpdu_echoed(tx, room_id, lpdu_id).await?;
+        }
         let state = events.iter().filter_map(|event| Some((event.state.as_ref()?, event.position)));
         let state: BTreeMap<&(String, String), i64> = state.collect();
         stored::set_state(tx, room_id, &state.into_iter().collect::<Vec<_>>()).await?;

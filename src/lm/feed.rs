@@ -53,6 +53,15 @@ impl FeedSource for Feeds {
         }
     }
 
+    fn is_back(&self, destination: &ServerName) {
+        let (Ok(lm), hub) = (self.lm(), destination.to_owned()) else { return };
+        tokio::spawn(async move {
+            if let Err(refusal) = lm.hub_is_back(&hub).await {
+                tracing::warn!(%hub, %refusal, "the rooms of a hub that is back are not looked at");
+            }
+        });
+    }
+
     async fn answered(
         &self,
         feed: &Feed,

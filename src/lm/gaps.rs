@@ -21,7 +21,7 @@ use super::staged::Found;
 use crate::event::Pdu;
 use crate::federation::RemoteError;
 use crate::refusal::Refusal;
-use crate::store::lm::{self as stored, Known};
+use crate::store::lm::{self as stored, Fault, Known};
 
 /// How many events one request for missing ones asks for.
 const PAGE: usize = 100;
@@ -30,7 +30,7 @@ const PAGES: usize = 500;
 /// How much one gap may have to be filled at once, and how long that may take: the hub may be waiting for our answer.
 const AT_ONCE: Bounds = Bounds { events: 5_000, bytes: 16 << 20, patience: Duration::from_secs(30) };
 /// As how many of our users a hub is asked where its log ends.
-const ASKERS: usize = 3;
+pub(super) const ASKERS: usize = 3;
 
 /// What became of a gap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,7 +115,7 @@ impl Lm {
 
 impl Taking<'_> {
     /// Takes everything up to these events, of which nothing but the IDs is known.
-    async fn take_up_to(&mut self, ends: &BTreeSet<OwnedEventId>) -> Result<Filled, Refusal> {
+    pub(super) async fn take_up_to(&mut self, ends: &BTreeSet<OwnedEventId>) -> Result<Filled, Refusal> {
         let mut missing = Vec::new();
         for end in ends {
             if !self.knows(end).await? {
@@ -170,7 +170,7 @@ impl Taking<'_> {
         if filled == Filled::Bridged && late.is_none() {
             let first = found.first().and_then(|(_, event)| event_of(event)).map_or(event, |first| &first.event_id);
             let first = first.to_owned();
-            self.complain(event, "the hub did not give all that is before it");
+            self.fault(Fault::Skipped, event, "the hub did not give all that is before it");
             self.adopt_state_before(&first).await?;
         }
         for (place, event) in found {
@@ -186,6 +186,105 @@ impl Taking<'_> {
             self.note(&event_id, Some(since), None, &problem);
         }
         Ok(filled)
+    }
+
+    /// Takes what of the hub's log did not arrive, from an event back to one up to which it was looked over before, or to where
+    /// our part of it begins: in the hub's order, whatever names what. False when the hub did not give all of that.
+    pub(super) async fn look_back(&mut self, from: OwnedEventId, until: Option<&EventId>) -> Result<bool, Refusal> {
+        let facts = self.room().facts.clone();
+        let deadline = Instant::now() + AT_ONCE.patience;
+        let (mut from, mut reached, mut whole) = (from, false, false);
+        let (mut place, mut bytes) = (self.batch.after.head, 0_usize);
+        let (mut seen, mut found) = (BTreeSet::new(), Vec::new());
+        'pages: for _ in 0..PAGES {
+            let page = match tokio::time::timeout_at(deadline, self.page(&facts, &from)).await {
+                Ok(Ok(page)) => page,
+                Ok(Err(error)) => {
+                    tracing::info!(room = %facts.room_id, hub = %facts.hub, %error, "the log was not looked over to its end");
+                    whole = is_verdict(&error);
+                    break;
+                }
+                Err(_) => break,
+            };
+            let mut page: Vec<_> = page.into_iter().filter(|event| event_of(event).is_some()).collect();
+            let is_from = |event: Option<&Result<Finished, Bad>>| {
+                event.and_then(event_of).is_some_and(|pdu| pdu.event_id == from)
+            };
+            if is_from(page.last()) {
+                page.reverse();
+            }
+            let ids: Vec<OwnedEventId> = page.iter().filter_map(event_of).map(|pdu| pdu.event_id.clone()).collect();
+            let ids: Vec<&EventId> = ids.iter().map(|id| &**id).collect();
+            let rows = stored::events_by_id(&self.lm().context().store, &ids).await?;
+            let places: BTreeMap<OwnedEventId, i64> =
+                rows.into_iter().map(|row| (row.event_id, row.position)).collect();
+            let (mut far, mut any_new) = (None, false);
+            for event in page {
+                let Some(pdu) = event_of(&event).filter(|pdu| pdu.room_id == facts.room_id) else { continue };
+                let event_id = pdu.event_id.clone();
+                if !seen.insert(event_id.clone()) {
+                    continue;
+                }
+                reached |= until.is_some_and(|until| *until == *event_id);
+                if let Some(position) = places.get(&event_id) {
+                    if self.begins_here(pdu, *position).await? {
+                        whole = true;
+                        break 'pages;
+                    }
+                    place = place.min(position.saturating_sub(1));
+                } else if !self.knows(&event_id).await? && !self.is_waiting(&event_id) {
+                    any_new = true;
+                    bytes = bytes.saturating_add(pdu.to_bytes().len());
+                    found.push((place, event));
+                }
+                far = Some(event_id);
+            }
+            match far.filter(|far| *far != from) {
+                Some(far) if (!reached || any_new) && found.len() < AT_ONCE.events && bytes < AT_ONCE.bytes => {
+                    from = far
+                }
+                _ => {
+                    whole = true;
+                    break;
+                }
+            }
+        }
+        if !found.is_empty() {
+            let events = found.len();
+            tracing::warn!(room = %facts.room_id, hub = %facts.hub, events, "the hub's log has events that did not arrive");
+        }
+        for (place, event) in found.into_iter().rev() {
+            // State that is older than what stands in its place must not replace it.
+            self.waits.late = Some(place);
+            let _ = match self.admit(event) {
+                Ok(event) => self.place(event).await?,
+                Err(outcome) => outcome,
+            };
+        }
+        self.waits.late = None;
+        Ok(whole)
+    }
+
+    /// Whether our part of the log begins with an event of it: what is before is not ours.
+    async fn begins_here(&self, pdu: &Pdu, position: i64) -> Result<bool, Refusal> {
+        let own = &self.lm().context().server_name;
+        let joins = |pdu: &Pdu| pdu.content().get("membership").and_then(|text| text.as_str()) == Some("join");
+        if pdu.kind == "m.room.create" {
+            return Ok(true);
+        }
+        if pdu.kind != "m.room.member" || pdu.sender.server_name() != own || !joins(pdu) {
+            return Ok(false);
+        }
+        let (store, room) = (&self.lm().context().store, self.room());
+        let pattern = format!("%:{own}");
+        let before =
+            stored::state_of_kind_before(store, &room.facts.room_id, position, "m.room.member", &pattern).await?;
+        for row in before {
+            if joins(&stored_pdu(row, room.redaction)?) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Looks for everything between the log and what is `left`, in which what was not found remains.
@@ -219,7 +318,7 @@ impl Taking<'_> {
                 if let Err(Bad::Malformed { event_id, prev_events, refusal }) = event {
                     // It is refused whenever it comes, and nothing waits for it.
                     if !self.knows(&event_id).await? {
-                        self.settle(&event_id, &refusal.to_string());
+                        self.settle(Some(Fault::Forbidden), &event_id, &refusal.to_string());
                         self.fresh.insert(event_id.clone());
                     }
                     passed.insert(event_id, Passed { position: i64::MAX, prev_events });
@@ -293,7 +392,7 @@ impl Taking<'_> {
                 let (allowed, refused) = without_forbidden(state, &forbidden);
                 for (event_id, refusal) in refused {
                     if !self.knows(&event_id).await? {
-                        self.complain(&event_id, &format!("left out of the state: {refusal}"));
+                        self.fault(Fault::Forbidden, &event_id, &format!("left out of the state: {refusal}"));
                     }
                 }
                 self.adopt(allowed).await?;
@@ -346,13 +445,13 @@ impl Taking<'_> {
                         continue;
                     }
                     if let Err(refusal) = self.room().has_room_for(&pdu) {
-                        self.complain(&pdu.event_id, &format!("left out of the state: {refusal}"));
+                        self.fault(Fault::Forbidden, &pdu.event_id, &format!("left out of the state: {refusal}"));
                         continue;
                     }
                     self.batch.after.redaction = redaction;
                     self.append(pdu);
                 }
-                Err(Bad::Forged(pdu, refusal)) => self.complain(&pdu.event_id, &refusal.to_string()),
+                Err(Bad::Forged(pdu, refusal)) => self.fault(Fault::Rewritten, &pdu.event_id, &refusal.to_string()),
                 Err(Bad::Unproved(pdu, refusal)) => self.keep_given(&pdu, &refusal),
                 Err(Bad::Dropped(refusal) | Bad::Malformed { refusal, .. }) => {
                     tracing::warn!(%refusal, "a state event was not taken")
@@ -364,7 +463,7 @@ impl Taking<'_> {
 }
 
 /// Whether a server has answered, be it nonsense, rather than being away, busy or broken on its way to us.
-fn is_verdict(error: &RemoteError) -> bool {
+pub(super) fn is_verdict(error: &RemoteError) -> bool {
     let away = [
         StatusCode::TOO_MANY_REQUESTS,
         StatusCode::BAD_GATEWAY,

@@ -62,7 +62,8 @@ impl Lm {
                 None => self.forget_holes(&room_id).await?,
             }
         }
-        self.resume_stranded().await
+        self.resume_stranded().await?;
+        self.resume_looks().await
     }
 
     /// Sees to it that somebody looks after what is missing in a room.

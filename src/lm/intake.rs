@@ -17,11 +17,12 @@ use super::rooms::{RoomCell, lock, stored_pdu};
 use super::rules::{HUB_EVENT, Slot};
 use super::waits::{Waits, slot_of};
 use super::{Lm, Role};
+use crate::admin::metrics::METRICS;
 use crate::event::{Lpdu, Object, Pdu, event_id, reference_hash};
 use crate::guard::fails_on;
 use crate::refusal::Refusal;
 use crate::seam::Received;
-use crate::store::lm::{self as stored, Complaint, Known};
+use crate::store::lm::{self as stored, Complaint, Fault, Known};
 
 impl Lm {
     /// Takes what a server sent into a room that is hubbed elsewhere; answers in order, after the commit.
@@ -228,6 +229,10 @@ pub(super) struct Taking<'a> {
     pub(super) gap_is_open: bool,
     /// What of the log is missing.
     pub(super) waits: Waits,
+    /// Whether the hub's log was seen to fork.
+    pub(super) forked: bool,
+    /// Whether the log is being looked over: what is found so sets off no other look.
+    pub(super) looks: bool,
 }
 
 impl<'a> Taking<'a> {
@@ -244,6 +249,8 @@ impl<'a> Taking<'a> {
             announced: None,
             gap_is_open: false,
             waits: Waits::default(),
+            forked: false,
+            looks: false,
         }
     }
 
@@ -316,7 +323,7 @@ impl<'a> Taking<'a> {
         let event_id = event.pdu.event_id.clone();
         let Ok(placed) = AssertUnwindSafe(self.judge_and_place(event)).catch_unwind().await else {
             let refusal = fails_on(&event_id);
-            self.settle(&event_id, &refusal.to_string());
+            self.settle(None, &event_id, &refusal.to_string());
             self.fresh.insert(event_id);
             return Ok(Err(refusal));
         };
@@ -335,7 +342,7 @@ impl<'a> Taking<'a> {
             return Ok(Ok(()));
         }
         if self.is_replaced(&pdu).await? {
-            self.settle(&pdu.event_id, "came when something newer stood in its place already");
+            self.settle(None, &pdu.event_id, "came when something newer stood in its place already");
             self.fresh.insert(pdu.event_id);
             return Ok(Ok(()));
         }
@@ -343,21 +350,23 @@ impl<'a> Taking<'a> {
             if self.may_be_allowed() {
                 return Ok(self.keep(&pdu, &refusal, false));
             }
-            self.settle(&pdu.event_id, &refusal.to_string());
+            self.settle(Some(Fault::Forbidden), &pdu.event_id, &refusal.to_string());
             self.fresh.insert(pdu.event_id);
             return Ok(Err(refusal));
         }
         if let Err(refusal) = self.room().has_room_for(&pdu) {
-            self.settle(&pdu.event_id, &refusal.to_string());
+            self.settle(None, &pdu.event_id, &refusal.to_string());
             self.fresh.insert(pdu.event_id);
             return Ok(Err(refusal));
         }
         if let Some(why) = redacted.filter(|_| !copy || pdu.sender.server_name() == self.lm.context().server_name) {
-            self.complain(&pdu.event_id, &format!("taken redacted: {why}"));
+            self.fault(Fault::Rewritten, &pdu.event_id, &format!("taken redacted: {why}"));
         }
         if self.forks(&pdu).await? {
             // The log forks at the hub. Both branches are facts there; they stand here in the order in which they came.
-            self.complain(&pdu.event_id, &format!("follows {:?}, not the end of the log", pdu.prev_events));
+            let problem = format!("follows {:?}, not the end of the log", pdu.prev_events);
+            self.fault(Fault::Forked, &pdu.event_id, &problem);
+            self.forked = true;
         }
         self.batch.after.redaction = redaction;
         let slot = slot_of(&pdu);
@@ -445,22 +454,35 @@ impl<'a> Taking<'a> {
         Ok(room.judge(&subject, &chosen))
     }
 
-    /// Remarks on an event that is taken all the same, or may come again and be right.
-    pub fn complain(&mut self, event_id: &EventId, problem: &str) {
-        self.record(event_id, problem, false);
+    /// Remarks on a fault of the hub: the event is taken all the same, or may come again and be right.
+    pub fn fault(&mut self, fault: Fault, event_id: &EventId, problem: &str) {
+        self.record(Some(fault), event_id, problem, false);
         self.looked_up.entry(event_id.to_owned()).or_default().get_or_insert(Known::Remarked);
     }
 
-    /// Records that an event is refused for good.
-    pub(super) fn settle(&mut self, event_id: &EventId, problem: &str) {
-        self.record(event_id, problem, true);
+    /// Records that an event is refused for good, and whether that is a fault of the hub.
+    pub(super) fn settle(&mut self, fault: Option<Fault>, event_id: &EventId, problem: &str) {
+        self.record(fault, event_id, problem, true);
     }
 
-    fn record(&mut self, event_id: &EventId, problem: &str, settled: bool) {
-        let facts = &self.room().facts;
-        tracing::warn!(room = %facts.room_id, hub = %facts.hub, event = %event_id, problem, "the hub misbehaves");
+    fn record(&mut self, fault: Option<Fault>, event_id: &EventId, problem: &str, settled: bool) {
+        let facts = self.room().facts.clone();
+        let (room_id, hub) = (&facts.room_id, &facts.hub);
+        match fault {
+            Some(fault) => {
+                let fault = fault.as_str();
+                if self.lm.looks().warns(room_id) {
+                    tracing::warn!(room = %room_id, %hub, event = %event_id, fault, problem, "the hub misbehaves");
+                } else {
+                    tracing::debug!(room = %room_id, %hub, event = %event_id, fault, problem, "the hub misbehaves");
+                }
+                METRICS.lm_hub_faults.with_label_values(&[fault]).inc();
+                self.lm.between().hub_misbehaves(room_id, fault);
+            }
+            None => tracing::info!(room = %room_id, %hub, event = %event_id, problem, "an event is not taken"),
+        }
         let (event_id, problem) = (event_id.to_owned(), problem.chars().take(500).collect());
-        self.batch.complain(Complaint { event_id, problem, settled });
+        self.batch.complain(Complaint { event_id, problem, settled, fault });
     }
 
     /// Whether an event is in the log, or was rejected for good.

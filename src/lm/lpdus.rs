@@ -172,6 +172,9 @@ impl Lm {
         until: Option<i64>,
         limit: usize,
     ) -> Result<Vec<Delivery>, StoreError> {
+        if self.looks().is_lost(room_id) {
+            return Ok(Vec::new());
+        }
         let max = i64::try_from(limit).unwrap_or(i64::MAX);
         let rows = stored::lpdus_after(&self.context().store, room_id, after, max).await?;
         let is_all = rows.len() < limit;
@@ -260,7 +263,7 @@ impl Lm {
         // A transaction of one event may be refused as a whole.
         let refused = answer.get("errcode").and_then(Value::as_str).map(|_| answer);
         self.taken(room_id, positions).await?;
-        let mut left: Vec<i64> = Vec::new();
+        let (mut left, mut refused_at): (Vec<i64>, Vec<i64>) = Default::default();
         if refused.is_some() || failed.is_some_and(|failed| !failed.is_empty()) {
             let cell = self.rooms().find(room_id).await?;
             let hub_now = match &cell {
@@ -276,6 +279,7 @@ impl Lm {
                     left.push(lpdu.position);
                     continue;
                 }
+                refused_at.push(lpdu.position);
                 let why = why.get("error").and_then(Value::as_str).unwrap_or("no reason given");
                 let why: String = why.chars().take(500).collect();
                 tracing::info!(room = %room_id, %hub, event = %lpdu.lpdu_id, why, "the hub refused an event");
@@ -293,15 +297,23 @@ impl Lm {
                 self.replace_in_background(&cell);
             }
         }
-        let room_id = room_id.to_owned();
-        let positions: Vec<i64> = positions.iter().copied().filter(|position| !left.contains(position)).collect();
-        store.write(move |tx| Box::pin(async move { stored::forget_lpdus(tx, &room_id, &positions).await })).await?;
+        let is_taken = |position: &i64| !left.contains(position) && !refused_at.contains(position);
+        let taken: Vec<i64> = positions.iter().copied().filter(is_taken).collect();
+        let (room, now) = (room_id.to_owned(), self.context().clock.now_ms());
+        let job = store.write(move |tx| {
+            Box::pin(async move {
+                stored::forget_lpdus(tx, &room, &refused_at).await?;
+                stored::take_lpdus(tx, &room, &taken, now).await
+            })
+        });
+        job.await?;
+        self.expect_echo(room_id);
         Ok(())
     }
 }
 
 /// Whether an LPDU that is queued is for this hub.
-fn is_for(hub: &ServerName, lpdu: &[u8]) -> bool {
+pub(super) fn is_for(hub: &ServerName, lpdu: &[u8]) -> bool {
     #[derive(serde::Deserialize)]
     struct Peek<'a> {
         #[serde(borrow)]

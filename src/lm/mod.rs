@@ -6,7 +6,7 @@
 //! (own events, LPDUs), `handshake`, `invite`, `served`, `visibility` and `join_state`; the participant's in `participant` (joining), `join_check`
 //! (the state that comes with a join),
 //! `intake` (what the hub sends), `gaps` (what is missing of
-//! that), `staged` (where that is much), `holes` (what stays missing), `waits` (what waits to be
+//! that), `staged` (where that is much), `look` (whether the log as a whole is what was given), `holes` (what stays missing), `waits` (what waits to be
 //! judged), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
 //! not come back from there). `shared` is the log of a room that is a graph too. `weight` bounds the state that a foreign hub can have us keep. `feed` is what
 //! the outbound queues read, `peers` what is asked of others, `reads` what the gateway itself asks.
@@ -25,6 +25,7 @@ mod invite;
 mod join_check;
 mod join_state;
 mod knock;
+mod look;
 mod lpdus;
 mod names;
 mod participant;
@@ -55,6 +56,7 @@ use self::feed::Feeds;
 pub use self::holes::AGAIN_MS as HOLES_AGAIN_MS;
 pub use self::hub::id_as_received;
 use self::invite::Invites;
+use self::look::Looks;
 use self::participant::Joining;
 use self::peers::Peers;
 use self::rooms::Rooms;
@@ -151,6 +153,7 @@ struct Inner {
     peers: Peers,
     joining: Joining,
     invites: Invites,
+    looks: Looks,
     /// The graphs of shared rooms.
     graphs: OnceLock<Weak<dyn Graphs>>,
 }
@@ -173,6 +176,7 @@ impl Lm {
             peers: Peers::new(context.client.clone(), context.keyring.clone()),
             joining: Joining::default(),
             invites: Invites::new(),
+            looks: Looks::new(),
             graphs: OnceLock::new(),
             context,
             between,
@@ -201,6 +205,10 @@ impl Lm {
 
     fn peers(&self) -> &Peers {
         &self.inner.peers
+    }
+
+    fn looks(&self) -> &Looks {
+        &self.inner.looks
     }
 
     fn joining(&self) -> &Joining {

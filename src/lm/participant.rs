@@ -25,6 +25,7 @@ use crate::federation::RemoteError;
 use crate::identity::KeyringError;
 use crate::refusal::Refusal;
 use crate::seam::{AliasTarget, Draft, Membership, Outgoing, SHARED};
+use crate::store::lm::Fault;
 
 /// How many events are kept that come for a room while its join is under way.
 const EARLY: usize = 1000;
@@ -250,7 +251,7 @@ impl Lm {
         let mut taking = Taking::new(self, batch);
         taking.adopt(allowed).await?;
         for (event_id, refusal) in refused {
-            taking.settle(&event_id, &refusal.to_string());
+            taking.settle(Some(Fault::Forbidden), &event_id, &refusal.to_string());
         }
         let room = &taking.batch.after;
         if room.facts.hub != *hub {

@@ -18,7 +18,7 @@ use super::rooms::{RoomCell, stored_pdu};
 use crate::event::Redaction;
 use crate::refusal::Refusal;
 use crate::store::StoreError;
-use crate::store::lm::{self as stored, EventRow, Gap, Hole, Staged};
+use crate::store::lm::{self as stored, EventRow, Fault, Gap, Hole, Staged};
 
 /// How many bytes are written down for all gaps together. A room may have half of what the others leave.
 const SPACE: i64 = 1 << 30;
@@ -144,7 +144,11 @@ impl Lm {
         };
         let count = i64::try_from(rows.len()).unwrap_or(i64::MAX);
         if let (0, Some(problem), Some(first)) = (gap.taken, &gap.problem, rows.first()) {
-            taking.complain(&first.event_id, &format!("the hub did not give all that is before it: {problem}"));
+            taking.fault(
+                Fault::Skipped,
+                &first.event_id,
+                &format!("the hub did not give all that is before it: {problem}"),
+            );
             let adopted = taking.adopt_state_before(&first.event_id).await?;
             // What was judged without it would be refused for good.
             match adopted {

@@ -17,7 +17,7 @@ use super::rooms::RoomCell;
 use crate::event::Pdu;
 use crate::refusal::Refusal;
 use crate::store::StoreError;
-use crate::store::lm::{self as stored, Hole, Overflow};
+use crate::store::lm::{self as stored, Fault, Hole, Overflow};
 
 /// How long what comes after an event that waits for its keys waits with it.
 const HOLD_MS: i64 = 10_000;
@@ -183,7 +183,9 @@ impl Taking<'_> {
                     // What allowed it was perhaps not proved either.
                     let forbidden = event.as_ref().ok().and_then(|event| self.forbids_deciding(&event.pdu));
                     match forbidden {
-                        Some(refusal) => self.complain(&hole.event_id, &format!("left out of the state: {refusal}")),
+                        Some(refusal) => {
+                            self.fault(Fault::Forbidden, &hole.event_id, &format!("left out of the state: {refusal}"))
+                        }
                         None if replaced => {}
                         None => self.adopt(vec![event]).await?,
                     }
@@ -220,7 +222,7 @@ impl Taking<'_> {
             },
             Err(Bad::Dropped(refusal) | Bad::Malformed { refusal, .. }) => Err(Err(refusal)),
             Err(Bad::Forged(pdu, refusal)) => {
-                self.complain(&pdu.event_id, &refusal.to_string());
+                self.fault(Fault::Rewritten, &pdu.event_id, &refusal.to_string());
                 Err(Err(refusal))
             }
         }
@@ -402,6 +404,7 @@ impl Taking<'_> {
         if any {
             closed.extend(self.fresh);
         }
+        let (forked, looks) = (self.forked, self.looks);
         let hasten = freed && !overflows.is_empty();
         let settled = !closed.is_empty() || !asked.is_empty() || hasten;
         let changes = !noted.is_empty() || settled || self.gap_is_open;
@@ -417,6 +420,9 @@ impl Taking<'_> {
             lm.note_holes(&room_id, noted).await?;
         }
         let committed = self.batch.commit(&lm, cell).await?;
+        if !looks && (forked || !committed.appended.is_empty()) {
+            lm.saw(&room_id, forked).await?;
+        }
         if settled {
             let (room_id, store, now) = (room_id.clone(), lm.context().store.clone(), lm.context().clock.now_ms());
             let job = lm.context().store.write(move |tx| {

@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 
 use ruma::ServerName;
 
-use super::lm::Missing;
+use super::lm::{Faults, Missing};
 use super::{Store, StoreError};
+
+/// For how long a fault of a hub is a problem, in milliseconds.
+const FAULTS_FOR_MS: i64 = 3_600_000;
 
 /// How much of the bridge waits, and how many portals there are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -20,12 +23,14 @@ pub struct Overview {
     pub echo_oldest_ts: Option<i64>,
     /// What of foreign hubs' logs is missing here.
     pub missing: Missing,
+    /// What these hubs did wrong of late.
+    pub faults: Faults,
     /// How many portals are in each state.
     pub portals: Vec<(String, i64)>,
 }
 
-/// Reads it; that it can be read shows that the store is there.
-pub async fn overview(store: &Store) -> Result<Overview, StoreError> {
+/// Reads it, at `now`; that it can be read shows that the store is there.
+pub async fn overview(store: &Store, now: i64) -> Result<Overview, StoreError> {
     let (inbox_waiting, inbox_oldest_ts): (i64, Option<i64>) =
         sqlx::query_as("SELECT COUNT(*), MIN(received_ts) FROM bridge_inbox").fetch_one(store.reader()).await?;
     let (echoes_waiting, echo_oldest_ts): (i64, Option<i64>) =
@@ -36,7 +41,8 @@ pub async fn overview(store: &Store) -> Result<Overview, StoreError> {
         .fetch_all(store.reader())
         .await?;
     let missing = super::lm::missing(store, None).await?;
-    Ok(Overview { inbox_waiting, inbox_oldest_ts, echoes_waiting, echo_oldest_ts, missing, portals })
+    let faults = super::lm::faults_since(store, now.saturating_sub(FAULTS_FOR_MS)).await?;
+    Ok(Overview { faults, inbox_waiting, inbox_oldest_ts, echoes_waiting, echo_oldest_ts, missing, portals })
 }
 
 /// A server with which the gateway shares rooms.
@@ -117,7 +123,7 @@ mod tests {
     #[tokio::test]
     async fn an_empty_store_has_nothing_waiting() {
         both_stores(|store| async move {
-            assert_eq!(overview(&store).await.unwrap(), Overview::default());
+            assert_eq!(overview(&store, 0).await.unwrap(), Overview::default());
             assert!(peers(&store).await.unwrap().is_empty());
         })
         .await;

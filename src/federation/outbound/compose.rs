@@ -193,6 +193,14 @@ impl Composer<'_> {
         source.ok_or_else(|| StoreError::corrupt("feed", format!("nobody has registered for {:?}", feed.kind)))
     }
 
+    /// Tells the sources that the destination is back.
+    pub(super) fn tell_back(&self) {
+        let sources = self.shared.sources.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(source) = sources.get(&FeedKind::Lpdus) {
+            source.is_back(self.destination);
+        }
+    }
+
     /// The events of a transaction and its EDUs that must not be lost, read again when they are not at hand.
     pub(super) async fn load(&self, transaction: &mut Transaction) -> Result<(Vec<Bytes>, Vec<Edu>), StoreError> {
         let (mut pdus, mut edus) = (Vec::new(), Vec::new());

@@ -164,6 +164,11 @@ pub trait FeedSource: Send + Sync + 'static {
         Ok(Vec::new())
     }
 
+    /// The destination, which had failed, took a transaction. Cheap; from memory.
+    fn is_back(&self, destination: &ServerName) {
+        let _ = destination;
+    }
+
     /// The destination answered 200 to a transaction with these positions, or refused the only event in it: the answer
     /// is then its error, with `errcode` and `error`. Positions that [`Self::already_delivered`] named are told too, with an
     /// empty answer. After a crash in between this may be told twice. What fails here is to be told again: until then the
@@ -380,6 +385,13 @@ impl OutboundQueues {
         if let Some(slot) = lock(&self.handle.shared.slots).get(destination) {
             slot.heard();
         }
+    }
+
+    /// Whether events of a feed are on their way to a destination, or may be.
+    pub async fn is_on_its_way(&self, destination: &ServerName, feed: &Feed) -> Result<bool, StoreError> {
+        let inflight = rows::inflight(&self.handle.shared.store, destination.as_str()).await?;
+        let is_of = |part: &rows::PartRow| part.kind == feed.kind.as_str() && part.room_id == feed.room_id.as_str();
+        Ok(inflight.is_some_and(|inflight| inflight.parts.iter().any(is_of)))
     }
 
     /// The queues that are not empty or that fail, for operators.

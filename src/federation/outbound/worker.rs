@@ -371,6 +371,7 @@ impl<'a> Worker<'a> {
         if self.failures > 0 {
             tracing::info!(server = %self.destination, failures = self.failures, "the destination is back");
             self.recovered = true;
+            self.composer().tell_back();
         }
         (self.failures, self.tries, self.tried_since) = (0, 0, None);
         match transaction.edus.is_empty() {

@@ -2,6 +2,7 @@
 //! what is missing of foreign hubs' logs, what was redacted, and complaints about hubs.
 
 mod holes;
+mod looks;
 mod read;
 mod redactions;
 mod staged;
@@ -12,6 +13,10 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 pub use self::holes::{
     Counts, Hole, Missing, Overflow, close_holes, close_overflow, count_holes, forget_holes, hasten_overflows, holes,
     missing, next_try, note_holes, put_off_holes, rooms_with_holes,
+};
+pub use self::looks::{
+    Fault, FaultRow, Faults, Look, TakenRow, faults, faults_since, keep_look, looks, lost_since, lpdu_echoed,
+    requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus, waiting_lpdus,
 };
 pub use self::read::{
     Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,
@@ -92,6 +97,8 @@ pub struct Complaint {
     pub problem: String,
     /// Whether the event is refused for good; otherwise it may come again and be right.
     pub settled: bool,
+    /// What fault of the hub it is, if it is one.
+    pub fault: Option<Fault>,
 }
 
 fn redaction_name(redaction: Redaction) -> &'static str {

@@ -196,7 +196,7 @@ pub async fn stays(store: &Store, room_id: &RoomId, server: &ServerName) -> Resu
 /// LPDUs that wait for the hub, after a position of their feed.
 pub async fn lpdus_after(store: &Store, room_id: &RoomId, after: i64, limit: i64) -> Result<Vec<LpduRow>, StoreError> {
     let rows = sqlx::query(
-        "SELECT position, lpdu_id, json FROM lm_lpdu_queue WHERE room_id = $1 AND position > $2 \
+        "SELECT position, lpdu_id, json FROM lm_lpdu_queue WHERE room_id = $1 AND position > $2 AND taken_ts = 0 \
          ORDER BY position LIMIT $3",
     )
     .bind(room_id.as_str())
@@ -212,8 +212,9 @@ pub async fn queued_lpdus(store: &Store, room_id: &RoomId, positions: &[i64]) ->
     let mut lpdus = Vec::with_capacity(positions.len());
     for chunk in chunks(positions) {
         let list = placeholders(1, chunk.len(), 1);
-        let sql =
-            format!("SELECT position, lpdu_id, json FROM lm_lpdu_queue WHERE room_id = $1 AND position IN {list}");
+        let sql = format!(
+            "SELECT position, lpdu_id, json FROM lm_lpdu_queue WHERE room_id = $1 AND taken_ts = 0 AND position IN {list}"
+        );
         let query = sqlx::query(AssertSqlSafe(sql)).bind(room_id.as_str());
         let query = chunk.iter().fold(query, |query, position| query.bind(*position));
         for row in query.fetch_all(store.reader()).await? {

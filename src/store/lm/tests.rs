@@ -136,7 +136,8 @@ async fn stays_lpdus_and_complaints_come_back() {
                         ("g", "the end", true),
                         ("g", "after it", false),
                     ]) {
-                        let complaint = Complaint { event_id: id(event), problem: problem.to_owned(), settled };
+                        let complaint =
+                            Complaint { event_id: id(event), problem: problem.to_owned(), settled, fault: None };
                         complain(tx, room_id, &complaint, number).await?;
                     }
                     Ok(())

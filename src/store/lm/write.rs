@@ -6,7 +6,7 @@ use ruma::{EventId, OwnedEventId, RoomId, ServerName};
 use sqlx::Row as _;
 
 use super::super::rows::{Statement, chunks, placeholders, statement, statements};
-use super::{Complaint, NewEvent, RoomRow, redaction_name};
+use super::{Complaint, Fault, NewEvent, RoomRow, redaction_name};
 use crate::event::Redaction;
 use crate::store::{StoreError, Tx, text};
 
@@ -242,8 +242,10 @@ pub async fn withdraw_lpdu(tx: &mut Tx, room_id: &RoomId, position: i64) -> Resu
 /// Records a complaint; the first one about an event counts, but for one that settles it.
 pub async fn complain(tx: &mut Tx, room_id: &RoomId, complaint: &Complaint, now_ms: i64) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO lm_complaints (room_id, event_id, problem, noticed_ts, settled) VALUES ($1, $2, $3, $4, $5) \
-         ON CONFLICT (room_id, event_id) DO UPDATE SET problem = excluded.problem, settled = excluded.settled \
+        "INSERT INTO lm_complaints (room_id, event_id, problem, noticed_ts, settled, fault) \
+         VALUES ($1, $2, $3, $4, $5, $6) \
+         ON CONFLICT (room_id, event_id) DO UPDATE SET problem = excluded.problem, settled = excluded.settled, \
+         fault = excluded.fault \
          WHERE lm_complaints.settled < excluded.settled",
     )
     .bind(room_id.as_str())
@@ -251,6 +253,7 @@ pub async fn complain(tx: &mut Tx, room_id: &RoomId, complaint: &Complaint, now_
     .bind(text::encode(&complaint.problem).into_owned())
     .bind(now_ms)
     .bind(i64::from(complaint.settled))
+    .bind(complaint.fault.map_or("", Fault::as_str))
     .execute(tx)
     .await?;
     Ok(())

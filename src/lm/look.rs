@@ -1,0 +1,480 @@
+//! Looking after a foreign hub's log as a whole. A hub that lets its log fork gives events that are nobody's ancestors: what of
+//! them did not arrive is found by the hub's order alone, so its log is looked over. A hub that goes back does not know any more
+//! what it gave before: nothing is sent to it until it does. What it took and did not put into its log is sent again.
+//!
+//! That is looked for at the start, after an outage of the hub, after its log forked, and when an LPDU that it took does not
+//! come back.
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId, ServerName};
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::Instant;
+
+use super::gaps::{ASKERS, Filled, is_verdict};
+use super::intake::Taking;
+use super::lpdus::is_for;
+use super::peers::prev_events;
+use super::room::Snapshot;
+use super::rooms::{RoomCell, lock};
+use super::{Inner, Lm};
+use crate::federation::{Feed, FeedKind, OutboundQueues};
+use crate::refusal::Refusal;
+use crate::store::StoreError;
+use crate::store::lm::{self as stored, Fault, Look, TakenRow};
+
+/// When a room is looked after whose hub's log has forked just now.
+const SETTLED: Duration = Duration::from_secs(5);
+/// How much time is between two looks at the same room.
+const EVERY: Duration = Duration::from_secs(30);
+/// When the rooms are looked after of which something is known that asks for it, and when the others, after a start.
+const SOON: Duration = Duration::from_secs(1);
+const AT_START: Duration = Duration::from_secs(15);
+/// When a look is repeated that could not be had.
+const AGAIN: Duration = Duration::from_secs(60);
+/// How long an LPDU that the hub took may take to come back before it is looked for, and so each time that it was sent again.
+const FIRST_ECHO_MS: i64 = 30_000;
+const ECHO_MS: [i64; 4] = [FIRST_ECHO_MS, 5 * 60_000, 30 * 60_000, 60 * 60_000];
+/// How many LPDUs of a room are looked for at once.
+const TAKEN: i64 = 500;
+/// How many rooms are looked after at once.
+const AT_ONCE: usize = 8;
+/// How often a room's log is complained of at most.
+const WARN_EVERY: Duration = Duration::from_secs(60);
+
+/// What is known of the rooms of foreign hubs, and who looks after them.
+pub(super) struct Looks {
+    rooms: Mutex<HashMap<OwnedRoomId, Looked>>,
+    places: Semaphore,
+    /// By how much all is done sooner.
+    haste: AtomicU32,
+}
+
+#[derive(Default)]
+struct Looked {
+    known: Look,
+    at_work: bool,
+    /// When it is to be looked for what may come back, and when the hub is to be asked whatever comes.
+    due: Option<Instant>,
+    ask_at: Option<Instant>,
+    /// When the hub was asked last.
+    asked: Option<Instant>,
+    changed: Arc<Notify>,
+    warned: Option<Instant>,
+}
+
+impl Looks {
+    pub fn new() -> Self {
+        Self { rooms: Mutex::default(), places: Semaphore::new(AT_ONCE), haste: AtomicU32::new(1) }
+    }
+
+    /// Whether the hub does not know the end of the log as it is here.
+    pub fn is_lost(&self, room_id: &RoomId) -> bool {
+        lock(&self.rooms).get(room_id).is_some_and(|room| room.known.lost_ts.is_some())
+    }
+
+    /// Whether a fault is to be said in the log: not each of many.
+    pub fn warns(&self, room_id: &RoomId) -> bool {
+        let mut rooms = lock(&self.rooms);
+        let room = rooms.entry(room_id.to_owned()).or_default();
+        let due = room.warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
+        if due {
+            room.warned = Some(Instant::now());
+        }
+        due
+    }
+
+    /// How long something takes that takes `time` where nothing is hastened.
+    fn pace(&self, time: Duration) -> Duration {
+        time.checked_div(self.haste.load(Ordering::Relaxed)).unwrap_or(time)
+    }
+
+    /// How long after it was taken an LPDU is to be in the log, in milliseconds.
+    fn patience(&self, row: &TakenRow) -> i64 {
+        let resent = usize::try_from(row.resent).unwrap_or_default();
+        let time = ECHO_MS.get(resent).or(ECHO_MS.last()).copied().unwrap_or_default();
+        millis_of(self.pace(millis(time)))
+    }
+
+    fn known(&self, room_id: &RoomId) -> Look {
+        lock(&self.rooms).get(room_id).map(|room| room.known.clone()).unwrap_or_default()
+    }
+}
+
+impl Lm {
+    /// Goes on looking after what was left by the last run.
+    pub(super) async fn resume_looks(&self) -> Result<(), Refusal> {
+        let store = &self.context().store;
+        let known = stored::looks(store).await?;
+        let taken = stored::rooms_with_taken(store).await?;
+        let mut soon = taken;
+        {
+            let mut rooms = lock(&self.looks().rooms);
+            for (room_id, look) in known {
+                if look.forks || look.lost_ts.is_some() {
+                    soon.push(room_id.clone());
+                }
+                rooms.entry(room_id).or_default().known = look;
+            }
+        }
+        for room_id in stored::rooms_of_others(store, &self.context().server_name).await? {
+            self.ask_after(&room_id, AT_START);
+        }
+        soon.iter().for_each(|room_id| self.ask_after(room_id, SOON));
+        Ok(())
+    }
+
+    /// The hub is back: what became of its rooms meanwhile is looked at.
+    pub(super) async fn hub_is_back(&self, hub: &ServerName) -> Result<(), Refusal> {
+        for room_id in stored::rooms_of_hub(&self.context().store, hub).await? {
+            self.ask_after(&room_id, SETTLED);
+        }
+        Ok(())
+    }
+
+    /// The hub's log forks, or has got more.
+    pub(super) async fn saw(&self, room_id: &RoomId, forked: bool) -> Result<(), StoreError> {
+        let mut known = self.looks().known(room_id);
+        if forked && !known.forks {
+            known.forks = true;
+            self.keep_look(room_id, known.clone()).await?;
+        }
+        if known.forks {
+            self.ask_after(room_id, SETTLED);
+        }
+        Ok(())
+    }
+
+    async fn keep_look(&self, room_id: &RoomId, look: Look) -> Result<(), StoreError> {
+        lock(&self.looks().rooms).entry(room_id.to_owned()).or_default().known = look.clone();
+        let room_id = room_id.to_owned();
+        let job =
+            self.context().store.write(move |tx| Box::pin(async move { stored::keep_look(tx, &room_id, &look).await }));
+        job.await
+    }
+
+    /// Does all of this so many times faster: for tests.
+    pub fn hasten_looks(&self, times: u32) {
+        self.looks().haste.store(times, Ordering::Relaxed);
+    }
+
+    /// The hub is asked after a while, whatever comes until then.
+    fn ask_after(&self, room_id: &RoomId, delay: Duration) {
+        let (delay, every) = (self.looks().pace(delay), self.looks().pace(EVERY));
+        self.plan(room_id, |room| {
+            let earliest = room.asked.map(|asked| asked + every);
+            let at = (Instant::now() + delay).max(earliest.unwrap_or_else(Instant::now));
+            room.ask_at = Some(room.ask_at.map_or(at, |before| before.min(at)));
+        });
+    }
+
+    /// The hub has taken LPDUs: they are to be in the log after a while.
+    pub(super) fn expect_echo(&self, room_id: &RoomId) {
+        self.expect_within(room_id, self.looks().pace(millis(FIRST_ECHO_MS)));
+    }
+
+    fn expect_within(&self, room_id: &RoomId, delay: Duration) {
+        self.plan(room_id, |room| {
+            let at = Instant::now() + delay;
+            room.due = Some(room.due.map_or(at, |before| before.min(at)));
+        });
+    }
+
+    fn plan(&self, room_id: &RoomId, change: impl FnOnce(&mut Looked)) {
+        let begin = {
+            let mut rooms = lock(&self.looks().rooms);
+            let room = rooms.entry(room_id.to_owned()).or_default();
+            change(room);
+            room.changed.notify_one();
+            !std::mem::replace(&mut room.at_work, true)
+        };
+        if begin {
+            tokio::spawn(look_after(Arc::downgrade(&self.inner), room_id.to_owned()));
+        }
+    }
+
+    /// When the next look at a room is due; none when nobody has to look any more.
+    fn next_look(&self, room_id: &RoomId) -> Option<(Instant, Arc<Notify>)> {
+        let mut rooms = lock(&self.looks().rooms);
+        let room = rooms.get_mut(room_id)?;
+        let next = [room.due, room.ask_at].into_iter().flatten().min();
+        room.at_work = next.is_some();
+        let changed = room.changed.clone();
+        if next.is_none() && room.known == Look::default() && room.warned.is_none() {
+            rooms.remove(room_id);
+        }
+        Some((next?, changed))
+    }
+
+    async fn look_now(&self, room_id: &RoomId) -> Result<(), Refusal> {
+        let asks = {
+            let mut rooms = lock(&self.looks().rooms);
+            let room = rooms.entry(room_id.to_owned()).or_default();
+            room.due = None;
+            let asks = room.ask_at.is_some_and(|at| at <= Instant::now());
+            if asks {
+                room.ask_at = None;
+            }
+            asks
+        };
+        let Some(cell) = self.rooms().find(room_id).await? else { return Ok(()) };
+        let store = &self.context().store;
+        let room = cell.snapshot(store).await?;
+        let taken = stored::taken_lpdus(store, room_id, TAKEN).await?;
+        if room.facts.shared
+            || room.facts.hub == self.context().server_name
+            || !room.has_server(&self.context().server_name)
+        {
+            // The hub owes us nothing any more.
+            if self.looks().is_lost(room_id) {
+                self.keep_look(room_id, Look { lost_ts: None, ..self.looks().known(room_id) }).await?;
+            }
+            return self.forget(room_id, taken.iter().map(|row| row.position).collect()).await;
+        }
+        let now = self.context().clock.now_ms();
+        let next =
+            taken.iter().map(|row| self.looks().patience(row).saturating_sub(now.saturating_sub(row.taken_ts))).min();
+        if !asks {
+            match next {
+                None => return Ok(()),
+                Some(left) if left > 0 => {
+                    self.expect_within(room_id, millis(left));
+                    return Ok(());
+                }
+                Some(_) => {}
+            }
+        }
+        if let Some(asked) =
+            lock(&self.looks().rooms).entry(room_id.to_owned()).or_default().asked.replace(Instant::now())
+            && asked.elapsed() < self.looks().pace(EVERY)
+        {
+            self.ask_after(room_id, EVERY);
+            return Ok(());
+        }
+        let place = self.looks().places.acquire().await.map_err(|error| Refusal::Internal(error.to_string()))?;
+        let looked = self.look(&cell).await;
+        drop(place);
+        match looked {
+            Ok(true) => {
+                if let Some(next) = stored::taken_lpdus(store, room_id, 1).await?.first() {
+                    let patience = millis(self.looks().patience(next)).max(self.looks().pace(EVERY));
+                    self.expect_within(room_id, patience);
+                }
+                Ok(())
+            }
+            Ok(false) => {
+                self.ask_after(room_id, AGAIN);
+                Ok(())
+            }
+            Err(refusal) => {
+                self.ask_after(room_id, AGAIN);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Asks the hub of a room where its log ends, takes what is missing, and sends again what is not there. False when that is to
+    /// be done again.
+    async fn look(&self, cell: &Arc<RoomCell>) -> Result<bool, Refusal> {
+        let store = &self.context().store;
+        let room = cell.snapshot(store).await?;
+        let hub = room.facts.hub.clone();
+        let end = self.end_of_log(&room).await?;
+        let Some(head) = room.last_id().cloned() else { return Ok(true) };
+        let was_lost = self.looks().is_lost(&cell.room_id);
+        let known = match &end {
+            Some(ends) if ends.contains(&head) => true,
+            _ => self.hub_knows(&room, &head).await?,
+        };
+        if !known {
+            // What came while it was asked may follow what it knows.
+            if cell.snapshot(store).await?.last_id() == Some(&head) && !was_lost {
+                self.lose(cell, &head).await?;
+            }
+            return Ok(false);
+        }
+        let ends = end.unwrap_or_default();
+        let look = self.looks().known(&cell.room_id);
+        let (mut whole, mut newest) = (!ends.is_empty(), None);
+        {
+            let _turn = cell.intake.lock().await;
+            let mut taking = Taking::begin(self, cell, cell.snapshot(store).await?).await?;
+            taking.looks = true;
+            if taking.gap_is_open {
+                return Ok(false);
+            }
+            whole &= taking.take_up_to(&ends.iter().cloned().collect()).await? == Filled::Whole;
+            if look.forks {
+                let from = ends.first().cloned().unwrap_or(head);
+                if taking.look_back(from.clone(), look.until.as_deref()).await? {
+                    newest = Some(from);
+                } else {
+                    whole = false;
+                }
+            }
+            taking.finish(Some(cell)).await?;
+        }
+        if was_lost || newest.is_some() {
+            let until = newest.or(look.until);
+            self.keep_look(&cell.room_id, Look { until, lost_ts: None, forks: look.forks }).await?;
+        }
+        if was_lost {
+            tracing::info!(room = %cell.room_id, %hub, "the hub knows the end of its log again");
+        }
+        whole &= !self.is_behind(cell).await;
+        self.send_again(cell, &hub, whole, was_lost).await?;
+        Ok(true)
+    }
+
+    /// The last events of the hub's log, as far as it tells.
+    async fn end_of_log(&self, room: &Snapshot) -> Result<Option<Vec<OwnedEventId>>, Refusal> {
+        let users: Vec<_> = self.own_members(room).take(ASKERS).collect();
+        for user in users {
+            match self.peers().make(&room.facts.hub, "join", &room.facts.room_id, &user).await {
+                Ok((_, template)) => return Ok(Some(prev_events(&template))),
+                // Another user may ask.
+                Err(error) if is_verdict(&error) => {}
+                Err(error) => return Err(error.into_refusal(&room.facts.hub)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the hub has an event that it gave.
+    async fn hub_knows(&self, room: &Snapshot, event_id: &EventId) -> Result<bool, Refusal> {
+        let (hub, room_id) = (&room.facts.hub, &room.facts.room_id);
+        match self.peers().backfill(hub, room_id, event_id, 10).await {
+            Ok(page) => {
+                let page = self.check_finished(page, room.redaction).await;
+                Ok(page.iter().filter_map(super::gaps::event_of).any(|pdu| pdu.event_id == *event_id))
+            }
+            Err(error) if error.is_unrecognized() => Ok(true),
+            Err(error) if is_verdict(&error) => Ok(false),
+            Err(error) => Err(error.into_refusal(hub)),
+        }
+    }
+
+    /// The hub does not know what it gave: nothing is sent to it until it does.
+    async fn lose(&self, cell: &Arc<RoomCell>, head: &EventId) -> Result<(), Refusal> {
+        let look = self.looks().known(&cell.room_id);
+        let now = self.context().clock.now_ms();
+        self.keep_look(&cell.room_id, Look { lost_ts: Some(now), ..look }).await?;
+        let _turn = cell.intake.lock().await;
+        let mut taking = Taking::begin(self, cell, cell.snapshot(&self.context().store).await?).await?;
+        taking.looks = true;
+        taking.fault(Fault::WentBack, head, "the hub gave it, and does not know it now");
+        taking.finish(Some(cell)).await.map(drop)
+    }
+
+    /// Queues again what the hub took, and what is certain not to be in its log: before all that waits where nothing was sent.
+    async fn send_again(
+        &self,
+        cell: &Arc<RoomCell>,
+        hub: &ServerName,
+        whole: bool,
+        was_lost: bool,
+    ) -> Result<(), Refusal> {
+        let (store, room_id) = (&self.context().store, cell.room_id.clone());
+        let now = self.context().clock.now_ms();
+        let mut taken = stored::taken_lpdus(store, &room_id, TAKEN).await?;
+        taken.retain(|row| {
+            let waits = if was_lost { millis_of(self.looks().pace(SETTLED)) } else { self.looks().patience(row) };
+            (whole || row.passed) && now.saturating_sub(row.taken_ts) >= waits
+        });
+        let most = i64::try_from(ECHO_MS.len()).unwrap_or(i64::MAX);
+        let (given_up, again): (Vec<TakenRow>, Vec<TakenRow>) =
+            taken.into_iter().partition(|row| !was_lost && row.resent.saturating_add(1) >= most);
+        for row in &given_up {
+            let why = "the hub took it again and again, and did not put it into its log";
+            cell.settle(&row.lpdu_id, &Err(Refusal::Forbidden(format!("{hub}: {why}"))));
+            self.between().lpdu_refused(&room_id, &row.lpdu_id, why).await?;
+        }
+        self.forget(&room_id, given_up.iter().map(|row| row.position).collect()).await?;
+        let feed = Feed { kind: FeedKind::Lpdus, room_id: room_id.clone() };
+        if !again.is_empty() {
+            tracing::warn!(room = %room_id, %hub, events = again.len(), "the hub took events and lost them: they are sent again");
+            let is_on_its_way = self.context().outbound.is_on_its_way(hub, &feed).await?;
+            let (ids, feed, to_hub) = (store.clone(), feed.clone(), hub.to_owned());
+            let job = store.write(move |tx| {
+                Box::pin(async move {
+                    let mut moved: Vec<i64> = again.iter().map(|row| row.position).collect();
+                    if was_lost && !is_on_its_way {
+                        moved.extend(stored::waiting_lpdus(tx, &feed.room_id).await?);
+                    }
+                    let mut last = None;
+                    for from in moved {
+                        let to = ids.next_id();
+                        if stored::requeue_lpdu(tx, &feed.room_id, from, to).await? && last.is_none() {
+                            OutboundQueues::subscribe(tx, &to_hub, &feed, to.saturating_sub(1)).await?;
+                        }
+                        last = Some(to);
+                    }
+                    match last {
+                        Some(last) => OutboundQueues::advance(tx, &feed, last).await,
+                        None => Ok(()),
+                    }
+                })
+            });
+            job.await?;
+            let waiting = stored::lpdus_after(&self.context().store, &room_id, 0, TAKEN).await?;
+            if waiting.iter().any(|row| !is_for(hub, &row.json)) {
+                // A hub of before took it.
+                cell.strand();
+                self.replace_in_background(cell);
+            }
+        }
+        self.context().outbound.wake(&feed, &[hub.to_owned()]);
+        Ok(())
+    }
+
+    async fn forget(&self, room_id: &RoomId, positions: Vec<i64>) -> Result<(), Refusal> {
+        if positions.is_empty() {
+            return Ok(());
+        }
+        let room_id = room_id.to_owned();
+        let job = self
+            .context()
+            .store
+            .write(move |tx| Box::pin(async move { stored::forget_lpdus(tx, &room_id, &positions).await }));
+        Ok(job.await?)
+    }
+}
+
+/// Looks after a room as long as there is something to look for. Holds nothing while it sleeps.
+async fn look_after(inner: Weak<Inner>, room_id: OwnedRoomId) {
+    loop {
+        let Some(lm) = inner.upgrade().map(|inner| Lm { inner }) else { return };
+        let Some((at, changed)) = lm.next_look(&room_id) else { return };
+        drop(lm);
+        tokio::select! {
+            () = tokio::time::sleep_until(at) => {}
+            () = changed.notified() => continue,
+        }
+        let Some(lm) = inner.upgrade().map(|inner| Lm { inner }) else { return };
+        let looked = AssertUnwindSafe(lm.look_now(&room_id)).catch_unwind().await;
+        if lm.context().store.reader().is_closed() {
+            return;
+        }
+        match looked {
+            Ok(Ok(())) => {}
+            Ok(Err(refusal)) => tracing::info!(room = %room_id, %refusal, "the hub's log could not be looked at"),
+            Err(_) => {
+                tracing::error!(room = %room_id, "looking at a hub's log panicked");
+                lm.ask_after(&room_id, AGAIN);
+            }
+        }
+    }
+}
+
+fn millis_of(time: Duration) -> i64 {
+    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn millis(ms: i64) -> Duration {
+    Duration::from_millis(u64::try_from(ms).unwrap_or_default())
+}
