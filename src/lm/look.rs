@@ -319,15 +319,18 @@ impl Lm {
             }
             taking.finish(Some(cell)).await?;
         }
-        if was_lost || newest.is_some() {
-            let until = newest.or(look.until);
-            self.keep_look(&cell.room_id, Look { until, lost_ts: None, forks: look.forks }).await?;
-        }
         if was_lost {
             tracing::info!(room = %cell.room_id, %hub, "the hub knows the end of its log again");
         }
         whole &= !self.is_behind(cell).await;
         self.send_again(cell, &hub, whole, was_lost).await?;
+        if was_lost || newest.is_some() {
+            let known = self.looks().known(&cell.room_id);
+            let until = newest.or(known.until);
+            self.keep_look(&cell.room_id, Look { until, lost_ts: None, forks: known.forks }).await?;
+        }
+        let feed = Feed { kind: FeedKind::Lpdus, room_id: cell.room_id.clone() };
+        self.context().outbound.wake(&feed, &[hub]);
         Ok(true)
     }
 
@@ -428,7 +431,6 @@ impl Lm {
                 self.replace_in_background(cell);
             }
         }
-        self.context().outbound.wake(&feed, &[hub.to_owned()]);
         Ok(())
     }
 

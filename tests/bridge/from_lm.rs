@@ -512,3 +512,39 @@ async fn names_that_a_hub_makes_up_lead_to_its_portal_and_leave_nothing_behind()
         assert_eq!(made.as_ref().err().map(Refusal::code), (number == 2).then_some("budget"), "{made:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_32_a_hub_that_misbehaves_is_named_in_the_portals_health_and_in_the_matrix_room() {
+    for (settings, expected) in [(json!({}), 1), (json!({ "portals": { "notices": false } }), 0)] {
+        let (world, gateway) = World::new(settings).await;
+        let lm = room(&world, "public").await;
+        let via = [LM.try_into().unwrap()];
+        let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+        so("both states in step", || gateway.in_step(&portal)).await;
+        assert_eq!(gateway.bridge.health(&portal.portal_id).await.unwrap().hub_faults.count, 0);
+        let last = world.server.log(&lm).await.pop().unwrap();
+        for ts in [5, 6] {
+            let mut changed = last.event.json.clone();
+            changed["origin_server_ts"] = json!(ts);
+            let changed = serde_json::value::to_raw_value(&changed).unwrap();
+            let received = gateway.node.lm.receive(LM.try_into().unwrap(), vec![changed]).await.pop().unwrap();
+            assert!(received.result.is_err(), "{received:?}");
+        }
+        let faults = gateway.bridge.health(&portal.portal_id).await.unwrap().hub_faults;
+        assert_eq!((faults.count, faults.lost_since), (2, None));
+        assert!(faults.newest.iter().all(|fault| fault.kind == "rewritten"), "{faults:?}");
+        // What is said later comes after a notice.
+        let notices = || async {
+            let bodies = gateway.matrix_bodies(&portal.matrix_room_id).await;
+            bodies.iter().filter(|(by, body)| *by == gateway.bot() && body.contains(LM)).count()
+        };
+        if expected > 0 {
+            so("the notice", || async { notices().await > 0 }).await;
+        }
+        hub_says(&world, &lm, "hubert", "later").await;
+        let later = (ghost(Side::Lm, "hubert"), "later".to_owned());
+        so("what came later", || async { gateway.matrix_bodies(&portal.matrix_room_id).await.contains(&later) }).await;
+        assert_eq!(notices().await, expected);
+        assert!(!gateway.node.bodies(&lm).await.iter().any(|(_, body)| body.contains("which keeps")));
+    }
+}

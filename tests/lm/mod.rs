@@ -14,6 +14,7 @@ mod hub_transfer;
 mod knocks;
 pub mod log_hub;
 mod long_gaps;
+mod looks;
 mod memberships;
 mod notary;
 mod own_events;

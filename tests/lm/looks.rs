@@ -1,0 +1,190 @@
+//! Hubs whose logs fork, that forget, and that lose what they took.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use axum::body::to_bytes;
+use axum::extract::Request;
+use http::StatusCode;
+use isthmus::event::{Completion, Object, Pdu};
+use isthmus::lm::Appended;
+use isthmus::store::lm::{faults, lost_since};
+use ruma::{OwnedEventId, RoomId};
+use serde_json::{Value, json};
+
+use super::log_hub::{Manners, respond};
+use super::world::{Node, World, bodies, draft, raw};
+
+/// How much faster all is looked after.
+const HASTE: u32 = 20;
+
+/// A message of the hub's `@bot` that follows an event of the hub's choice.
+fn said(hub: &Node, room: &RoomId, log: &[Appended], body: &str, prev: &OwnedEventId) -> Pdu {
+    let id = |kind: &str| log.iter().rev().find(|event| event.event.kind == kind).unwrap().event.event_id.clone();
+    let auth_events = vec![id("m.room.create"), id("m.room.power_levels"), log[1].event.event_id.clone()];
+    event(hub, room, "m.room.message", None, json!({ "msgtype": "m.text", "body": body }), (auth_events, prev))
+}
+
+fn event(
+    hub: &Node,
+    room: &RoomId,
+    kind: &str,
+    state_key: Option<&str>,
+    content: Value,
+    (auth_events, prev): (Vec<OwnedEventId>, &OwnedEventId),
+) -> Pdu {
+    let draft = draft(&hub.user("bot"), kind, state_key, content);
+    let mut template = json!({ "type": kind, "room_id": room, "sender": draft.sender, "content": draft.content,
+        "origin_server_ts": draft.origin_server_ts });
+    if let Some(state_key) = state_key {
+        template["state_key"] = json!(state_key);
+    }
+    let completion = Completion { auth_events, prev_event: Some(prev.clone()) };
+    Pdu::build(template.as_object().unwrap().clone(), completion, &hub.name, &hub.context.signing_key).unwrap()
+}
+
+/// Has a hub give a log of a test's making, ten events at once, the newest first.
+fn keeps(hub: &Node, log: Vec<(OwnedEventId, Object)>) {
+    let log = Arc::new(log);
+    hub.meddle(move |request, next| {
+        let log = log.clone();
+        async move {
+            let uri = request.uri().clone();
+            if !uri.path().contains("/backfill/") {
+                return next.run(request).await;
+            }
+            let asked = uri.query().unwrap_or_default().replace("%24", "$");
+            let Some(at) = log.iter().position(|(id, _)| asked.contains(id.as_str())) else {
+                return respond(StatusCode::NOT_FOUND, json!({ "errcode": "M_NOT_FOUND", "error": "no such event" }));
+            };
+            let page: Vec<&Object> = log[..=at].iter().rev().take(10).map(|(_, event)| event).collect();
+            respond(StatusCode::OK, json!({ "pdus": page }))
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_32_what_did_not_arrive_of_a_log_that_forks_is_found_by_the_hubs_order() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    hub.say(&room, "bot", "before the join").await;
+    part.join(&room, "alice", &hub).await;
+    part.lm.hasten_looks(HASTE);
+    let log = hub.log(&room).await;
+    // All of them follow the same event, but for the last, which follows the last of them. Some are lost on the way here: the
+    // second topic is not, which is newer than the first.
+    let before = log.last().unwrap().event.event_id.clone();
+    let mut siblings: Vec<Pdu> = (0..30).map(|n| said(&hub, &room, &log, &n.to_string(), &before)).collect();
+    let auth = siblings[0].auth_events.clone();
+    let topic =
+        |text: &str| event(&hub, &room, "m.room.topic", Some(""), json!({ "topic": text }), (auth.clone(), &before));
+    siblings.insert(5, topic("old"));
+    siblings.insert(25, topic("new"));
+    let end = said(&hub, &room, &log, "end", &siblings[31].event_id);
+    let all: Vec<&Pdu> = siblings.iter().chain([&end]).collect();
+    let at_hub = log.iter().map(|event| (event.event.event_id.clone(), event.event.json.clone()));
+    let made = all.iter().map(|pdu| (pdu.event_id.clone(), pdu.json.clone()));
+    keeps(&hub, at_hub.chain(made).collect());
+    for event in all.iter().skip(20) {
+        let received = part.lm.receive(&hub.name, vec![raw(&event.json)]).await.pop().unwrap();
+        assert_eq!(received.result, Ok(()));
+    }
+    let copy = part.wait(&room, "all of them", |log| bodies(log).len() >= 31).await;
+    let mut found = bodies(&copy);
+    // Those that were late stand behind, in their order.
+    let late = found.split_off(12);
+    assert_eq!(late, (0..19).map(|n| n.to_string()).collect::<Vec<_>>());
+    assert_eq!(found.last().unwrap(), "end");
+    assert_eq!(found.iter().collect::<BTreeSet<_>>().len(), found.len());
+    assert!(!found.contains(&"before the join".to_owned()));
+    let state = part.lm.state(&room).await.unwrap();
+    assert_eq!(state.get("m.room.topic", "").unwrap().content()["topic"], "new");
+    let (count, newest) = faults(&part.context.store, &room, 5).await.unwrap();
+    assert!(count > 0 && newest.iter().all(|fault| fault.kind == "forked"), "{newest:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_36_what_a_hub_took_and_lost_is_sent_again() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    let (loses, manners) = (Arc::new(AtomicUsize::new(1)), Manners::new(&hub.context, &hub.lm, true));
+    let kept = loses.clone();
+    hub.meddle(move |request, next| {
+        let (loses, manners) = (kept.clone(), manners.clone());
+        async move {
+            if !request.uri().path().contains("/send/") {
+                return manners.answer(request, next).await;
+            }
+            let (parts, body) = request.into_parts();
+            let body = to_bytes(body, 1 << 20).await.unwrap();
+            let is_it = String::from_utf8_lossy(&body).contains("lost?");
+            if is_it && loses.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
+                return respond(StatusCode::OK, json!({}));
+            }
+            manners.answer(Request::from_parts(parts, body.into()), next).await
+        }
+    });
+    part.join(&room, "alice", &hub).await;
+    part.lm.hasten_looks(HASTE);
+    part.say(&room, "alice", "lost?").await;
+    part.say(&room, "alice", "next").await;
+    hub.wait_for_body(&room, "next").await;
+    let log = hub.wait_for_body(&room, "lost?").await;
+    assert_eq!(bodies(&log), ["next", "lost?"]);
+    part.wait_for_body(&room, "lost?").await;
+    assert_eq!(loses.load(Ordering::SeqCst), 0);
+    assert_eq!(faults(&part.context.store, &room, 5).await.unwrap().0, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_36_a_hub_that_forgets_the_room_is_found_out_and_gets_all_in_order_when_it_remembers() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    let (forgets, manners) = (Arc::new(AtomicBool::new(false)), Manners::new(&hub.context, &hub.lm, true));
+    let dropped = Arc::new(Mutex::new(Vec::<String>::new()));
+    let (kept, kept_dropped) = (forgets.clone(), dropped.clone());
+    hub.meddle(move |request, next| {
+        let (forgets, dropped, manners) = (kept.clone(), kept_dropped.clone(), manners.clone());
+        async move {
+            let path = request.uri().path().to_owned();
+            if !forgets.load(Ordering::SeqCst) || path.contains("/key/") {
+                return manners.answer(request, next).await;
+            }
+            if path.contains("/send/") {
+                let body = to_bytes(request.into_body(), 1 << 20).await.unwrap();
+                dropped.lock().unwrap().push(String::from_utf8(body.to_vec()).unwrap());
+                return respond(StatusCode::OK, json!({}));
+            }
+            respond(StatusCode::NOT_FOUND, json!({ "errcode": "M_NOT_FOUND", "error": "Unknown room" }))
+        }
+    });
+    part.join(&room, "alice", &hub).await;
+    part.lm.hasten_looks(HASTE);
+    forgets.store(true, Ordering::SeqCst);
+    part.say(&room, "alice", "one").await;
+    part.say(&room, "alice", "two").await;
+    let lost = async || lost_since(&part.context.store, &room).await.unwrap().is_some();
+    tokio::time::timeout(std::time::Duration::from_secs(30), async {
+        while !lost().await {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .unwrap();
+    let (count, newest) = faults(&part.context.store, &room, 5).await.unwrap();
+    assert_eq!((count, newest[0].kind.as_str()), (1, "went_back"));
+    let sent = dropped.lock().unwrap().len();
+    part.say(&room, "alice", "three").await;
+    let part = world.restart(part).await;
+    part.lm.hasten_looks(HASTE);
+    part.say(&room, "alice", "four").await;
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    assert_eq!(dropped.lock().unwrap().len(), sent, "nothing more is said into the void");
+    forgets.store(false, Ordering::SeqCst);
+    hub.wait(&room, "everything", |log| bodies(log).len() >= 4).await;
+    part.wait(&room, "everything", |log| bodies(log).len() >= 4).await;
+    assert_eq!(part.bodies(&room).await, ["one", "two", "three", "four"]);
+    assert_eq!(hub.bodies(&room).await, ["one", "two", "three", "four"]);
+    assert_eq!(lost_since(&part.context.store, &room).await.unwrap(), None);
+}
