@@ -1,6 +1,7 @@
 //! What goes into a transaction: events of the feeds that have news for the destination, in the order of each feed, within
 //! bounds.
 
+use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
@@ -73,9 +74,16 @@ impl Transaction {
 }
 
 impl Composer<'_> {
-    /// The next transaction, of one event when it is to be `single`. `done` has arrived, but is not kept yet.
-    pub(super) async fn compose(&self, single: bool, done: Option<&[PartRow]>) -> Result<Composed, StoreError> {
-        let feeds = self.slot.take(MAX_FEEDS);
+    /// The next transaction, of one event when it is to be `single`. `done` has arrived, but is not kept yet; what is
+    /// `held` has to wait.
+    pub(super) async fn compose(
+        &self,
+        single: bool,
+        done: Option<&[PartRow]>,
+        held: &HashSet<Feed>,
+    ) -> Result<Composed, StoreError> {
+        let mut feeds = self.slot.take(MAX_FEEDS);
+        feeds.retain(|(feed, _)| !held.contains(feed));
         let Some((first, _)) = feeds.first() else { return Ok(self.edus_alone()) };
         let protocol = first.kind.protocol();
         let one = single || self.takes_one_by_one(&feeds).await;

@@ -3,6 +3,7 @@
 
 mod failing;
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -46,12 +47,22 @@ pub(super) struct Worker<'a> {
     singles: usize,
     /// What was in a transaction that was split, of which some may have arrived.
     doubtful: Vec<PartRow>,
+    /// The feeds of which one event is left alone for a while, because the destination failed on it.
+    parked: HashMap<Feed, Parked>,
     /// What has arrived and is still to be kept.
     done: Option<Vec<PartRow>>,
     /// Whether the record of failures is still to be taken away.
     recovered: bool,
     /// Whether what has news is to be read from the store again: what was taken from memory was given up.
     lost: bool,
+}
+
+/// An event on which the destination failed.
+struct Parked {
+    /// Until when it is left alone; none when it is to be tried again.
+    until: Option<Instant>,
+    tries: u32,
+    since: Option<Instant>,
 }
 
 impl<'a> Worker<'a> {
@@ -73,6 +84,7 @@ impl<'a> Worker<'a> {
             tried_since: None,
             singles: 0,
             doubtful,
+            parked: HashMap::new(),
             done: None,
             recovered: false,
             lost,
@@ -94,13 +106,15 @@ impl<'a> Worker<'a> {
                     resumed = true;
                 }
                 if current.is_none() {
-                    match self.composer().compose(self.singles > 0, self.done.as_deref()).await? {
+                    let held = self.held();
+                    match self.composer().compose(self.singles > 0, self.done.as_deref(), &held).await? {
                         Composed::Nothing => {
                             self.keep(Vec::new(), None).await?;
                             return Ok(self.is_idle().await);
                         }
                         Composed::Passed(parts) => self.keep(part_rows(&parts), None).await?,
                         Composed::Transaction(mut transaction) => {
+                            self.go_on_with_parked(&transaction);
                             transaction.uncertain |= self.is_doubtful(&transaction);
                             self.keep(Vec::new(), Some(&transaction)).await?;
                             current = Some(transaction);
@@ -175,6 +189,14 @@ impl<'a> Worker<'a> {
 
     /// Waits for news; true when there is none for a while, and the destination is forgotten.
     async fn is_idle(&self) -> bool {
+        if let Some(next) = self.parked.values().filter_map(|parked| parked.until).min() {
+            tokio::select! {
+                () = self.slot.news() => {}
+                () = self.stop.cancelled() => {}
+                () = tokio::time::sleep_until(next) => {}
+            }
+            return false;
+        }
         tokio::select! {
             () = self.slot.news() => return false,
             () = self.stop.cancelled() => return false,

@@ -206,3 +206,32 @@ async fn rename(store: &Store, from: &str, to: &str) {
     });
     job.await.unwrap();
 }
+
+#[tokio::test]
+async fn one_rooms_event_on_which_a_hub_fails_holds_up_no_other_room() {
+    both_stores(|store| async move {
+        let (feeds, bad) = (Arc::new(Feeds::default()), feed(FeedKind::Lpdus, "!bad:eigen.example"));
+        let good = feed(FeedKind::Lpdus, "!good:eigen.example");
+        fill(&store, &feeds, &bad, 1..3, &["eigen.example"]).await;
+        fill(&store, &feeds, &good, 11..15, &["eigen.example"]).await;
+        let failed = std::sync::atomic::AtomicUsize::new(0);
+        let mut world = World::new(&store, &feeds, move |_, _, body| {
+            let is_bad = body["pdus"].as_array().unwrap().iter().any(|pdu| pdu["n"] == 1);
+            match is_bad && failed.fetch_add(1, Ordering::SeqCst) < 2 {
+                true => status(500),
+                false => ok(),
+            }
+        });
+        world.queues.start().await.unwrap();
+        world.settled().await;
+        let arrived = world.arrived();
+        let numbers: Vec<i64> = arrived[&name("eigen.example")].iter().flatten().copied().collect();
+        let place = |wanted: i64| numbers.iter().rposition(|n| *n == wanted).unwrap();
+        assert!((11..15).all(|n| place(n) < place(1)), "{numbers:?}");
+        assert!(place(1) < place(2), "the room's own order stays: {numbers:?}");
+        assert_eq!(numbers.iter().filter(|n| **n == 1).count(), 3);
+        assert_eq!(numbers.len(), 3 + 1 + 4, "{numbers:?}");
+        world.queues.stop().await;
+    })
+    .await;
+}

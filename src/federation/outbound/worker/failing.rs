@@ -1,19 +1,24 @@
 //! What the worker does when a transaction fails: repeats it, sends its events one by one, gives one up, or leaves the destination
 //! alone.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use rand::Rng as _;
 use tokio::time::Instant;
 
-use super::Worker;
+use super::{Parked, Worker, overlap, same_feed};
 use crate::event::Object;
 use crate::federation::RemoteError;
+use crate::federation::outbound::Feed;
 use crate::federation::outbound::compose::{Transaction, part_rows};
+use crate::federation::outbound::slot::News;
 use crate::federation::outbound::verdict::{Failure, Verdict, asked_for, backoff, judge, may_be_about_events};
 use crate::store::StoreError;
 use crate::store::outbound::{self as rows, FailureRow};
 
+/// The longest time between two tries of an event on which a destination fails.
+const MAX_PARKED: Duration = Duration::from_secs(30);
 /// The shortest time between two tries of a destination that fails.
 const MIN_PAUSE: Duration = Duration::from_secs(1);
 
@@ -33,6 +38,11 @@ impl Worker<'_> {
         let lasting = self.tried_since.map_or(Duration::ZERO, |since| since.elapsed());
         let verdict = judge(&Failure { error: &error, events, stops_at_first, tries: self.tries, lasting });
         match verdict {
+            // Others need not wait for what it fails on.
+            Verdict::Retry if stops_at_first && events == 1 => {
+                self.park(transaction, &error).await?;
+                Ok(None)
+            }
             Verdict::Retry => self.failed(transaction, error.to_string(), asked_for(&error)).await,
             Verdict::Split => {
                 tracing::info!(server = %self.destination, events, %error, "sending the events one by one");
@@ -54,6 +64,60 @@ impl Worker<'_> {
                 self.singles = self.singles.saturating_sub(events);
                 self.arrived(&transaction);
                 Ok(None)
+            }
+        }
+    }
+
+    /// Leaves the feed of the one event in a transaction alone for a while, and goes on with the others.
+    async fn park(&mut self, transaction: Transaction, error: &RemoteError) -> Result<(), StoreError> {
+        let delay = backoff(i64::from(self.tries), rand::rngs::OsRng.r#gen()).min(MAX_PARKED).max(asked_for(error));
+        let mut rows = part_rows(&transaction.parts);
+        rows.retain_mut(|part| {
+            part.doubtful = true;
+            !part.positions.is_empty()
+        });
+        self.doubtful.retain(|before| !rows.iter().any(|row| same_feed(before, row) && overlap(before, row)));
+        self.doubtful.append(&mut rows);
+        let (name, row) = (self.destination.to_string(), self.row(None));
+        self.shared.store.write(move |tx| Box::pin(async move { rows::keep_inflight(tx, &name, &row).await })).await?;
+        self.slot.forget_places();
+        for part in transaction.parts {
+            if part.positions.is_empty() {
+                self.slot.add(part.feed, News::Ask);
+                continue;
+            }
+            tracing::info!(server = %self.destination, room = %part.feed.room_id, tries = self.tries, ?delay, %error, "a room's event is left alone for a while");
+            let parked = Parked { until: Some(Instant::now() + delay), tries: self.tries, since: self.tried_since };
+            self.parked.insert(part.feed, parked);
+        }
+        (self.tries, self.tried_since) = (0, None);
+        Ok(())
+    }
+
+    /// The feeds that are left alone now. Those that no longer are have news.
+    pub(super) fn held(&mut self) -> HashSet<Feed> {
+        let now = Instant::now();
+        let mut held = HashSet::new();
+        for (feed, parked) in &mut self.parked {
+            match parked.until {
+                Some(until) if until > now => {
+                    held.insert(feed.clone());
+                }
+                Some(_) => {
+                    parked.until = None;
+                    self.slot.add(feed.clone(), News::Ask);
+                }
+                None => {}
+            }
+        }
+        held
+    }
+
+    /// An event on which the destination failed is tried again.
+    pub(super) fn go_on_with_parked(&mut self, transaction: &Transaction) {
+        for part in &transaction.parts {
+            if let Some(Parked { tries, since, .. }) = self.parked.remove(&part.feed) {
+                (self.tries, self.tried_since) = (tries, since);
             }
         }
     }
