@@ -33,6 +33,7 @@ pub struct Draft {
 }
 
 /// A draft with what is to be written together with it.
+#[derive(Clone)]
 pub struct Outgoing {
     /// The event.
     pub draft: Draft,

@@ -9,7 +9,7 @@ use ruma::{OwnedRoomId, OwnedServerName, RoomId, ServerName};
 
 use super::alias::{self, Named};
 use super::core::Core;
-use super::portal::{Cause, Portal, PortalState};
+use super::portal::{Cause, Portal, PortalKind, PortalState};
 use super::{access, create, space};
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -77,7 +77,12 @@ pub(super) async fn asked(
             Some(side) => side,
             None => side_of(core, by).await?,
         };
-        return Ok(target(core, entry.portal().room(side)));
+        let portal = entry.portal();
+        let found = target(core, portal.room(side));
+        let handed_over = side == Side::Lm && portal.kind == PortalKind::Created;
+        // A log that was handed over is joined at its hub; its room's ID does not say where that is.
+        let servers = if handed_over { vec![portal.lm_hub.clone()] } else { found.servers };
+        return Ok(AliasTarget { servers, ..found });
     }
     if side == Some(Side::Lm) {
         // What an alias makes is a Matrix room.

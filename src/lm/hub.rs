@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZero;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::future::join_all;
 use rand::RngCore as _;
@@ -22,7 +23,11 @@ use crate::guard::{guarded, guarded_now, trip};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Handshake, Membership, Outgoing, Raw, Received, Stage};
+use crate::store::lm as stored;
 
+/// How often, and how long after one another, it is looked whether a new hub is known that is committed already.
+const SEEN_LATE: usize = 100;
+const SOON: Duration = Duration::from_millis(20);
 /// From how many events on their signatures are checked by several threads.
 const SPREAD: usize = 16;
 
@@ -73,8 +78,47 @@ impl Lm {
         };
         match self.role(&snapshot) {
             Role::Hub | Role::GraphServer { .. } => self.send_as_hub(&cell, events).await,
-            Role::Participant { .. } => self.send_as_participant(&cell, snapshot, events).await,
+            Role::Participant { hub } => {
+                let again = events.clone();
+                let sent = self.send_as_participant(&cell, snapshot, events).await;
+                self.send_to_new_hub(&cell, &hub, again, sent).await
+            }
         }
+    }
+
+    /// What could not be queued for a hub, because another server took the log over in that moment, goes there.
+    async fn send_to_new_hub(
+        &self,
+        cell: &Arc<RoomCell>,
+        hub: &ServerName,
+        events: Vec<Outgoing>,
+        mut sent: Vec<Result<Sent, Refusal>>,
+    ) -> Vec<Result<Sent, Refusal>> {
+        if !sent.iter().any(|sent| matches!(sent, Err(Refusal::Internal(_)))) {
+            return sent;
+        }
+        let mut has_changed = false;
+        for _ in 0..SEEN_LATE {
+            has_changed = cell.snapshot(&self.context().store).await.is_ok_and(|room| room.facts.hub != *hub);
+            let is_committed = stored::room(&self.context().store, &cell.room_id).await;
+            if has_changed || !is_committed.is_ok_and(|room| room.is_some_and(|room| room.hub != *hub)) {
+                break;
+            }
+            // It is committed, and will be seen in a moment.
+            tokio::time::sleep(SOON).await;
+        }
+        if !has_changed {
+            return sent;
+        }
+        let failed = events.into_iter().enumerate();
+        let (places, events): (Vec<usize>, Vec<Outgoing>) =
+            failed.filter(|(place, _)| matches!(sent.get(*place), Some(Err(Refusal::Internal(_))))).unzip();
+        for (place, result) in places.into_iter().zip(Box::pin(self.send(&cell.room_id, events)).await) {
+            if let Some(sent) = sent.get_mut(place) {
+                *sent = result;
+            }
+        }
+        sent
     }
 
     /// Appends them; what comes too late for that, because another server keeps the log now, is queued for it.
