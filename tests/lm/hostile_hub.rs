@@ -25,7 +25,7 @@ async fn complaints(part: &Node, room: &RoomId) -> Vec<String> {
 }
 
 /// An event as the hub could make it of anything, on the end of its log.
-fn finished(hub: &Node, room: &RoomId, log: &[Appended], draft: &Draft, auth: &[&str]) -> Pdu {
+pub fn finished(hub: &Node, room: &RoomId, log: &[Appended], draft: &Draft, auth: &[&str]) -> Pdu {
     let named = |kind: &&str| log.iter().rev().find(|event| event.event.kind == **kind).unwrap().event.event_id.clone();
     let completion = Completion {
         auth_events: auth.iter().map(named).collect(),

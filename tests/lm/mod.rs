@@ -3,7 +3,9 @@
 mod devices;
 mod edus;
 mod errors;
+mod faulty_hub;
 mod forgeries;
+mod full_disk;
 mod graph_server;
 mod holes;
 mod hostile_hub;

@@ -152,14 +152,42 @@ impl World {
         Node { name: context.server_name.clone(), context, lm, dag, watcher, meddler, listener, serving }
     }
 
+    /// Keeps a copy of a server's store as it is now.
+    pub async fn back_up(&self, node: &Node) {
+        let copy = self.directory.path().join(format!("{}.copy", node.name));
+        let query = format!("VACUUM INTO '{}'", copy.display());
+        sqlx::query(sqlx::AssertSqlSafe(query)).execute(node.context.store.reader()).await.unwrap();
+    }
+
+    /// Stops a server and starts it again over the copy.
+    pub async fn roll_back(&self, node: Node) -> Node {
+        let file = |ending: &str| self.directory.path().join(format!("{}.{ending}", node.name));
+        let (copy, database) = (file("copy"), file("db"));
+        self.restart_with(node, || {
+            std::fs::copy(copy, &database).unwrap();
+            for ending in ["-wal", "-shm"] {
+                let mut beside = database.clone().into_os_string();
+                beside.push(ending);
+                // It may not be there.
+                let _ = std::fs::remove_file(beside);
+            }
+        })
+        .await
+    }
+
     /// Stops a server and starts it again over the same store, with nothing kept in memory.
     pub async fn restart(&self, node: Node) -> Node {
+        self.restart_with(node, || {}).await
+    }
+
+    async fn restart_with(&self, node: Node, meanwhile: impl FnOnce()) -> Node {
         let Node { name, context, lm, dag, listener, serving, watcher, meddler: _ } = node;
         serving.abort();
         let _ = serving.await;
         context.outbound.stop().await;
         context.store.close().await;
         drop((lm, dag, context, watcher));
+        meanwhile();
         self.node(name.as_str(), listener).await
     }
 }
