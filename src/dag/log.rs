@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use imbl::ordmap::DiffItem;
 use ruma::events::TimelineEventType;
-use ruma::{EventId, OwnedServerName, RoomId};
+use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId};
 
 use super::batch::Batch;
 use super::events::EventMap;
