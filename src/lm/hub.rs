@@ -388,7 +388,7 @@ impl Lm {
             return Ok(());
         }
         let content = content(lpdu);
-        let subject = Subject::lpdu(&lpdu, &content);
+        let subject = Subject::lpdu(lpdu, &content);
         room.judge(&subject, &room.auth_events(&subject).0)?;
         self.between().gate(&handshake(&room, &lpdu.sender, membership, Stage::Send, content)).await
     }

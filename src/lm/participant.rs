@@ -404,7 +404,7 @@ fn facts_of(
         .ok_or_else(|| Refusal::IncompatibleRoomVersion(version.to_owned()))?;
     // Who made the room keeps its log, or who took it over last; that they did is proved as all state is.
     let pdus = || state.iter().flatten().map(|event| &event.pdu);
-    let keeper = pdus().filter_map(Pdu::new_hub).last().unwrap_or(create.sender.server_name());
+    let keeper = pdus().filter_map(Pdu::new_hub).next_back().unwrap_or(create.sender.server_name());
     if keeper != hub || create.room_id != *room_id {
         let problem = format!("the log of {}, which {} made, is kept by {keeper}", create.room_id, create.sender);
         return Err(bad(problem));
