@@ -54,8 +54,9 @@ pub(super) struct RoomCell {
     pub ahead: Mutex<Ahead>,
     /// As participant: whether something of the hub's log is missing.
     pub missing: Mutex<Missing>,
-    /// Whether LPDUs wait for a hub that does not keep the log any more.
-    has_stranded: AtomicBool,
+    /// How often LPDUs may have come to wait for a hub that does not keep the log any more, and up to which time all were replaced.
+    stranded: AtomicUsize,
+    replaced: AtomicUsize,
     /// Held while those are replaced.
     pub replacing: tokio::sync::Mutex<()>,
 }
@@ -123,24 +124,30 @@ impl RoomCell {
             stays: Mutex::default(),
             ahead: Mutex::default(),
             missing: Mutex::default(),
-            has_stranded: AtomicBool::default(),
+            stranded: AtomicUsize::default(),
+            replaced: AtomicUsize::default(),
             replacing: tokio::sync::Mutex::default(),
         }
     }
 
     /// LPDUs may wait for a hub that does not keep the log any more.
     pub fn strand(&self) {
-        self.has_stranded.store(true, Ordering::SeqCst);
+        self.stranded.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Whether that may be.
+    /// How often that has happened.
+    pub fn stranded(&self) -> usize {
+        self.stranded.load(Ordering::SeqCst)
+    }
+
+    /// Whether some may still wait. Until all are replaced nothing of ours goes before them.
     pub fn has_stranded(&self) -> bool {
-        self.has_stranded.load(Ordering::SeqCst)
+        self.stranded() != self.replaced.load(Ordering::SeqCst)
     }
 
-    /// None do.
-    pub fn none_stranded(&self) {
-        self.has_stranded.store(false, Ordering::SeqCst);
+    /// All that waited when it had happened so often are replaced.
+    pub fn replaced(&self, stranded: usize) {
+        self.replaced.store(stranded, Ordering::SeqCst);
     }
 
     /// Those who wait for an LPDU wait for what replaces it.

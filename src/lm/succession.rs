@@ -161,12 +161,10 @@ impl Lm {
         if !cell.has_stranded() || lock(&cell.missing).is_any() {
             return Ok(());
         }
-        cell.none_stranded();
-        let replaced = self.replace_all(cell).await;
-        if replaced.is_err() {
-            cell.strand();
-        }
-        replaced
+        let stranded = cell.stranded();
+        self.replace_all(cell).await?;
+        cell.replaced(stranded);
+        Ok(())
     }
 
     async fn replace_all(&self, cell: &Arc<RoomCell>) -> Result<(), Refusal> {

@@ -171,7 +171,7 @@ fn state_is_rebuilt_from_a_whitelist() {
         (
             "m.room.power_levels",
             json!({"users": {"@lm_bob_l:g": 50, "@isthmus:g": 9}}),
-            Some(json!({"users": {"@bob:l": 50}})),
+            Some(json!({"users": {"@bob:l": 50}, "events": {"m.room.hub": 100}})),
         ),
         ("m.room.pinned_events", json!({"pinned": []}), None),
     ] {
