@@ -120,7 +120,7 @@ async fn hc_34_hc_49_who_may_redact_is_decided_when_the_redaction_is_accepted() 
         append(&hub, &room, draft(&bot, "m.room.redaction", None, odd)).await;
     }
     let nowhere = ruma::event_id!("$Rqnc-F-dvnEYJTyHq_iKxU2bZ1CI92-kuZq3a5lr5Zg");
-    append(&hub, &room, redaction(&bot, &nowhere)).await;
+    append(&hub, &room, redaction(&bot, nowhere)).await;
     assert!(reads(&hub, &reader, &room, &kept).await);
 
     // All of it is so after a restart, and each server reads the same.

@@ -29,7 +29,11 @@ fn does(step: &Step, who: &UserId, whom: &UserId, number: usize) -> Draft {
         4 => member(who, whom, "invite"),
         5 | 6 => member(who, who, "join"),
         7 => member(who, who, "leave"),
-        8 => event("m.room.join_rules", "", json!({ "join_rule": if number.is_multiple_of(2) { "public" } else { "invite" } })),
+        8 => event(
+            "m.room.join_rules",
+            "",
+            json!({ "join_rule": if number.is_multiple_of(2) { "public" } else { "invite" } }),
+        ),
         9 => {
             let mut users = object(json!({ (bot().as_str()): (1_i64 << 53) - 1 }));
             users.insert(whom.to_string(), json!(40 + number % 3 * 10));
