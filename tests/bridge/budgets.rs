@@ -45,8 +45,11 @@ async fn who_is_over_the_budget_waits_and_nobody_waits_for_them() {
     })
     .await;
     world.advance(601_000);
-    so("nothing waits", || async { gateway.bridge.health(&portal.portal_id).await.unwrap().waiting[1].count == 0 })
-        .await;
+    so("nothing waits", || async {
+        world.advance(1_000);
+        gateway.bridge.health(&portal.portal_id).await.unwrap().waiting[1].count == 0
+    })
+    .await;
     let refusals = gateway.bridge.health(&portal.portal_id).await.unwrap().refusals;
     assert!(refusals.iter().any(|refused| refused.code == "budget"), "{refusals:?}");
 }

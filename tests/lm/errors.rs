@@ -1,6 +1,8 @@
 //! Each endpoint's errors as the draft has them: for a stranger, at a server that is not the hub, of a room that does not exist, for
 //! what the rules forbid.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use http::Method;
 use isthmus::event::Object;
 use ruma::RoomId;
@@ -15,6 +17,11 @@ const LM02: &str = "org.matrix.i-d.ralston-mimi-linearized-matrix.02";
 
 /// Asks as `a`; the status and the error.
 async fn error(a: &Node, at: &Node, method: Method, uri: &str, body: Option<&Object>) -> (u16, String) {
+    // Each request is one of its own: the same transaction would get the same answer.
+    static REQUESTS: AtomicUsize = AtomicUsize::new(0);
+    let of_transaction = ["/send_", "/invite/"].iter().any(|name| uri.contains(name));
+    let number = REQUESTS.fetch_add(1, Ordering::Relaxed);
+    let uri = &if of_transaction { format!("{uri}.{number}") } else { uri.to_owned() };
     let body = body.cloned().map(Value::Object);
     let (status, answer) = ask_signed(a, at, &method, uri, body.as_ref()).await;
     assert!(status != 200 && answer["error"].is_string(), "{method} {uri}: {status} {answer}");

@@ -282,6 +282,13 @@ async fn inv_6_hc_82_on_a_full_disk_nothing_is_called_written_that_is_not() {
         assert_eq!(things(&store).await, told);
     }
     // When there is space again all goes on.
+    let space = store.write(|tx| {
+        Box::pin(async move {
+            sqlx::query("PRAGMA max_page_count = 1000000").execute(tx).await?;
+            Ok(())
+        })
+    });
+    space.await.unwrap();
     store.write(big(20)).await.unwrap();
     assert!(things(&store).await.contains(&20));
 }
