@@ -15,4 +15,5 @@ mod invites;
 mod knocks;
 mod loops;
 mod poison;
+mod shared;
 mod world;

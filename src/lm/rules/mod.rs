@@ -89,7 +89,7 @@ impl<'a> Before<'a> {
 
 /// Whether the rules allow the event; when not, which one forbids it and why. The order is the draft's:
 /// <https://www.ietf.org/archive/id/draft-ralston-mimi-linearized-matrix-04.html#int-auth-rules>. Those about who keeps the log
-/// are our own ([`hub`]).
+/// are our own (`hub.rs`).
 pub fn check(event: &Judged<'_>) -> Result<(), Refusal> {
     signatures(event)?;
     if event.kind == "m.room.create" {
