@@ -35,7 +35,7 @@ impl Log {
 
     /// Whether images of what is on `source` wait for another server, which keeps the log.
     async fn is_away(&self, tx: &mut Tx, source: Side) -> Result<bool, StoreError> {
-        Ok(source == Side::Matrix && !lm::is_hub(tx, &self.room_id, &self.own).await?)
+        Ok(source == Side::Matrix && !lm::is_kept_here(tx, &self.room_id, &self.own).await?)
     }
 }
 

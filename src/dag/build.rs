@@ -142,7 +142,7 @@ impl Batch {
         let content = lpdu.json.get("content").and_then(Value::as_object);
         let content = content.cloned().unwrap_or_default();
         let keys = self.auth_keys(&lpdu.kind, &lpdu.sender, lpdu.state_key.as_deref(), &content)?;
-        let auth_events = keys.iter().filter_map(|key| before.map.get(key).cloned()).collect();
+        let auth_events = self.auth_ids(&keys, &before).await?;
         let prev_events = tips.into_iter().map(|tip| tip.event_id).collect();
         let context = &self.shared.context;
         let links = Links { auth_events, prev_events, redaction: REDACTION };
@@ -206,7 +206,7 @@ impl Batch {
             event.insert("depth".to_owned(), json!(depth));
         }
         let keys = self.auth_keys(&draft.kind, &draft.sender, draft.state_key.as_deref(), &draft.content)?;
-        let auth_events: Vec<_> = keys.iter().filter_map(|key| before.map.get(key)).collect();
+        let auth_events = self.auth_ids(&keys, &before).await?;
         event.insert("auth_events".to_owned(), json!(auth_events));
         try_from_json_map(event).map_err(|error| Refusal::malformed("event", error.to_string()))
     }
@@ -224,6 +224,24 @@ impl Batch {
         let (kind, rules) = (TimelineEventType::from(kind), &self.rules.authorization);
         let keys = ruma::state_res::auth_types_for_event(&kind, sender, state_key, &content, rules);
         Ok(keys.map_err(Refusal::MatrixRule)?.into_iter().map(|(kind, key)| (kind.to_string(), key)).collect())
+    }
+
+    /// Those of a state's events that belong into `auth_events`. Where the gateway lines a shared room up, without those that its log
+    /// does not have, since participants know nothing else: that the state as a whole allows the event is looked at all the same.
+    async fn auth_ids(&self, keys: &[StateKey], before: &Snapshot) -> Result<Vec<OwnedEventId>, Refusal> {
+        let mut ids: Vec<_> = keys.iter().filter_map(|key| before.map.get(key).cloned()).collect();
+        if !is_shared(self.version) || !self.is_hub() {
+            return Ok(ids);
+        }
+        let known = self.shared.events.with_staged(&ids, &self.staged).await?;
+        let mut left_out = Vec::new();
+        for id in &ids {
+            if !known.get(id).is_some_and(|event| event.is_accepted()) && !self.log_has(id).await? {
+                left_out.push(id.clone());
+            }
+        }
+        ids.retain(|id| !left_out.contains(id));
+        Ok(ids)
     }
 
     /// Whether the event would be accepted as the next one; changes nothing.

@@ -155,6 +155,17 @@ pub async fn is_hub(tx: &mut Tx, room_id: &RoomId, server: &ServerName) -> Resul
     Ok(row.is_some())
 }
 
+/// Whether what this server sends is in the log when it is committed, and no other server has to put it there: it keeps the log, or
+/// the log follows from a graph of which it has a part.
+pub async fn is_kept_here(tx: &mut Tx, room_id: &RoomId, server: &ServerName) -> Result<bool, StoreError> {
+    let row = sqlx::query("SELECT room_id FROM lm_rooms WHERE room_id = $1 AND (hub = $2 OR shared <> 0)")
+        .bind(room_id.as_str())
+        .bind(server.as_str())
+        .fetch_optional(tx)
+        .await?;
+    Ok(row.is_some())
+}
+
 /// The member events of a log as they are written, in its order.
 pub async fn member_events(tx: &mut Tx, room_id: &RoomId) -> Result<Vec<(i64, Vec<u8>)>, StoreError> {
     let rows = sqlx::query(
