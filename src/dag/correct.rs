@@ -214,10 +214,11 @@ impl Batch {
         let ids: Vec<_> = standing.here.iter().chain(&standing.there).cloned().collect();
         let events = self.shared.events.with_staged(&ids, &self.staged).await?;
         let event = |id: &Option<OwnedEventId>| id.as_ref().and_then(|id| events.get(id));
-        let content = event(&standing.here).map(|event| event.content()).unwrap_or_default();
+        let content = event(&standing.here).map(|event| event.content());
         if key.0 != MEMBER {
             return Ok(Some(Difference::State(content)));
         }
+        let content = content.unwrap_or_default();
         let membership =
             |id: &Option<OwnedEventId>| event(id).and_then(|event| event.membership()).unwrap_or(Membership::Leave);
         let (here, there) = (membership(&standing.here), membership(&standing.there));
@@ -225,10 +226,24 @@ impl Batch {
     }
 }
 
+/// What says of a type of state that there is none. Without content an access control list denies everybody, and some types mean
+/// something by being there.
+fn nothing(kind: &str) -> Result<Object, Refusal> {
+    let content = match kind {
+        "m.room.server_acl" => json!({ "allow": ["*"], "allow_ip_literals": true }),
+        "m.room.join_rules" => json!({ "join_rule": "invite" }),
+        "m.room.tombstone" | "m.room.encryption" | "m.room.hub" => {
+            return Err(Refusal::Forbidden(format!("nothing says that there is no {kind}")));
+        }
+        _ => json!({}),
+    };
+    Ok(content.as_object().cloned().unwrap_or_default())
+}
+
 /// What the log lacks.
 enum Difference {
-    /// State with this content in the graph, or with none.
-    State(Object),
+    /// State with this content in the graph, or none.
+    State(Option<Object>),
     /// A membership.
     Member { here: Membership, there: Membership, content: Object },
 }
@@ -237,7 +252,8 @@ impl Difference {
     /// What is said so that both have the same.
     fn content(self, key: &StateKey, bot: &OwnedUserId) -> Result<Object, Refusal> {
         let (here, there, content) = match self {
-            Self::State(content) => return Ok(content),
+            Self::State(Some(content)) => return Ok(content),
+            Self::State(None) => return nothing(&key.0),
             Self::Member { here, there, content } => (here, there, content),
         };
         if key.1 == bot.as_str() {

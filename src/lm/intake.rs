@@ -197,7 +197,11 @@ fn announces(object: &Object, server: &ServerName, room: &Snapshot) -> bool {
 /// The same of an event whose signatures were checked: those of both servers.
 fn is_announcement(event: &Finished, server: &ServerName, room: &Snapshot) -> bool {
     let pdu = &event.pdu;
-    event.redacted.is_none() && pdu.new_hub() == Some(server) && pdu.sender.server_name() == room.facts.hub
+    event.redacted.is_none()
+        && pdu.new_hub() == Some(server)
+        && pdu.sender.server_name() == room.facts.hub
+        // One that was said before the log came to its hub of now is old.
+        && room.state_event(HUB_EVENT, "").is_none_or(|current| pdu.auth_events.contains(&current.event_id))
 }
 
 /// Only the hub sends what is in the log.
@@ -420,6 +424,11 @@ impl<'a> Taking<'a> {
         let (slots, expected) = room.auth_events(&subject);
         if pdu.auth_events.iter().collect::<BTreeSet<_>>() == expected.iter().collect() {
             return Ok(room.judge(&subject, &slots));
+        }
+        // What hands the log over is good for one place alone: said again later, it names what is there no more.
+        if pdu.new_hub().is_some() {
+            let problem = format!("auth_events are not {expected:?}, which allow it where it stands");
+            return Ok(Err(Refusal::LmRule { rule: "hub.7", problem }));
         }
         // Not what we would have chosen: perhaps earlier events for the right places, perhaps not.
         let ids: Vec<&EventId> = pdu.auth_events.iter().map(|id| &**id).collect();

@@ -279,7 +279,9 @@ impl Snapshot {
     }
 
     fn moved(&mut self, kind: &str, state_key: &str, before: Option<&Pdu>, now: Option<&Pdu>) -> Option<Move> {
-        if matches!(kind, "m.room.create" | HUB_EVENT)
+        // A shared room stays with its creator's server, whatever its graph comes to.
+        if !self.facts.shared
+            && matches!(kind, "m.room.create" | HUB_EVENT)
             && let Some(hub) = hub_of(&self.state).filter(|hub| **hub != self.facts.hub)
         {
             self.facts = Arc::new(Facts { hub: hub.to_owned(), ..Facts::clone(&self.facts) });
