@@ -15,6 +15,7 @@ pub mod gateway;
 pub(crate) mod guard;
 pub mod identity;
 pub mod lm;
+pub mod media;
 pub mod refusal;
 pub mod seam;
 pub mod store;

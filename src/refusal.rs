@@ -102,6 +102,9 @@ pub enum Refusal {
     /// The event, user, alias or other thing is not known here, or the asker may not know of it.
     #[error("{0} was not found")]
     NotFound(String),
+    /// The endpoint is not for this: another one may be.
+    #[error("{0}")]
+    Unrecognized(String),
     /// The asker may not do or see this.
     #[error("{0}")]
     Forbidden(String),
@@ -229,6 +232,7 @@ impl Refusal {
             Self::MatrixRule(_) => "matrix_rule",
             Self::UnknownRoom(_) => "unknown_room",
             Self::NotFound(_) => "not_found",
+            Self::Unrecognized(_) => "unrecognized",
             Self::Forbidden(_) => "forbidden",
             Self::AliasTaken { .. } => "alias_taken",
             Self::GraphTemplate { .. } => "graph_template",
@@ -257,6 +261,7 @@ impl Refusal {
             Self::TooLarge { .. } => "M_TOO_LARGE",
             Self::WrongHub { .. } => "M_WRONG_SERVER",
             Self::UnknownRoom(_) | Self::NotFound(_) => "M_NOT_FOUND",
+            Self::Unrecognized(_) => "M_UNRECOGNIZED",
             Self::IncompatibleRoomVersion(_) => "M_INCOMPATIBLE_ROOM_VERSION",
             Self::AliasTaken { .. } => "M_ROOM_IN_USE",
             Self::UnableToAuthoriseJoin { .. } => "M_UNABLE_TO_AUTHORISE_JOIN",
@@ -279,7 +284,7 @@ impl Refusal {
             }
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
-            Self::UnknownRoom(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::UnknownRoom(_) | Self::NotFound(_) | Self::Unrecognized(_) => StatusCode::NOT_FOUND,
             Self::AliasTaken { .. } => StatusCode::CONFLICT,
             Self::Budget { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::Remote { .. } | Self::KeysUnavailable { .. } => StatusCode::BAD_GATEWAY,
@@ -321,6 +326,10 @@ impl IntoResponse for Refusal {
         }
         if let (Self::IncompatibleRoomVersion(version), Some(object)) = (&self, body.as_object_mut()) {
             object.insert("room_version".to_owned(), json!(version));
+        }
+        // Who asks for the way is told it.
+        if let (Self::WrongHub { hub, .. }, Some(object)) = (&self, body.as_object_mut()) {
+            object.insert("hub_server".to_owned(), json!(hub));
         }
         (self.status(), Json(body)).into_response()
     }

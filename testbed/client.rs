@@ -121,6 +121,39 @@ impl Client {
         self.call(method, &format!("/_matrix/client/v3/rooms/{}/{rest}", segment(room)), body).await
     }
 
+    /// Uploads a file and returns its URI.
+    pub async fn upload(&self, content_type: &str, name: &str, bytes: &[u8]) -> Result<String> {
+        let path = format!("{}/_matrix/media/v3/upload?filename={}", self.url, segment(name));
+        let request = self.http.post(path).bearer_auth(&self.token);
+        let request = request.header("content-type", content_type).body(bytes.to_vec());
+        string(&request.send().await?.error_for_status()?.json().await?, "content_uri")
+    }
+
+    /// Fetches the file with this URI, or a picture of it with `thumbnail`; its type, and what it consists of.
+    pub async fn download(&self, uri: &str, thumbnail: bool) -> Result<(String, Vec<u8>)> {
+        let path = uri.strip_prefix("mxc://").with_context(|| format!("{uri:?} is no URI of a file"))?;
+        let path = match thumbnail {
+            true => format!("thumbnail/{path}?width=32&height=32&method=scale"),
+            false => format!("download/{path}"),
+        };
+        let request = self.http.get(format!("{}/_matrix/client/v1/media/{path}", self.url)).bearer_auth(&self.token);
+        let response = request.send().await?;
+        let status = response.status();
+        let kind = response.headers().get("content-type").and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        let kind = kind.to_owned();
+        let body = response.bytes().await?;
+        if !status.is_success() {
+            bail!("{uri}: {status} {}", String::from_utf8_lossy(&body));
+        }
+        Ok((kind, body.to_vec()))
+    }
+
+    /// Sets the user's avatar.
+    pub async fn set_avatar(&self, uri: &str) -> Result<()> {
+        let path = format!("/_matrix/client/v3/profile/{}/avatar_url", segment(&self.user_id));
+        self.call(Method::PUT, &path, Some(json!({ "avatar_url": uri }))).await.map(drop)
+    }
+
     /// Sets the user's display name.
     pub async fn set_display_name(&self, name: &str) -> Result<()> {
         let path = format!("/_matrix/client/v3/profile/{}/displayname", segment(&self.user_id));

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use http::StatusCode;
 use ruma::OwnedServerName;
 use serde::{Deserialize, Serialize};
@@ -10,10 +11,11 @@ use utoipa::ToSchema;
 
 use super::Admin;
 use super::metrics::METRICS;
-use crate::appservice::HomeserverStatus;
+use crate::appservice::{HomeserverStatus, Summary};
 use crate::federation::QueueStatus;
+use crate::media;
 use crate::store::overview::{Overview, overview};
-use crate::store::{StoreError, lm};
+use crate::store::{StoreError, gaps, lm};
 
 /// How long an event may wait in the inbox before something is wrong, in milliseconds.
 const LONGEST_WAIT: i64 = 10 * 60 * 1000;
@@ -49,8 +51,12 @@ pub struct Health {
     pub echoes: Waiting,
     /// Events of foreign hubs' logs that could not be had, or not be checked, so far.
     pub missing: Waiting,
+    /// Events of Matrix rooms that wait for what is before them, or were taken without, because it could not be had so far.
+    pub graph_missing: Waiting,
     /// What foreign hubs did wrong with their logs.
     pub hub_faults: HubFaults,
+    /// State of shared rooms of which their log has something else than the room, and which could not be corrected.
+    pub uncorrected: Uncorrected,
     /// Long parts of foreign hubs' logs, from an absence, that are being fetched.
     pub catching_up: CatchingUp,
     /// Events of other servers, since the start, for rooms that the database does not know. Where there are many, it may be that
@@ -58,8 +64,25 @@ pub struct Health {
     pub events_of_unknown_rooms: u64,
     /// Events that wait to be sent.
     pub outbound: Outbound,
+    /// Files of media that are kept.
+    pub media: Files,
     /// How many portals are in each state.
     pub portals: BTreeMap<String, i64>,
+}
+
+/// Files of media on disk.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct Files {
+    /// How many.
+    pub files: u64,
+    /// How many bytes they have.
+    pub bytes: u64,
+}
+
+impl Files {
+    fn of(figures: media::Figures) -> Self {
+        Self { files: figures.files, bytes: figures.bytes }
+    }
 }
 
 /// How bad it is.
@@ -104,6 +127,15 @@ pub struct HubFaults {
     pub rooms: i64,
     /// How many rooms' hubs do not know the log's end as it is here now.
     pub lost: i64,
+}
+
+/// State of shared rooms that could not be corrected, as far as these were looked at since the start.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
+pub struct Uncorrected {
+    /// In how many rooms.
+    pub rooms: usize,
+    /// Of how many types and state keys.
+    pub count: usize,
 }
 
 /// Parts of logs that are too long to be fetched at once.
@@ -151,6 +183,9 @@ struct Findings {
     claim_lost: Option<StoreError>,
     queues: Result<Vec<QueueStatus>, StoreError>,
     homeserver: Option<HomeserverStatus>,
+    uncorrected: Uncorrected,
+    media: Files,
+    media_failed: Option<(Duration, String)>,
 }
 
 impl Admin {
@@ -165,7 +200,9 @@ impl Admin {
             Ok(_) => context.outbound.status().await,
             Err(_) => Ok(Vec::new()),
         };
+        let (rooms, count) = self.dag.rooms_uncorrected();
         let findings = Findings {
+            uncorrected: Uncorrected { rooms, count },
             server_name: context.server_name.clone(),
             now_ms: context.clock.now_ms(),
             store,
@@ -174,6 +211,8 @@ impl Admin {
             claim_lost: context.store.claim_lost(),
             queues,
             homeserver: self.appservice.as_ref().map(|appservice| appservice.status()),
+            media: Files::of(self.media.figures()),
+            media_failed: self.media.problem(),
         };
         let health = judge(findings);
         METRICS.inbox_waiting.set(health.inbox.waiting);
@@ -181,6 +220,8 @@ impl Admin {
         METRICS.echoes_waiting.set(health.echoes.waiting);
         METRICS.lm_missing.set(health.missing.waiting);
         METRICS.lm_missing_oldest_seconds.set(health.missing.oldest_age_ms / 1000);
+        METRICS.graph_missing.set(health.graph_missing.waiting);
+        METRICS.graph_missing_oldest_seconds.set(health.graph_missing.oldest_age_ms / 1000);
         METRICS.outbound_waiting.set(health.outbound.waiting);
         METRICS.outbound_failing.set(i64::try_from(health.outbound.failing.len()).unwrap_or(i64::MAX));
         for state in ["creating", "active", "degraded", "suspended", "ending", "ended"] {
@@ -189,6 +230,30 @@ impl Admin {
         }
         health
     }
+}
+
+#[async_trait]
+impl Summary for Admin {
+    async fn summary(&self) -> String {
+        as_text(&self.health().await)
+    }
+}
+
+fn as_text(health: &Health) -> String {
+    let mut lines = match health.problems.is_empty() {
+        true => vec![format!("{}: everything works.", health.server_name)],
+        false => vec![format!("{}: something is wrong.", health.server_name)],
+    };
+    lines.extend(health.problems.iter().cloned());
+    let portals: Vec<String> = health.portals.iter().map(|(state, count)| format!("{count} {state}")).collect();
+    if !portals.is_empty() {
+        lines.push(format!("portals: {}", portals.join(", ")));
+    }
+    let Health { inbox, echoes, outbound, .. } = health;
+    let (inbox, echoes, outbound) = (inbox.waiting, echoes.waiting, outbound.waiting);
+    lines.push(format!("events: {inbox} to be carried over, {echoes} at hubs, {outbound} to be sent"));
+    lines.push(format!("version {}", health.version));
+    lines.join("\n")
 }
 
 fn judge(findings: Findings) -> Health {
@@ -243,6 +308,16 @@ fn judge(findings: Findings) -> Health {
              `isthmus portal show` says where"
         ));
     }
+    let graph_missing = waiting(store.graph_missing.count, store.graph_missing.since);
+    if graph_missing.oldest_age_ms > LONGEST_WAIT {
+        let (count, minutes) = (graph_missing.waiting, graph_missing.oldest_age_ms / 60_000);
+        let gaps::Missing { waiting, server, last_error, .. } = store.graph_missing;
+        let (server, why) = (server.unwrap_or_default(), last_error.unwrap_or_default());
+        problems.push(format!(
+            "before {count} events of Matrix rooms others are missing here, the first for {minutes} minutes ({server}: {why}); \
+             {waiting} of them wait for these: `isthmus portal show` says where"
+        ));
+    }
     let lm::Faults { count, rooms: faulty, lost } = store.faults;
     if lost > 0 {
         problems.push(format!(
@@ -255,9 +330,21 @@ fn judge(findings: Findings) -> Health {
             "foreign hubs misbehaved {count} times in the last hour, in {faulty} rooms: `isthmus portal show` says how"
         ));
     }
+    let uncorrected = findings.uncorrected;
+    if uncorrected.count > 0 {
+        let Uncorrected { rooms, count } = uncorrected;
+        problems.push(format!(
+            "{count} pieces of state in {rooms} shared rooms are not in their logs as they are in the rooms, and could not be \
+             corrected: `isthmus portal show` says why"
+        ));
+    }
     if let Some(homeserver) = findings.homeserver.as_ref().filter(|homeserver| !homeserver.reachable) {
         let error = homeserver.error.as_deref().unwrap_or("it was not tried yet");
         problems.push(format!("the ping through the homeserver did not come back ({error}): run `isthmus doctor`"));
+    }
+    if let Some((ago, error)) = findings.media_failed.filter(|(ago, _)| *ago < FAILED) {
+        let ago = ago.as_secs();
+        problems.push(format!("{ago} s ago a file of media could not be kept, and so not be read: {error}"));
     }
     let failing = queues.iter().filter(|queue| queue.failures > 0).take(LISTED).map(|queue| Failing {
         server: queue.destination.to_string(),
@@ -280,13 +367,16 @@ fn judge(findings: Findings) -> Health {
         inbox,
         echoes,
         missing,
+        graph_missing,
         hub_faults: HubFaults { count, rooms: faulty, lost },
+        uncorrected,
         catching_up: CatchingUp { rooms, fetched, taken },
         events_of_unknown_rooms: METRICS.events_of_unknown_rooms.get(),
         outbound: Outbound {
             waiting: queues.iter().fold(0, |sum, queue| sum.saturating_add(queue.waiting)),
             failing: failing.collect(),
         },
+        media: findings.media,
         portals: store.portals.into_iter().collect(),
     }
 }
@@ -306,6 +396,9 @@ mod tests {
             claim_lost: None,
             queues: Ok(Vec::new()),
             homeserver: Some(HomeserverStatus { reachable: true, ..HomeserverStatus::default() }),
+            uncorrected: Uncorrected::default(),
+            media: Files::default(),
+            media_failed: Some((2 * FAILED, "full".to_owned())),
         }
     }
 
@@ -326,6 +419,14 @@ mod tests {
             fetched: 70,
             taken: 30,
         };
+        let gap = gaps::Missing {
+            count: 4,
+            waiting: 1,
+            since: Some(10_000_000 - 13 * 60_000),
+            server: Some("hs.example".to_owned()),
+            last_error: Some("does not give it".to_owned()),
+        };
+        let gap = Overview { graph_missing: gap, ..Overview::default() };
         let holes = Overview { missing: holes, ..Overview::default() };
         let forked = Overview { faults: lm::Faults { count: 57, rooms: 2, lost: 0 }, ..Overview::default() };
         let forgot = Overview { faults: lm::Faults { count: 0, rooms: 0, lost: 1 }, ..Overview::default() };
@@ -346,9 +447,21 @@ mod tests {
                 Findings { store: Ok(holes), ..good() },
                 "first for 12 minutes (hub.example does not give it; 70 events of long absences were fetched so far, 30 of them",
             ),
+            (
+                Findings { store: Ok(gap), ..good() },
+                "before 4 events of Matrix rooms others are missing here, the first for 13 minutes (hs.example: does not give it); 1",
+            ),
             (Findings { store: Ok(forked), ..good() }, "misbehaved 57 times in the last hour, in 2 rooms"),
             (Findings { store: Ok(forgot), ..good() }, "the hubs of 1 rooms do not know"),
             (Findings { homeserver: Some(down), ..good() }, "did not come back (502)"),
+            (
+                Findings { uncorrected: Uncorrected { rooms: 1, count: 3 }, ..good() },
+                "3 pieces of state in 1 shared rooms are not in their logs",
+            ),
+            (
+                Findings { media_failed: Some((Duration::from_secs(3), "no space".to_owned())), ..good() },
+                "3 s ago a file of media could not be kept, and so not be read: no space",
+            ),
         ];
         for (index, (findings, problem)) in cases.into_iter().enumerate() {
             // Who serves federation is not to be restarted because the homeserver is down.

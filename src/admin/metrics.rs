@@ -41,10 +41,13 @@ pub struct Metrics {
     pub lm_hub_faults: IntCounterVec,
     pub lm_missing: IntGauge,
     pub lm_missing_oldest_seconds: IntGauge,
+    pub graph_missing: IntGauge,
+    pub graph_missing_oldest_seconds: IntGauge,
     pub portals: IntGaugeVec,
     pub outbound_waiting: IntGauge,
     pub outbound_failing: IntGauge,
     pub outbound_transactions: IntCounterVec,
+    pub outbound_feeds_ended: IntCounter,
     pub outbound_seconds: HistogramVec,
     pub inbound_transactions: IntCounterVec,
     pub inbound_seconds: HistogramVec,
@@ -53,6 +56,9 @@ pub struct Metrics {
     pub http_seconds: HistogramVec,
     pub cache_entries: IntGaugeVec,
     pub cache_lookups: IntCounterVec,
+    pub media_requests: IntCounterVec,
+    pub media_bytes: IntCounterVec,
+    pub media_kept_bytes: IntGauge,
     pub store_group_jobs: Histogram,
     pub store_commit_seconds: Histogram,
     pub appservice_transactions: IntCounterVec,
@@ -99,6 +105,11 @@ pub fn edu_sent(kind: &'static str) {
 /// EDUs for other servers were dropped, for this reason.
 pub fn edus_dropped(reason: &'static str, count: usize) {
     METRICS.edus_dropped.with_label_values(&[reason]).inc_by(u64::try_from(count).unwrap_or_default());
+}
+
+/// What is left of a feed was dropped, for a destination that has no endpoint for it.
+pub fn outbound_feed_ended() {
+    METRICS.outbound_feeds_ended.inc();
 }
 
 /// An event was carried over to the side `to`, `waited` after it was accepted.
@@ -176,6 +187,17 @@ impl CacheMeter {
         self.hits.inc_by(u64::try_from(hits).unwrap_or_default());
         self.misses.inc_by(u64::try_from(misses).unwrap_or_default());
     }
+}
+
+/// A server asked for a file: it was there (`hit`), was being fetched already (`joined`), could not be had a moment ago (`failed`), or
+/// is fetched because of that (`miss`).
+pub fn media_request(result: &'static str) {
+    METRICS.media_requests.with_label_values(&[result]).inc();
+}
+
+/// So many bytes of files were `fetched`, or `served`.
+pub fn media_bytes(direction: &'static str, bytes: u64) {
+    METRICS.media_bytes.with_label_values(&[direction]).inc_by(bytes);
 }
 
 /// A group of `jobs` writes was committed, which took so long.
@@ -274,6 +296,13 @@ impl Metrics {
                 "EDUs for other servers that were dropped, by reason.",
                 &["reason"],
             ),
+            outbound_feeds_ended: registered(
+                r,
+                IntCounter::with_opts(opts(
+                    "outbound_feeds_ended_total",
+                    "Feeds of which the rest was dropped, for a server that does LM alone and has no endpoint for them.",
+                )),
+            ),
             images: counter(r, "images_total", "Events that were carried over to a side.", &["to"]),
             images_refused: counter(
                 r,
@@ -297,6 +326,16 @@ impl Metrics {
                 r,
                 "lm_missing_oldest_seconds",
                 "Since when the first of them is known to be missing.",
+            ),
+            graph_missing: gauge(
+                r,
+                "graph_missing",
+                "Events of Matrix rooms that wait for what is before them, or were taken without.",
+            ),
+            graph_missing_oldest_seconds: gauge(
+                r,
+                "graph_missing_oldest_seconds",
+                "Since when something is known to be missing before the first of them.",
             ),
             portals: gauges(r, "portals", "Portals by state.", &["state"]),
             outbound_waiting: gauge(r, "outbound_waiting", "Events that wait to be sent to other servers."),
@@ -335,6 +374,14 @@ impl Metrics {
             http_seconds: histogram(r, "http_request_seconds", "How long requests took.", &["listener", "route"]),
             cache_entries: gauges(r, "cache_entries", "How much a cache holds.", &["cache"]),
             cache_lookups: counter(r, "cache_lookups_total", "Look-ups in a cache.", &["cache", "result"]),
+            media_requests: counter(
+                r,
+                "media_requests_total",
+                "Files that servers asked for, by what became of it.",
+                &["result"],
+            ),
+            media_bytes: counter(r, "media_bytes_total", "Bytes of files, fetched and served.", &["direction"]),
+            media_kept_bytes: gauge(r, "media_kept_bytes", "How much of files is on disk."),
             store_group_jobs: plain_histogram(r, "store_group_jobs", "Writes that shared a commit.", SIZES),
             store_commit_seconds: plain_histogram(
                 r,

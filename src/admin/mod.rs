@@ -12,12 +12,13 @@ use axum::routing::get;
 use axum::{Json, Router};
 use http::header;
 
-pub use self::health::{CatchingUp, Failing, Health, HubFaults, Outbound, Status, Waiting};
+pub use self::health::{CatchingUp, Failing, Files, Health, HubFaults, Outbound, Status, Uncorrected, Waiting};
 use crate::appservice::Appservice;
 use crate::bridge::Bridge;
 use crate::dag::Dag;
 use crate::federation::Context;
 use crate::lm::Lm;
+use crate::media::Media;
 
 /// What the admin listener stands in front of; clones share it.
 #[derive(Clone)]
@@ -32,6 +33,8 @@ pub struct Admin {
     pub bridge: Bridge,
     /// The appservice, when there is a homeserver.
     pub appservice: Option<Appservice>,
+    /// Files of both sides.
+    pub media: Media,
 }
 
 impl Admin {

@@ -31,6 +31,7 @@ pub(super) fn render(health: &Health) -> String {
     row("events to carry over", &health.inbox.waiting.to_string());
     row("events to come back from hubs", &health.echoes.waiting.to_string());
     row("events of hubs that are missing here", &health.missing.waiting.to_string());
+    row("events of Matrix rooms before which others are missing", &health.graph_missing.waiting.to_string());
     if health.catching_up.rooms > 0 {
         let (fetched, taken) = (health.catching_up.fetched, health.catching_up.taken);
         row("events of long absences", &format!("{fetched} fetched so far, {taken} taken"));
@@ -54,7 +55,7 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{CatchingUp, Failing, HubFaults, Outbound, Waiting};
+    use super::super::{CatchingUp, Failing, Files, HubFaults, Outbound, Uncorrected, Waiting};
     use super::*;
 
     #[test]
@@ -76,9 +77,12 @@ mod tests {
             inbox: Waiting::default(),
             echoes: Waiting::default(),
             missing: Waiting::default(),
+            graph_missing: Waiting::default(),
             hub_faults: HubFaults::default(),
+            uncorrected: Uncorrected::default(),
             catching_up: CatchingUp::default(),
             events_of_unknown_rooms: 0,
+            media: Files::default(),
             outbound: Outbound { waiting: 1, failing: vec![failing] },
             portals: [("active".to_owned(), 3)].into(),
         });

@@ -15,6 +15,7 @@ use tokio::sync::Semaphore;
 use super::portals::Portals;
 use super::{Homeserver, HomeserverError};
 use crate::admin::metrics::METRICS;
+use crate::bridge::lm_alias;
 use crate::clock::SharedClock;
 use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
@@ -173,9 +174,19 @@ impl Publisher {
             // The homeserver has never heard of the room. An invite for one of its users makes it known.
             Err(error) if error.status() == Some(StatusCode::BAD_REQUEST) => {
                 self.invite_bot(&target.room_id).await?;
-                Ok(self.put(alias, &target).await?)
+                self.put(alias, &target).await?;
             }
-            other => Ok(other?),
+            other => other?,
+        }
+        self.list(localpart, &target.room_id).await;
+        Ok(())
+    }
+
+    /// In the homeserver's directory the rooms of each LM server are a list. An alias that is in none leads to its room all the same.
+    async fn list(&self, localpart: &str, room_id: &RoomId) {
+        let Some((_, hub)) = lm_alias(localpart) else { return };
+        if let Err(error) = self.homeserver.list_room(hub.as_str(), room_id, true).await {
+            tracing::info!(room = %room_id, %hub, %error, "a room could not be put into the homeserver's directory");
         }
     }
 

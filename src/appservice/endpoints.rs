@@ -2,7 +2,7 @@
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
@@ -15,17 +15,15 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::event::{Pushed, View, work};
-use super::registration::PROTOCOL;
-use super::{Appservice, Bearer};
+use super::{Appservice, Bearer, thirdparty};
 use crate::admin::metrics::METRICS;
-use crate::bridge::of_alias;
 use crate::refusal::Refusal;
 use crate::store::appservice as rows;
 
 /// How large a transaction may be: 100 events with what the homeserver adds to them.
 const LIMIT: usize = 32 << 20;
 
-type Answer = Result<Json<Value>, Refusal>;
+pub(super) type Answer = Result<Json<Value>, Refusal>;
 
 /// The endpoints, on whichever listener they are put.
 pub(super) fn routes(appservice: Appservice) -> Router {
@@ -36,11 +34,11 @@ pub(super) fn routes(appservice: Appservice) -> Router {
         .route(&app("/users/{*user_id}"), get(user))
         .route(&app("/rooms/{*alias}"), get(alias))
         .route(&app("/ping"), post(ping))
-        .route(&app("/thirdparty/protocol/{protocol}"), get(protocol))
-        .route(&app("/thirdparty/location/{protocol}"), get(location))
-        .route(&app("/thirdparty/location"), get(nothing))
-        .route(&app("/thirdparty/user/{protocol}"), get(nothing))
-        .route(&app("/thirdparty/user"), get(nothing))
+        .route(&app("/thirdparty/protocol/{protocol}"), get(thirdparty::protocol))
+        .route(&app("/thirdparty/location/{protocol}"), get(thirdparty::location))
+        .route(&app("/thirdparty/location"), get(thirdparty::location_of_alias))
+        .route(&app("/thirdparty/user/{protocol}"), get(thirdparty::user))
+        .route(&app("/thirdparty/user"), get(thirdparty::user_of_ghost))
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(LIMIT))
         .layer(from_fn_with_state(appservice.clone(), authenticate))
@@ -149,42 +147,4 @@ async fn ping(State(appservice): State<Appservice>, body: Bytes) -> Json<Value> 
     let ping: Option<Ping> = serde_json::from_slice(&body).ok();
     appservice.inner.status.received(ping.and_then(|ping| ping.transaction_id).as_deref());
     Json(json!({}))
-}
-
-async fn protocol(Path(protocol): Path<String>) -> Answer {
-    if protocol != PROTOCOL {
-        return Err(Refusal::NotFound(format!("protocol {protocol}")));
-    }
-    Ok(Json(json!({
-        "user_fields": [],
-        "location_fields": ["alias"],
-        "icon": "",
-        "field_types": { "alias": { "regexp": "#.+:.+", "placeholder": "#NAME:SERVER" } },
-        "instances": [{ "desc": "Linearized Matrix", "fields": {}, "network_id": PROTOCOL }],
-    })))
-}
-
-#[derive(Deserialize)]
-struct Location {
-    alias: Option<String>,
-}
-
-/// Where an LM alias is found here.
-async fn location(
-    State(appservice): State<Appservice>,
-    Path(protocol): Path<String>,
-    Query(query): Query<Location>,
-) -> Answer {
-    let wanted = query.alias.filter(|_| protocol == PROTOCOL);
-    let found = wanted.as_deref().and_then(|alias| {
-        let (name, server) = alias.strip_prefix('#')?.split_once(':')?;
-        let server = ruma::ServerName::parse(server).ok()?;
-        let here = format!("#{}:{}", of_alias(name, &server), appservice.inner.homeserver_name);
-        Some(json!([{ "alias": here, "protocol": PROTOCOL, "fields": { "alias": alias } }]))
-    });
-    Ok(Json(found.unwrap_or_else(|| json!([]))))
-}
-
-async fn nothing() -> Json<Value> {
-    Json(json!([]))
 }

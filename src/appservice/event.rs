@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ruma::{OwnedRoomId, OwnedUserId, ServerName, UserId};
+use ruma::{OwnedRoomId, OwnedUserId, RoomId, ServerName, UserId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -38,6 +38,9 @@ pub(super) enum Work {
         room_id: OwnedRoomId,
         /// Who.
         sender: OwnedUserId,
+        /// Whether the two are to be alone there.
+        #[serde(default)]
+        is_direct: bool,
     },
     /// The bot's chat with this room is over.
     ChatOver {
@@ -59,6 +62,27 @@ pub(super) enum Work {
     },
 }
 
+impl Work {
+    /// The room that it is about.
+    pub(super) fn room_id(&self) -> &RoomId {
+        match self {
+            Self::LocalJoin { room_id }
+            | Self::Invited { room_id, .. }
+            | Self::ChatOver { room_id, .. }
+            | Self::Said { room_id, .. } => room_id,
+        }
+    }
+}
+
+/// A room in which the bot answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Chat {
+    /// Who invited the bot, and whom alone it answers.
+    pub(super) with: OwnedUserId,
+    /// Whether the two are alone there: everything that is said there is for the bot.
+    pub(super) is_direct: bool,
+}
+
 /// Whose events they are looked at for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct View<'a> {
@@ -66,8 +90,8 @@ pub(super) struct View<'a> {
     pub homeserver: &'a ServerName,
     /// The appservice's user.
     pub bot: &'a UserId,
-    /// Its chats, and with whom they are.
-    pub chats: &'a BTreeMap<OwnedRoomId, OwnedUserId>,
+    /// Its chats.
+    pub chats: &'a BTreeMap<OwnedRoomId, Chat>,
 }
 
 /// What is to be done because of `event`.
@@ -78,25 +102,25 @@ pub(super) fn work(view: View<'_>, event: &Pushed) -> Option<Work> {
         ("m.room.member", Some(target)) => match text("membership")? {
             // Its invites into portals come from the gateway and only make the room known.
             "invite" if target == view.bot && event.sender.server_name() == view.homeserver => {
-                Some(Work::Invited { room_id, sender: event.sender.clone() })
+                let is_direct = event.content.get("is_direct").and_then(Value::as_bool).unwrap_or(false);
+                Some(Work::Invited { room_id, sender: event.sender.clone(), is_direct })
             }
             "leave" | "ban" if target == view.bot => {
                 view.chats.contains_key(&room_id).then_some(Work::ChatOver { room_id, leave: false })
             }
-            "leave" | "ban" if view.chats.get(&room_id).is_some_and(|user| user == target) => {
+            "leave" | "ban" if view.chats.get(&room_id).is_some_and(|chat| chat.with == target) => {
                 Some(Work::ChatOver { room_id, leave: true })
             }
             "join" if target != view.bot && is_of(target, view.homeserver) => Some(Work::LocalJoin { room_id }),
             _ => None,
         },
-        (kind @ ("m.room.message" | "m.room.encrypted"), None)
+        (kind @ ("m.room.message" | "m.room.encrypted"), None) => {
             // Others in the room talk with each other, and so does whoever invited the bot but for its commands.
-            if view.chats.get(&room_id).is_some_and(|user| *user == event.sender) =>
-        {
+            let chat = view.chats.get(&room_id).filter(|chat| chat.with == event.sender)?;
             let body = match kind {
                 "m.room.message" => {
                     let body = text("body").filter(|_| text("msgtype") == Some("m.text"))?;
-                    Some(cut(Some(body).filter(|body| body.trim_start().starts_with('!'))?))
+                    Some(cut(Some(body).filter(|body| chat.is_direct || body.trim_start().starts_with('!'))?))
                 }
                 _ => None,
             };
@@ -122,7 +146,11 @@ mod tests {
     use super::*;
 
     fn of(event: Value) -> Option<Work> {
-        let chats = BTreeMap::from([(room_id!("!chat:hs").to_owned(), user_id!("@alice:hs").to_owned())]);
+        let chat = |is_direct| Chat { with: user_id!("@alice:hs").to_owned(), is_direct };
+        let chats = BTreeMap::from([
+            (room_id!("!chat:hs").to_owned(), chat(false)),
+            (room_id!("!direct:hs").to_owned(), chat(true)),
+        ]);
         let view = View { homeserver: server_name!("hs"), bot: user_id!("@_isthmus:hs"), chats: &chats };
         work(view, &serde_json::from_value(event).unwrap())
     }
@@ -142,7 +170,7 @@ mod tests {
         assert_eq!(member("!r:g", "@isthmus:g", bot, "invite"), None);
         assert_eq!(
             member("!r:g", "@a:hs", bot, "invite"),
-            Some(Work::Invited { room_id, sender: user_id!("@a:hs").to_owned() })
+            Some(Work::Invited { room_id, sender: user_id!("@a:hs").to_owned(), is_direct: false })
         );
         let chat = room_id!("!chat:hs").to_owned();
         let over = |leave| Some(Work::ChatOver { room_id: chat.clone(), leave });
@@ -167,7 +195,12 @@ mod tests {
         };
         assert_eq!(said("!chat:hs", "@carol:hs", "m.room.message", text.clone()), None, "not who invited it");
         let talk = json!({ "msgtype": "m.text", "body": "hello carol!" });
-        assert_eq!(said("!chat:hs", "@alice:hs", "m.room.message", talk), None, "no command");
+        assert_eq!(said("!chat:hs", "@alice:hs", "m.room.message", talk.clone()), None, "no command");
+        let Some(Work::Said { body, .. }) = said("!direct:hs", "@alice:hs", "m.room.message", talk.clone()) else {
+            panic!("they are alone");
+        };
+        assert_eq!(body.as_deref(), Some("hello carol!"));
+        assert_eq!(said("!direct:hs", "@carol:hs", "m.room.message", talk), None, "not who invited it");
         assert_eq!(said("!r:g", "@alice:hs", "m.room.message", text.clone()), None, "a bridged room");
         assert_eq!(said("!chat:hs", "@_isthmus:hs", "m.room.message", text), None, "the bot's own");
         assert_eq!(said("!chat:hs", "@alice:hs", "m.room.message", json!({ "msgtype": "m.notice", "body": "" })), None);

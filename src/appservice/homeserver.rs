@@ -194,9 +194,23 @@ impl Homeserver {
         self.call(Method::DELETE, &directory(alias), None, true, TIMEOUT).await.map(drop)
     }
 
+    /// Puts a room into a list of the homeserver's directory that is the appservice's own, or takes it out. It shows those that anybody
+    /// may join and that users of the homeserver are in.
+    pub async fn list_room(&self, list: &str, room_id: &RoomId, is_listed: bool) -> Result<()> {
+        let path = ["_matrix", "client", "v3", "directory", "list", "appservice", list, room_id.as_str()];
+        let body = json!({ "visibility": if is_listed { "public" } else { "private" } });
+        self.call(Method::PUT, &path, Some(body), true, TIMEOUT).await.map(drop)
+    }
+
     /// Joins a room as the appservice's user.
     pub async fn join(&self, room_id: &RoomId) -> Result<()> {
         self.in_room(room_id, "join").await
+    }
+
+    /// Invites somebody as the appservice's user.
+    pub async fn invite(&self, room_id: &RoomId, user: &OwnedUserId) -> Result<()> {
+        let path = ["_matrix", "client", "v3", "rooms", room_id.as_str(), "invite"];
+        self.call(Method::POST, &path, Some(json!({ "user_id": user })), true, TIMEOUT).await.map(drop)
     }
 
     /// Leaves a room, or rejects an invite, as the appservice's user.

@@ -2,6 +2,7 @@
 //! the aliases in the Synapse's own namespace, third-party look-ups, and the bot's direct chats.
 
 mod aliases;
+mod answers;
 mod commands;
 mod endpoints;
 mod event;
@@ -11,6 +12,7 @@ mod portals;
 mod registration;
 #[cfg(test)]
 mod tests;
+mod thirdparty;
 mod token;
 mod worker;
 
@@ -23,6 +25,9 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use self::aliases::{Aliases, Publisher};
+use self::answers::Answers;
+pub use self::answers::Summary;
+use self::event::Chat;
 pub use self::homeserver::{Homeserver, HomeserverError};
 pub use self::ping::HomeserverStatus;
 use self::ping::{Pinger, Status};
@@ -76,8 +81,9 @@ struct Inner {
     homeserver: Homeserver,
     homeserver_name: OwnedServerName,
     bot: OwnedUserId,
+    gateway_bot: OwnedUserId,
     portals: Arc<dyn Portals>,
-    aliases: Aliases,
+    aliases: Arc<Aliases>,
     chats: Chats,
     status: Status,
     news: Arc<Notify>,
@@ -116,7 +122,8 @@ impl Appservice {
             registration.as_token.clone(),
             &config.federation.custom_ca,
         )?;
-        let chats = rows::chats(&base.store).await?.into_iter().collect();
+        let chats = rows::chats(&base.store).await?.into_iter();
+        let chats = chats.map(|(room_id, with, is_direct)| (room_id, Chat { with, is_direct })).collect();
         let publisher = Publisher {
             portals: portals.clone(),
             homeserver: homeserver.clone(),
@@ -129,9 +136,10 @@ impl Appservice {
             admins: config.access.admins.clone(),
             registration,
             homeserver,
-            aliases: Aliases::new(publisher, homeserver_name.clone()),
+            aliases: Arc::new(Aliases::new(publisher, homeserver_name.clone())),
             homeserver_name,
             bot,
+            gateway_bot: crate::bridge::bot_of(&config.server_name),
             portals,
             chats: Arc::new(ArcSwap::from_pointee(chats)),
             status: Status::default(),
@@ -146,8 +154,8 @@ impl Appservice {
         endpoints::routes(self.clone())
     }
 
-    /// Starts to ping and to work, once the listeners are there.
-    pub async fn start(&self) -> Result<(), StoreError> {
+    /// Starts to ping and to work, once the listeners are there. `summary` tells admins how the gateway is doing.
+    pub async fn start(&self, summary: Arc<dyn Summary>) -> Result<(), StoreError> {
         let before = self.inner.base.clock.now_ms().saturating_sub(REMEMBERED);
         self.inner
             .base
@@ -156,7 +164,7 @@ impl Appservice {
             .await?;
         let mut tasks = self.inner.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         tasks.spawn(self.pinger().run());
-        tasks.spawn(self.worker().run());
+        tasks.spawn(self.worker(summary).run());
         Ok(())
     }
 
@@ -186,8 +194,18 @@ impl Appservice {
         }
     }
 
-    fn worker(&self) -> Worker {
+    /// Not kept in what is shared: what sums up has the appservice, too.
+    fn worker(&self, summary: Arc<dyn Summary>) -> Worker {
         let inner = &self.inner;
+        let answers = Answers {
+            portals: inner.portals.clone(),
+            aliases: inner.aliases.clone(),
+            homeserver: inner.homeserver.clone(),
+            homeserver_name: inner.homeserver_name.clone(),
+            gateway_bot: inner.gateway_bot.clone(),
+            admins: inner.admins.clone(),
+            summary,
+        };
         Worker {
             store: inner.base.store.clone(),
             clock: inner.base.clock.clone(),
@@ -195,7 +213,7 @@ impl Appservice {
             homeserver: inner.homeserver.clone(),
             homeserver_name: inner.homeserver_name.clone(),
             bot: inner.bot.clone(),
-            admins: inner.admins.clone(),
+            answers,
             chats: inner.chats.clone(),
             news: inner.news.clone(),
         }

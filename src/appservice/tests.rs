@@ -1,7 +1,7 @@
 //! The appservice between a bridge and a homeserver that are both made for the test.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -10,12 +10,12 @@ use axum::extract::{Path, State};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use http::{Method, Request, StatusCode};
-use ruma::{OwnedRoomId, RoomId, UserId, owned_room_id};
+use ruma::{EventId, OwnedRoomId, RoomId, UserId, owned_room_id, user_id};
 use serde_json::{Value, json};
 use tower::ServiceExt as _;
 
 use super::*;
-use crate::bridge::Portal;
+use crate::bridge::{Explanation, Health, Listed, Members, Portal, PortalKind, PortalState, Waiting};
 use crate::clock::ManualClock;
 use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
@@ -27,6 +27,10 @@ struct FakeHomeserver {
     aliases: BTreeMap<String, String>,
     said: Vec<(String, String, String)>,
     joined: Vec<String>,
+    left: Vec<String>,
+    invited: Vec<String>,
+    /// Rooms in the lists of the directory.
+    listed: BTreeSet<(String, String)>,
     fails: Option<StatusCode>,
 }
 
@@ -60,8 +64,32 @@ async fn delete_alias(State(fake): State<Shared>, Path(alias): Path<String>) -> 
     reply(200, json!({}))
 }
 
+async fn list(
+    State(fake): State<Shared>,
+    Path((list, room_id)): Path<(String, String)>,
+    Json(body): Json<Value>,
+) -> Reply {
+    let mut fake = fake.lock().unwrap();
+    match body["visibility"].as_str() {
+        Some("public") => fake.listed.insert((list, room_id)),
+        Some("private") => fake.listed.remove(&(list, room_id)),
+        _ => panic!("{body}"),
+    };
+    reply(200, json!({}))
+}
+
 async fn join(State(fake): State<Shared>, Path(room_id): Path<String>) -> Reply {
     fake.lock().unwrap().joined.push(room_id);
+    reply(200, json!({}))
+}
+
+async fn leave(State(fake): State<Shared>, Path(room_id): Path<String>) -> Reply {
+    fake.lock().unwrap().left.push(room_id);
+    reply(200, json!({}))
+}
+
+async fn invite(State(fake): State<Shared>, Path(room_id): Path<String>, Json(body): Json<Value>) -> Reply {
+    fake.lock().unwrap().invited.push(format!("{} {room_id}", body["user_id"].as_str().unwrap()));
     reply(200, json!({}))
 }
 
@@ -85,6 +113,10 @@ struct FakePortals {
     resolved: AtomicUsize,
     invited: Mutex<Vec<String>>,
     withdrawn: Mutex<Vec<String>>,
+    bridged: Mutex<Vec<String>>,
+    guests: Mutex<Vec<String>>,
+    is_public: AtomicBool,
+    ended: Mutex<Vec<String>>,
     gate: tokio::sync::Semaphore,
 }
 
@@ -117,12 +149,106 @@ impl Portals for FakePortals {
         Ok(())
     }
 
-    async fn invite_into(&self, portal_id: &str, _user_id: &UserId) -> Result<(), Refusal> {
-        Err(Refusal::NotFound(format!("portal {portal_id}")))
+    async fn invite_if_public(&self, room_id: &RoomId, user_id: &UserId) -> Result<bool, Refusal> {
+        self.guests.lock().unwrap().push(format!("{user_id} {room_id}"));
+        Ok(self.is_public.load(Ordering::SeqCst))
     }
 
-    async fn first(&self, _limit: usize) -> Result<Vec<Arc<Portal>>, Refusal> {
-        Ok(Vec::new())
+    async fn expose(&self, room_id: &RoomId, via: &ruma::ServerName) -> Result<Arc<Portal>, Refusal> {
+        assert_eq!(via, "hs.example");
+        if room_id == "!secret:hs.example" {
+            return Err(Refusal::Encryption("megolm".to_owned()));
+        }
+        self.bridged.lock().unwrap().push(room_id.to_string());
+        Ok(self.first(1).await?.remove(0))
+    }
+
+    async fn invite_into(&self, portal_id: &str, _user_id: &UserId) -> Result<(), Refusal> {
+        match portal_id {
+            "p1" => Ok(()),
+            _ => Err(Refusal::NotFound(format!("portal {portal_id}"))),
+        }
+    }
+
+    async fn listed(&self, _limit: usize) -> Result<Vec<Listed>, Refusal> {
+        let room = |alias: Option<&str>, members, join_rule: &str| Listed {
+            room_id: "!r:g.example".to_owned(),
+            alias: alias.map(str::to_owned),
+            name: Some("Tea".to_owned()),
+            members,
+            join_rule: Some(join_rule.to_owned()),
+        };
+        Ok(vec![room(Some("#tea:g.example"), 1, "public"), room(None, 7, "knock")])
+    }
+
+    async fn show(&self, portal_id: &str) -> Result<(Arc<Portal>, Health), Refusal> {
+        let portal = self.first(1).await?.pop().filter(|portal| portal.portal_id == portal_id);
+        let portal = portal.ok_or_else(|| Refusal::NotFound(format!("the portal {portal_id}")))?;
+        let waiting = |side, count| Waiting { side, count, since: None };
+        let health = Health {
+            waiting: [waiting("matrix", 3), waiting("lm", 0)],
+            members: Members { matrix: vec![user_id!("@a:hs.example").to_owned()], ..Members::default() },
+            ..Health::default()
+        };
+        Ok((portal, health))
+    }
+
+    async fn of_room(&self, room_id: &RoomId) -> Result<String, Refusal> {
+        Err(Refusal::UnknownRoom(room_id.to_string()))
+    }
+
+    async fn end(&self, portal_id: &str, by: &UserId) -> Result<(), Refusal> {
+        self.ended.lock().unwrap().push(format!("{portal_id} by {by}"));
+        Ok(())
+    }
+
+    async fn explain(&self, event_id: &EventId) -> Result<Option<Explanation>, Refusal> {
+        Ok((event_id == "$known").then(|| Explanation {
+            event_id: event_id.to_owned(),
+            side: "matrix",
+            room_id: owned_room_id!("!r:g.example"),
+            sender: user_id!("@carol:hs.example").to_owned(),
+            kind: "m.room.message".to_owned(),
+            portal_id: Some("p1".to_owned()),
+            status: "crossed",
+            across: Some("$there".try_into().unwrap()),
+            note: None,
+            refusal: None,
+            waiting_since: None,
+        }))
+    }
+
+    async fn ghost_of(&self, user: &UserId) -> Result<Option<OwnedUserId>, Refusal> {
+        Ok((user == "@bob:hub.example").then(|| user_id!("@lm_bob_hub.example:g.example").to_owned()))
+    }
+
+    async fn user_behind(&self, ghost: &UserId) -> Result<Option<OwnedUserId>, Refusal> {
+        Ok((ghost == "@lm_bob_hub.example:g.example").then(|| user_id!("@bob:hub.example").to_owned()))
+    }
+
+    async fn first(&self, limit: usize) -> Result<Vec<Arc<Portal>>, Refusal> {
+        let portal = Portal {
+            portal_id: "p1".to_owned(),
+            kind: PortalKind::FromLm,
+            state: PortalState::Active,
+            matrix_room_id: owned_room_id!("!r:g.example"),
+            lm_room_id: owned_room_id!("!l:hub.example"),
+            lm_hub: "hub.example".try_into().unwrap(),
+            alias: None,
+            reason: None,
+        };
+        let portal = Arc::new(portal);
+        Ok(vec![portal; limit.min(2)])
+    }
+}
+
+/// A gateway that is doing well.
+struct Fine;
+
+#[async_trait]
+impl Summary for Fine {
+    async fn summary(&self) -> String {
+        "everything works".to_owned()
     }
 }
 
@@ -142,8 +268,10 @@ impl House {
         let directory = "/_matrix/client/v3/directory/room/{alias}";
         let router = Router::new()
             .route(directory, put(put_alias).get(get_alias).delete(delete_alias))
+            .route("/_matrix/client/v3/directory/list/appservice/{list}/{room_id}", put(list))
             .route("/_matrix/client/v3/rooms/{room_id}/join", post(join))
-            .route("/_matrix/client/v3/rooms/{room_id}/leave", post(|| async { reply(200, json!({})) }))
+            .route("/_matrix/client/v3/rooms/{room_id}/invite", post(invite))
+            .route("/_matrix/client/v3/rooms/{room_id}/leave", post(leave))
             .route("/_matrix/client/v3/rooms/{room_id}/send/m.room.message/{txn_id}", put(say))
             .route("/_matrix/client/versions", get(|| async { reply(200, json!({ "versions": [] })) }))
             .with_state(homeserver.clone());
@@ -167,6 +295,10 @@ impl House {
             resolved: AtomicUsize::default(),
             invited: Mutex::default(),
             withdrawn: Mutex::default(),
+            bridged: Mutex::default(),
+            guests: Mutex::default(),
+            is_public: AtomicBool::new(true),
+            ended: Mutex::default(),
             gate: tokio::sync::Semaphore::new(1),
         });
         let clock = ManualClock::new(1_000_000);
@@ -216,12 +348,40 @@ impl House {
     }
 
     async fn work(&self) -> Duration {
-        self.appservice.worker().round().await.unwrap()
+        self.appservice.worker(Arc::new(Fine)).round().await.unwrap()
     }
 
     async fn query(&self, alias: &str) -> (u16, Value) {
         let alias = alias.replace('#', "%23").replace(':', "%3A");
         self.call(Method::GET, &format!("/rooms/{alias}"), Value::Null).await
+    }
+}
+
+impl House {
+    /// Everything that the bot said.
+    fn answers(&self) -> Vec<String> {
+        self.homeserver.lock().unwrap().said.iter().map(|(_, _, body)| body.clone()).collect()
+    }
+
+    /// Has `user` invite the bot into a direct chat.
+    async fn chat_with(&self, user: &str) {
+        let mut invite = member("$invite", "!direct:hs.example", user, BOT, "invite");
+        invite["content"]["is_direct"] = json!(true);
+        self.transaction(1, &[invite]).await;
+        self.work().await;
+    }
+
+    /// What the bot answers in that chat.
+    async fn ask(&self, user: &str, body: &str) -> String {
+        let mut event = said(&format!("${body}"), body);
+        event["room_id"] = json!("!direct:hs.example");
+        event["sender"] = json!(user);
+        let before = self.answers().len();
+        self.transaction(u32::try_from(before).unwrap() + 100, &[event]).await;
+        self.work().await;
+        let answers = self.answers();
+        assert_eq!(answers.len(), before + 1, "{body}: one answer");
+        answers[before].clone()
     }
 }
 
@@ -420,29 +580,85 @@ async fn the_bot_chats_with_local_users_alone() {
     assert_eq!(house.homeserver.lock().unwrap().joined, ["!chat:hs.example"]);
 
     let events =
-        [said("$3", "!alias #tea:hub.example"), said("$4", "!portals"), said("$5", "!invite p1 @b:hub.example")];
+        [said("$3", "!join #tea:hub.example"), said("$4", "!show p1"), said("$5", "!invite p1 @b:hub.example")];
     house.transaction(3, &events).await;
     house.work().await;
-    let answers: Vec<String> = house.homeserver.lock().unwrap().said.iter().map(|(_, _, body)| body.clone()).collect();
-    assert!(answers[0].contains("!alias"), "{answers:?}");
-    assert_eq!(answers[1], format!("/join {ALIAS}"));
-    assert_eq!(answers[2], "This is for the gateway's admins alone.");
-    assert_eq!(answers[3], "This is for the gateway's admins alone.");
-
-    house.transaction(6, &[said("$8", "!alias #no:hub.example")]).await;
-    house.work().await;
-    let answer = house.homeserver.lock().unwrap().said.last().unwrap().2.clone();
-    assert_eq!(
-        answer,
-        "/join #lm_no_hub.example:hs.example\nThe last try did not work: the policy of this gateway does not allow it: \
-         hub.example is not in access.hubs"
-    );
+    let answers = house.answers();
+    assert!(answers[0].contains("join #NAME:SERVER") && !answers[0].contains("unbridge"), "{answers:?}");
+    assert_eq!(answers[1], format!("You are invited into {ALIAS}."));
+    assert_eq!(*house.portals.guests.lock().unwrap(), ["@alice:hs.example !room:g.example"]);
+    assert_eq!(house.homeserver.lock().unwrap().aliases[ALIAS], "!room:g.example");
+    assert_eq!(answers[2..], ["This is for the gateway's admins alone.", "This is for the gateway's admins alone."]);
 
     // The chat ends, and what is said there afterwards is not even kept.
     house.transaction(4, &[member("$6", "!chat:hs.example", "@alice:hs.example", "@alice:hs.example", "leave")]).await;
     house.work().await;
     house.transaction(5, &[said("$7", "!help")]).await;
     assert_eq!(house.waiting().await, 0);
+}
+
+#[tokio::test]
+async fn what_users_ask_the_bot() {
+    let house = House::build().await;
+    house.chat_with("@alice:hs.example").await;
+    house.portals.is_public.store(false, Ordering::SeqCst);
+    for (said, expected) in [
+        ("join #tea:hub.example", format!("The room is {ALIAS}. Only who is invited or let in there may join it.")),
+        (
+            "join #no:hub.example",
+            "That did not work: the policy of this gateway does not allow it: hub.example is not in access.hubs."
+                .to_owned(),
+        ),
+        ("join tea", "It is said so: join #NAME:SERVER".to_owned()),
+        ("list", "#tea:g.example Tea (1 member)\n!r:g.example Tea (7 members, who wants in knocks)".to_owned()),
+        // Not hers.
+        ("explain $known", "I know nothing of $known.".to_owned()),
+        ("explain $unknown", "I know nothing of $unknown.".to_owned()),
+        ("status", "This is for the gateway's admins alone.".to_owned()),
+        ("unbridge p1", "This is for the gateway's admins alone.".to_owned()),
+    ] {
+        assert_eq!(house.ask("@alice:hs.example", said).await, expected, "{said}");
+    }
+    assert!(house.ask("@alice:hs.example", "what is this?").await.contains("explain $EVENT"), "help");
+    assert!(house.portals.ended.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn what_admins_ask_the_bot() {
+    let house = House::build().await;
+    house.chat_with("@admin:hs.example").await;
+    let portal = "p1 active (from_lm): !r:g.example – !l:hub.example";
+    for (said, expected) in [
+        ("list", format!("{portal}\n{portal}")),
+        (
+            "show p1",
+            format!("{portal}\nLM hub: hub.example\nmembers: 1 of Matrix, 0 of LM\nwaiting to cross from matrix: 3"),
+        ),
+        ("show p2", "That did not work: the portal p2 was not found.".to_owned()),
+        ("invite p1 @bob:hub.example", "@bob:hub.example is invited.".to_owned()),
+        ("explain $known", "It crossed: $there.".to_owned()),
+        ("expose", "Invite me into the room, and say !expose there.".to_owned()),
+        ("status", "everything works".to_owned()),
+        ("unbridge", "This room is not bridged: name the portal, as `list` shows it.".to_owned()),
+        ("unbridge p1", "p1 has ended.".to_owned()),
+    ] {
+        assert_eq!(house.ask("@admin:hs.example", said).await, expected, "{said}");
+    }
+    assert_eq!(*house.portals.ended.lock().unwrap(), ["p1 by @admin:hs.example"]);
+    assert!(house.ask("@admin:hs.example", "help").await.contains("unbridge PORTAL"));
+}
+
+#[tokio::test]
+async fn the_rooms_of_each_hub_are_a_list_in_the_directory() {
+    let house = House::build().await;
+    house.query(ALIAS).await;
+    let listed = ("hub.example".to_owned(), "!room:g.example".to_owned());
+    assert_eq!(house.homeserver.lock().unwrap().listed, BTreeSet::from([listed]));
+    let end =
+        house.store.write(|tx| Box::pin(async move { rows::end_room(tx, &owned_room_id!("!room:g.example")).await }));
+    end.await.unwrap();
+    house.work().await;
+    assert_eq!(house.homeserver.lock().unwrap().listed, BTreeSet::new());
 }
 
 #[tokio::test]
@@ -474,10 +690,50 @@ async fn lookups() {
     assert_eq!(house.call(Method::GET, "/users/@other:hs.example", Value::Null).await.0, 404);
     let (status, body) = house.call(Method::GET, "/thirdparty/protocol/linearized", Value::Null).await;
     assert_eq!((status, &body["location_fields"]), (200, &json!(["alias"])));
+    let hub = json!({ "desc": "hub.example (Linearized Matrix)", "fields": {}, "network_id": "hub.example" });
+    assert_eq!(body["instances"], json!([hub]), "each hub once");
     assert_eq!(house.call(Method::GET, "/thirdparty/protocol/irc", Value::Null).await.0, 404);
-    let path = "/thirdparty/location/linearized?alias=%23tea%3Ahub.example";
-    let (_, body) = house.call(Method::GET, path, Value::Null).await;
-    assert_eq!(body[0]["alias"], ALIAS);
+    let place = json!([{ "alias": ALIAS, "protocol": "linearized", "fields": { "alias": "#tea:hub.example" } }]);
+    let ghost = "@lm_bob_hub.example:g.example";
+    let person = json!([{ "userid": ghost, "protocol": "linearized", "fields": { "user_id": "@bob:hub.example" } }]);
+    let nobody = json!([]);
+    for (path, expected) in [
+        ("/thirdparty/location/linearized?alias=%23tea%3Ahub.example", &place),
+        ("/thirdparty/location/irc?alias=%23tea%3Ahub.example", &nobody),
+        ("/thirdparty/location?alias=%23lm_tea_hub.example%3Ahs.example", &place),
+        ("/thirdparty/location?alias=%23lm_tea_hub.example%3Aother.example", &nobody),
+        ("/thirdparty/location?alias=%23tea%3Ahs.example", &nobody),
+        ("/thirdparty/user/linearized?user_id=%40bob%3Ahub.example", &person),
+        ("/thirdparty/user/linearized?user_id=bob", &nobody),
+        ("/thirdparty/user?userid=%40lm_bob_hub.example%3Ag.example", &person),
+        ("/thirdparty/user?userid=%40bob%3Ahub.example", &nobody),
+        ("/thirdparty/user", &nobody),
+    ] {
+        assert_eq!(house.call(Method::GET, path, Value::Null).await, (200, expected.clone()), "{path}");
+    }
     let (status, _) = house.call(Method::POST, "/ping", json!({ "transaction_id": "t1" })).await;
     assert_eq!((status, house.appservice.status().received.as_deref()), (200, Some("t1")));
+}
+
+#[tokio::test]
+async fn an_admin_exposes_the_room_into_which_they_invited_the_bot() {
+    let house = House::build().await;
+    for (number, room) in ["!room:hs.example", "!secret:hs.example"].into_iter().enumerate() {
+        let number = u32::try_from(number).unwrap() * 2;
+        house.transaction(number, &[member("$1", room, "@admin:hs.example", BOT, "invite")]).await;
+        house.work().await;
+        let mut expose = said(&format!("${number}"), "!expose");
+        expose["room_id"] = json!(room);
+        expose["sender"] = json!("@admin:hs.example");
+        house.transaction(number + 1, &[expose]).await;
+        house.work().await;
+    }
+    assert_eq!(*house.portals.bridged.lock().unwrap(), ["!room:hs.example"]);
+    let homeserver = house.homeserver.lock().unwrap();
+    assert_eq!(homeserver.invited, ["@isthmus:g.example !room:hs.example", "@isthmus:g.example !secret:hs.example"]);
+    assert_eq!(homeserver.left, ["!room:hs.example"], "where it can still help it stays");
+    let told: Vec<_> = homeserver.said.iter().map(|(room, _, body)| (room.as_str(), body.as_str())).collect();
+    assert_eq!(told[1], ("!room:hs.example", "This room is connected with the LM room !l:hub.example (p1)."));
+    assert_eq!(told[3].0, "!secret:hs.example");
+    assert!(told[3].1.starts_with("That did not work: "), "{told:?}");
 }

@@ -1,4 +1,5 @@
-//! Does what the homeserver's events ask for, from the store: each thing on its own, so that one that fails stops no other.
+//! Does what the homeserver's events ask for, from the store: each thing on its own, so that one that fails stops no other, and the
+//! rooms side by side, so that nobody waits for somebody else's hub.
 
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
@@ -6,17 +7,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use futures::FutureExt as _;
+use futures::{FutureExt as _, StreamExt as _, stream};
 use ruma::{OwnedRoomId, OwnedUserId, RoomId, UserId};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
 
-use super::commands::{Command, ENCRYPTED, HELP};
-use super::event::Work;
+use super::answers::Answers;
+use super::commands::{self, Command, ENCRYPTED};
+use super::event::{Chat, Work};
 use super::portals::Portals;
 use super::{Homeserver, HomeserverError};
 use crate::admin::metrics::METRICS;
-use crate::bridge::{Portal, of_alias};
+use crate::bridge::lm_alias;
 use crate::clock::SharedClock;
 use crate::refusal::Refusal;
 use crate::store::appservice::{self as rows, WorkRow};
@@ -33,8 +35,8 @@ pub const LONGEST_PAUSE_MS: i64 = FIRST_PAUSE_MS << DOUBLINGS;
 const BATCH: i64 = 50;
 /// How long the worker sleeps at most.
 const NAP: Duration = Duration::from_secs(30);
-/// How many portals `!portals` lists.
-const LISTED: usize = 50;
+/// In how many rooms something is done at once.
+const SIDE_BY_SIDE: usize = 8;
 
 /// Why a thing could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -60,8 +62,8 @@ impl WorkError {
     }
 }
 
-/// The direct chats, and with whom they are.
-pub(super) type Chats = Arc<ArcSwap<BTreeMap<OwnedRoomId, OwnedUserId>>>;
+/// The bot's chats.
+pub(super) type Chats = Arc<ArcSwap<BTreeMap<OwnedRoomId, Chat>>>;
 
 /// The worker.
 pub(super) struct Worker {
@@ -71,7 +73,7 @@ pub(super) struct Worker {
     pub(super) homeserver: Homeserver,
     pub(super) homeserver_name: ruma::OwnedServerName,
     pub(super) bot: OwnedUserId,
-    pub(super) admins: Vec<OwnedUserId>,
+    pub(super) answers: Answers,
     pub(super) chats: Chats,
     pub(super) news: Arc<Notify>,
 }
@@ -96,10 +98,18 @@ impl Worker {
     pub(super) async fn round(&self) -> Result<Duration, StoreError> {
         loop {
             let due = rows::due(&self.store, self.clock.now_ms(), BATCH).await?;
-            for row in &due {
-                self.one(row).await?;
+            let mut rooms: BTreeMap<OwnedRoomId, Vec<(WorkRow, Work)>> = BTreeMap::new();
+            let nothing = due.is_empty();
+            for row in due {
+                match serde_json::from_slice::<Work>(&row.work) {
+                    Ok(work) => rooms.entry(work.room_id().to_owned()).or_default().push((row, work)),
+                    Err(error) => self.settle(&row, Err(WorkError::Bad(error.to_string()))).await?,
+                }
             }
-            if due.is_empty() {
+            let rooms: Vec<_> = rooms.into_values().map(|rows| self.of_a_room(rows).boxed()).collect();
+            let done: Vec<_> = stream::iter(rooms).buffer_unordered(SIDE_BY_SIDE).collect().await;
+            done.into_iter().collect::<Result<(), _>>()?;
+            if nothing {
                 break;
             }
         }
@@ -113,6 +123,13 @@ impl Worker {
     /// Of portals that are over. What the homeserver does not take now is tried again in the next round.
     async fn take_aliases_away(&self) -> Result<(), StoreError> {
         for (alias, room_id) in rows::ended_aliases(&self.store).await? {
+            let localpart =
+                alias.strip_prefix('#').and_then(|alias| alias.split_once(':')).map(|(localpart, _)| localpart);
+            if let Some((_, hub)) = localpart.and_then(lm_alias)
+                && let Err(error) = self.homeserver.list_room(hub.as_str(), &room_id, false).await
+            {
+                tracing::info!(alias, room = %room_id, %error, "a room could not be taken out of the homeserver's directory");
+            }
             match self.homeserver.delete_alias(&alias).await {
                 Err(error) if error.is_transient() => {
                     tracing::info!(alias, room = %room_id, %error, "an alias could not be taken away yet");
@@ -126,15 +143,19 @@ impl Worker {
         Ok(())
     }
 
-    async fn one(&self, row: &WorkRow) -> Result<(), StoreError> {
-        let result = match serde_json::from_slice::<Work>(&row.work) {
+    async fn of_a_room(&self, rows: Vec<(WorkRow, Work)>) -> Result<(), StoreError> {
+        for (row, work) in rows {
             // A thing that panics is poison, and the rest is not to suffer from it.
-            Ok(work) => AssertUnwindSafe(self.work(work))
+            let result = AssertUnwindSafe(self.work(work))
                 .catch_unwind()
                 .await
-                .unwrap_or_else(|_| Err(WorkError::Bad("it panicked".to_owned()))),
-            Err(error) => Err(WorkError::Bad(error.to_string())),
-        };
+                .unwrap_or_else(|_| Err(WorkError::Bad("it panicked".to_owned())));
+            self.settle(&row, result).await?;
+        }
+        Ok(())
+    }
+
+    async fn settle(&self, row: &WorkRow, result: Result<(), WorkError>) -> Result<(), StoreError> {
         let (seq, now) = (row.seq, self.clock.now_ms());
         let label = match result {
             Ok(()) => {
@@ -161,16 +182,23 @@ impl Worker {
     async fn work(&self, work: Work) -> Result<(), WorkError> {
         match work {
             Work::LocalJoin { room_id } => self.withdraw(&room_id).await,
-            Work::Invited { room_id, sender } => self.begin_chat(&room_id, &sender).await,
+            Work::Invited { room_id, sender, is_direct } => self.begin_chat(&room_id, &sender, is_direct).await,
             Work::ChatOver { room_id, leave } => self.end_chat(&room_id, leave).await,
             Work::Said { room_id, sender, event_id, body } => {
+                let chat = self.chats.load().get(&room_id).cloned();
+                // It was over before this came.
+                let Some(chat) = chat.filter(|chat| chat.with == sender) else { return Ok(()) };
                 let answer = match body {
-                    Some(body) => self.answer(&sender, Command::parse(&body)).await?,
-                    None => ENCRYPTED.to_owned(),
+                    Some(body) => self.answers.to(&room_id, &chat, Command::parse(&body)).await,
+                    None => ENCRYPTED.to_owned().into(),
                 };
                 // The same event again gets the same answer again, and the homeserver shows it once.
                 let transaction_id = data_encoding::HEXLOWER.encode(&Sha256::digest(event_id.as_bytes()));
-                Ok(self.homeserver.notice(&room_id, &transaction_id, &answer).await?)
+                self.homeserver.notice(&room_id, &transaction_id, &answer.text).await?;
+                if answer.leaves {
+                    self.end_chat(&room_id, true).await?;
+                }
+                Ok(())
             }
         }
     }
@@ -188,16 +216,20 @@ impl Worker {
         Ok(self.store.write(move |tx| Box::pin(async move { rows::remove_invite(tx, &room_id).await })).await?)
     }
 
-    async fn begin_chat(&self, room_id: &RoomId, sender: &UserId) -> Result<(), WorkError> {
+    async fn begin_chat(&self, room_id: &RoomId, sender: &UserId, is_direct: bool) -> Result<(), WorkError> {
         if sender.server_name() != self.homeserver_name {
             return Ok(());
         }
         // Known before the join, so that no message after it is missed.
         let (room, user) = (room_id.to_owned(), sender.to_owned());
-        self.store.write(move |tx| Box::pin(async move { rows::add_chat(tx, &room, &user).await })).await?;
-        self.change_chats(|chats| drop(chats.insert(room_id.to_owned(), sender.to_owned())));
+        self.store.write(move |tx| Box::pin(async move { rows::add_chat(tx, &room, &user, is_direct).await })).await?;
+        let chat = Chat { with: sender.to_owned(), is_direct };
+        self.change_chats(|chats| drop(chats.insert(room_id.to_owned(), chat.clone())));
         match self.homeserver.join(room_id).await {
-            Ok(()) => Ok(self.homeserver.notice(room_id, "hello", HELP).await?),
+            Ok(()) => {
+                let help = commands::help(self.answers.is_admin(sender));
+                Ok(self.homeserver.notice(room_id, "hello", &help).await?)
+            }
             Err(error) => {
                 if !error.is_transient() {
                     self.forget_chat(room_id).await?;
@@ -224,50 +256,11 @@ impl Worker {
         Ok(())
     }
 
-    fn change_chats(&self, change: impl Fn(&mut BTreeMap<OwnedRoomId, OwnedUserId>)) {
+    fn change_chats(&self, change: impl Fn(&mut BTreeMap<OwnedRoomId, Chat>)) {
         self.chats.rcu(|chats| {
             let mut chats = BTreeMap::clone(chats);
             change(&mut chats);
             chats
         });
-    }
-
-    async fn answer(&self, sender: &UserId, command: Command) -> Result<String, WorkError> {
-        if command.is_for_admins() && !self.admins.iter().any(|admin| admin == sender) {
-            return Ok("This is for the gateway's admins alone.".to_owned());
-        }
-        Ok(match command {
-            Command::Help => HELP.to_owned(),
-            Command::Alias { name, server } => {
-                let localpart = of_alias(&name, &server);
-                let join = format!("/join #{localpart}:{}", self.homeserver_name);
-                // Of a join that fails the homeserver tells no reason.
-                match self.portals.why_not(&localpart).await {
-                    Some(refusal) => format!("{join}\nThe last try did not work: {refusal}"),
-                    None => join,
-                }
-            }
-            Command::Portals => self.portals_as_text().await?,
-            Command::Invite { portal_id, user_id } => match self.portals.invite_into(&portal_id, &user_id).await {
-                Ok(()) => format!("{user_id} is invited."),
-                Err(refusal) if refusal.is_transient() => return Err(refusal.into()),
-                Err(refusal) => format!("That did not work: {refusal}"),
-            },
-        })
-    }
-
-    async fn portals_as_text(&self) -> Result<String, WorkError> {
-        let portals = self.portals.first(LISTED).await?;
-        if portals.is_empty() {
-            return Ok("There are no portals.".to_owned());
-        }
-        let lines: Vec<String> = portals
-            .iter()
-            .map(|portal| {
-                let Portal { portal_id, state, matrix_room_id, lm_room_id, .. } = &**portal;
-                format!("{portal_id} {}: {matrix_room_id} – {lm_room_id}", state.as_str())
-            })
-            .collect();
-        Ok(lines.join("\n"))
     }
 }

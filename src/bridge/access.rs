@@ -22,7 +22,10 @@ pub(super) fn takes_part(access: &Access, side: Side, server: &ServerName) -> Re
 /// Whether somebody may have a portal made.
 pub(super) fn may_create(access: &Access, cause: &Cause) -> Result<(), Refusal> {
     let allowed = match cause {
-        Cause::Invite(user) => return may_invite(access, user),
+        Cause::Invite(user) => return may_invite(access, user, "create_by_invite", &access.create_by_invite),
+        Cause::MatrixInvite(user) => {
+            return may_invite(access, user, "create_by_matrix_invite", &access.create_by_matrix_invite);
+        }
         Cause::Admin => true,
         Cause::Appservice => access.create_by_alias != CreateByAlias::Off,
         Cause::Server(_) => access.create_by_alias == CreateByAlias::Anyone,
@@ -33,17 +36,17 @@ pub(super) fn may_create(access: &Access, cause: &Cause) -> Result<(), Refusal> 
     Err(Refusal::Policy(format!("create_by_alias is {:?}, the asker is {cause:?}", access.create_by_alias)))
 }
 
-/// Whether an LM user makes a portal by inviting the bot.
-fn may_invite(access: &Access, user: &UserId) -> Result<(), Refusal> {
+/// Whether a user makes a portal by inviting the bot: an admin, or one of those whom a key names.
+fn may_invite(access: &Access, user: &UserId, key: &str, named: &[String]) -> Result<(), Refusal> {
     let allowed = |pattern: &String| match pattern.starts_with('@') {
         // Localparts that differ in case are different users.
         true => matches_exactly(pattern, user.as_str()),
         false => matches(pattern, user.server_name().as_str()),
     };
-    if access.admins.iter().any(|admin| *admin == *user) || access.create_by_invite.iter().any(allowed) {
+    if access.admins.iter().any(|admin| *admin == *user) || named.iter().any(allowed) {
         return Ok(());
     }
-    Err(Refusal::Policy(format!("{user} is not among those of create_by_invite, {:?}", access.create_by_invite)))
+    Err(Refusal::Policy(format!("{user} is not among those of {key}, {named:?}")))
 }
 
 /// Whether `text` matches a pattern in which `*` is any run of characters and `?` any one, without regard to case.
@@ -145,5 +148,12 @@ mod tests {
         ] {
             assert_eq!(may_create(&access, &user(id)).is_ok(), expected, "{id}");
         }
+        // Who may it from LM may not therefore from Matrix.
+        let from_matrix = |id: &str| Cause::MatrixInvite(UserId::parse(id).unwrap());
+        assert!(may_create(&access, &from_matrix("@root:lm.example")).is_ok());
+        let refusal = may_create(&access, &from_matrix("@bob:hub.example")).unwrap_err();
+        assert!(refusal.to_string().contains("create_by_matrix_invite"), "{refusal}");
+        access.create_by_matrix_invite.push("hub.example".to_owned());
+        assert!(may_create(&access, &from_matrix("@bob:hub.example")).is_ok());
     }
 }

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use ruma::{EventId, OwnedEventId, OwnedUserId, UserId};
 use serde::Serialize;
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
+use super::access;
 use super::core::Core;
 use super::home::home;
 use super::notice::{say, text};
 use super::one_room;
-use super::portal::{Portal, number_of};
+use super::portal::{Portal, PortalKind, PortalState, number_of};
 use super::power::{POWER_LEVELS, USER_LIMIT};
 use super::registry::Entry;
 use super::side::Event;
@@ -21,7 +23,7 @@ use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::Outgoing;
 use crate::store::images::{self, ImageRow, RefusalRow};
-use crate::store::{inbox, lm, portals as stored};
+use crate::store::{gaps, inbox, lm, portals as stored};
 
 /// How many refusals are shown.
 const REFUSALS: i64 = 50;
@@ -31,7 +33,8 @@ const FAULTS: i64 = 10;
 const OVERDUE_MS: i64 = 600_000;
 
 /// How a portal is doing.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+#[schema(as = PortalHealth)]
 pub struct Health {
     /// Events that wait to cross to LM, and to Matrix.
     pub waiting: [Waiting; 2],
@@ -39,20 +42,38 @@ pub struct Health {
     pub pending: i64,
     /// What of the hub's log could not be had, or not be checked, so far.
     pub missing: Missing,
+    /// What of the Matrix room could not be had so far.
+    pub graph_missing: GraphMissing,
     /// What the hub did wrong with its log.
     pub hub_faults: HubFaults,
     /// Whether the hub is told to wait, because too much waits already.
     pub paused: bool,
-    /// Whether something has waited for more than ten minutes.
+    /// Whether something has waited for more than ten minutes, or did not come back for that long from a hub that took it.
     pub overdue: bool,
     /// Members at home on each side.
     pub members: Members,
     /// The newest refusals.
     pub refusals: Vec<Refused>,
+    /// Of a room that LM servers and other homeservers share: state of which the log has something else than the room, and what is in
+    /// the way of correcting it.
+    pub uncorrected: Vec<Uncorrected>,
+}
+
+/// State that the log of a shared room does not have as the room has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Uncorrected {
+    /// The event type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The state key.
+    pub state_key: String,
+    /// Why it could not be corrected.
+    pub reason: String,
 }
 
 /// What waits on one side.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+#[schema(as = PortalWaiting)]
 pub struct Waiting {
     /// `matrix` or `lm`: where the events are from.
     pub side: &'static str,
@@ -63,7 +84,8 @@ pub struct Waiting {
 }
 
 /// What a foreign hub did wrong with its log.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+#[schema(as = PortalHubFaults)]
 pub struct HubFaults {
     /// How many faults are on record.
     pub count: i64,
@@ -74,11 +96,11 @@ pub struct HubFaults {
 }
 
 /// One fault of a hub.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct HubFault {
     /// The event with which it was noticed.
     pub event_id: String,
-    /// `forked`, `rewritten`, `forbidden`, `skipped` or `went_back`.
+    /// `forked`, `rewritten`, `reordered`, `forbidden`, `skipped`, `went_back`, `unlinked`, `incomplete` or `moved`.
     pub kind: String,
     /// What is wrong.
     pub problem: String,
@@ -87,7 +109,8 @@ pub struct HubFault {
 }
 
 /// What is missing of a foreign hub's log.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+#[schema(as = PortalMissing)]
 pub struct Missing {
     /// How many events.
     pub count: i64,
@@ -101,21 +124,43 @@ pub struct Missing {
     pub taken: i64,
 }
 
+/// What is missing of a Matrix room.
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+#[schema(as = PortalGraphMissing)]
+pub struct GraphMissing {
+    /// Before how many events others are missing.
+    pub count: i64,
+    /// How many of them wait for these; the others were taken without.
+    pub waiting: i64,
+    /// Since when the first of these is known to be missing, in milliseconds.
+    pub since: Option<i64>,
+    /// The server that sent what stands after it.
+    pub server: Option<String>,
+    /// What was in the way of that one last.
+    pub last_error: Option<String>,
+}
+
 /// How many members there are.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
 pub struct Members {
     /// At home on Matrix.
+    #[schema(value_type = Vec<String>)]
     pub matrix: Vec<OwnedUserId>,
     /// At home on LM.
+    #[schema(value_type = Vec<String>)]
     pub lm: Vec<OwnedUserId>,
+    /// In a Matrix room that lives elsewhere: those whom the policy keeps out of the LM room, and whom the gateway cannot send out there.
+    #[schema(value_type = Vec<String>)]
+    pub kept_out: Vec<OwnedUserId>,
 }
 
 /// One refusal.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct Refused {
     /// `matrix` or `lm`: where the event is from.
     pub side: &'static str,
     /// The event.
+    #[schema(value_type = String)]
     pub event_id: OwnedEventId,
     /// Its sender.
     pub sender: String,
@@ -206,12 +251,22 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
     let (pending, since_pending) = images::pending(store, number).await?;
     let lm::Missing { count, since, last_error, gaps: _, fetched, taken } =
         lm::missing(store, Some(&portal.lm_room_id)).await?;
+    let graph = gaps::missing(store, Some(&portal.matrix_room_id)).await?;
     let members = match portal.is_one_room() {
         true => one_room::members(core, &portal).await?,
         false => {
-            Members { matrix: natives(core, &portal, Side::Matrix).await?, lm: natives(core, &portal, Side::Lm).await? }
+            let (matrix, lm) = (natives(core, &portal, Side::Matrix).await?, natives(core, &portal, Side::Lm).await?);
+            let access = &core.context.config.access;
+            let is_kept_out = |user: &&OwnedUserId| {
+                portal.kind == PortalKind::FromMatrix
+                    && access::takes_part(access, Side::Matrix, user.server_name()).is_err()
+            };
+            let kept_out = matrix.iter().filter(is_kept_out).cloned().collect();
+            Members { matrix, lm, kept_out }
         }
     };
+    // Announcements and repairs too, of which nothing else tells that they wait.
+    let since_taken = lm::taken_since(store, &portal.lm_room_id).await?;
     let late = |since: Option<i64>| since.is_some_and(|since| now.saturating_sub(since) > OVERDUE_MS);
     Ok(Health {
         waiting: [
@@ -222,9 +277,20 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
         missing: Missing { count, since, last_error, fetched, taken },
         hub_faults: hub_faults(core, &portal).await?,
         paused: core.pauses.is_paused(number),
-        overdue: [since_matrix, since_lm, since_pending, since].into_iter().any(late),
+        graph_missing: GraphMissing {
+            count: graph.count,
+            waiting: graph.waiting,
+            since: graph.since,
+            server: graph.server,
+            last_error: graph.last_error,
+        },
+        overdue: [since_matrix, since_lm, since_pending, since, since_taken, graph.since].into_iter().any(late),
         members,
         refusals: images::refusals(store, number, REFUSALS).await?.into_iter().map(Refused::from).collect(),
+        uncorrected: match portal.is_one_room() && portal.state != PortalState::Ended {
+            true => one_room::uncorrected(core, &portal).await?,
+            false => Vec::new(),
+        },
     })
 }
 

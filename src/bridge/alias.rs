@@ -58,6 +58,14 @@ pub fn of_alias(name: &str, server: &ServerName) -> String {
     format!("{PREFIX}{escaped}_{}", encode_server(server.as_str()))
 }
 
+/// The LM alias `#NAME:SERVER` that a localpart names, and its server.
+pub fn lm_alias(localpart: &str) -> Option<(String, OwnedServerName)> {
+    match parse(localpart)? {
+        Named::Alias { alias, server } => Some((alias, server)),
+        Named::Room { .. } => None,
+    }
+}
+
 /// The localpart of `alias` if it is one of `server`.
 pub(super) fn localpart_at<'a>(alias: &'a str, server: &ServerName) -> Option<&'a str> {
     let (localpart, at) = alias.strip_prefix('#')?.split_once(':')?;

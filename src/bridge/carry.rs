@@ -7,16 +7,19 @@ use ruma::{OwnedEventId, OwnedUserId, RoomId, UserId};
 use serde_json::{Value, json};
 
 use super::acl::SERVER_ACL;
-use super::power::{Action, POWER_LEVELS, Power};
+use super::power::{self, Action, CREATOR_LEVEL, POWER_LEVELS, Power, USER_LIMIT};
 use super::side::{Entry, Event, Key, MEMBER, State};
-use super::translate::{self, Image, Lookups, SOURCE, StateRules};
+use super::translate::{self, Image, Lookups, MediaTo, SOURCE, StateRules};
 use super::users::{Known, Who};
 use super::{loops, member};
 use crate::event::Object;
-use crate::identity::Side;
+use crate::identity::{MediaNames, Side};
 use crate::lm::Coming;
 use crate::refusal::Refusal;
 use crate::seam::Draft;
+
+/// The type of the event that turns a Matrix room's encryption on.
+pub(super) const ENCRYPTION: &str = "m.room.encryption";
 
 /// One event, and all that its crossing depends on.
 pub(super) struct Case<'a> {
@@ -25,6 +28,13 @@ pub(super) struct Case<'a> {
     pub(super) source: Side,
     /// The side whose state the other side follows.
     pub(super) authority: Side,
+    /// Whether the bot invites into the room across whom its own room has let in. Else that room decides for itself, and what its
+    /// state says beyond what crosses is left alone.
+    pub(super) lets_in: bool,
+    /// Whether who joins the room across is asked about here.
+    pub(super) asks: bool,
+    /// Who those are in the room across to whom it gives power, where what crosses changes that.
+    pub(super) far_users: &'a Known,
     /// The current state of its room.
     pub(super) near: &'a State,
     /// The current state of the room across.
@@ -42,6 +52,7 @@ pub(super) struct Case<'a> {
     /// The room across.
     pub(super) far_room: &'a RoomId,
     pub(super) bot: &'a UserId,
+    pub(super) media: &'a MediaNames,
     pub(super) now_ms: i64,
 }
 
@@ -99,6 +110,12 @@ pub(super) fn outcome(case: &Case<'_>) -> Outcome {
     if let Some(reason) = gone(case) {
         return Outcome::Nothing(reason);
     }
+    let says = case.event.state_key.is_none() && case.source == Side::Lm;
+    if let Some(encryption) = case.far.content(ENCRYPTION).filter(|_| says) {
+        // Nothing that is said is sent on in the clear.
+        let algorithm = encryption.get("algorithm").and_then(Value::as_str).unwrap_or("unknown");
+        return Outcome::Refuse(Refusal::Encryption(algorithm.chars().take(100).collect()));
+    }
     let crossing = match &case.event.state_key {
         Some(_) => return state(case, ghost),
         None if case.event.kind == "m.room.redaction" => redaction(case, ghost),
@@ -124,7 +141,7 @@ pub(super) fn reads(event: &Event, users: &Known, bot: &UserId) -> (Vec<Key>, Ve
     let target = event.membership().map(|(target, _)| target);
     let there = [Some(event.sender.clone()), target].into_iter().flatten();
     let there = there.filter_map(|user| translate::across(users, &user)).map(|user| member(&user));
-    let far = rules.chain(there).chain([whole(&event.kind)]).chain(looped);
+    let far = rules.chain(there).chain([whole(&event.kind), whole(ENCRYPTION)]).chain(looped);
     (near.collect(), far.collect())
 }
 
@@ -159,6 +176,11 @@ impl Case<'_> {
         content
     }
 
+    /// How files are called across.
+    pub(super) fn media(&self) -> MediaTo<'_> {
+        MediaTo { names: self.media, to: self.source.other() }
+    }
+
     /// How a user of the source's side is called across.
     pub(super) fn across(&self, user: &UserId) -> Option<OwnedUserId> {
         translate::across(self.users, user)
@@ -176,7 +198,8 @@ pub(super) fn stranger(user: &UserId) -> Refusal {
 
 fn message(case: &Case<'_>) -> Result<Image, Refusal> {
     let rooms = (case.event.room_id.as_ref(), case.far_room);
-    translate::message(case.event, &Lookups { users: case.users, events: case.events, rooms })
+    let media = case.media();
+    translate::message(case.event, &Lookups { users: case.users, events: case.events, rooms, media })
 }
 
 /// Why there is nothing of an event to carry: it was redacted before its turn came, or it redacts such an event. What is
@@ -229,7 +252,7 @@ fn speaking(case: &Case<'_>, ghost: &UserId) -> Result<Vec<Before>, Refusal> {
     if let Some((membership, by)) = there.filter(|(membership, by)| removed(membership, by, ghost)) {
         return Err(Refusal::Forbidden(format!("{ghost} has the membership {membership:?} across, by {by}")));
     }
-    let content = translate::member_content(here.content, "join");
+    let content = translate::member_content(here.content, "join", case.media());
     let join = case.draft(ghost, MEMBER, Some(ghost.as_str()), content);
     let mut before = invited_first(case, ghost);
     before.push(Before { draft: join, source: Some(here.event_id.to_owned()) });
@@ -243,7 +266,7 @@ fn removed(membership: &str, by: &UserId, user: &UserId) -> bool {
 
 /// The bot's invite for a ghost that could not join without one.
 pub(super) fn invited_first(case: &Case<'_>, ghost: &UserId) -> Vec<Before> {
-    if is_public(case.far) || matches!(case.membership_there(ghost), "invite" | "join") {
+    if !case.lets_in || is_public(case.far) || matches!(case.membership_there(ghost), "invite" | "join") {
         return Vec::new();
     }
     let mut content = Object::new();
@@ -264,8 +287,26 @@ fn state(case: &Case<'_>, ghost: &UserId) -> Outcome {
     let across = |user: &UserId| case.across(user).filter(|_| user != case.bot);
     let creator = case.near.get("m.room.create", "").map(|entry| entry.sender);
     let bot = bot_entry(case.far, case.bot);
-    let rules = StateRules { creator, across: &across, to: case.source.other(), bot };
-    let Some(content) = translate::state_content(kind, Some(&case.event.content), &rules) else {
+    let sovereigns = power::sovereigns(case.near);
+    let rules = StateRules {
+        creator,
+        across: &across,
+        to: case.source.other(),
+        bot,
+        sovereigns: &sovereigns,
+        limit: USER_LIMIT,
+        asks: case.asks,
+        media: Some(case.media()),
+    };
+    let content = match case.lets_in {
+        true => translate::state_content(kind, Some(&case.event.content), &rules),
+        false => match changed(case, kind, &rules) {
+            Some(Change::None) => return Outcome::Nothing("the room across has it already"),
+            Some(Change::To(content)) => Some(content),
+            None => None,
+        },
+    };
+    let Some(content) = content else {
         return Outcome::Refuse(Refusal::NotBridged(format!("state of type {kind:?}")));
     };
     if case.settled && case.far.content(kind).is_some_and(|there| same(there, &content)) {
@@ -288,6 +329,65 @@ fn state(case: &Case<'_>, ghost: &UserId) -> Outcome {
         Err(refusal) => return Outcome::Refuse(refusal),
     };
     Outcome::Cross(Box::new(Crossing { before, image, instead, asks_server: false, note: None }))
+}
+
+/// What somebody's state in a log asks of a room that lives elsewhere.
+enum Change {
+    None,
+    To(Object),
+}
+
+/// What of the state across is to change: nothing when the log has been given what it has of that room anyway, though the room says
+/// more than that.
+fn changed(case: &Case<'_>, kind: &str, rules: &StateRules<'_>) -> Option<Change> {
+    let there = case.far.content(kind);
+    let creator = case.far.get("m.room.create", "").map(|entry| entry.sender);
+    let sovereigns = power::sovereigns(case.far);
+    let back = |user: &UserId| translate::across(case.far_users, user).filter(|_| user != case.bot);
+    let own = |user: &UserId| Some(user.to_owned()).filter(|user| user != case.bot);
+    let limit = CREATOR_LEVEL;
+    let image = StateRules {
+        creator,
+        across: &back,
+        to: case.source,
+        bot: None,
+        sovereigns: &sovereigns,
+        limit: USER_LIMIT,
+        asks: true,
+        media: Some(MediaTo { names: case.media, to: case.source }),
+    };
+    let image = translate::state_content(kind, there, &image).unwrap_or_default();
+    let wanted = StateRules {
+        creator: None,
+        across: &own,
+        to: case.source,
+        bot: None,
+        sovereigns: &[],
+        limit,
+        asks: false,
+        media: None,
+    };
+    let wanted = translate::state_content(kind, Some(&case.event.content), &wanted)?;
+    if same(&image, &wanted) {
+        return Some(Change::None);
+    }
+    if kind != POWER_LEVELS {
+        return translate::state_content(kind, Some(&case.event.content), rules).map(Change::To);
+    }
+    let names: HashMap<OwnedUserId, &OwnedUserId> =
+        case.far_users.keys().filter_map(|user| Some((back(user)?, user))).collect();
+    let across = |user: &UserId| {
+        let named = names.get(user).map(|user| (*user).clone());
+        named.or_else(|| (rules.across)(user))
+    };
+    Some(Change::To(power::changed(&power::Change {
+        there,
+        creator,
+        image: &image,
+        wanted: &wanted,
+        across: &across,
+        sovereigns: &sovereigns,
+    })))
 }
 
 /// The bot's entry in a room's power levels, which never crosses and is kept as it is.

@@ -19,6 +19,7 @@ use super::registry::{Entry, Registry};
 use super::repair::Repairs;
 use super::resolve::{self, Negative};
 use super::side::{MEMBER, Sides};
+use super::translate::MediaTo;
 use super::users::Users;
 use super::worker;
 use crate::event::Object;
@@ -71,6 +72,11 @@ impl Core {
             acls: acl::acls(context.config.caches.rooms),
             context,
         }
+    }
+
+    /// How files are called on a side.
+    pub(super) fn media(&self, to: Side) -> MediaTo<'_> {
+        MediaTo { names: &self.context.media, to }
     }
 
     /// Gives the bridge its sides; once.
@@ -179,7 +185,7 @@ impl Core {
                         inbox::clear(tx, Side::Matrix, &stored.matrix_room_id).await?;
                         inbox::clear(tx, Side::Lm, &stored.lm_room_id).await?;
                     }
-                    let listed = state.carries() && !stored.is_one_room();
+                    let listed = state.carries() && stored.may_be_listed();
                     dag::set_listed(tx, &stored.matrix_room_id, listed).await?;
                     portals::set_state(tx, number, stored.state.as_str(), stored.reason.as_deref(), leave).await
                 })

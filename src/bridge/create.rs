@@ -1,6 +1,8 @@
 //! Making portals. What is asked for is written down before anything is made, and each room as soon as it is there, so that
 //! a crash in the middle is taken up at the next start.
 
+mod elsewhere;
+
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,13 +10,15 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
-use ruma::{OwnedRoomId, OwnedServerName, RoomId};
+use ruma::OwnedRoomId;
 
+use self::elsewhere::place_of;
+pub(super) use self::elsewhere::{portal_from_lm, portal_from_matrix, portal_of_invite, portal_of_lm_invite};
 use super::core::Core;
-use super::portal::{Cause, NewPortal, Portal, PortalKind, Request};
+use super::portal::{NewPortal, Portal, PortalKind, Request};
 use super::rooms;
 use super::space::{LookedAt, make_space, one_more_of};
-use super::{access, ends, from_lm, repair};
+use super::{from_lm, from_matrix, repair};
 use crate::config::EncryptionPolicy;
 use crate::event::{Family, RoomVersion};
 use crate::identity::Side;
@@ -28,10 +32,13 @@ type Running = Shared<BoxFuture<'static, Outcome>>;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
-/// The portals that are being made of LM rooms: one creation in flight for each.
+/// A room that lives elsewhere, of which a portal is made.
+type Place = (Side, OwnedRoomId);
+
+/// The portals that are being made of rooms that live elsewhere: one creation in flight for each.
 #[derive(Default)]
 pub(super) struct Creations {
-    running: Mutex<HashMap<OwnedRoomId, Running>>,
+    running: Mutex<HashMap<Place, Running>>,
     pub(super) looked_at: LookedAt,
 }
 
@@ -70,94 +77,15 @@ pub(super) async fn shared_room(core: &Arc<Core>, new: NewPortal) -> Outcome {
     create(core, new, PortalKind::Shared).await
 }
 
-/// Joins an LM room at its hub and makes the Matrix room of it.
-pub(super) async fn portal_from_lm(
-    core: &Arc<Core>,
-    lm_room_id: &RoomId,
-    via: &[OwnedServerName],
-    alias: Option<&str>,
-    cause: &Cause,
-) -> Outcome {
-    if let Some(entry) = core.registry.of_room(Side::Lm, lm_room_id)
-        && !ends::over(core, &entry).await?
-    {
-        if *cause == Cause::Admin {
-            ends::keep(core, entry.number).await?;
-        }
-        let Some(alias) = alias else { return Ok(entry.portal()) };
-        add_alias(core, alias, entry.number).await?;
-        // Of several aliases who asked is told the own one.
-        let alias = Some(format!("#{alias}:{}", core.context.server_name));
-        return Ok(Arc::new(Portal { alias, ..entry.portal().as_ref().clone() }));
-    }
-    access::may_create(&core.context.config.access, cause)?;
-    may_be_of_log(core, lm_room_id).await?;
-    let Some(hub) = via.iter().find(|server| **server != core.context.server_name) else {
-        return Err(Refusal::malformed("via", "names no other server"));
-    };
-    access::takes_part(&core.context.config.access, Side::Lm, hub)?;
-    if let Some(alias) = alias {
-        check_alias(core, alias)?;
-    }
-    let outcome = {
-        let mut running = lock(core);
-        match running.get(lm_room_id) {
-            Some(outcome) => outcome.clone(),
-            None => {
-                let row = PortalRow {
-                    number: 0,
-                    kind: PortalKind::FromLm.as_str().to_owned(),
-                    state: CREATING.to_owned(),
-                    matrix_room_id: None,
-                    lm_room_id: Some(lm_room_id.to_owned()),
-                    lm_hub: hub.clone(),
-                    alias: alias.map(str::to_owned),
-                    reason: None,
-                    request: serde_json::to_vec(&Request { via: via.to_vec(), ..Request::default() })
-                        .map_err(|error| Refusal::Internal(error.to_string()))?,
-                    created_ts: core.now_ms(),
-                    unused_until_ts: unused_until(core, cause),
-                };
-                let outcome = in_task(core, lm_room_id.to_owned(), row);
-                running.insert(lm_room_id.to_owned(), outcome.clone());
-                outcome
-            }
-        }
-    };
-    outcome.await
-}
-
-/// Refuses what cannot be a log elsewhere, whatever a hub or a tombstone says: the ID of a graph that is here, and one that
-/// names no server.
-async fn may_be_of_log(core: &Core, room_id: &RoomId) -> Result<(), Refusal> {
-    if room_id.server_name().is_none() {
-        return Err(Refusal::malformed("room_id", format!("{room_id} names no server, so it is no LM room's")));
-    }
-    if core.sides()?.dag.knows(room_id).await? {
-        return Err(Refusal::malformed("room_id", format!("{room_id} is a Matrix room, not an LM room")));
-    }
-    Ok(())
-}
-
-/// Until when a portal may go unused that no admin asked for. Who names an alias comes in at once, or never meant to.
-fn unused_until(core: &Core, cause: &Cause) -> Option<i64> {
-    let unused = match cause {
-        Cause::Admin => return None,
-        Cause::Invite(_) => ends::UNUSED_MS,
-        Cause::Appservice | Cause::Server(_) => ends::UNUSED_ALIAS_MS,
-    };
-    Some(core.now_ms().saturating_add(unused))
-}
-
 /// Takes up what was being made when the gateway stopped.
 pub(super) fn resume(core: &Arc<Core>, rows: Vec<PortalRow>) {
     for row in rows {
         tracing::info!(portal = row.number, "taking up the making of a portal");
-        match row.lm_room_id.clone().filter(|_| row.kind == "from_lm") {
-            Some(room_id) => {
+        match place_of(&row) {
+            Some(place) => {
                 // Who asks for the same room meanwhile gets this one.
-                let outcome = in_task(core, room_id.clone(), row);
-                lock(core).insert(room_id, outcome.clone());
+                let outcome = in_task(core, place.clone(), row);
+                lock(core).insert(place, outcome.clone());
                 core.spawn(outcome.map(drop));
             }
             None => {
@@ -196,18 +124,18 @@ pub(super) async fn add_alias(core: &Core, localpart: &str, number: i64) -> Resu
     Ok(())
 }
 
-fn lock(core: &Core) -> MutexGuard<'_, HashMap<OwnedRoomId, Running>> {
+fn lock(core: &Core) -> MutexGuard<'_, HashMap<Place, Running>> {
     core.creations.running.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Running {
+fn in_task(core: &Arc<Core>, place: Place, row: PortalRow) -> Running {
     let (making, waiting) = (core.clone(), core.clone());
     let task = async move {
         let begun = if row.number == 0 { begin(&making, row).await } else { Ok(row) };
         let made = match begun {
             Ok(row) => make(&making, row).await,
             Err(refusal) => {
-                lock(&making).remove(&room_id);
+                lock(&making).remove(&place);
                 return Err(refusal);
             }
         };
@@ -216,8 +144,8 @@ fn in_task(core: &Arc<Core>, room_id: OwnedRoomId, row: PortalRow) -> Running {
         let mut running = lock(&making);
         match again {
             // Who asks for the same room meanwhile waits for that.
-            Some(again) => running.insert(room_id, again),
-            None => running.remove(&room_id),
+            Some(again) => running.insert(place, again),
+            None => running.remove(&place),
         };
         outcome.unwrap_or_else(|failure| Err(made.refusal.unwrap_or(failure)))
     };
@@ -245,10 +173,8 @@ async fn begin(core: &Arc<Core>, row: PortalRow) -> Result<PortalRow, Refusal> {
         })
     });
     let number = write.await??;
-    if let Some(room_id) = &row.lm_room_id {
-        // What the room's hub sends between the join and the end of the making is kept.
-        core.registry.watch(Side::Lm, room_id);
-    }
+    // What is sent of the room between the join and the end of the making is kept.
+    watch(core, &row);
     Ok(PortalRow { number, ..row })
 }
 
@@ -267,6 +193,7 @@ async fn make(core: &Arc<Core>, row: PortalRow) -> Made {
     let making = AssertUnwindSafe(Box::pin(async {
         match row.kind.as_str() {
             "from_lm" => from_lm::make(core, &mut row).await,
+            "from_matrix" => from_matrix::make(core, &mut row).await,
             "shared" => make_shared(core, &mut row).await,
             _ => make_both(core, &mut row).await,
         }
@@ -303,8 +230,8 @@ fn again(core: &Arc<Core>, made: Made) -> Running {
             }
             pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
         };
-        if let Some(room_id) = made.row.lm_room_id.as_ref().filter(|_| made.row.kind == "from_lm") {
-            lock(&inner).remove(room_id);
+        if let Some(place) = place_of(&made.row) {
+            lock(&inner).remove(&place);
         }
         outcome
     };
@@ -372,12 +299,13 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Result<Arc<Portal>, Refus
         .chain(row.lm_room_id.as_deref().filter(|_| row.kind == "from_lm").and_then(super::alias::of_room))
         .collect();
     let row = PortalRow { state: "active".to_owned(), ..row };
-    let stored = row.clone();
+    let portal = Portal::from_row(&row, &core.context.server_name)?
+        .ok_or_else(|| Refusal::Internal("a room of the portal is missing".to_owned()))?;
+    let (stored, listed) = (row.clone(), portal.may_be_listed());
     let write = core.context.store.write(move |tx| {
         Box::pin(async move {
             portals::update(tx, &stored).await?;
-            // No homeserver that reads the directory could join a shared room.
-            if let Some(room) = stored.matrix_room_id.as_ref().filter(|_| stored.kind != "shared") {
+            if let Some(room) = stored.matrix_room_id.as_ref().filter(|_| listed) {
                 crate::store::dag::set_listed(tx, room, true).await?;
             }
             let mut own = Vec::new();
@@ -391,8 +319,6 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Result<Arc<Portal>, Refus
         })
     });
     let aliases = write.await?;
-    let portal = Portal::from_row(&row, &core.context.server_name)?
-        .ok_or_else(|| Refusal::Internal("a room of the portal is missing".to_owned()))?;
     let entry = core.registry.put(row.number, portal);
     for alias in &aliases {
         core.registry.set_alias(alias, row.number);
@@ -456,6 +382,7 @@ fn request(core: &Core, new: &NewPortal) -> Result<Request, Refusal> {
         matrix_room_version: version(new.matrix_room_version, Family::Graph)?,
         lm_room_version: version(new.lm_room_version, Family::Log)?,
         via: Vec::new(),
+        invited: false,
     })
 }
 

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
 use super::core::Core;
+use super::decline::decline;
 use super::inbox::{Item, Out};
 use super::portal::Portal;
 use super::registry::Entry;
@@ -125,7 +126,12 @@ pub(super) async fn joined(
     if !known.is_empty() {
         return Ok(None);
     }
-    let Some(event) = core.sides()?.rooms(source).event(&member).await? else { return Ok(None) };
+    let event = match source {
+        // Of the state of a room that was joined nothing else may be known.
+        Side::Matrix => core.sides()?.dag.event_of_state(&member).await?.map(|event| Event::from(&*event)),
+        Side::Lm => core.sides()?.rooms(source).event(&member).await?,
+    };
+    let Some(event) = event else { return Ok(None) };
     let row = image_row(core, portal, source, &event);
     let (log, profile) = (Log::of(core, portal), profile(&event));
     let ghosts = ghosts_of(core, source, &event);
@@ -137,6 +143,25 @@ pub(super) async fn joined(
             remember(tx, source, profile).await
         })
     })))
+}
+
+/// What is written with an old event that is said again across.
+pub(super) fn said_again(
+    core: &Core,
+    portal: &Portal,
+    source: Side,
+    event: &Event,
+    note: Option<String>,
+) -> EventEffect {
+    let row = ImageRow { note, ..image_row(core, portal, source, event) };
+    let (log, ghosts) = (Log::of(core, portal), ghosts_of(core, source, event));
+    EventEffect::new(move |tx, image| {
+        Box::pin(async move {
+            let pending = log.is_away(tx, source).await?;
+            images::insert(tx, &[ImageRow { image, pending, ..row }]).await?;
+            ghosts::remember(tx, &ghosts).await
+        })
+    })
 }
 
 /// An event of the room across is what this one asks for: its image, unless it has a source.
@@ -240,6 +265,9 @@ pub(super) async fn sorted_out(
             Out::Done | Out::Lost => (row, None, None),
         })
         .collect();
+    for (event, refusal) in &told {
+        decline(core, portal, source, event, refusal).await;
+    }
     core.context
         .store
         .write(move |tx| {

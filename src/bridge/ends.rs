@@ -9,13 +9,14 @@ use std::time::Duration;
 use ruma::{OwnedRoomId, OwnedServerName, RoomId, UserId};
 
 use super::acl::{self, SERVER_ACL};
+use super::carry::ENCRYPTION;
 use super::core::Core;
 use super::notice::{say, text};
-use super::portal::{Cause, Portal, PortalState};
+use super::portal::{Cause, Portal, PortalKind, PortalState};
 use super::registry::Entry;
 use super::side::{Event, MEMBER, State};
 use super::users::Who;
-use super::{create, repair};
+use super::{create, from_matrix, repair};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -130,6 +131,14 @@ pub(super) async fn due(core: &Arc<Core>) -> Result<(), Refusal> {
         }
         store.write(move |tx| Box::pin(async move { portals::left(tx, number).await })).await?;
     }
+    for number in portals::empty(store, core.now_ms()).await? {
+        match core.registry.get(number) {
+            Some(entry) if entry.portal().state.carries() && is_empty(core, &entry.portal()).await? => {
+                ended(&entry, end(core, &entry, "nobody of Matrix is in the room any more").await);
+            }
+            _ => store.write(move |tx| Box::pin(async move { portals::set_empty(tx, number, None).await })).await?,
+        }
+    }
     for number in portals::unused(store, core.now_ms()).await? {
         match core.registry.get(number) {
             // A task is at it.
@@ -143,10 +152,16 @@ pub(super) async fn due(core: &Arc<Core>) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Whether an event may end its portal, so that [`look_at`] must.
-pub(super) fn may_end(event: &Event, bot: &UserId) -> bool {
-    let bot_is_out = event.membership().is_some_and(|(user, membership)| user == *bot && membership != "join");
-    bot_is_out || (event.state_key.as_deref() == Some("") && matches!(event.kind.as_str(), SERVER_ACL | TOMBSTONE))
+/// Whether an event of `side` may end its portal, so that [`look_at`] must.
+pub(super) fn may_end(portal: &Portal, side: Side, event: &Event, bot: &UserId) -> bool {
+    let is_out = |user: &UserId, membership: &str| {
+        let empties =
+            portal.kind == PortalKind::FromMatrix && side == Side::Matrix && user.server_name() != bot.server_name();
+        (*user == *bot && membership != "join") || (empties && matches!(membership, "leave" | "ban"))
+    };
+    event.membership().is_some_and(|(user, membership)| is_out(&user, membership))
+        || (event.state_key.as_deref() == Some("")
+            && matches!(event.kind.as_str(), SERVER_ACL | TOMBSTONE | ENCRYPTION))
 }
 
 /// Takes a suspended portal up again.
@@ -160,7 +175,13 @@ pub(super) async fn resume(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<Arc<P
     }
     let bot = core.users.bot();
     if !is_in(core, &portal, Side::Matrix).await? {
-        core.send(&portal, Side::Matrix, core.member(bot, bot, "join")).await?;
+        if portal.kind == PortalKind::FromMatrix {
+            // When the last ghost has left, the way back is by the room's other servers.
+            let dag = &core.sides()?.dag;
+            dag.join(&portal.matrix_room_id, &[], bot, from_matrix::bot_content()).await?;
+        } else {
+            core.send(&portal, Side::Matrix, core.member(bot, bot, "join")).await?;
+        }
     }
     if !is_in(core, &portal, Side::Lm).await? {
         let via = [portal.lm_hub.clone()];
@@ -176,7 +197,7 @@ pub(super) async fn resume(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<Arc<P
 pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool, Refusal> {
     let portal = entry.portal();
     let bot = core.users.bot();
-    let keys = [SERVER_ACL, TOMBSTONE].map(|kind| (kind.to_owned(), String::new()));
+    let keys = [SERVER_ACL, TOMBSTONE, ENCRYPTION].map(|kind| (kind.to_owned(), String::new()));
     let keys = [&keys[..], &[(MEMBER.to_owned(), bot.to_string())]].concat();
     for side in [Side::Matrix, Side::Lm] {
         let state = core.sides()?.rooms(side).pick(portal.room(side), &keys).await?;
@@ -188,23 +209,59 @@ pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool
             core.set_state(entry, PortalState::Suspended, Some(reason)).await?;
             return Ok(true);
         }
+        // An LM room is encrypted by its first event or never, unless Matrix servers share it.
+        if let Some(encryption) = state.content(ENCRYPTION)
+            && (side == Side::Matrix || core.sides()?.lm.is_shared(&portal.lm_room_id).await?)
+        {
+            let reason = format!("{} was encrypted: {}", portal.room(side), from_matrix::encrypted(encryption));
+            let (core, entry) = (core.clone(), entry.clone());
+            core.clone().spawn(async move { ended(&entry, end(&core, &entry, &reason).await) });
+            return Ok(true);
+        }
         if acl::of(core, &state).await.is_some_and(|list| !list.allows(&core.context.server_name)) {
             let reason = format!("the access control list of {} denies this gateway", portal.room(side));
             let (core, entry) = (core.clone(), entry.clone());
             core.clone().spawn(async move { ended(&entry, end(&core, &entry, &reason).await) });
             return Ok(true);
         }
-        let tombstone = state.get(TOMBSTONE, "").filter(|_| side == portal.authority() && side == Side::Lm);
+        let tombstone = state.get(TOMBSTONE, "").filter(|_| replaced_by_others(&portal) == Some(side));
         if let Some(tombstone) = tombstone {
             let replacement = tombstone.content.get("replacement_room").and_then(|room| room.as_str());
             let replacement = replacement.and_then(|room| RoomId::parse(room).ok());
-            let via = vec![tombstone.sender.server_name().to_owned(), portal.lm_hub.clone()];
+            let mut via = vec![tombstone.sender.server_name().to_owned()];
+            via.extend(Some(portal.lm_hub.clone()).filter(|hub| *hub != core.context.server_name));
             let (core, entry) = (core.clone(), entry.clone());
             core.clone().spawn(async move { ended(&entry, replace(&core, &entry, replacement, via).await) });
             return Ok(true);
         }
     }
+    if portal.kind == PortalKind::FromMatrix {
+        let until = match is_empty(core, &portal).await? {
+            true => Some(core.now_ms().saturating_add(GHOSTS_STAY_MS)),
+            false => None,
+        };
+        let number = entry.number;
+        core.context
+            .store
+            .write(move |tx| Box::pin(async move { portals::set_empty(tx, number, until).await }))
+            .await?;
+    }
     Ok(false)
+}
+
+/// The side whose room others replace; the gateway's own rooms are replaced by nobody else.
+fn replaced_by_others(portal: &Portal) -> Option<Side> {
+    match portal.kind {
+        PortalKind::FromLm => Some(Side::Lm),
+        PortalKind::FromMatrix => Some(Side::Matrix),
+        PortalKind::Created | PortalKind::Shared => None,
+    }
+}
+
+/// Whether nobody but the gateway's users is in the Matrix room.
+async fn is_empty(core: &Core, portal: &Portal) -> Result<bool, Refusal> {
+    let servers = core.sides()?.dag.joined_servers(&portal.matrix_room_id).await?;
+    Ok(servers.iter().all(|server| *server == core.context.server_name))
 }
 
 /// Why a portal is suspended whose bot somebody took out of a room.
@@ -218,7 +275,8 @@ fn ended<T>(entry: &Entry, outcome: Result<T, Refusal>) {
     }
 }
 
-/// The LM room has a tombstone: its Matrix room gets one too, which leads to the Matrix room of the room that replaces it.
+/// A room that lives elsewhere has a tombstone: the room across gets one too, which leads to the one that is connected with the room that
+/// replaces it.
 async fn replace(
     core: &Arc<Core>,
     entry: &Arc<Entry>,
@@ -226,11 +284,20 @@ async fn replace(
     mut via: Vec<OwnedServerName>,
 ) -> Result<(), Refusal> {
     let portal = entry.portal();
-    let Some(room_id) = replacement.filter(|room_id| *room_id != portal.lm_room_id) else {
-        return end(core, entry, "the LM room was closed").await.map(drop);
+    let Some(side) = replaced_by_others(&portal) else { return Ok(()) };
+    let what = match side {
+        Side::Lm => "the LM room",
+        Side::Matrix => "the Matrix room",
+    };
+    let Some(room_id) = replacement.filter(|room_id| **room_id != *portal.room(side)) else {
+        return end(core, entry, &format!("{what} was closed")).await.map(drop);
     };
     via.extend(room_id.server_name().map(ToOwned::to_owned));
-    let next = match create::portal_from_lm(core, &room_id, &via, None, &Cause::Admin).await {
+    let next = match side {
+        Side::Lm => create::portal_from_lm(core, &room_id, &via, None, &Cause::Admin).await,
+        Side::Matrix => create::portal_from_matrix(core, &room_id, &via, None, &Cause::Admin).await,
+    };
+    let next = match next {
         Ok(next) => next,
         Err(refusal) if refusal.is_transient() => {
             let (core, entry) = (core.clone(), entry.clone());
@@ -241,7 +308,7 @@ async fn replace(
             return Err(refusal);
         }
         Err(refusal) => {
-            let reason = format!("the LM room was replaced by {room_id}, which cannot be connected: {refusal}");
+            let reason = format!("{what} was replaced by {room_id}, which cannot be connected: {refusal}");
             return end(core, entry, &reason).await.map(drop);
         }
     };
@@ -250,9 +317,9 @@ async fn replace(
     }
     let mut content = Object::new();
     content.insert("body".to_owned(), "This room has been replaced".into());
-    content.insert("replacement_room".to_owned(), next.matrix_room_id.as_str().into());
-    core.send(&portal, Side::Matrix, core.draft(core.users.bot(), TOMBSTONE, Some(""), content)).await?;
-    end(core, entry, &format!("the LM room was replaced by {room_id}")).await.map(drop)
+    content.insert("replacement_room".to_owned(), next.room(side.other()).as_str().into());
+    core.send(&portal, side.other(), core.draft(core.users.bot(), TOMBSTONE, Some(""), content)).await?;
+    end(core, entry, &format!("{what} was replaced by {room_id}")).await.map(drop)
 }
 
 /// An admin wants a portal: it stays, used or not.
@@ -279,13 +346,15 @@ pub(super) async fn over(core: &Core, entry: &Entry) -> Result<bool, Refusal> {
     Ok(entry.portal().state == PortalState::Ended)
 }
 
-/// Whether a Matrix user has ever come in. Who was banned without that is in the state too.
+/// Whether a user has ever come in whom the portal is for: an LM user where the Matrix room was there before, else a Matrix user. Who was
+/// banned without that is in the state too.
 async fn was_used(core: &Core, portal: &Portal) -> Result<bool, Refusal> {
-    let state = core.sides()?.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
+    let side = portal.is_for();
+    let state = core.sides()?.rooms(side).state(portal.room(side)).await?;
     for entry in state.members() {
         let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
         if matches!(entry.membership(), "join" | "leave")
-            && matches!(core.users.who(&core.context.store, Side::Matrix, user).await?, Who::Native { .. })
+            && matches!(core.users.who(&core.context.store, side, user).await?, Who::Native { .. })
         {
             return Ok(true);
         }

@@ -21,6 +21,8 @@ use crate::lm::Appended;
 use crate::refusal::Refusal;
 use crate::seam::{Handshake, Membership, Stage};
 
+/// The type of the events that say who may join.
+const JOIN_RULES: &str = "m.room.join_rules";
 /// How long a join waits for the hub: less than its echo is waited for, so that a hub that is away is told of in these words.
 const HUB_PATIENCE: Duration = Duration::from_secs(15);
 /// After this it is looked whether the join or knock that was let in has come.
@@ -68,7 +70,15 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
             core.users.keep(&core.context.store, handshake.side, [user]).await?;
             join_at_hub(core, &entry, &ghost, &handshake.content).await
         }
-        Membership::Join => may_join(core, &portal, handshake.side.other(), &ghost).await,
+        // The Matrix room lives elsewhere and decides who comes in.
+        Membership::Join if !portal.lets_in(across) => match handshake.stage {
+            Stage::Make => may_join_there(core, &portal, &ghost).await,
+            Stage::Send => {
+                core.users.keep(&core.context.store, handshake.side, [user]).await?;
+                join_there(core, &entry, &ghost, &handshake.content).await
+            }
+        },
+        Membership::Join => may_join(core, &portal, across, &ghost).await,
         Membership::Knock if at_hub => {
             core.users.keep(&core.context.store, handshake.side, [user]).await?;
             knock_at_hub(core, &entry, user, &ghost, &handshake.content).await
@@ -101,6 +111,97 @@ fn needs_invite(state: &State, ghost: &UserId) -> bool {
     !is_public(state) && state.membership(ghost) != "invite"
 }
 
+/// Whether a Matrix room that lives elsewhere would have a ghost now, as far as can be told without asking other servers.
+async fn may_join_there(core: &Core, portal: &Portal, ghost: &UserId) -> Result<(), Refusal> {
+    let rooms = core.sides()?.rooms(Side::Matrix);
+    let keys = [(MEMBER.to_owned(), ghost.to_string()), (JOIN_RULES.to_owned(), String::new())];
+    let state = rooms.pick(&portal.matrix_room_id, &keys).await?;
+    let rule = join_rule(&state);
+    if state.membership(ghost) == "join" || (rule.ends_with("restricted") && state.membership(ghost) != "ban") {
+        // Who meets the conditions of a restricted room is for its servers to say.
+        return Ok(());
+    }
+    let judged = rooms.check(&portal.matrix_room_id, &core.member(ghost, ghost, "join")).await;
+    judged.map_err(|refusal| in_words(portal, ghost, &state, refusal))
+}
+
+fn join_rule(state: &State) -> &str {
+    state.content(JOIN_RULES).and_then(|content| content.get("join_rule")?.as_str()).unwrap_or("invite")
+}
+
+/// Why a Matrix room does not have a ghost, so that its user knows what to do.
+fn in_words(portal: &Portal, ghost: &UserId, state: &State, refusal: Refusal) -> Refusal {
+    let room = &portal.matrix_room_id;
+    match (&refusal, state.membership(ghost), join_rule(state)) {
+        _ if refusal.is_transient() => refusal,
+        (_, "ban", _) => Refusal::Forbidden(format!("{ghost} is banned from {room}, the Matrix room of this portal")),
+        (_, _, "public") => refusal,
+        (_, _, rule) => Refusal::Forbidden(format!(
+            "the Matrix room of this portal, {room}, has the join rule {rule:?}, and {ghost} is not invited there: {refusal}"
+        )),
+    }
+}
+
+/// Has the ghost join a Matrix room that lives elsewhere, before its user's join is taken. Where the room has conditions, another server
+/// of the room is asked. A join for whose user there is none in the end is left again.
+async fn join_there(core: &Arc<Core>, entry: &Arc<Entry>, ghost: &UserId, content: &Object) -> Result<(), Refusal> {
+    let portal = entry.portal();
+    let keys = [(MEMBER.to_owned(), ghost.to_string()), (JOIN_RULES.to_owned(), String::new())];
+    let state = core.sides()?.rooms(Side::Matrix).pick(&portal.matrix_room_id, &keys).await?;
+    if state.membership(ghost) == "join" {
+        return Ok(());
+    }
+    let spared = Spared::new(core, portal.matrix_room_id.clone(), ghost.to_owned());
+    let (dag, content) = (core.sides()?.dag.clone(), member_content(content, "join", core.media(Side::Matrix)));
+    let (room_id, user, joining) = (portal.matrix_room_id.clone(), ghost.to_owned(), core.clone());
+    let mut join =
+        Box::pin(async move { joining.in_task(async move { dag.join(&room_id, &[], &user, content).await }).await });
+    match tokio::time::timeout(HUB_PATIENCE, &mut join).await {
+        Ok(Ok(_)) => {
+            wait_for_join(core, entry, ghost.to_owned(), spared);
+            Ok(())
+        }
+        Ok(Err(refusal)) => Err(in_words(&portal, ghost, &state, refusal)),
+        Err(_) => {
+            let (inner, entry) = (core.clone(), entry.clone());
+            core.spawn(async move {
+                let _ = join.await;
+                drop(spared);
+                repair::soon(&inner, &entry);
+            });
+            let waited = HUB_PATIENCE.as_secs();
+            Err(Refusal::Forbidden(format!(
+                "the servers of {} have not answered the join in {waited} s",
+                portal.matrix_room_id
+            )))
+        }
+    }
+}
+
+/// Keeps repair from a ghost until its user's join is in the log, which it should be in a moment.
+fn wait_for_join(core: &Arc<Core>, entry: &Arc<Entry>, ghost: OwnedUserId, spared: Spared) {
+    let (inner, entry) = (core.clone(), entry.clone());
+    core.spawn(async move {
+        let tries = LOOK_BACK.as_secs();
+        for _ in 0..tries {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            if has_come(&inner, &entry, &ghost).await.unwrap_or(false) {
+                return;
+            }
+        }
+        drop(spared);
+        repair::soon(&inner, &entry);
+    });
+}
+
+/// Whether the user for whom a ghost is in the Matrix room is in the log.
+async fn has_come(core: &Core, entry: &Entry, ghost: &UserId) -> Result<bool, Refusal> {
+    let Who::Ghost { user } = core.users.who(&core.context.store, Side::Matrix, ghost).await? else { return Ok(false) };
+    let key = (MEMBER.to_owned(), user.to_string());
+    let state = core.sides()?.rooms(Side::Lm).pick(&entry.portal().lm_room_id, &[key]).await?;
+    Ok(state.membership(&user) == "join")
+}
+
 /// Has the ghost knock at the hub, and waits for that. A knock that comes too late is taken back.
 async fn knock_at_hub(
     core: &Arc<Core>,
@@ -121,7 +222,7 @@ async fn knock_at_hub(
         look_back(core, entry, spared);
         return Ok(());
     }
-    let content = member_content(content, "knock");
+    let content = member_content(content, "knock", core.media(Side::Lm));
     let (room_id, via, sender) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
     let knocking = core.clone();
     let mut knock =
@@ -187,7 +288,7 @@ async fn join_at_hub(core: &Arc<Core>, entry: &Arc<Entry>, ghost: &UserId, conte
         let draft = core.member(core.users.bot(), ghost, "invite");
         core.send(&portal, Side::Lm, draft).await?;
     }
-    let content = member_content(content, "join");
+    let content = member_content(content, "join", core.media(Side::Lm));
     let (room_id, via, user) = (portal.lm_room_id.clone(), vec![portal.lm_hub.clone()], ghost.to_owned());
     let joining = core.clone();
     let mut join =

@@ -298,7 +298,7 @@ async fn sort(
             sorted.out.push((row, Out::Done));
             continue;
         }
-        sorted.may_end |= ends::may_end(&event, core.users.bot());
+        sorted.may_end |= ends::may_end(portal, source, &event, core.users.bot());
         if !takes(row.seq, &event.sender) {
             continue;
         }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::carry::{Before, Case, Crossing, Outcome, invited_first, same, stranger};
 use super::ends::bot_is_out;
 use super::power::{Action, Power};
-use super::side::MEMBER;
+use super::side::{Entry, MEMBER};
 use super::translate;
 use super::users::Who;
 use crate::event::Object;
@@ -48,10 +48,16 @@ pub(super) fn outcome(case: &Case<'_>, target: &UserId, membership: &str) -> Out
 }
 
 fn joins(case: &Case<'_>, ghost: &UserId) -> Outcome {
-    let content = translate::member_content(&case.event.content, "join");
+    let content = translate::member_content(&case.event.content, "join", case.media());
     let there = case.far.member(ghost).filter(|there| there.membership() == "join" && there.sender == ghost);
     let stays = |coming: &Coming| coming.membership() == Some("join") && same(&coming.content, &content);
-    if let Some(there) = there.filter(|there| same(there.content, &content))
+    let is_this = |there: &Entry<'_>| {
+        let mut theirs = there.content.clone();
+        // Who vouched for it is nobody's profile.
+        theirs.remove("join_authorised_via_users_server");
+        same(&theirs, &content)
+    };
+    if let Some(there) = there.filter(is_this)
         && case.ahead.get(ghost).is_none_or(stays)
     {
         return Outcome::Adopt(there.event_id.to_owned());
@@ -69,14 +75,14 @@ fn knocks(case: &Case<'_>, ghost: &UserId) -> Outcome {
     if case.membership_there(ghost) != "leave" {
         return Outcome::Nothing("the ghost is invited, joined or banned across");
     }
-    cross(case, Vec::new(), ghost, ghost, translate::member_content(&case.event.content, "knock"))
+    cross(case, Vec::new(), ghost, ghost, translate::member_content(&case.event.content, "knock", case.media()))
 }
 
 fn leaves(case: &Case<'_>, ghost: &UserId) -> Outcome {
     if case.settled && matches!(case.far.membership(ghost), "leave" | "ban") {
         return Outcome::Nothing("the ghost is not in the other room");
     }
-    cross(case, Vec::new(), ghost, ghost, translate::member_content(&case.event.content, "leave"))
+    cross(case, Vec::new(), ghost, ghost, translate::member_content(&case.event.content, "leave", case.media()))
 }
 
 /// A kick, a ban, or the end of one. `ghost` says that the one who is removed across is a ghost, which can leave by itself
@@ -89,13 +95,15 @@ fn removed(case: &Case<'_>, target: &UserId, action: Action, ghost: bool) -> Out
     }
     let power = Power::of(case.far);
     let may = |actor: &UserId| {
-        case.far.membership(actor) == "join"
+        // In a room that lives elsewhere nobody gets more done than they may do there themselves.
+        (case.lets_in || actor != case.bot)
+            && case.far.membership(actor) == "join"
             && power.may_remove(actor, target, action)
             // Who takes a ban back needs the level of a ban too.
             && (there != "ban" || power.may(actor, Action::Ban))
     };
     let remover = case.across(&case.event.sender).filter(|remover| *remover != *case.bot);
-    let content = translate::member_content(&case.event.content, membership);
+    let content = translate::member_content(&case.event.content, membership, case.media());
     match remover.filter(|remover| may(remover)) {
         Some(remover) => {
             let mut crossing = crossing(case, Vec::new(), &remover, target, content.clone());
@@ -128,8 +136,10 @@ fn invited(case: &Case<'_>, target: &UserId, asks_server: bool) -> Outcome {
         _ => {}
     }
     let power = Power::of(case.far);
-    let may = |actor: &UserId| case.far.membership(actor) == "join" && power.may(actor, Action::Invite);
-    let content = translate::member_content(&case.event.content, "invite");
+    let may = |actor: &UserId| {
+        (case.lets_in || actor != case.bot) && case.far.membership(actor) == "join" && power.may(actor, Action::Invite)
+    };
+    let content = translate::member_content(&case.event.content, "invite", case.media());
     let inviter = case.across(&case.event.sender).filter(|inviter| may(inviter));
     let Some(inviter) = inviter.or_else(|| may(case.bot).then(|| case.bot.to_owned())) else {
         return Outcome::Refuse(Refusal::Forbidden(format!("nobody of the gateway may invite {target} across")));

@@ -3,8 +3,8 @@
 //!
 //! An accepted event waits in `inbox`, is put in order by `linearize`, `carry` (with `member` and `translate`, all pure)
 //! says what becomes of it, and `worker` does that with the writes of `effect`. `gate` asks the other side before anybody
-//! joins; `plan` and `repair` bring the two states in step again; `create` makes portals, as far as there is `space`, and
-//! `ends` ends them. Typing, receipts and presence go by `ephemeral`, with nothing stored.
+//! joins; `plan` and `repair` bring the two states in step again; `create` makes portals, as far as there is `space`
+//! (`from_lm` and `from_matrix`, with `populate` and `history`, of rooms that exist already), and `ends` ends them. Typing, receipts and presence go by `ephemeral`, with nothing stored.
 
 mod access;
 mod acl;
@@ -14,21 +14,26 @@ mod budget;
 mod carry;
 mod core;
 mod create;
+mod decline;
 mod effect;
 mod ends;
 mod ephemeral;
 mod from_lm;
+mod from_matrix;
 mod gate;
+mod history;
 mod home;
 mod inbox;
 mod left;
 mod linearize;
+mod listed;
 mod loops;
 mod member;
 mod notice;
 mod one_room;
 mod pause;
 mod plan;
+mod populate;
 mod portal;
 mod power;
 mod read_up_to;
@@ -47,14 +52,16 @@ use std::sync::Arc;
 
 use ruma::{EventId, OwnedEventId, OwnedServerName, OwnedUserId, UserId};
 
-pub use self::admin::{Explanation, Health, HubFault, HubFaults, Members, Refused, Waiting};
-pub use self::alias::of_alias;
+pub use self::admin::{Explanation, Health, HubFault, HubFaults, Members, Refused, Uncorrected, Waiting};
+pub use self::alias::{lm_alias, of_alias};
 use self::core::Core;
 pub use self::ends::{GHOSTS_STAY_MS, UNUSED_MS};
+pub use self::listed::Listed;
 pub use self::portal::{Cause, NewPortal, Portal, PortalKind, PortalState};
 use self::seat::Seat;
 use self::side::Sides;
 use self::users::Who;
+pub use self::users::bot_of;
 use crate::federation::Context;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -155,6 +162,32 @@ impl Bridge {
         cause: Cause,
     ) -> Result<Arc<Portal>, Refusal> {
         Box::pin(create::portal_from_lm(&self.core, lm_room_id, via, alias, &cause)).await
+    }
+
+    /// Joins a Matrix room that lives elsewhere, through the servers `via`, and makes the LM room of it, hubbed here. One at a time for each
+    /// room; an existing portal is returned as it is. `alias` is the localpart of an alias at the gateway.
+    pub async fn portal_from_matrix(
+        &self,
+        matrix_room_id: &ruma::RoomId,
+        via: &[OwnedServerName],
+        alias: Option<&str>,
+        cause: Cause,
+    ) -> Result<Arc<Portal>, Refusal> {
+        Box::pin(create::portal_from_matrix(&self.core, matrix_room_id, via, alias, &cause)).await
+    }
+
+    /// The same of the room that a Matrix alias (`#NAME:SERVER`) leads to.
+    pub async fn portal_of_matrix_alias(
+        &self,
+        matrix_alias: &str,
+        via: &[OwnedServerName],
+        alias: Option<&str>,
+    ) -> Result<Arc<Portal>, Refusal> {
+        let parsed = <&ruma::RoomAliasId>::try_from(matrix_alias);
+        let parsed = parsed.map_err(|error| Refusal::malformed("matrix_alias", error.to_string()))?;
+        let target = self.core.sides()?.dag.query_directory(parsed.server_name(), matrix_alias).await?;
+        let via: Vec<_> = via.iter().cloned().chain(target.servers).collect();
+        self.portal_from_matrix(&target.room_id, &via, alias, Cause::Admin).await
     }
 
     /// Where the localpart of an alias leads (`lm_NAME_SERVER`, or one that an admin gave); makes the portal when there
@@ -292,6 +325,16 @@ impl Bridge {
         admin::invite(&self.core, portal_id, user_id, None).await
     }
 
+    /// Invites a Matrix user into the Matrix room if anybody may join it: whether they are invited, or in it, now.
+    pub async fn invite_if_public(&self, portal_id: &str, user_id: &UserId) -> Result<bool, Refusal> {
+        listed::invite_if_public(&self.core, portal_id, user_id).await
+    }
+
+    /// The rooms of the public directory, at most `limit`.
+    pub async fn listed(&self, limit: usize) -> Result<Vec<Listed>, Refusal> {
+        listed::listed(&self.core, limit).await
+    }
+
     /// The same for a user who is at home on this side.
     pub async fn invite_on(&self, portal_id: &str, user_id: &UserId, side: Option<Side>) -> Result<(), Refusal> {
         admin::invite(&self.core, portal_id, user_id, side).await
@@ -300,6 +343,14 @@ impl Bridge {
     /// Takes back the bot's invite for a user who has not joined.
     pub async fn withdraw_invite(&self, portal_id: &str, user_id: &UserId) -> Result<(), Refusal> {
         admin::withdraw_invite(&self.core, portal_id, user_id).await
+    }
+
+    /// The ghost of a user who is at home on `home`, on the other side; none of users of the gateway's own name.
+    pub async fn ghost_of(&self, user: &UserId, home: Side) -> Result<Option<OwnedUserId>, Refusal> {
+        match self.core.users.who(&self.core.context.store, home, user).await? {
+            Who::Native { ghost } => Ok(Some(ghost)),
+            _ => Ok(None),
+        }
     }
 
     /// The ghost's or bot's owner: for `/users` of the appservice and for operators.

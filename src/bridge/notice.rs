@@ -137,6 +137,14 @@ fn hub_notice(hub: &str, fault: &str, count: u64) -> Object {
         "forked" => "lets this room's log fork: messages may come late, or in another order than elsewhere",
         "rewritten" => "gave events of this room that are not as they were signed",
         "forbidden" => "took events into this room that its rules forbid: they are left out here",
+        "reordered" => {
+            "gives this room's log in another order than its own: messages may stand in another order than elsewhere"
+        }
+        "unlinked" => "took events into this room that do not say what they follow",
+        "incomplete" => "does not name all that allows what is said in this room",
+        "moved" => {
+            "is said to keep it no more, and nobody shows who does: what is said here does not get there until somebody does"
+        }
         "skipped" => "does not give all of this room's log: messages may be missing here",
         _ => "does not keep this room's log as it should",
     };

@@ -4,12 +4,12 @@ use ruma::{OwnedEventId, UserId};
 use serde_json::{Value, json};
 
 use super::carry::{bot_entry, is_public, same};
-use super::power::{Action, POWER_LEVELS, Power};
+use super::power::{self, Action, CREATOR_LEVEL, POWER_LEVELS, Power, USER_LIMIT};
 use super::side::{Entry, MEMBER, State};
-use super::translate::{self, MAPPED_STATE, StateRules, member_content, state_content};
+use super::translate::{self, MAPPED_STATE, MediaTo, StateRules, member_content, state_content};
 use super::users::{Known, Who};
 use crate::event::Object;
-use crate::identity::Side;
+use crate::identity::{MediaNames, Side};
 use crate::seam::Draft;
 
 /// What marks a repair in its content.
@@ -18,11 +18,14 @@ const REPAIR: &str = "im.isthmus.repair";
 /// Both states, and who the users in them are.
 pub(super) struct Plan<'a> {
     pub(super) authority: Side,
+    /// Whether the room that leads is one that the gateway made, in which it says who may be.
+    pub(super) owns_leading: bool,
     pub(super) leading: &'a State,
     pub(super) following: &'a State,
     pub(super) leading_users: &'a Known,
     pub(super) following_users: &'a Known,
     pub(super) bot: &'a UserId,
+    pub(super) media: &'a MediaNames,
     /// Whether a user of the gateway on a side is left alone, because a handshake is under way.
     pub(super) spared: &'a dyn Fn(Side, &UserId) -> bool,
     /// Whether a user, at home on a side, is kept out by the policy, by a room's access control list, or as part of a loop.
@@ -79,7 +82,17 @@ impl Plan<'_> {
         let across = |user: &UserId| translate::across(self.leading_users, user).filter(|_| user != self.bot);
         let creator = self.leading.get("m.room.create", "").map(|entry| entry.sender);
         let bot = bot_entry(self.following, self.bot);
-        let rules = StateRules { creator, across: &across, to: self.authority.other(), bot };
+        let sovereigns = power::sovereigns(self.leading);
+        let rules = StateRules {
+            creator,
+            across: &across,
+            to: self.authority.other(),
+            bot,
+            sovereigns: &sovereigns,
+            limit: USER_LIMIT,
+            asks: self.asks(),
+            media: Some(self.media(self.authority.other())),
+        };
         let there = self.following.content(kind);
         let nothing = Object::new();
         let content = match (state_content(kind, self.leading.content(kind), &rules), there) {
@@ -94,6 +107,11 @@ impl Plan<'_> {
         Some(self.fix(self.authority.other(), self.draft(self.bot, kind, "", content)))
     }
 
+    /// Whether who joins the room that follows is asked about.
+    fn asks(&self) -> bool {
+        self.authority == Side::Matrix && !self.owns_leading
+    }
+
     /// What of a content of the following side is compared.
     fn known(&self, kind: &str, there: &Object) -> Object {
         // Nobody across stands for these users, so they are not the authority's to set.
@@ -105,7 +123,17 @@ impl Plan<'_> {
             POWER_LEVELS => bot_entry(self.following, self.bot),
             _ => None,
         };
-        let rules = StateRules { creator: None, across: &mapped, to: self.authority.other(), bot };
+        let rules = StateRules {
+            creator: None,
+            across: &mapped,
+            to: self.authority.other(),
+            bot,
+            sovereigns: &[],
+            // Who is higher than an image has it is to be seen.
+            limit: CREATOR_LEVEL,
+            asks: false,
+            media: None,
+        };
         state_content(kind, Some(there), &rules).unwrap_or_default()
     }
 
@@ -115,9 +143,14 @@ impl Plan<'_> {
         let there = self.following.membership(ghost);
         match (here.membership(), there) {
             // Whoever is in a room that the gateway made is there by the gateway's policy.
-            ("join", _) if self.authority == Side::Matrix && (self.barred)(self.authority, user) => self
-                .may_remove(self.leading, user, Action::Kick)
-                .then(|| self.fix(self.authority, self.member(self.bot, user, "leave"))),
+            ("join", _) if self.authority == Side::Matrix && (self.barred)(self.authority, user) => {
+                match self.owns_leading {
+                    true => self
+                        .may_remove(self.leading, user, Action::Kick)
+                        .then(|| self.fix(self.authority, self.member(self.bot, user, "leave"))),
+                    false => self.leave(side, there, ghost),
+                }
+            }
             ("join", "join") | ("ban", "ban") => None,
             ("join", _) if (self.denied)(self.authority, user) => None,
             ("join", _) => {
@@ -181,12 +214,17 @@ impl Plan<'_> {
     /// A ghost's join on `side`, as the image of `source`, a join across.
     fn join(&self, side: Side, source: &Entry<'_>, ghost: &UserId, mut before: Vec<Draft>) -> Fix {
         let state = if side == self.authority { self.leading } else { self.following };
-        if !is_public(state) && state.membership(ghost) != "invite" {
+        let lets_in = side != self.authority || self.owns_leading || self.authority == Side::Lm;
+        if lets_in && !is_public(state) && state.membership(ghost) != "invite" {
             before.push(self.member(self.bot, ghost, "invite"));
         }
-        let content = member_content(source.content, "join");
+        let content = member_content(source.content, "join", self.media(side));
         let draft = self.draft(ghost, MEMBER, ghost.as_str(), content);
         Fix { before, source: Some(source.event_id.to_owned()), ..self.fix(side, draft) }
+    }
+
+    fn media(&self, to: Side) -> MediaTo<'_> {
+        MediaTo { names: self.media, to }
     }
 
     fn may_remove(&self, state: &State, user: &UserId, action: Action) -> bool {

@@ -15,6 +15,9 @@ pub enum PortalKind {
     Created,
     /// The LM room lives at a remote hub, and the gateway made the Matrix room. The log has authority.
     FromLm,
+    /// The Matrix room lives elsewhere, and the gateway made the LM room as its hub. The graph has authority, and the gateway's
+    /// bot may have no power in it.
+    FromMatrix,
     /// One room for LM servers and graph servers that speak LM, hubbed here: nothing crosses, since it is the same room.
     Shared,
 }
@@ -25,13 +28,14 @@ impl PortalKind {
         match self {
             Self::Created => "created",
             Self::FromLm => "from_lm",
+            Self::FromMatrix => "from_matrix",
             Self::Shared => "shared",
         }
     }
 
     /// The kind that is written like this.
     pub fn parse(text: &str) -> Option<Self> {
-        [Self::Created, Self::FromLm, Self::Shared].into_iter().find(|kind| kind.as_str() == text)
+        [Self::Created, Self::FromLm, Self::FromMatrix, Self::Shared].into_iter().find(|kind| kind.as_str() == text)
     }
 }
 
@@ -122,9 +126,26 @@ impl Portal {
     /// The side whose state the other side follows.
     pub fn authority(&self) -> Side {
         match self.kind {
-            PortalKind::Created | PortalKind::Shared => Side::Matrix,
+            PortalKind::Created | PortalKind::FromMatrix | PortalKind::Shared => Side::Matrix,
             PortalKind::FromLm => Side::Lm,
         }
+    }
+
+    /// Whether the bot lets ghosts into the room on a side by inviting them, as where the gateway decides who comes in. A Matrix room that
+    /// lives elsewhere decides for itself.
+    pub(super) fn lets_in(&self, side: Side) -> bool {
+        self.kind != PortalKind::FromMatrix || side == Side::Lm
+    }
+
+    /// The side whose users a portal is made for: in the room of the other one somebody was before.
+    pub(super) fn is_for(&self) -> Side {
+        if self.kind == PortalKind::FromMatrix { Side::Lm } else { Side::Matrix }
+    }
+
+    /// Whether the Matrix room may be in the gateway's public directory. No homeserver that reads it could join a shared room, and whether
+    /// a room of others is shown is theirs to say.
+    pub(super) fn may_be_listed(&self) -> bool {
+        matches!(self.kind, PortalKind::Created | PortalKind::FromLm)
     }
 
     /// Its number in the store.
@@ -183,6 +204,9 @@ pub(super) struct Request {
     pub(super) lm_room_version: Option<String>,
     #[serde(default)]
     pub(super) via: Vec<OwnedServerName>,
+    /// Whether the bot was invited, of which the room may hear a moment later.
+    #[serde(default)]
+    pub(super) invited: bool,
 }
 
 /// Who has a portal made.
@@ -194,6 +218,8 @@ pub enum Cause {
     Server(OwnedServerName),
     /// An LM user who invites the gateway's bot.
     Invite(OwnedUserId),
+    /// A Matrix user who invites it.
+    MatrixInvite(OwnedUserId),
     /// An admin.
     Admin,
 }

@@ -13,6 +13,8 @@ pub(super) const POWER_LEVELS: &str = "m.room.power_levels";
 pub(super) const BOT_LEVEL: i64 = (1 << 53) - 1;
 /// The highest level that anybody else has on either side; between the two are creators of version 12 rooms.
 pub(super) const USER_LIMIT: i64 = BOT_LEVEL - 2;
+/// The level in a log of the creators of a version 12 room, who stand above all levels there.
+pub(super) const CREATOR_LEVEL: i64 = BOT_LEVEL - 1;
 
 /// Types that only the bot sends in the gateway's Matrix rooms.
 const RESERVED: [&str; 2] = ["m.room.encryption", "m.room.tombstone"];
@@ -42,14 +44,7 @@ pub(super) struct Power<'a> {
 impl<'a> Power<'a> {
     /// The levels of a room with this state.
     pub(super) fn of(state: &'a State) -> Self {
-        let create = state.get("m.room.create", "");
-        let sovereign = create.is_some_and(|entry| sovereign_creators(entry.content));
-        let mut creators: Vec<&str> = create.iter().map(|entry| entry.sender.as_str()).collect();
-        if let Some(more) =
-            create.and_then(|entry| entry.content.get("additional_creators")?.as_array()).filter(|_| sovereign)
-        {
-            creators.extend(more.iter().filter_map(Value::as_str));
-        }
+        let (creators, sovereign) = creators(state);
         Self { content: state.content(POWER_LEVELS), creators, sovereign }
     }
 
@@ -63,8 +58,8 @@ impl<'a> Power<'a> {
         content
             .get("users")
             .and_then(|users| users.get(user.as_str()))
-            .and_then(Value::as_i64)
-            .or_else(|| content.get("users_default").and_then(Value::as_i64))
+            .and_then(number)
+            .or_else(|| content.get("users_default").and_then(number))
             .unwrap_or(0)
     }
 
@@ -76,7 +71,7 @@ impl<'a> Power<'a> {
             Action::Kick => ("kick", 50),
             Action::Redact => ("redact", 50),
         };
-        self.content.and_then(|content| content.get(key)?.as_i64()).unwrap_or(default)
+        self.content.and_then(|content| number(content.get(key)?)).unwrap_or(default)
     }
 
     /// Whether a user has the level for an action.
@@ -91,9 +86,9 @@ impl<'a> Power<'a> {
 
     /// Whether a user has the level to send events of a type.
     pub(super) fn may_send(&self, user: &UserId, kind: &str, is_state: bool) -> bool {
-        let own = self.content.and_then(|content| content.get("events")?.get(kind)?.as_i64());
+        let own = self.content.and_then(|content| number(content.get("events")?.get(kind)?));
         let (key, default) = if is_state { ("state_default", 50) } else { ("events_default", 0) };
-        let needed = own.or_else(|| self.content?.get(key)?.as_i64()).unwrap_or(default);
+        let needed = own.or_else(|| number(self.content?.get(key)?)).unwrap_or(default);
         self.level(user) >= needed
     }
 }
@@ -101,6 +96,21 @@ impl<'a> Power<'a> {
 /// Whether the creators of a room stand above all levels and must not be named in them.
 pub(super) fn sovereign_creators(create: &Object) -> bool {
     create.get("room_version").and_then(Value::as_str) == Some("12")
+}
+
+/// The creators of a room with this state, and whether they stand above all levels.
+fn creators(state: &State) -> (Vec<&str>, bool) {
+    let create = state.get("m.room.create", "");
+    let sovereign = create.is_some_and(|entry| sovereign_creators(entry.content));
+    let more = create.and_then(|entry| entry.content.get("additional_creators")?.as_array()).filter(|_| sovereign);
+    let more = more.into_iter().flatten().filter_map(Value::as_str);
+    (create.iter().map(|entry| entry.sender.as_str()).chain(more).collect(), sovereign)
+}
+
+/// Those who stand above all levels of a room with this state (version 12).
+pub(super) fn sovereigns(state: &State) -> Vec<OwnedUserId> {
+    let (creators, sovereign) = creators(state);
+    creators.into_iter().filter(|_| sovereign).filter_map(|user| UserId::parse(user).ok()).collect()
 }
 
 /// What the image of a room's levels is made of.
@@ -115,6 +125,10 @@ pub(super) struct Levels<'a> {
     pub(super) to: Side,
     /// The bot and its level on the side across; none where it stands above all levels or has no entry.
     pub(super) bot: Option<(&'a UserId, i64)>,
+    /// Those who stand above all levels of the source, by their names there.
+    pub(super) sovereigns: &'a [OwnedUserId],
+    /// The highest level that anybody else may have across: [`USER_LIMIT`] in an image.
+    pub(super) limit: i64,
 }
 
 /// The image of a room's power levels: the known keys alone, users by their names across, nobody as high as the bot.
@@ -124,23 +138,23 @@ pub(super) fn image(levels: &Levels<'_>) -> Object {
     match levels.content {
         Some(content) => {
             for key in ["ban", "events_default", "invite", "kick", "redact", "state_default"] {
-                if let Some(level) = content.get(key).and_then(Value::as_i64) {
+                if let Some(level) = content.get(key).and_then(number) {
                     image.insert(key.to_owned(), clamp(level, BOT_LEVEL).into());
                 }
             }
-            if let Some(level) = content.get("users_default").and_then(Value::as_i64) {
-                image.insert("users_default".to_owned(), clamp(level, USER_LIMIT).into());
+            if let Some(level) = content.get("users_default").and_then(number) {
+                image.insert("users_default".to_owned(), clamp(level, levels.limit).into());
             }
             if let Some(events) = content.get("events").and_then(Value::as_object) {
                 let events = events
                     .iter()
-                    .filter_map(|(kind, level)| Some((kind.clone(), Value::from(clamp(level.as_i64()?, BOT_LEVEL)))));
+                    .filter_map(|(kind, level)| Some((kind.clone(), Value::from(clamp(number(level)?, BOT_LEVEL)))));
                 image.insert("events".to_owned(), Value::Object(events.collect()));
             }
             for (user, level) in content.get("users").and_then(Value::as_object).into_iter().flatten() {
                 let user = UserId::parse(user.as_str()).ok();
-                if let (Some(user), Some(level)) = (user.and_then(|user| (levels.across)(&user)), level.as_i64()) {
-                    users.insert(user.to_string(), clamp(level, USER_LIMIT).into());
+                if let (Some(user), Some(level)) = (user.and_then(|user| (levels.across)(&user)), number(level)) {
+                    users.insert(user.to_string(), clamp(level, levels.limit).into());
                 }
             }
         }
@@ -150,12 +164,78 @@ pub(super) fn image(levels: &Levels<'_>) -> Object {
             }
         }
     }
+    for user in levels.sovereigns.iter().filter_map(|user| (levels.across)(user)) {
+        users.insert(user.to_string(), CREATOR_LEVEL.into());
+    }
     reserve(&mut image, levels.to);
     if let Some((bot, level)) = levels.bot {
         users.insert(bot.to_string(), level.into());
     }
     image.insert("users".to_owned(), Value::Object(users));
     image
+}
+
+/// What somebody in a log has changed of the levels of a Matrix room that the gateway did not make.
+pub(super) struct Change<'a> {
+    /// The room's levels; none when it has none.
+    pub(super) there: Option<&'a Object>,
+    /// The room's creator, who counts when it has no levels.
+    pub(super) creator: Option<&'a UserId>,
+    /// What the log is to have for these.
+    pub(super) image: &'a Object,
+    /// What it was given.
+    pub(super) wanted: &'a Object,
+    /// How a user of the log is called in the Matrix room; none for the bot.
+    pub(super) across: &'a dyn Fn(&UserId) -> Option<OwnedUserId>,
+    /// Those who stand above all levels of the Matrix room, by their names there, and must not be named in them.
+    pub(super) sovereigns: &'a [OwnedUserId],
+}
+
+/// The levels with that change and no other: of what does not cross nothing is taken away.
+pub(super) fn changed(change: &Change<'_>) -> Object {
+    let mut levels = change.there.cloned().unwrap_or_else(|| {
+        let creator = change.creator.filter(|_| change.sovereigns.is_empty());
+        let users: Object = creator.map(|creator| (creator.to_string(), Value::from(100))).into_iter().collect();
+        Object::from_iter([("users".to_owned(), Value::Object(users))])
+    });
+    let level = |content: &Object, key: &str| content.get(key).and_then(number);
+    let keys = ["ban", "events_default", "invite", "kick", "redact", "state_default", "users_default"];
+    for key in keys {
+        if level(change.image, key) != level(change.wanted, key) {
+            set(&mut levels, key, level(change.wanted, key));
+        }
+    }
+    let none = Object::new();
+    for part in ["events", "users"] {
+        let of = |content: &'_ Object| content.get(part).and_then(Value::as_object).cloned();
+        let (image, wanted) = (of(change.image).unwrap_or_default(), of(change.wanted).unwrap_or_default());
+        let mut there = of(&levels).unwrap_or_else(|| none.clone());
+        for (key, _) in image.iter().chain(wanted.iter().filter(|(key, _)| !image.contains_key(*key))) {
+            let new = level(&wanted, key);
+            if level(&image, key) == new || key == HUB_EVENT {
+                continue;
+            }
+            if part == "events" {
+                set(&mut there, key, new);
+                continue;
+            }
+            let user = UserId::parse(key.as_str()).ok().and_then(|user| (change.across)(&user));
+            if let Some(user) = user.filter(|user| !change.sovereigns.contains(user)) {
+                set(&mut there, user.as_str(), new.map(|level| clamp(level, USER_LIMIT)));
+            }
+        }
+        if !there.is_empty() || levels.contains_key(part) {
+            levels.insert(part.to_owned(), Value::Object(there));
+        }
+    }
+    levels
+}
+
+fn set(levels: &mut Object, key: &str, level: Option<i64>) {
+    match level {
+        Some(level) => drop(levels.insert(key.to_owned(), level.into())),
+        None => drop(levels.remove(key)),
+    }
 }
 
 /// In the gateway's Matrix rooms these are the bot's alone; the log has no such types. In its logs it takes [`HUB_LEVEL`] to hand them
@@ -168,7 +248,7 @@ fn reserve(image: &mut Object, to: Side) {
     match to {
         Side::Matrix => drop(events.remove(HUB_EVENT)),
         Side::Lm => {
-            let level = events.get(HUB_EVENT).and_then(Value::as_i64).unwrap_or(HUB_LEVEL).max(HUB_LEVEL);
+            let level = events.get(HUB_EVENT).and_then(number).unwrap_or(HUB_LEVEL).max(HUB_LEVEL);
             events.insert(HUB_EVENT.to_owned(), level.into());
         }
     }
@@ -182,6 +262,11 @@ fn reserve(image: &mut Object, to: Side) {
 
 fn clamp(level: i64, limit: i64) -> i64 {
     level.clamp(-BOT_LEVEL, limit)
+}
+
+/// A level, which rooms of versions before 10 may also say in a string.
+fn number(level: &Value) -> Option<i64> {
+    level.as_i64().or_else(|| level.as_str()?.trim().parse().ok())
 }
 
 #[cfg(test)]
@@ -261,16 +346,17 @@ pub(super) mod tests {
             across: &across,
             to: Side::Lm,
             bot: Some((bot, BOT_LEVEL)),
+            sovereigns: &[],
+            limit: USER_LIMIT,
         };
         assert_eq!(
             Value::Object(image(&levels)),
             json!({
-                "ban": 50, "users_default": USER_LIMIT, "state_default": -5, "events": {"m.room.name": 50, "m.room.hub": 100},
+                "ban": 50, "kick": 50, "users_default": USER_LIMIT, "state_default": -5, "events": {"m.room.name": 50, "m.room.hub": 100},
                 "users": {"@mx_a_h:g": USER_LIMIT, "@isthmus:g": BOT_LEVEL},
             })
         );
-        let levels =
-            Levels { content: None, creator: Some(user_id!("@a:h")), across: &across, to: Side::Matrix, bot: None };
+        let levels = Levels { content: None, creator: Some(user_id!("@a:h")), to: Side::Matrix, bot: None, ..levels };
         assert_eq!(
             Value::Object(image(&levels)),
             json!({

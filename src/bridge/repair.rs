@@ -5,15 +5,15 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ruma::{OwnedUserId, UserId};
+use ruma::UserId;
 
 use super::core::Core;
 use super::plan::{self, Fix, Plan};
-use super::portal::{Portal, PortalState};
+use super::portal::{Portal, PortalKind, PortalState};
 use super::registry::Entry;
 use super::side::State;
 use super::users::{Known, Who};
-use super::{access, acl, effect, ends, loops};
+use super::{access, acl, effect, ends, loops, populate};
 use crate::admin::metrics;
 use crate::clock::is_recent;
 use crate::identity::Side;
@@ -283,11 +283,13 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
     ghosts.extend(core.users.hashed(authority.other(), following_users.keys()));
     let fixes = plan::plan(&Plan {
         authority,
+        owns_leading: portal.kind == PortalKind::Created,
         leading: &leading,
         following: &following,
         leading_users: &leading_users,
         following_users: &following_users,
         bot: core.users.bot(),
+        media: &core.context.media,
         spared: &|side, user| joining.contains_key(&(portal.room(side).to_owned(), user.to_owned())),
         denied: &|home, user| {
             let server = user.server_name();
@@ -302,12 +304,7 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
 }
 
 async fn users(core: &Core, side: Side, state: &State) -> Result<Known, Refusal> {
-    let mut users: Vec<OwnedUserId> =
-        state.members().iter().filter_map(|entry| OwnedUserId::try_from(entry.state_key).ok()).collect();
-    let levels = state.content(super::power::POWER_LEVELS).and_then(|content| content.get("users")?.as_object());
-    users.extend(levels.into_iter().flatten().filter_map(|(user, _)| OwnedUserId::try_from(user.as_str()).ok()));
-    users.extend(state.get("m.room.create", "").map(|entry| entry.sender.to_owned()));
-    core.users.all(&core.context.store, side, &users).await
+    core.users.all(&core.context.store, side, &populate::users(state)).await
 }
 
 async fn apply(core: &Arc<Core>, portal: &Portal, fix: Fix) -> Result<(), Refusal> {

@@ -79,7 +79,7 @@ pub(super) async fn asked(
         };
         let portal = entry.portal();
         let found = target(core, portal.room(side));
-        let handed_over = side == Side::Lm && portal.kind == PortalKind::Created;
+        let handed_over = side == Side::Lm && matches!(portal.kind, PortalKind::Created | PortalKind::FromMatrix);
         // A log that was handed over is joined at its hub; its room's ID does not say where that is.
         let servers = if handed_over { vec![portal.lm_hub.clone()] } else { found.servers };
         return Ok(AliasTarget { servers, ..found });

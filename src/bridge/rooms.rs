@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::core::Core;
 use super::portal::Request;
-use super::power::{BOT_LEVEL, POWER_LEVELS};
+use super::power::{self, BOT_LEVEL, POWER_LEVELS, USER_LIMIT};
 use super::side::State;
 use super::translate::{MAPPED_STATE, StateRules, across, state_content};
 use super::users::Known;
@@ -75,7 +75,17 @@ pub(super) fn matrix_of_lm(
     let bot = core.users.bot();
     let mapped = |user: &UserId| across(users, user).filter(|_| user != bot);
     let creator = state.get("m.room.create", "").map(|entry| entry.sender);
-    let rules = StateRules { creator, across: &mapped, to: Side::Matrix, bot: bot_in_graph(core, version) };
+    let bot_there = bot_in_graph(core, version);
+    let rules = StateRules {
+        creator,
+        across: &mapped,
+        to: Side::Matrix,
+        bot: bot_there,
+        sovereigns: &[],
+        limit: USER_LIMIT,
+        asks: false,
+        media: Some(core.media(Side::Matrix)),
+    };
     let mapped = MAPPED_STATE
         .iter()
         .filter_map(|kind| Some(draft(core, kind, Value::Object(state_content(kind, state.content(kind), &rules)?))));
@@ -83,6 +93,28 @@ pub(super) fn matrix_of_lm(
     let alias = alias.map(|alias| draft(core, "m.room.canonical_alias", json!({ "alias": alias })));
     let initial_state = mapped.chain(alias).collect();
     Ok(dag::NewRoom { creator: bot.clone(), version, initial_state })
+}
+
+/// The LM room of a Matrix room that has this state, hubbed here: rules no wider, the same name and topic.
+pub(super) fn lm_of_matrix(core: &Core, state: &State, users: &Known) -> lm::NewRoom {
+    let bot = core.users.bot();
+    let mapped = |user: &UserId| across(users, user).filter(|_| user != bot);
+    let creator = state.get("m.room.create", "").map(|entry| entry.sender);
+    let sovereigns = power::sovereigns(state);
+    let rules = StateRules {
+        creator,
+        across: &mapped,
+        to: Side::Lm,
+        bot: Some((bot, BOT_LEVEL)),
+        sovereigns: &sovereigns,
+        limit: USER_LIMIT,
+        asks: true,
+        media: Some(core.media(Side::Lm)),
+    };
+    let mapped = MAPPED_STATE
+        .iter()
+        .filter_map(|kind| Some(draft(core, kind, Value::Object(state_content(kind, state.content(kind), &rules)?))));
+    lm::NewRoom { creator: bot.clone(), version: RoomVersion::Lm02, initial_state: mapped.collect() }
 }
 
 /// The version of a Matrix room that is to be made.
@@ -110,7 +142,16 @@ fn levels(to: Side, bot: Option<(&UserId, i64)>) -> Object {
             "m.room.server_acl": 100,
         },
     });
-    let rules = StateRules { creator: None, across: &|_| None, to, bot };
+    let rules = StateRules {
+        creator: None,
+        across: &|_| None,
+        to,
+        bot,
+        sovereigns: &[],
+        limit: USER_LIMIT,
+        asks: false,
+        media: None,
+    };
     state_content(POWER_LEVELS, plain.as_object(), &rules).unwrap_or_default()
 }
 

@@ -1,20 +1,25 @@
 //! The bridge's seat between the two sides: what `lm` and `dag` ask of it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use ruma::{OwnedEventId, RoomId, ServerName, UserId};
 
 use super::core::Core;
-use super::portal::{Cause, Portal};
+use super::decline::decline;
+use super::portal::{Cause, Portal, PortalKind, PortalState};
 use super::side::Event;
 use super::users::Who;
-use super::{access, create, effect, gate, repair, resolve, space};
+use super::{access, create, effect, ends, gate, repair, resolve, space};
 use crate::event::Edu;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{AliasTarget, Between, EventEffect, Handshake, Invite, Profile};
 use crate::store::{images, portals};
+
+/// How long after an invite into a Matrix room the bot follows it.
+const AFTER_INVITE: Duration = Duration::from_secs(1);
 
 /// What is given to `lm` and `dag`.
 pub(super) struct Seat(pub(super) Arc<Core>);
@@ -151,17 +156,60 @@ async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
             let cause = if policy.admins.contains(&invite.sender) { Cause::Admin } else { cause };
             let (making, room_id, via) = (core.clone(), invite.room_id.clone(), vec![server.to_owned()]);
             core.spawn(async move {
-                if let Err(refusal) = create::portal_from_lm(&making, &room_id, &via, None, &cause).await {
+                if let Err(refusal) = create::portal_of_lm_invite(&making, &room_id, &via, &cause).await {
                     tracing::warn!(room = %room_id, %refusal, "no portal was made of the room that the bot was invited to");
                 }
             });
             Ok(())
         }
-        Who::Bot => Err(Refusal::Forbidden(format!("{} cannot be invited to Matrix rooms yet", invite.target))),
+        Who::Bot => bot_invited(core, invite).await,
         Who::Native { .. } | Who::Appservice | Who::Stranger => {
             Err(Refusal::NotFound(format!("the user {}", invite.target)))
         }
     }
+}
+
+/// The bot is invited into a Matrix room: it makes a portal of it.
+async fn bot_invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
+    let policy = &core.context.config.access;
+    let encryption = invite.stripped_state.iter().find(|event| {
+        event.get("type").and_then(|kind| kind.as_str()) == Some(super::carry::ENCRYPTION)
+            && event.get("state_key").and_then(|key| key.as_str()) == Some("")
+    });
+    if encryption.is_some() {
+        return Err(Refusal::Encryption(invite.room_id.to_string()));
+    }
+    let server = invite.sender.server_name();
+    access::takes_part(policy, Side::Matrix, server)?;
+    let entry = core.registry.of_room(Side::Matrix, &invite.room_id);
+    if entry.as_ref().is_some_and(|entry| entry.portal().kind != PortalKind::FromMatrix) {
+        return Err(Refusal::Forbidden(format!("{} has its portal", invite.room_id)));
+    }
+    // The appservice's sender does what an admin wants, or what the homeserver's own admin does.
+    let by_appservice = core.users.who(&core.context.store, Side::Matrix, &invite.sender).await? == Who::Appservice;
+    let is_admin = by_appservice || policy.admins.contains(&invite.sender);
+    let cause = if is_admin { Cause::Admin } else { Cause::MatrixInvite(invite.sender.clone()) };
+    access::may_create(policy, &cause)?;
+    if entry.is_none() {
+        space::room_for_one_more(core).await?;
+        if !is_admin {
+            core.budgets.portal(&core.context.config.budgets, server, core.now_ms())?;
+        }
+    }
+    let (making, room_id, via) = (core.clone(), invite.room_id.clone(), vec![server.to_owned()]);
+    core.spawn(async move {
+        // The inviting server has its invite when it is signed. Who is in a public room before that makes it fail there.
+        tokio::time::sleep(AFTER_INVITE).await;
+        let made = match making.registry.of_room(Side::Matrix, &room_id) {
+            // It was sent out, and is asked back.
+            Some(entry) if entry.portal().state == PortalState::Suspended => ends::resume(&making, &entry).await,
+            _ => create::portal_of_invite(&making, &room_id, &via, &cause).await,
+        };
+        if let Err(refusal) = made {
+            tracing::warn!(room = %room_id, %refusal, "no portal was made of the room that the bot was invited to");
+        }
+    });
+    Ok(())
 }
 
 /// What a ghost is called: only of users who have been in a portal, as they called themselves there. Nobody is asked for
@@ -178,7 +226,10 @@ async fn profile(core: &Core, side: Side, user_id: &UserId) -> Result<Profile, R
         access::takes_part(&core.context.config.access, home, user.server_name()).map_err(|_| unknown())?;
     }
     let known = images::profile(&core.context.store, home, &user).await?;
-    known.map(|(displayname, avatar_url)| Profile { displayname, avatar_url }).ok_or_else(unknown)
+    let (displayname, avatar_url) = known.ok_or_else(unknown)?;
+    // As whoever asks can read it.
+    let avatar_url = avatar_url.map(|uri| core.context.media.across(&uri, side).into_owned());
+    Ok(Profile { displayname, avatar_url })
 }
 
 /// The hub did not take an LPDU: its source is refused.
@@ -194,6 +245,7 @@ async fn lpdu_refused(core: &Arc<Core>, room_id: &RoomId, lpdu_id: &OwnedEventId
     let Some(event) = core.sides()?.rooms(Side::Matrix).event(&image.source).await? else { return Ok(()) };
     let error: String = error.chars().take(500).collect();
     let refusal = Refusal::Forbidden(format!("the hub {} refused it: {error}", portal.lm_hub));
+    decline(core, &portal, Side::Matrix, &event, &refusal).await;
     record(core, &entry.portal(), &event, lpdu_id, &refusal).await?;
     core.notices.tell(core, &portal, Side::Matrix, &event, &refusal);
     if event.state_key.is_some() {

@@ -80,28 +80,31 @@ async fn unused(core: &Core) -> Result<Option<Arc<Entry>>, Refusal> {
     Ok(None)
 }
 
-/// Whether a Matrix user is in; or may be about to come in, where `asked` says that this counts.
+/// Whether a user is in whom the portal is for; or may be about to come in, where `asked` says that this counts.
 async fn is_used(core: &Core, portal: &Portal, asked: bool) -> Result<bool, Refusal> {
-    let sides = core.sides()?;
-    for user in &sides.dag.joined(&portal.matrix_room_id).await? {
-        if is_native(core, user).await? {
-            return Ok(true);
+    let (sides, side) = (core.sides()?, portal.is_for());
+    if side == Side::Matrix {
+        for user in &sides.dag.joined(&portal.matrix_room_id).await? {
+            if is_native(core, side, user).await? {
+                return Ok(true);
+            }
+        }
+        if !asked {
+            return Ok(false);
         }
     }
-    if !asked {
-        return Ok(false);
-    }
-    // Only of those in which nobody is the whole state is read.
-    let state = sides.rooms(Side::Matrix).state(&portal.matrix_room_id).await?;
-    for entry in state.members().into_iter().filter(|entry| matches!(entry.membership(), "invite" | "knock")) {
+    // Of a graph only when nobody is in the whole state is read.
+    let state = sides.rooms(side).state(portal.room(side)).await?;
+    let counts = |membership: &str| membership == "join" || (asked && matches!(membership, "invite" | "knock"));
+    for entry in state.members().into_iter().filter(|entry| counts(entry.membership())) {
         let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
-        if is_native(core, user).await? {
+        if is_native(core, side, user).await? {
             return Ok(true);
         }
     }
     Ok(false)
 }
 
-async fn is_native(core: &Core, user: &UserId) -> Result<bool, Refusal> {
-    Ok(matches!(core.users.who(&core.context.store, Side::Matrix, user).await?, Who::Native { .. }))
+async fn is_native(core: &Core, side: Side, user: &UserId) -> Result<bool, Refusal> {
+    Ok(matches!(core.users.who(&core.context.store, side, user).await?, Who::Native { .. }))
 }

@@ -40,13 +40,17 @@ pub(super) struct Users {
     appservice: Option<OwnedUserId>,
 }
 
+/// The bot of a gateway.
+pub fn bot_of(server_name: &ServerName) -> OwnedUserId {
+    // A server name is at most 230 bytes long, so that this is a user ID.
+    UserId::parse(format!("@{BOT}:{server_name}")).unwrap_or_else(|_| user_id!("@isthmus:invalid").to_owned())
+}
+
 impl Users {
     pub(super) fn new(server_name: &ServerName, homeserver: Option<&ServerName>) -> Self {
         Self {
             names: GhostNames::new(server_name.to_owned()),
-            // A server name is at most 230 bytes long, so that this is a user ID.
-            bot: UserId::parse(format!("@{BOT}:{server_name}"))
-                .unwrap_or_else(|_| user_id!("@isthmus:invalid").to_owned()),
+            bot: bot_of(server_name),
             appservice: homeserver.and_then(|name| UserId::parse(format!("@{APPSERVICE_SENDER}:{name}")).ok()),
         }
     }

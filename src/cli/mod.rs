@@ -67,6 +67,17 @@ pub enum Portal {
         #[arg(long)]
         alias: Option<String>,
     },
+    /// Join a Matrix room that lives elsewhere, and make the LM room for it.
+    FromMatrix {
+        /// The Matrix room's ID, or its alias, `#NAME:SERVER`.
+        room: OwnedRoomOrAliasId,
+        /// A server through which the room can be joined, by default the one in the ID, if it has one; may be given more than once.
+        #[arg(long, value_name = "SERVER")]
+        via: Vec<OwnedServerName>,
+        /// The localpart of an alias at this gateway, by which LM users find the LM room.
+        #[arg(long)]
+        alias: Option<String>,
+    },
     /// List all portals.
     List {
         /// As JSON, with all that is known of each.
@@ -136,6 +147,11 @@ impl Portal {
                 }
                 let named = if room.is_room_id() { "lm_room_id" } else { "lm_alias" };
                 let body = json!({ "kind": "from_lm", named: room, "via": via, "alias": alias });
+                print(&api.call(Method::POST, "/portals", Some(body)).await?)
+            }
+            Self::FromMatrix { room, via, alias } => {
+                let named = if room.is_room_id() { "matrix_room_id" } else { "matrix_alias" };
+                let body = json!({ "kind": "from_matrix", named: room, "via": via, "alias": alias });
                 print(&api.call(Method::POST, "/portals", Some(body)).await?)
             }
             Self::List { json } => list(&api, json).await,

@@ -36,10 +36,33 @@ pub(super) fn check(config: &Config) -> Result<(), Problem> {
             format!("is {version:?}, but isthmus makes Matrix rooms of version \"10\", \"11\" and \"12\" only");
         return Err(("portals.matrix_room_version", problem));
     }
+    media(config)?;
     for (key, size) in [("caches.events", config.caches.events), ("caches.rooms", config.caches.rooms)] {
         if size < 16 {
             return Err((key, format!("is {size}, but a cache must hold at least 16 things")));
         }
+    }
+    Ok(())
+}
+
+/// How many files of the largest size the cache holds at least, so that one server's files leave room for others'.
+const LARGEST_FILES: u64 = 4;
+/// The smallest limit of files.
+const SMALLEST_LIMIT: u64 = 65_536;
+
+fn media(config: &Config) -> Result<(), Problem> {
+    let media = &config.media;
+    if media.max_bytes < SMALLEST_LIMIT {
+        let problem = format!("is {}, but must be at least {SMALLEST_LIMIT}, or no picture crosses", media.max_bytes);
+        return Err(("media.max_bytes", problem));
+    }
+    let least = media.max_bytes.saturating_mul(LARGEST_FILES);
+    if media.cache_bytes < least {
+        let problem = format!(
+            "is {}, but must be at least {least}, which is {LARGEST_FILES} times `media.max_bytes`",
+            media.cache_bytes
+        );
+        return Err(("media.cache_bytes", problem));
     }
     Ok(())
 }
@@ -158,11 +181,16 @@ fn access(config: &Config) -> Result<(), Problem> {
         Some(rest) => !rest.contains(':') || !rest.chars().all(of_user),
         None => !is_pattern(pattern),
     };
-    if let Some(pattern) = access.create_by_invite.iter().find(is_wrong) {
-        let problem = format!(
-            "holds {pattern:?}, but it must hold server names or user IDs (@user:server), in which * and ? are wildcards"
-        );
-        return Err(("access.create_by_invite", problem));
+    for (key, patterns) in [
+        ("access.create_by_invite", &access.create_by_invite),
+        ("access.create_by_matrix_invite", &access.create_by_matrix_invite),
+    ] {
+        if let Some(pattern) = patterns.iter().find(is_wrong) {
+            let problem = format!(
+                "holds {pattern:?}, but it must hold server names or user IDs (@user:server), in which * and ? are wildcards"
+            );
+            return Err((key, problem));
+        }
     }
     let is_wrong = |name: &&String| match name.strip_prefix('!') {
         Some(rest) => rest.is_empty(),

@@ -92,6 +92,9 @@ server_name = "{server_name}"
 # LM servers whose users, and single LM users ("@bob:hub.example") who, make a portal of their room by inviting the
 # gateway's bot, @isthmus and the gateway's server name, to it; * and ? are wildcards. The admins below always may.
 # create_by_invite = []
+# The same for Matrix: servers whose users, and single users ("@alice:example.org") who, make a portal of their Matrix room, with
+# an LM room hubbed here, by inviting the bot to it.
+# create_by_matrix_invite = []
 # Users who may ask the Synapse's bot for the portals and have it invite into them, and whose portals stay.
 # admins = []
 # How many portals there may be. Where there are as many, the oldest that nobody uses gives way, but no admin's.
@@ -111,6 +114,9 @@ server_name = "{server_name}"
 # encryption = "refuse"
 # Whether the bot tells senders, in the room, why something of theirs did not cross.
 # notices = true
+# How many of the last events of a room that lives elsewhere are said again in the room across that is made of it, as far as who comes
+# in later may read them; at most 1000, 0 for none.
+# import_history = 100
 
 # What crosses besides events; each costs a request to every server in the room across.
 [bridge]
@@ -135,6 +141,16 @@ server_name = "{server_name}"
 # What one server says a second besides events (typing, receipts, presence, messages for devices), in all rooms together; a server
 # that was quiet may say that of a minute at once. What is over is dropped.
 # edus_per_second = 100
+
+# Images and other files that users of one side send. The other side's servers fetch them from the gateway, which fetches them from
+# where they are when somebody first asks.
+[media]
+# How large a file may be, in bytes.
+# max_bytes = 104857600
+# How many bytes of files are kept on disk; those that nobody has asked for longest go first. At least four times `max_bytes`.
+# cache_bytes = 2147483648
+# The folder where they are kept, and nothing else is; made when it is absent. What is in it can be deleted while isthmus is stopped.
+# cache_dir = "isthmus.media"
 
 # The admin API, /health and /metrics. Keep this listener from the internet.
 [admin]

@@ -49,6 +49,7 @@ impl Config {
     fn resolve_paths(&mut self, base: &Path) {
         let absolute = |path: &mut PathBuf| *path = base.join(&*path);
         absolute(&mut self.signing_key);
+        absolute(&mut self.media.cache_dir);
         self.listen.tls_certificate.iter_mut().for_each(absolute);
         self.listen.tls_private_key.iter_mut().for_each(absolute);
         self.appservice.iter_mut().for_each(|appservice| absolute(&mut appservice.registration));

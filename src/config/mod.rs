@@ -53,6 +53,9 @@ pub struct Config {
     /// How much may cross.
     #[serde(default)]
     pub budgets: Budgets,
+    /// What is done with media.
+    #[serde(default)]
+    pub media: Media,
     /// The admin listener.
     #[serde(default)]
     pub admin: Admin,
@@ -140,6 +143,8 @@ pub struct Access {
     /// LM servers whose users, and LM users (`@user:server`) who, make a portal of a room by inviting the gateway's bot to
     /// it; `*` and `?` are wildcards.
     pub create_by_invite: Vec<String>,
+    /// The same for Matrix servers and users, who make a portal of a Matrix room.
+    pub create_by_matrix_invite: Vec<String>,
     /// Who may ask the Synapse's bot for the portals and have it invite into them, and whose portals stay.
     pub admins: Vec<OwnedUserId>,
     /// How many portals there may be; where there are as many, the oldest that nobody uses gives way, but no admin's.
@@ -182,6 +187,8 @@ pub struct Portals {
     pub encryption: EncryptionPolicy,
     /// Whether the bot tells senders in the room why something of theirs did not cross.
     pub notices: bool,
+    /// How many of the last events of a room that lives elsewhere are said again in the room that is made of it.
+    pub import_history: u32,
 }
 
 /// `[bridge]`: what crosses besides events.
@@ -212,6 +219,18 @@ pub struct Budgets {
     pub portals_per_hour: u32,
     /// EDUs of one server a second, in all rooms together; what is over is dropped.
     pub edus_per_second: u32,
+}
+
+/// `[media]`: files that users of one side send, and that the other side reads through the gateway.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Media {
+    /// How large a file may be, in bytes.
+    pub max_bytes: u64,
+    /// How much of them is kept on disk, in bytes.
+    pub cache_bytes: u64,
+    /// The folder where they are kept; made when absent.
+    pub cache_dir: PathBuf,
 }
 
 /// `[admin]`. Debug does not show the token.
@@ -295,6 +314,7 @@ impl Default for Access {
             matrix_servers: vec!["*".to_owned()],
             create_by_alias: CreateByAlias::Appservice,
             create_by_invite: Vec::new(),
+            create_by_matrix_invite: Vec::new(),
             admins: Vec::new(),
             max_portals: 10_000,
         }
@@ -303,7 +323,12 @@ impl Default for Access {
 
 impl Default for Portals {
     fn default() -> Self {
-        Self { matrix_room_version: "12".to_owned(), encryption: EncryptionPolicy::Refuse, notices: true }
+        Self {
+            matrix_room_version: "12".to_owned(),
+            encryption: EncryptionPolicy::Refuse,
+            notices: true,
+            import_history: 100,
+        }
     }
 }
 
@@ -323,6 +348,12 @@ impl Default for Budgets {
             portals_per_hour: 60,
             edus_per_second: 100,
         }
+    }
+}
+
+impl Default for Media {
+    fn default() -> Self {
+        Self { max_bytes: 104_857_600, cache_bytes: 2_147_483_648, cache_dir: "isthmus.media".into() }
     }
 }
 

@@ -144,6 +144,7 @@ fn every_key_can_be_set_in_the_environment() {
         ("access.matrix_servers", "[\"a\"]", ""),
         ("access.create_by_alias", "off", ""),
         ("access.create_by_invite", "hub.example,@*:b", ""),
+        ("access.create_by_matrix_invite", "@a:hs.example", ""),
         ("access.admins", "@a:b", ""),
         ("access.max_portals", "7", ""),
         ("hub_transfer.give", "true", ""),
@@ -151,6 +152,7 @@ fn every_key_can_be_set_in_the_environment() {
         ("portals.matrix_room_version", "11", ""),
         ("portals.encryption", "refuse", ""),
         ("portals.notices", "false", ""),
+        ("portals.import_history", "0", ""),
         ("bridge.typing", "false", ""),
         ("bridge.receipts", "false", ""),
         ("bridge.presence", "true", ""),
@@ -160,6 +162,9 @@ fn every_key_can_be_set_in_the_environment() {
         ("budgets.backlog", "9", ""),
         ("budgets.portals_per_hour", "9", ""),
         ("budgets.edus_per_second", "9", ""),
+        ("media.max_bytes", "70000", ""),
+        ("media.cache_bytes", "9000000000", ""),
+        ("media.cache_dir", "/media", ""),
         ("admin.address", "127.0.0.1:1", ""),
         ("admin.token", "12345", ""),
         ("caches.events", "99", ""),
@@ -394,6 +399,16 @@ fn each_mistake_gets_one_sentence() {
             &[],
             "isthmus.toml: `access.admins.0` is \"admin\", which is not valid (leading sigil is incorrect or missing): write a \
              list of user IDs, as in [\"@admin:example.org\"]",
+        ),
+        (
+            "server_name = \"g\"\n[media]\nmax_bytes = 9",
+            &[],
+            "isthmus.toml: `media.max_bytes` is 9, but must be at least 65536",
+        ),
+        (
+            "server_name = \"g\"\n[media]\ncache_bytes = 104857600",
+            &[],
+            "isthmus.toml: `media.cache_bytes` is 104857600, but must be at least 419430400, which is 4 times",
         ),
         ("server_name = \"g\"\n[caches]\nrooms = 0", &[], "isthmus.toml: `caches.rooms` is 0, but a cache must hold"),
     ] {

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -72,6 +73,7 @@ pub(super) struct Ear {
     /// The room that the suite is the hub of.
     pub room: Mutex<Option<HubRoom>>,
     arrivals: Mutex<Vec<Arrival>>,
+    gave_keys: AtomicBool,
     news: watch::Sender<u64>,
     clock: SharedClock,
 }
@@ -87,9 +89,15 @@ impl Ear {
             manners: Mutex::default(),
             room: Mutex::default(),
             arrivals: Mutex::default(),
+            gave_keys: AtomicBool::new(false),
             news: watch::Sender::new(0),
             clock,
         })
+    }
+
+    /// Whether anybody has asked for keys.
+    pub fn gave_keys(&self) -> bool {
+        self.gave_keys.load(Ordering::Relaxed)
     }
 
     /// Everything that came, in the order in which it came.
@@ -142,6 +150,7 @@ impl Ear {
             return StatusCode::NOT_FOUND.into_response();
         };
         if head.uri.path().starts_with("/_matrix/key/v2/server") {
+            self.gave_keys.store(true, Ordering::Relaxed);
             return json_answer(200, Value::Object(identity.keys(self.clock.now_ms())));
         }
         let Ok(bytes) = to_bytes(body, BODY_LIMIT).await else { return json_answer(413, error("M_TOO_LARGE")) };

@@ -118,7 +118,7 @@ pub fn warning(options: &Options) -> String {
     match &options.role {
         Role::Participant { room } => format!(
             "This joins {room} at {target} as @{user}:{name} and others of that server, sends some hundred messages into it, good and bad, \
-             and where @{user}:{name} has the power, changes the history visibility, the power levels and who is banned for a moment. \
+             and where @{user}:{name} has the power, changes the history visibility, the join rules, the power levels and who is banned for a moment. \
              It leaves the room at its end. Use a room in which nobody is disturbed."
         ),
         Role::Hub { invite } => format!(
@@ -150,11 +150,14 @@ pub async fn run_on(
     checks.retain(|check| options.wants(check.id));
     let (session, _listening) = begin(socket, options, clock).await?;
     session.learn_names().await;
+    let deaf = session.is_not_found().await;
     let (begun, mut report) = (Instant::now(), Report::default());
     for Check { id, section, title, run } in checks {
         let since = Instant::now();
         let limit = CHECK.saturating_add(session.patience);
-        let outcome = if begun.elapsed() > ALL.saturating_add(session.patience) {
+        let outcome = if let Some(why) = deaf.as_ref().filter(|_| !checks::stands_alone(id)) {
+            Err(report::skip(why.clone()))
+        } else if begun.elapsed() > ALL.saturating_add(session.patience) {
             Err(report::skip(format!("the whole run has taken {ALL:?} already")))
         } else {
             match tokio::time::timeout(limit, run(&session, id)).await {

@@ -48,6 +48,8 @@ pub(super) struct Notes {
     pub invite: Option<(Value, Value)>,
     /// Marks of what must not get into the room.
     pub bad: BTreeSet<String>,
+    /// The content of the room's join rules, while they are others for a moment.
+    pub join_rules: Option<Value>,
     /// What of the answers was not as every answer must be.
     pub not_utf8: Vec<String>,
     pub not_typed: Vec<String>,
@@ -174,6 +176,20 @@ impl Session {
         }
         drop(notes);
         Ok(answer)
+    }
+
+    /// Why nothing that is signed can be looked at, when the target lets nothing in and never asked for the suite's keys.
+    pub async fn is_not_found(&self) -> Option<String> {
+        let ask = Ask::put(self.path(Endpoint::Send, &self.txn()).ok()?, json!({ "pdus": [] }));
+        let answer = self.ask(&self.first, ask).await.ok()?;
+        if answer.is_good().is_ok() || self.ear.gave_keys() {
+            return None;
+        }
+        let Self { target, first, .. } = self;
+        Some(format!(
+            "{target} has not asked the suite for the keys of {}: it must find that name at --listen ({answer})",
+            first.name
+        ))
     }
 
     /// Finds out under which name each endpoint answers.
@@ -343,6 +359,14 @@ impl Session {
         let Some(levels) = levels else { return 0 };
         let of_user = levels.get("users").and_then(|users| users.get(user.as_str())).and_then(Value::as_i64);
         of_user.or_else(|| levels.get("users_default").and_then(Value::as_i64)).unwrap_or(0)
+    }
+
+    /// The level that it takes to set this state.
+    pub fn needed_for(&self, kind: &str) -> i64 {
+        let levels = self.state_event("m.room.power_levels", "").and_then(|event| event.get("content").cloned());
+        let Some(levels) = levels else { return 0 };
+        let of_kind = levels.get("events").and_then(|events| events.get(kind)).and_then(Value::as_i64);
+        of_kind.or_else(|| levels.get("state_default").and_then(Value::as_i64)).unwrap_or(50)
     }
 
     /// Skips where the suite's user has not this much power.

@@ -43,7 +43,7 @@ impl Source {
     /// What the log of a shared room must know of it.
     fn log_origin(&self) -> LogOrigin {
         match self {
-            Self::Received | Self::Handshake(_) => LogOrigin { foreign: true, answered: false },
+            Self::Received | Self::Handshake(_) => LogOrigin { foreign: true, ..LogOrigin::default() },
             Self::Own | Self::Elsewhere => LogOrigin::default(),
             Self::Linear(origin) => *origin,
         }
@@ -145,14 +145,14 @@ impl Batch {
         }
         let linear = self.linear_form(&pdu)?;
         self.begin_log(&pdu, before.as_ref()).await?;
-        if let Some(before) = &before {
-            self.log_gap(before).await?;
-        }
         // What came alone may have gone to the log with others.
         let linear = match known.contains_key(&pdu.event_id) && self.log_has(&pdu.event_id).await? {
             true => None,
             false => linear,
         };
+        // What came in a gap is new to the log, and so is what stands behind an event that the room did not take.
+        let leads_to_more =
+            before.is_some() || pdu.prev_events.iter().filter_map(|id| known.get(id)).any(|event| !event.is_accepted());
         // The room as it is now; where the state before the event is another server's word, what happened in the gap is part
         // of it.
         let (before, now) = match before {
@@ -172,10 +172,14 @@ impl Batch {
         };
         let mut event = Stored::new(pdu);
         let mut verdict = self.judge(&event, &known, &before, &now).await?;
-        if matches!(verdict, Verdict::Accepted)
-            && let Err(refusal) = self.judge_by_log(linear.as_deref(), &known).await?
-        {
-            verdict = Verdict::SoftFailed(refusal);
+        let log = self.linear.mark();
+        if matches!(verdict, Verdict::Accepted) {
+            if leads_to_more {
+                self.log_gap(&before).await?;
+            }
+            if let Err(refusal) = self.judge_by_log(linear.as_deref(), &known).await? {
+                verdict = Verdict::SoftFailed(refusal);
+            }
         }
         let verdict = match verdict {
             // Whoever sends it is told why it is not taken, and nothing of it stays.
@@ -210,10 +214,13 @@ impl Batch {
         let event = self.stage(event);
         if event.status == Status::Accepted {
             if let Some(linear) = linear {
-                self.linear.push(linear, source.log_origin());
+                let comes = self.comes_by_the_log(&event);
+                self.linear.push(linear, LogOrigin { comes, ..source.log_origin() });
             }
             self.take_in(&event, source, &before, after).await?;
         } else {
+            // What the room is does not follow from it, and so not what the log is.
+            self.linear.back_to(log);
             tracing::info!(room = %self.room_id, event = %event.pdu.event_id, status = ?event.status,
                 reason = event.reason, "event was not accepted");
         }
@@ -365,14 +372,16 @@ impl Batch {
         self.changes.outbox.push(OutboxRow { position: self.core.head, event_id, not_to });
     }
 
-    /// Who was invited, or has knocked, and has nobody of their server in the room, is told when that ends.
+    /// Who was invited, or has knocked, and has nobody of their server in the room, is told when that ends. In a shared room that
+    /// server may be one of LM, which knows no transactions of Matrix: there its log tells, each by what it knows.
     async fn tell_ended_membership(&mut self, event: &Stored, before: &Snapshot) -> Result<(), Refusal> {
         let (Some(user), Some(Membership::Leave | Membership::Ban)) = (&event.pdu.state_key, event.membership()) else {
             return Ok(());
         };
         let Ok(user) = OwnedUserId::try_from(user.as_str()) else { return Ok(()) };
         let server = user.server_name();
-        if server == self.shared.context.server_name || self.core.has_server(server) {
+        let is_told = self.linear.log.is_some() || self.core.has_server(server);
+        if is_told || server == self.shared.context.server_name {
             return Ok(());
         }
         let Some(id) = before.get("m.room.member", user.as_str()).cloned() else { return Ok(()) };
@@ -417,6 +426,14 @@ impl Batch {
             self.set_joined(user, membership == Some(Membership::Join), by_hub);
         }
         Ok(())
+    }
+
+    /// Whether this is a join by which a server is, or stays, one of those that get the log.
+    fn comes_by_the_log(&self, event: &Stored) -> bool {
+        let server = event.pdu.sender.server_name();
+        event.pdu.hub_server.is_some()
+            && event.membership() == Some(Membership::Join)
+            && (!self.core.has_server(server) || self.core.linear.contains(server))
     }
 
     /// A server whose first user comes by the hub is one of LM: the log is for it, the outbox not.

@@ -297,10 +297,11 @@ impl Batch {
 
     /// Commits everything or nothing, since each event names those before it, and tells those who wait for it.
     pub(super) async fn commit(mut self, room: &Room) -> Result<(), StoreError> {
-        self.follow(room).await?;
+        self.follow().await?;
         if self.is_empty() {
             if is_shared(self.version) {
                 // What was found of the log is no change of the room, but known from now on.
+                self.shared.note_uncorrected(&self.room_id, &self.core);
                 room.set_core(self.core);
             }
             return Ok(());
@@ -390,6 +391,9 @@ impl Batch {
                 shared.events.committed(staged.into_values().chain(redacted), groups.into_values().collect()).await;
                 shared.events.forget(pruned.iter()).await;
                 let has_other_state = room.core().current.id != core.current.id;
+                if is_shared(version) {
+                    shared.note_uncorrected(&room_id, &core);
+                }
                 room.set_core(core);
                 if has_other_state {
                     shared.listings.invalidate(&room_id).await;
@@ -405,7 +409,7 @@ impl Batch {
         if watched {
             shared.between.accepted(Side::Matrix, &room_id);
         }
-        log.give_back(&room_id, &written).await;
+        log.give_back(&room_id, &written, shared.logs.get()).await;
         written
     }
 }

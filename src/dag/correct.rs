@@ -3,14 +3,15 @@
 //! the graph's again (INV-4). They have the content that the graph has; nobody's join is made up: who should be joined and is
 //! not, here or there, is taken out, and may come again.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use imbl::{OrdMap, Vector};
-use ruma::{OwnedEventId, OwnedUserId, RoomId};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId};
 use serde_json::json;
 
 use super::batch::Batch;
-use super::room::Room;
+use super::room::{Core, Room};
 use super::snapshot::StateKey;
 use super::stored::Stored;
 use super::{Dag, Shared};
@@ -33,6 +34,8 @@ const POWER_LEVELS: &str = "m.room.power_levels";
 pub struct Corrections {
     /// Whether both were compared as a whole.
     pub compared: bool,
+    /// Where another server is the hub: the reading of the log of which the state was set to be the graph's.
+    pub followed: Option<u64>,
     /// When each key was corrected lately.
     made: OrdMap<StateKey, Vector<i64>>,
     /// What could not be corrected.
@@ -63,9 +66,30 @@ impl Dag {
         let core = self.shared.room(room_id).await?.core();
         Ok(core.corrections.left.iter().map(|(key, left)| (key.clone(), left.reason.clone())).collect())
     }
+
+    /// In how many shared rooms there is such state, as far as they were looked at since the start, and of how many types and state keys.
+    pub fn rooms_uncorrected(&self) -> (usize, usize) {
+        let rooms = self.shared.uncorrected.lock().unwrap_or_else(PoisonError::into_inner);
+        (rooms.len(), rooms.values().fold(0, |sum, left| sum.saturating_add(*left)))
+    }
 }
 
+/// Rooms of which the log's state could not be made the graph's, and for how many types and state keys. Who has left a room is not to
+/// mend it.
+pub(super) type Uncorrected = Mutex<HashMap<OwnedRoomId, usize>>;
+
 impl Shared {
+    /// Remembers whether there is something left to correct in a room.
+    pub(super) fn note_uncorrected(&self, room_id: &RoomId, core: &Core) {
+        let left = core.corrections.left.len();
+        let mut rooms = self.uncorrected.lock().unwrap_or_else(PoisonError::into_inner);
+        if left > 0 && core.has_server(&self.context.server_name) {
+            rooms.insert(room_id.to_owned(), left);
+        } else {
+            rooms.remove(room_id);
+        }
+    }
+
     /// Compares a shared room that was loaded with its log, in the room's task.
     pub(super) fn compare_with_log(self: &Arc<Self>, room: &Arc<Room>) {
         if self.logs.get().is_none() {

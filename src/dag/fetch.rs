@@ -1,46 +1,65 @@
 //! What is missing to check an event is asked of the server that sent it: events in between, auth events, and where the gap
 //! is too wide the state at its edge. Everything is bounded, and everything that comes is checked like any other event.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use ruma::{EventId, OwnedEventId, ServerName};
-use serde_json::{Value, json};
+use serde_json::Value;
+use tokio::time::Instant;
 
 use super::Shared;
 use super::accept::{Outcome, Source};
 use super::given::stands_on_all;
+use super::order::linearize;
 use super::pdu::{Unverified, Verified};
 use super::receive::Outcomes;
 use super::room::Room;
-use super::stored::Stored;
-use super::version::is_shared;
+use super::walk::Walked;
 use crate::event::{Object, parse_event_id};
 use crate::federation::Call;
 use crate::guard::guarded;
 use crate::refusal::Refusal;
-use crate::store::dag::first_with_state;
 
-/// How often the events in between are asked for, each time further back.
-const ROUNDS: usize = 5;
-/// How many events in between are asked for at once.
-const PER_ROUND: usize = 50;
-/// How many events may wait for others in one call.
-const MAX_WAITING: usize = 300;
-/// How many edges of a gap are closed by asking for the state there.
-const MAX_EDGES: usize = 5;
+/// How much of a gap is filled while its sender waits for the answer.
+const AT_ONCE: Bounds = Bounds { events: 1_000, bytes: 8 << 20, edges: 20, patience: Duration::from_secs(20) };
+/// The same for a server that has nobody in the room yet, as far as is known here.
+const OUTSIDE: Bounds = Bounds { events: 250, bytes: 2 << 20, edges: 0, patience: Duration::from_secs(20) };
+/// How much of a gap is filled in the background; what is longer is closed with the state.
+pub(super) const LONG: Bounds =
+    Bounds { events: 10_000, bytes: 32 << 20, edges: 500, patience: Duration::from_secs(600) };
+/// How long filling a gap at once may take, with the states at its edges.
+const PATIENCE: Duration = Duration::from_secs(45);
+/// How often auth events are asked for.
+const ROUNDS: usize = 10;
+/// How many events are given to the room at once.
+const CHUNK: usize = 200;
+/// How many edges may fail to be closed before no other is tried.
+const MAX_FAILED: usize = 5;
 /// How many events of a state or an auth chain are fetched one by one before the whole is asked for.
 const MAX_SINGLE: usize = 50;
 /// How long one waits for another who fills a gap of the same room.
 const TURN: Duration = Duration::from_secs(10);
-/// How long filling a gap may take.
-const PATIENCE: Duration = Duration::from_secs(180);
 /// How many events an answer may hold.
 pub(super) const MAX_ANSWER: usize = 100_000;
 
+/// How much of a gap is asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// How many events in between, or some more.
+    pub events: usize,
+    /// How many bytes they have, or some more.
+    pub bytes: usize,
+    /// How many edges are closed by asking for the state there.
+    pub edges: usize,
+    /// For how long is asked for events in between.
+    pub patience: Duration,
+}
+
 impl Shared {
-    /// Takes verified events of one room that `origin` sent; what they need is fetched from there.
+    /// Takes verified events of one room that `origin` sent; what they need is fetched from there. Those that wait for a gap that is too
+    /// long for that are written down, filled in the background, and not among the outcomes.
     pub(super) async fn accept_all(
         self: &Arc<Self>,
         room: &Arc<Room>,
@@ -50,71 +69,145 @@ impl Shared {
         if events.is_empty() {
             return Ok(Outcomes::new());
         }
-        let outcomes = self.accept_batch(room, events.clone(), Source::Received).await?;
-        if !outcomes.values().any(is_missing) {
+        let mut outcomes = self.accept_batch(room, events.clone(), Source::Received).await?;
+        let mut waiting = events;
+        waiting.retain(|event| outcomes.get(&event.pdu().event_id).is_some_and(is_missing));
+        if waiting.is_empty() {
             return Ok(outcomes);
         }
-        // Mostly several servers send what follows the same gap, and it is filled once. Who fills it can be slow on purpose,
-        // so nobody waits for that for long.
-        let _one_at_a_time = tokio::time::timeout(TURN, room.filling.lock()).await;
-        let wanted: BTreeSet<OwnedEventId> = outcomes.keys().cloned().collect();
-        let mut filling = Filling { shared: self, room, origin, waiting: HashMap::new(), outcomes: Outcomes::new() };
-        for event in events {
-            if outcomes.get(&event.pdu().event_id).is_some_and(is_missing) {
-                filling.waiting.insert(event.pdu().event_id.clone(), event);
+        // The gap before it is a part of one that is being filled, or is filled after that.
+        let mut is_long = self.gaps.is_filling(&room.room_id, origin);
+        if !is_long {
+            // Mostly several servers send what follows the same gap, and it is filled once. Who fills it can be slow on purpose,
+            // so nobody waits for that for long.
+            let _one_at_a_time = tokio::time::timeout(TURN, room.filling.lock()).await;
+            let bounds = if room.core().has_server(origin) { AT_ONCE } else { OUTSIDE };
+            let mut filling = Filling::new(self, room, origin, bounds);
+            filling.hands_over = true;
+            filling.wait_for(waiting.clone(), &outcomes);
+            is_long = match tokio::time::timeout(PATIENCE, Box::pin(filling.fill())).await {
+                Ok(filled) => filled? == Filled::Long,
+                Err(_) => true,
+            };
+            outcomes
+                .extend(std::mem::take(&mut filling.outcomes).into_iter().filter(|(id, _)| is_one_of(&waiting, id)));
+            let closed = std::mem::take(&mut filling.closed);
+            drop(filling);
+            self.note_closed(room, origin, closed).await;
+        }
+        waiting.retain(|event| outcomes.get(&event.pdu().event_id).is_some_and(is_missing));
+        if !waiting.is_empty() && room.core().has_server(origin) {
+            let kept = self.keep_waiting(room, origin, &waiting, is_long).await?;
+            if is_long {
+                outcomes.retain(|id, _| !kept.contains(id));
             }
         }
-        filling.outcomes = outcomes;
-        match tokio::time::timeout(PATIENCE, Box::pin(filling.fill())).await {
-            Ok(filled) => filled?,
-            Err(_) => tracing::info!(room = %room.room_id, server = %origin, "filling a gap took too long"),
-        }
-        let mut outcomes = filling.outcomes;
-        outcomes.retain(|id, _| wanted.contains(id));
         Ok(outcomes)
     }
 }
 
-fn is_missing(outcome: &Result<Outcome, Refusal>) -> bool {
+fn is_one_of(events: &[Verified], id: &EventId) -> bool {
+    events.iter().any(|event| event.pdu().event_id == id)
+}
+
+pub(super) fn is_missing(outcome: &Result<Outcome, Refusal>) -> bool {
     matches!(outcome, Ok(Outcome::Missing { .. }))
 }
 
-struct Filling<'a> {
-    shared: &'a Arc<Shared>,
-    room: &'a Arc<Room>,
-    origin: &'a ServerName,
-    /// Verified events that lack something.
-    waiting: HashMap<OwnedEventId, Verified>,
-    outcomes: Outcomes,
+/// What became of a gap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Filled {
+    /// All that could be done was done.
+    Done,
+    /// There is more than is fetched while somebody waits.
+    Long,
 }
 
-impl Filling<'_> {
-    async fn fill(&mut self) -> Result<(), Refusal> {
+/// An event that was taken with another server's word of the state before it.
+#[derive(Debug)]
+pub(super) struct Closed {
+    pub event_id: OwnedEventId,
+    /// How many of those that it follows are not here.
+    pub missing: usize,
+}
+
+pub(super) struct Filling<'a> {
+    pub shared: &'a Arc<Shared>,
+    pub room: &'a Arc<Room>,
+    pub origin: &'a ServerName,
+    pub bounds: Bounds,
+    /// Until when events in between are asked for.
+    pub until: Instant,
+    /// Whether somebody else goes on with what is too long for this.
+    pub hands_over: bool,
+    /// Verified events that lack something.
+    pub waiting: HashMap<OwnedEventId, Verified>,
+    /// What is before the gateway came into the room, as far as it was named.
+    pub before: HashSet<OwnedEventId>,
+    pub outcomes: Outcomes,
+    pub closed: Vec<Closed>,
+    /// What was in the way last.
+    pub problem: String,
+}
+
+impl<'a> Filling<'a> {
+    pub fn new(shared: &'a Arc<Shared>, room: &'a Arc<Room>, origin: &'a ServerName, bounds: Bounds) -> Self {
+        Filling {
+            shared,
+            room,
+            origin,
+            bounds,
+            until: Instant::now() + bounds.patience,
+            hands_over: false,
+            waiting: HashMap::new(),
+            before: HashSet::new(),
+            outcomes: Outcomes::new(),
+            closed: Vec::new(),
+            problem: String::new(),
+        }
+    }
+
+    /// What is to be taken, with what is known of it.
+    pub fn wait_for(&mut self, events: Vec<Verified>, outcomes: &Outcomes) {
+        for event in events {
+            let event_id = event.pdu().event_id.clone();
+            if let Some(outcome) = outcomes.get(&event_id) {
+                self.outcomes.insert(event_id.clone(), outcome.clone());
+            }
+            self.waiting.insert(event_id, event);
+        }
+    }
+
+    pub async fn fill(&mut self) -> Result<Filled, Refusal> {
         // Somebody else may have filled the gap while this one waited for its turn.
         self.retry().await?;
-        for _ in 0..ROUNDS {
-            if self.waiting.is_empty() {
-                return Ok(());
-            }
-            let (prev, auth) = self.missing();
-            let mut progress = false;
-            if !auth.is_empty() {
-                progress |= self.fetch_auth_events(&auth).await?;
-            }
-            if !prev.is_empty() {
-                progress |= self.fetch_between().await?;
-            }
-            self.retry().await?;
-            if !progress {
-                break;
-            }
+        if self.waiting.is_empty() {
+            return Ok(Filled::Done);
         }
+        let walked = self.walk(Vec::new()).await?;
+        if walked == Walked::Long && self.hands_over {
+            return Ok(Filled::Long);
+        }
+        self.take_connected().await?;
         // Of a server that is not in the room yet, no word on the room's state is believed.
         if self.waiting.is_empty() || !self.room.core().has_server(self.origin) {
-            return Ok(());
+            return Ok(Filled::Done);
         }
         self.drop_hopeless();
         self.bridge_gaps().await
+    }
+
+    /// Gives all that waits to the room, with the auth events that it needs.
+    pub async fn take_connected(&mut self) -> Result<(), Refusal> {
+        self.retry().await?;
+        for _ in 0..ROUNDS {
+            let (_, auth) = self.missing();
+            if auth.is_empty() || !self.fetch_auth_events(&auth).await? {
+                return Ok(());
+            }
+            self.retry().await?;
+        }
+        Ok(())
     }
 
     /// Events whose auth events cannot be had are not waited for any more: what follows them is at the edge of a gap.
@@ -134,16 +227,22 @@ impl Filling<'_> {
         }
     }
 
-    /// Gives everything that waits to the room again.
+    /// Gives everything that waits to the room again, in the graph's order.
     async fn retry(&mut self) -> Result<(), Refusal> {
-        if self.waiting.is_empty() {
-            return Ok(());
+        let events: Vec<Verified> = self.in_order().into_iter().cloned().collect();
+        for chunk in events.chunks(CHUNK) {
+            let outcomes = self.shared.accept_batch(self.room, chunk.to_vec(), Source::Received).await?;
+            self.outcomes.extend(outcomes);
         }
-        let events = self.waiting.values().cloned().collect();
-        let outcomes = self.shared.accept_batch(self.room, events, Source::Received).await?;
+        let outcomes = &self.outcomes;
         self.waiting.retain(|id, _| outcomes.get(id).is_some_and(is_missing));
-        self.outcomes.extend(outcomes);
         Ok(())
+    }
+
+    /// What waits, each after what it follows.
+    fn in_order(&self) -> Vec<&Verified> {
+        let before = |pdu: &super::pdu::Pdu| pdu.prev_events.iter().chain(&pdu.auth_events).cloned().collect();
+        linearize(self.waiting.values().collect(), |event| event.pdu(), before)
     }
 
     /// The events that are missing and do not wait themselves: before the waiting ones, and to authorize them.
@@ -156,51 +255,6 @@ impl Filling<'_> {
             }
         }
         (before, auths)
-    }
-
-    /// `POST get_missing_events`; true when something new came.
-    async fn fetch_between(&mut self) -> Result<bool, Refusal> {
-        let earliest: Vec<_> = self.room.core().tips.iter().rev().take(20).map(|tip| tip.event_id.clone()).collect();
-        let latest: Vec<_> = self
-            .waiting
-            .keys()
-            .filter(|id| match self.outcomes.get(*id) {
-                Some(Ok(Outcome::Missing { prev, .. })) => prev.iter().any(|id| !self.waiting.contains_key(id)),
-                _ => false,
-            })
-            .take(20)
-            .collect();
-        let floor = self.floor().await?;
-        let body =
-            json!({ "limit": PER_ROUND, "min_depth": floor, "earliest_events": earliest, "latest_events": latest });
-        let uri = format!("/_matrix/federation/v1/get_missing_events/{}", segment(self.room.room_id.as_str()));
-        let body = body.as_object().cloned().unwrap_or_default();
-        let call = Call { limit: 8 << 20, ..Call::post(uri, body) };
-        let mut answer = match self.shared.context.client.call(self.origin, call, false).await {
-            Ok(answer) => answer,
-            Err(error) => {
-                tracing::info!(room = %self.room.room_id, server = %self.origin, %error, "no missing events");
-                return Ok(false);
-            }
-        };
-        let events = self.verify(take_events(&mut answer, "events", PER_ROUND)).await?;
-        let mut new = false;
-        for event in events.into_iter().filter(|event| event.pdu().depth >= floor) {
-            if self.waiting.len() < MAX_WAITING {
-                new |= self.waiting.insert(event.pdu().event_id.clone(), event).is_none();
-            }
-        }
-        Ok(new)
-    }
-
-    /// The depth at which the room's history begins here. What was said before the gateway came into a room that lives
-    /// elsewhere is no gap, and must not be taken for what is said now: the state at its edge is asked for.
-    async fn floor(&self) -> Result<i64, Refusal> {
-        if is_shared(self.room.version) {
-            return Ok(0);
-        }
-        let first = first_with_state(&self.shared.context.store, &self.room.room_id).await?;
-        Ok(first.map(Stored::from_row).transpose()?.map_or(0, |first| first.pdu.depth))
     }
 
     /// Fetches auth events, each alone when they are few, and those that they need in turn; true when something new came.
@@ -260,33 +314,52 @@ impl Filling<'_> {
     }
 
     /// Closes what is still open: the events at the edge are taken with the state that the other server says was there.
-    async fn bridge_gaps(&mut self) -> Result<(), Refusal> {
-        for _ in 0..MAX_EDGES {
-            let Some(edge) = self.edge() else { return Ok(()) };
-            let event_id = edge.pdu().event_id.clone();
-            match self.bridge_gap(edge).await {
-                Ok(outcome) => {
-                    self.waiting.remove(&event_id);
-                    self.outcomes.insert(event_id, Ok(outcome));
+    async fn bridge_gaps(&mut self) -> Result<Filled, Refusal> {
+        let mut failed = HashSet::new();
+        loop {
+            let edges = self.edges(&failed);
+            if edges.is_empty() {
+                return Ok(Filled::Done);
+            }
+            for (edge, missing) in edges {
+                if self.closed.len() >= self.bounds.edges {
+                    return Ok(Filled::Long);
                 }
-                Err(refusal) => {
-                    tracing::info!(room = %self.room.room_id, event = %event_id, error = %refusal, "gap stays open");
-                    return Ok(());
+                let event_id = edge.pdu().event_id.clone();
+                match self.bridge_gap(edge).await {
+                    Ok(outcome) => {
+                        self.waiting.remove(&event_id);
+                        self.outcomes.insert(event_id.clone(), Ok(outcome));
+                        self.closed.push(Closed { event_id, missing });
+                    }
+                    Err(refusal) => {
+                        tracing::info!(room = %self.room.room_id, event = %event_id, error = %refusal, "gap stays open");
+                        self.problem = refusal.to_string();
+                        failed.insert(event_id);
+                    }
+                }
+                if failed.len() >= MAX_FAILED {
+                    self.retry().await?;
+                    return Ok(Filled::Done);
                 }
             }
             self.retry().await?;
         }
-        Ok(())
     }
 
-    /// The deepest in the past of the waiting events that follow something nobody gave.
-    fn edge(&self) -> Option<Verified> {
-        let is_edge = |event: &&Verified| {
-            matches!(self.outcomes.get(&event.pdu().event_id), Some(Ok(Outcome::Missing { prev, auth }))
-                if auth.is_empty() && prev.iter().any(|id| !self.waiting.contains_key(id)))
+    /// The waiting events that follow something nobody gave and nothing that waits, in the graph's order; with how much of it the
+    /// gateway should have.
+    fn edges(&self, failed: &HashSet<OwnedEventId>) -> Vec<(Verified, usize)> {
+        let edge = |event: &Verified| match self.outcomes.get(&event.pdu().event_id) {
+            Some(Ok(Outcome::Missing { prev, auth }))
+                if auth.is_empty() && !prev.iter().any(|id| self.waiting.contains_key(id)) =>
+            {
+                Some((event.clone(), prev.iter().filter(|id| !self.before.contains(*id)).count()))
+            }
+            _ => None,
         };
-        let rank = |event: &&Verified| (event.pdu().depth, event.pdu().event_id.clone());
-        self.waiting.values().filter(is_edge).min_by_key(rank).cloned()
+        let all = self.in_order().into_iter().filter(|event| !failed.contains(&event.pdu().event_id));
+        all.filter_map(edge).collect()
     }
 
     async fn bridge_gap(&self, event: Verified) -> Result<Outcome, Refusal> {
@@ -342,7 +415,7 @@ impl Filling<'_> {
     }
 
     /// `GET event`, verified; none when the server does not have it.
-    async fn fetch_event(&self, event_id: &EventId) -> Result<Option<Verified>, Refusal> {
+    pub async fn fetch_event(&self, event_id: &EventId) -> Result<Option<Verified>, Refusal> {
         let uri = format!("/_matrix/federation/v1/event/{}", segment(event_id.as_str()));
         let Ok(mut answer) = self.shared.context.client.call(self.origin, Call::get(uri), false).await else {
             return Ok(None);
@@ -353,9 +426,13 @@ impl Filling<'_> {
 
     /// Those of the events that have the right form, are of this room, and are signed.
     async fn verify(&self, events: Vec<Object>) -> Result<Vec<Verified>, Refusal> {
-        let version = self.room.version;
-        let parsed = events.into_iter().filter_map(|event| Unverified::from_object(event, version).ok()).collect();
+        let parsed = self.parse(events).collect();
         self.shared.verify_given(&self.room.room_id, parsed).await
+    }
+
+    pub fn parse(&self, events: Vec<Object>) -> impl Iterator<Item = Unverified> + use<> {
+        let version = self.room.version;
+        events.into_iter().filter_map(move |event| Unverified::from_object(event, version).ok())
     }
 }
 

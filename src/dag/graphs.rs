@@ -9,9 +9,9 @@ use super::batch::Batch;
 use super::pdu::Verified;
 use super::version::is_shared;
 use super::{Dag, NewRoom};
-use crate::event::{Family, RoomVersion};
+use crate::event::{Family, Pdu, RoomVersion};
 use crate::refusal::Refusal;
-use crate::seam::{Graphs, JoinShared, Membership, NewShared, Next, NextEvent};
+use crate::seam::{Draft, Graphs, JoinShared, Membership, NewShared, Next, NextEvent};
 
 #[async_trait]
 impl Graphs for Dag {
@@ -21,6 +21,27 @@ impl Graphs for Dag {
             Ok(added) => added,
             Err(refusal) => vec![Err(refusal); count],
         }
+    }
+
+    async fn build(&self, room_id: &RoomId, draft: &Draft) -> Result<Pdu, Refusal> {
+        let room = self.shared.room(room_id).await?;
+        if !is_shared(room.version) {
+            return Err(Refusal::IncompatibleRoomVersion(room.version.as_str().to_owned()));
+        }
+        let mut trial = Batch::new(self.shared.clone(), &room);
+        let event = trial.build(draft).await?;
+        trial.accept(event.clone(), &Source::Own, None).await?.accepted()?;
+        event.pdu().to_linear()
+    }
+
+    fn log_was_read(&self, room_id: &RoomId) {
+        let (shared, room_id) = (self.shared.clone(), room_id.to_owned());
+        tokio::spawn(async move {
+            match shared.find(&room_id).await {
+                Ok(room) => room.iter().for_each(|room| shared.compare_with_log(room)),
+                Err(error) => tracing::warn!(room = %room_id, %error, "a room was not compared with its log"),
+            }
+        });
     }
 
     async fn create(&self, room: NewShared) -> Result<OwnedRoomId, Refusal> {

@@ -44,6 +44,13 @@ impl Dag {
         self.answer_join(&join, omit_members).await
     }
 
+    /// Answers a join that was taken as it was answered then, with the full state.
+    pub async fn answer_join_again(&self, event_id: &EventId) -> Result<Value, Refusal> {
+        let join = self.shared.events.get(event_id).await?.filter(|event| event.is_accepted());
+        let join = join.ok_or_else(|| Refusal::NotFound(format!("the join {event_id}")))?;
+        self.answer_join(&join, false).await
+    }
+
     /// `GET v1/make_leave`
     pub async fn make_leave(&self, origin: &ServerName, room_id: &RoomId, user_id: &UserId) -> Result<Value, Refusal> {
         self.make(origin, room_id, user_id, Membership::Leave, None).await

@@ -19,12 +19,14 @@ use super::pdu::{Unverified, Verified};
 use super::room::{Core, Room};
 use super::snapshot::StateKey;
 use super::stored::Stored;
+use super::version::is_shared;
 use super::{Dag, GraphEvent, Shared};
 use crate::event::{Object, RoomVersion};
 use crate::federation::Call;
 use crate::refusal::Refusal;
-use crate::seam::{Membership, Outgoing};
+use crate::seam::{EventEffect, Membership, Outgoing};
 use crate::store::dag::remove_invite;
+use crate::store::gaps::begin;
 
 /// How long checking an answer may take: large rooms have the keys of many servers.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -111,6 +113,13 @@ impl Dag {
         known: Option<Arc<Room>>,
     ) -> Result<(RoomVersion, Arc<Stored>), Refusal> {
         let (version, join) = self.make_at(server, wish).await?;
+        if is_shared(version)
+            && let Some(logs) = self.shared.logs.get()
+            && let Some(hub) = logs.hub_of_another(&wish.room_id).await?
+        {
+            let problem = format!("{} is here as a log that {hub} keeps, and is not joined as a graph", wish.room_id);
+            return Err(Refusal::Forbidden(problem));
+        }
         let uri = format!("{}?omit_members=false", send_uri("v2/send_join", &join, wish));
         let call = Call::put(uri, body_of(&join)).with_state();
         let client = &self.shared.context.client;
@@ -232,7 +241,14 @@ async fn enter(
     // What was known of the room, if it was, ended with the last user's leave.
     batch.core.tips.clear();
     batch.set_current(before.clone()).await?;
-    batch.accept(join, &Source::Elsewhere, Some(before)).await?.accepted().cloned()
+    batch.linear.dirty = batch.differing();
+    let (room_id, event_id) = (batch.room_id.clone(), join.pdu().event_id.clone());
+    let outcome = batch.accept(join, &Source::Elsewhere, Some(before)).await?;
+    batch.add_effect(
+        event_id,
+        EventEffect::new(move |tx, event_id| Box::pin(async move { begin(tx, &room_id, &event_id).await })),
+    );
+    outcome.accepted().cloned()
 }
 
 /// What a server gives with a join, of the right form.

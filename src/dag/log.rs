@@ -1,7 +1,7 @@
 //! The log of a shared room, as a batch adds to it: what the graph accepts goes to the log's end, in that order and in the same
 //! transaction, once the log's own rules have it there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use imbl::ordmap::DiffItem;
@@ -12,13 +12,12 @@ use super::batch::Batch;
 use super::events::EventMap;
 use super::order::linearize;
 use super::pdu::Pdu;
-use super::room::Room;
 use super::snapshot::{Snapshot, StateKey};
-use super::stored::Status;
+use super::stored::{Status, Stored};
 use super::version::is_shared;
 use crate::event;
 use crate::refusal::Refusal;
-use crate::seam::{LogBatch, LogOrigin, NewLog};
+use crate::seam::{LogBatch, LogOrigin, Logs, NewLog};
 use crate::store::{StoreError, Tx, TxFuture};
 
 /// The event that hands an LM room over to another hub.
@@ -53,12 +52,29 @@ impl Linear {
         }
     }
 
+    /// Where it is now.
+    pub fn mark(&self) -> (usize, BTreeSet<StateKey>) {
+        (self.len(), self.dirty.clone())
+    }
+
+    /// Takes back what was put since.
+    pub fn back_to(&mut self, (len, dirty): (usize, BTreeSet<StateKey>)) {
+        self.truncate(len);
+        self.dirty = dirty;
+    }
+
     pub fn push(&mut self, event: Arc<event::Pdu>, origin: LogOrigin) {
         if let Some(log) = &mut self.log {
             if let Some(state_key) = &event.state_key {
                 self.dirty.insert((event.kind.clone(), state_key.clone()));
             }
             log.push(event, origin);
+        }
+    }
+
+    pub fn redact(&mut self, target: &EventId, redaction: &EventId) {
+        if let Some(log) = &mut self.log {
+            log.redact(target, redaction);
         }
     }
 
@@ -93,17 +109,22 @@ impl Batch {
     }
 
     /// Begins the log of a shared room that is joined, or goes on with it, with those of the state's events that are new here: it has
-    /// what its state is.
+    /// what its state is. A log that the gateway lines up itself, and out of which all of its users were, has what its rules have there.
     pub(super) async fn begin_log_with(&mut self, state: &Snapshot) -> Result<(), Refusal> {
         if !is_shared(self.version) || self.shared.logs.get().is_none() {
             return Ok(());
         }
         let hub = self.hub_of(state).await?;
+        // What the room was is to be compared with nothing any more.
+        self.core.corrections.compared = true;
         self.open_log(hub).await?;
+        if self.is_hub() {
+            return self.log_gap(state).await;
+        }
         let is_new = |id: &&OwnedEventId| self.staged.get(*id).is_some_and(|event| event.groups.is_none());
         let new: Vec<_> = state.map.values().filter(is_new).filter_map(|id| self.staged.get(id).cloned()).collect();
-        for event in linearize(new, |event| &event.pdu, |pdu| pdu.auth_events.clone()) {
-            self.linear.push(Arc::new(event.pdu.to_linear()?), LogOrigin::default());
+        for event in linearize(new, |event| &event.pdu, named_before) {
+            self.linear.push(Arc::new(event.pdu.to_linear()?), LogOrigin { told: true, ..LogOrigin::default() });
         }
         Ok(())
     }
@@ -172,32 +193,47 @@ impl Batch {
         if !self.is_hub() || self.linear.log.is_none() {
             return Ok(());
         }
-        let mut ids = Vec::new();
+        let (mut keys, mut ids) = (HashSet::new(), Vec::new());
         for item in self.core.current.map.diff(&before.map) {
-            if let DiffItem::Add(_, id) | DiffItem::Update { new: (_, id), .. } = item {
+            if let DiffItem::Add(key, id) | DiffItem::Update { new: (key, id), .. } = item {
+                keys.insert(key.clone());
                 ids.push(id.clone());
             }
         }
-        let found = self.shared.events.with_staged(&ids, &self.staged).await?;
-        let alone = found.into_values().filter(|event| event.groups.is_none() && event.status == Status::Accepted);
-        for event in linearize(alone.collect(), |event| &event.pdu, |pdu| pdu.auth_events.clone()) {
+        // And what allowed them, where something newer stands in its place now.
+        let mut alone = EventMap::new();
+        while !ids.is_empty() {
+            let found = self.shared.events.with_staged(&ids, &self.staged).await?;
+            ids.clear();
+            for event in found.into_values() {
+                let is_alone = event.groups.is_none() && event.status == Status::Accepted;
+                let is_alone = is_alone && !alone.contains_key(&event.pdu.event_id);
+                if is_alone && event.key().is_some_and(|key| keys.contains(&key)) {
+                    ids.extend(event.pdu.auth_events.iter().filter(|id| !alone.contains_key(*id)).cloned());
+                    alone.insert(event.pdu.event_id.clone(), event);
+                }
+            }
+            ids.sort_unstable();
+            ids.dedup();
+        }
+        let alone: Vec<Arc<Stored>> = alone.into_values().collect();
+        for event in linearize(alone, |event| &event.pdu, named_before) {
             let known = self.events(&event.pdu.auth_events).await?;
             let linear = event.pdu.to_linear()?;
             if !self.log_has(&linear.event_id).await? && self.judge_by_log(Some(&linear), &known).await?.is_ok() {
-                self.linear.push(Arc::new(linear), LogOrigin { foreign: true, answered: false });
+                self.linear.push(Arc::new(linear), LogOrigin { foreign: true, ..LogOrigin::default() });
             }
         }
         Ok(())
     }
 
     /// Where another server is the hub, and nothing can be corrected by events: the log's state is the graph's.
-    pub(super) async fn follow(&mut self, room: &Room) -> Result<(), StoreError> {
-        if self.is_hub() || self.linear.log.is_none() {
+    pub(super) async fn follow(&mut self) -> Result<(), StoreError> {
+        let Some(reading) = self.linear.log.as_ref().map(|log| log.reading()).filter(|_| !self.is_hub()) else {
             return Ok(());
-        }
-        let committed = room.core();
+        };
         let mut keys: BTreeSet<StateKey> = std::mem::take(&mut self.linear.dirty);
-        if !committed.corrections.compared {
+        if self.core.corrections.followed != Some(reading) {
             keys.extend(self.differing());
         }
         let mut wanted = Vec::new();
@@ -217,7 +253,7 @@ impl Batch {
                 self.linear.followed = true;
             }
         }
-        self.core.corrections.compared = true;
+        self.core.corrections.followed = Some(reading);
         Ok(())
     }
 
@@ -233,9 +269,18 @@ impl Batch {
     }
 }
 
+/// What comes before an event, as far as it says so.
+fn named_before(pdu: &Pdu) -> Vec<OwnedEventId> {
+    pdu.prev_events.iter().chain(&pdu.auth_events).cloned().collect()
+}
+
 /// A log's batch that is lent to a write job, and comes back whatever becomes of that.
 #[derive(Clone)]
-pub(super) struct Lent(Arc<Mutex<Option<Box<dyn LogBatch>>>>);
+pub(super) struct Lent {
+    log: Arc<Mutex<Option<Box<dyn LogBatch>>>>,
+    /// Whether there ever was one.
+    is_any: bool,
+}
 
 /// What was lent.
 pub(super) struct Loan {
@@ -245,22 +290,27 @@ pub(super) struct Loan {
 
 impl Lent {
     pub fn new(log: Option<Box<dyn LogBatch>>) -> Self {
-        Self(Arc::new(Mutex::new(log)))
+        Self { is_any: log.is_some(), log: Arc::new(Mutex::new(log)) }
     }
 
     pub fn take(&self) -> Option<Loan> {
-        let log = self.0.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         Some(Loan { log: Some(log), owner: self.clone() })
     }
 
     /// Tells the log what became of the write.
-    pub async fn give_back(&self, room_id: &RoomId, written: &Result<(), StoreError>) {
-        let log = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    pub async fn give_back(&self, room_id: &RoomId, written: &Result<(), StoreError>, logs: Option<&Arc<dyn Logs>>) {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner).take();
         match (log, written) {
             (Some(log), Ok(())) => log.committed().await,
             (Some(log), Err(error)) => log.uncertain(error),
-            (None, Err(_)) => tracing::error!(room = %room_id, "a log is still being written"),
-            (None, Ok(())) => {}
+            (None, Err(_)) if self.is_any => {
+                tracing::error!(room = %room_id, "a log is still being written");
+                if let Some(logs) = logs {
+                    logs.forget(room_id).await;
+                }
+            }
+            (None, _) => {}
         }
     }
 }
@@ -274,6 +324,100 @@ impl Loan {
 
 impl Drop for Loan {
     fn drop(&mut self) {
-        *self.owner.0.lock().unwrap_or_else(PoisonError::into_inner) = self.log.take();
+        *self.owner.log.lock().unwrap_or_else(PoisonError::into_inner) = self.log.take();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+    use ruma::room_id;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Noted(Mutex<Vec<ruma::OwnedRoomId>>);
+
+    #[async_trait]
+    impl Logs for Noted {
+        async fn begin(&self, room_id: &RoomId) -> Result<Box<dyn LogBatch>, Refusal> {
+            Err(Refusal::UnknownRoom(room_id.to_string()))
+        }
+
+        fn begin_new(&self, _: NewLog) -> Box<dyn LogBatch> {
+            Box::new(Nothing)
+        }
+
+        async fn forget(&self, room_id: &RoomId) {
+            self.0.lock().unwrap().push(room_id.to_owned());
+        }
+
+        async fn hub_of_another(&self, _: &RoomId) -> Result<Option<OwnedServerName>, Refusal> {
+            Ok(None)
+        }
+    }
+
+    /// A batch that has nothing.
+    struct Nothing;
+
+    #[async_trait]
+    impl LogBatch for Nothing {
+        fn judge(&self, _: &event::Pdu) -> Result<(), Refusal> {
+            Ok(())
+        }
+
+        fn push(&mut self, _: Arc<event::Pdu>, _: LogOrigin) {}
+
+        fn redact(&mut self, _: &EventId, _: &EventId) {}
+
+        fn len(&self) -> usize {
+            0
+        }
+
+        fn truncate(&mut self, _: usize) {}
+
+        fn state(&self, _: &str, _: &str) -> Option<OwnedEventId> {
+            None
+        }
+
+        fn all_state(&self) -> Vec<(StateKey, OwnedEventId)> {
+            Vec::new()
+        }
+
+        fn set_state(&mut self, _: &str, _: &str, _: Option<Arc<event::Pdu>>) {}
+
+        fn reading(&self) -> u64 {
+            0
+        }
+
+        async fn has(&self, _: &EventId) -> Result<bool, Refusal> {
+            Ok(false)
+        }
+
+        async fn find_lpdu(&self, _: &EventId) -> Result<Option<OwnedEventId>, Refusal> {
+            Ok(None)
+        }
+
+        fn write<'c>(&'c self, _: &'c mut Tx) -> TxFuture<'c, ()> {
+            Box::pin(async { Ok(()) })
+        }
+
+        async fn committed(self: Box<Self>) {}
+
+        fn uncertain(self: Box<Self>, _: &StoreError) {}
+    }
+
+    #[tokio::test]
+    async fn a_log_whose_write_nobody_waits_for_any_more_is_read_again() {
+        let (noted, room) = (Arc::new(Noted::default()), room_id!("!room:gateway.example"));
+        let logs: Arc<dyn Logs> = noted.clone();
+        let given_up = Err(StoreError::Closed);
+        for (log, forgotten) in [(None, 0), (Some(Box::new(Nothing) as Box<dyn LogBatch>), 1)] {
+            let lent = Lent::new(log);
+            let loan = lent.take();
+            lent.give_back(room, &given_up, Some(&logs)).await;
+            assert_eq!(noted.0.lock().unwrap().len(), forgotten);
+            drop(loan);
+        }
     }
 }

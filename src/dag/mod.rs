@@ -11,6 +11,7 @@ mod correct;
 mod create;
 mod events;
 mod fetch;
+mod gaps;
 mod given;
 mod graphs;
 mod handshake;
@@ -22,6 +23,7 @@ mod order;
 mod outbox;
 mod outliers;
 mod outside;
+mod past;
 mod pdu;
 mod query;
 mod receive;
@@ -32,6 +34,7 @@ mod serve;
 mod snapshot;
 mod stored;
 mod version;
+mod walk;
 
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -128,8 +131,12 @@ struct Shared {
     /// The groups that states were resolved to.
     resolved: Cache<Vec<i64>, i64>,
     acls: Cache<OwnedEventId, Arc<Acl>>,
+    /// The shared rooms of which the log could not be brought into step.
+    uncorrected: correct::Uncorrected,
     /// What is kept of servers that have nobody in a room.
     strays: Mutex<accept::Strays>,
+    /// The gaps that are filled in the background.
+    gaps: gaps::Gaps,
     /// The current states that were asked for as a whole.
     states: Cache<OwnedRoomId, (Snapshot, Arc<State>)>,
     /// How rooms are listed in the public directory, if they are, as of their current state.
@@ -161,7 +168,9 @@ impl Dag {
             states_meter: CacheMeter::watch("graph_whole_states", &states),
             resolved,
             acls,
+            uncorrected: correct::Uncorrected::default(),
             strays: Mutex::default(),
+            gaps: gaps::Gaps::default(),
             states,
         });
         outbound.register(&[FeedKind::Graph], Arc::new(Outbox(shared.clone())));
@@ -295,6 +304,13 @@ impl Dag {
     /// One accepted event.
     pub async fn event(&self, event_id: &EventId) -> Result<Option<Arc<GraphEvent>>, Refusal> {
         let event = self.shared.events.get(event_id).await?.filter(|event| event.is_accepted());
+        Ok(event.map(|event| event.to_graph_event()))
+    }
+
+    /// The same, also of an event of which nothing is known but that it was in the state that another server gave.
+    pub async fn event_of_state(&self, event_id: &EventId) -> Result<Option<Arc<GraphEvent>>, Refusal> {
+        let event = self.shared.events.get(event_id).await?;
+        let event = event.filter(|event| event.status == stored::Status::Accepted);
         Ok(event.map(|event| event.to_graph_event()))
     }
 

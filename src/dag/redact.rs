@@ -40,6 +40,12 @@ impl Batch {
             self.put_staged(redacted.clone());
         }
         self.redacted.push(redacted);
+        self.linear.redact(&target_id, &redaction.pdu.event_id);
+        if target.groups.is_none() {
+            // It came alone, and may come again as part of the room.
+            self.awaited.push((target_id, redaction.pdu.event_id.clone()));
+            self.core.awaits_targets = true;
+        }
         Ok(())
     }
 

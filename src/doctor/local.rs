@@ -105,6 +105,24 @@ fn space_left(folder: &Path, left: u64) -> Finding {
     }
 }
 
+/// Whether files of media can be kept where the configuration says.
+pub(super) fn media(config: &Config) -> Finding {
+    const CHECK: &str = "media";
+    let settings = &config.media;
+    let folder = settings.cache_dir.display();
+    match crate::media::usable(&settings.cache_dir) {
+        Ok(left) if left < settings.max_bytes => {
+            let found = format!("{} MiB are left for files of media in {folder}", left >> 20);
+            Finding::warn(CHECK, found, "make space, or name a folder on another disk in `media.cache_dir`")
+        }
+        Ok(_) => Finding::pass(CHECK, format!("files of media can be kept in {folder}")),
+        Err(error) => {
+            let found = format!("files of media cannot be kept in {folder}: {error}");
+            Finding::fail(CHECK, found, "make the folder writable, or name another in `media.cache_dir`")
+        }
+    }
+}
+
 /// Whether a gateway that is started as this is may have as many connections open as it needs.
 pub(super) fn open_files() -> Finding {
     const CHECK: &str = "open files";

@@ -83,6 +83,7 @@ pub async fn examine(config: &Config, clock: SharedClock, mut report: impl FnMut
     note(local::database(config).await);
     local::space(config).into_iter().for_each(&mut note);
     note(local::open_files());
+    note(local::media(config));
     let registration = config.appservice.as_ref().map(|appservice| Registration::load(&appservice.registration));
     let hs_token = match &registration {
         Some(Ok(registration)) => Some(registration.hs_token.clone()),

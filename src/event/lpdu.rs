@@ -120,11 +120,25 @@ impl Lpdu {
     /// The same in a room whose hub uses this table of redaction.
     pub fn verify_as(mut self, keys: &VerifyKeys, redaction: Redaction) -> Result<VerifiedLpdu, Refusal> {
         self.check_hash()?;
-        for answer in verify_each(&self.signature_checks_as(keys, redaction)?) {
-            answer?;
-        }
+        let checked: Result<(), Refusal> =
+            verify_each(&self.signature_checks_as(keys, redaction)?).into_iter().collect();
+        checked.map_err(|refusal| self.signed_otherwise(keys, redaction).unwrap_or(refusal))?;
         self.keep_checked(keys);
         Ok(VerifiedLpdu(self))
+    }
+
+    /// Whoever signs by the draft's table where graph servers share the room is told so.
+    fn signed_otherwise(&self, keys: &VerifyKeys, redaction: Redaction) -> Option<Refusal> {
+        if redaction == Redaction::Draft {
+            return None;
+        }
+        let checks = self.signature_checks_as(keys, Redaction::Draft).ok()?;
+        if !verify_each(&checks).into_iter().all(|answer| answer.is_ok()) {
+            return None;
+        }
+        let problem = "verifies by the draft's redaction alone: this room is shared with graph servers and signed by room version \
+                       11's, which keeps more (of a redaction content.redacts)";
+        Some(Refusal::BadSignature { entity: self.sender.server_name().to_string(), problem: problem.to_owned() })
     }
 
     fn keep_checked(&mut self, keys: &VerifyKeys) {

@@ -71,6 +71,29 @@ fn code<T: std::fmt::Debug>(result: Result<T, Refusal>) -> &'static str {
 }
 
 #[test]
+fn who_signs_by_the_drafts_redaction_where_graph_servers_are_is_told_so() {
+    let world = World::new();
+    let mut template = message("");
+    template["type"] = json!("m.room.redaction");
+    template["content"] = json!({ "redacts": "$target" });
+    let shared = Redaction::GraphServer;
+    let lpdu = world.lpdu(template.clone()).unwrap();
+    let refused = lpdu.clone().verify_as(&world.keys, shared).map(drop).unwrap_err();
+    assert_eq!(refused.code(), "bad_signature");
+    let said = refused.to_string();
+    assert!(said.contains("part.example") && said.contains("content.redacts") && said.contains("draft"), "{said}");
+    assert!(lpdu.verify(&world.keys).is_ok());
+    // What is wrong by both is wrong.
+    let mut forged = world.lpdu(template.clone()).unwrap();
+    let other = SigningKey::generate().sign(b"something else");
+    forged.json["signatures"][origin().as_str()] = json!({ world.origin_key.id(): other });
+    let refused = forged.verify_as(&world.keys, shared).map(drop).unwrap_err().to_string();
+    assert!(refused.contains("does not verify"), "{refused}");
+    let right = Lpdu::build_as(object(template), hub(), shared, origin(), &world.origin_key).unwrap();
+    assert!(right.verify_as(&world.keys, shared).is_ok());
+}
+
+#[test]
 fn an_lpdu_becomes_an_event_that_every_participant_can_check() {
     let world = World::new();
     let lpdu = world.lpdu(message("hello")).unwrap();

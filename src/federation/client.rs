@@ -7,13 +7,15 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{HeaderMap, Method, StatusCode, Uri, header};
+use http_body_util::Full;
 use ruma::{OwnedServerName, ServerName};
 use tokio::sync::Semaphore;
 use url::Url;
 
 use super::answers::{Answers, HeldAnswer};
-use super::dialler::{self, Answer, Http, Itself, Reach};
+use super::connector::{Federation, Fixed, Itself};
+use super::dialler::{self, Answer, Http, Reach};
 use super::discovery::{Dial, Network, Route, discover};
 use super::srv::SrvTargets;
 use super::x_matrix;
@@ -89,6 +91,8 @@ pub enum RemoteError {
         error: String,
         /// How long it asks to be left alone: `Retry-After`, or else `retry_after_ms`.
         retry_after: Option<Duration>,
+        /// Of M_WRONG_SERVER: who keeps the log, `hub_server`, as far as it says so.
+        hub_server: Option<OwnedServerName>,
     },
     /// The server could not be found or reached, or did not answer in time.
     #[error("not reachable: {0}")]
@@ -116,6 +120,10 @@ impl RemoteError {
     pub fn into_verdict(self, server: &ServerName) -> Refusal {
         let Self::Status { status, errcode, error: text, .. } = &self else { return self.into_refusal(server) };
         match (*status, errcode.as_str()) {
+            (StatusCode::FORBIDDEN, _) if text.is_empty() => {
+                let says = if errcode.is_empty() { "no Matrix error" } else { errcode };
+                Refusal::Forbidden(format!("{server}: {status}, {says}"))
+            }
             (StatusCode::FORBIDDEN, _) => Refusal::Forbidden(format!("{server}: {text}")),
             (StatusCode::NOT_FOUND, "M_NOT_FOUND") => Refusal::NotFound(asked_for(server, text)),
             (_, "M_INCOMPATIBLE_ROOM_VERSION") => {
@@ -143,18 +151,21 @@ pub struct Client {
 struct Inner {
     server_name: OwnedServerName,
     signing_key: Arc<SigningKey>,
-    overrides: BTreeMap<OwnedServerName, Route>,
+    /// Where an admin says that servers are.
+    named: BTreeMap<OwnedServerName, (Route, Http)>,
     custom_ca: Vec<PathBuf>,
     network: Network,
-    to_host: Arc<Http>,
+    to_host: Http,
     to_srv: Http,
-    to_trusted: Http,
+    /// For addresses to which others lead.
+    to_url: Arc<Http>,
+    reach: Reach,
     /// Anybody can make this server ask for keys; this many are asked at once.
     key_fetches: Semaphore,
 }
 
 /// How much of an error's body is read.
-const ERROR_LIMIT: usize = 16 << 10;
+pub(super) const ERROR_LIMIT: usize = 16 << 10;
 /// How large the keys of a server may be.
 const KEYS_LIMIT: usize = 64 << 10;
 /// How large a notary's answer about one server may be.
@@ -184,21 +195,23 @@ impl Client {
         let tls = dialler::tls_config(&options.custom_ca)?;
         let reach = if options.allow_private_networks { Reach::Everything } else { Reach::Public };
         let srv = SrvTargets::new();
-        let to_host = Arc::new(Http::new(tls.clone(), reach, Itself, answers.clone())?);
-        let overrides = options.resolve.into_iter().map(|(name, base)| {
-            let route = override_route(&name, &base)?;
-            Ok::<_, anyhow::Error>((name, route))
+        let to_url = Arc::new(Http::new(tls.clone(), reach, Itself, answers.clone()));
+        let named = options.resolve.into_iter().map(|(name, base)| {
+            let route = named_route(&name, &base)?;
+            let http = Http::new(tls.clone(), Reach::Everything, Fixed::new(&base)?, answers.clone());
+            Ok::<_, anyhow::Error>((name, (route, http)))
         });
         Ok(Self {
             inner: Arc::new(Inner {
-                overrides: overrides.collect::<Result<_, _>>()?,
+                named: named.collect::<Result<_, _>>()?,
                 custom_ca: options.custom_ca,
                 server_name,
                 signing_key,
-                network: Network::new(to_host.clone(), srv.clone()),
-                to_host,
-                to_srv: Http::new(tls.clone(), reach, srv, answers.clone())?,
-                to_trusted: Http::new(tls, Reach::Everything, Itself, answers)?,
+                network: Network::new(to_url.clone(), srv.clone()),
+                to_host: Http::new(tls.clone(), reach, Federation, answers.clone()),
+                to_srv: Http::new(tls.clone(), reach, srv, answers.clone()),
+                to_url,
+                reach,
                 key_fetches: Semaphore::new(KEY_FETCHES),
             }),
         })
@@ -261,9 +274,8 @@ impl Client {
 
     async fn answer(&self, destination: &ServerName, call: Call, signing: Signing) -> Result<Answer, RemoteError> {
         let inner = &*self.inner;
-        let (url, route) = self.locate(destination, &call.uri).await?;
-        let http = self.dial(route.dial);
-        let mut request = http.request(call.method.clone(), url)?.header(header::HOST, &route.host);
+        let (http, uri) = self.locate(destination, &call.uri).await?;
+        let mut request = http.request(call.method.clone(), uri)?;
         let content = call.body;
         let signed = match (&content, signing) {
             (_, Signing::Unsigned) => None,
@@ -282,9 +294,11 @@ impl Client {
             );
             request = request.header(header::AUTHORIZATION, authorization);
         }
-        if let Some(content) = content {
-            request = request.header(header::CONTENT_TYPE, "application/json").body(content);
+        if content.is_some() {
+            request = request.header(header::CONTENT_TYPE, "application/json");
         }
+        let request = request.body(Full::new(content.unwrap_or_default()));
+        let request = request.map_err(|error| RemoteError::Unreachable(error.to_string()))?;
         let answer = http.send(destination.as_str(), request, call.timeout, call.limit, ERROR_LIMIT).await;
         let path = call.uri.split('?').next().unwrap_or_default();
         match &answer {
@@ -296,21 +310,27 @@ impl Client {
         answer
     }
 
-    /// Where a server is.
-    pub(super) async fn route(&self, destination: &ServerName) -> Route {
-        match self.inner.overrides.get(destination) {
-            Some(route) => route.clone(),
-            None => discover(destination, &self.inner.network).await,
+    /// Where a server is, and what dials it.
+    pub(super) async fn route(&self, destination: &ServerName) -> (Route, &Http) {
+        if let Some((route, http)) = self.inner.named.get(destination) {
+            return (route.clone(), http);
         }
+        let route = discover(destination, &self.inner.network).await;
+        let http = match route.dial {
+            Dial::Srv => &self.inner.to_srv,
+            Dial::Host | Dial::Named => &self.inner.to_host,
+        };
+        (route, http)
     }
 
-    /// What dials it.
-    pub(super) fn dial(&self, dial: Dial) -> &Http {
-        match dial {
-            Dial::Host => &self.inner.to_host,
-            Dial::Srv => &self.inner.to_srv,
-            Dial::Trusted => &self.inner.to_trusted,
-        }
+    /// What dials addresses to which others lead, and which of them.
+    pub(super) fn elsewhere(&self) -> (&Http, Reach) {
+        (&self.inner.to_url, self.inner.reach)
+    }
+
+    /// Who signs, and by what.
+    pub(super) fn own(&self) -> (&ServerName, &SigningKey) {
+        (&self.inner.server_name, &self.inner.signing_key)
     }
 
     /// The certificate authorities that are trusted besides the system's.
@@ -318,17 +338,19 @@ impl Client {
         &self.inner.custom_ca
     }
 
-    /// The URL of `uri` at `destination`. What is signed must be what goes over the wire, so a `uri` that a URL parser would
-    /// change is not sent.
-    async fn locate(&self, destination: &ServerName, uri: &str) -> Result<(Url, Route), RemoteError> {
-        let route = self.route(destination).await;
+    /// The URI of `uri` at `destination`, and what dials it. What is signed must be what goes over the wire, so a `uri` that a
+    /// URL parser would change is not sent.
+    pub(super) async fn locate(&self, destination: &ServerName, uri: &str) -> Result<(&Http, Uri), RemoteError> {
+        let (route, http) = self.route(destination).await;
         let text = format!("{}{uri}", route.base);
         let url = Url::parse(&text).map_err(|error| RemoteError::Unreachable(format!("{text:?}: {error}")))?;
         let path = &url[url::Position::BeforePath..url::Position::AfterQuery];
         if !uri.starts_with("/_matrix/") || !path.ends_with(uri) {
             return Err(RemoteError::Unreachable(format!("{uri:?} is not a normal path, {path:?} would be asked for")));
         }
-        Ok((url, route))
+        // Not from the URL, which leaves out the port 443.
+        let whole = text.parse().map_err(|error| RemoteError::Unreachable(format!("{text:?}: {error}")))?;
+        Ok((http, whole))
     }
 }
 
@@ -340,7 +362,7 @@ enum Signing {
 }
 
 /// An admin's word on where a server is: a base URL, over plain HTTP on this machine only.
-fn override_route(name: &ServerName, base: &Url) -> Result<Route, anyhow::Error> {
+fn named_route(name: &ServerName, base: &Url) -> Result<Route, anyhow::Error> {
     let loopback = match base.host() {
         Some(url::Host::Domain(host)) => host == "localhost",
         Some(url::Host::Ipv4(address)) => address.is_loopback(),
@@ -355,8 +377,8 @@ fn override_route(name: &ServerName, base: &Url) -> Result<Route, anyhow::Error>
         base.query().is_none() && base.fragment().is_none() && base.username().is_empty(),
         "federation.resolve of {name}: {base} is more than a base URL"
     );
-    let base = base.as_str().trim_end_matches('/').to_owned();
-    Ok(Route { base, host: name.as_str().to_owned(), dial: Dial::Trusted })
+    let base = format!("{}://{name}{}", base.scheme(), base.path().trim_end_matches('/'));
+    Ok(Route { base, dial: Dial::Named })
 }
 
 fn read_answer(answer: Answer) -> Result<(Object, HeldAnswer), RemoteError> {
@@ -367,13 +389,14 @@ fn read_answer(answer: Answer) -> Result<(Object, HeldAnswer), RemoteError> {
     Err(failure(answer.status, &answer.headers, &answer.body))
 }
 
-fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> RemoteError {
+pub(super) fn failure(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> RemoteError {
     let body: Object = serde_json::from_slice(body).unwrap_or_default();
     let text = |name: &str, length: usize| -> String {
         body.get(name).and_then(|value| value.as_str()).unwrap_or_default().chars().take(length).collect()
     };
     let (errcode, error) = (text("errcode", 100), text("error", 500));
-    RemoteError::Status { status, errcode, error, retry_after: retry_after(headers, &body) }
+    let hub_server = body.get("hub_server").and_then(|name| ServerName::parse(name.as_str()?).ok());
+    RemoteError::Status { status, errcode, error, retry_after: retry_after(headers, &body), hub_server }
 }
 
 /// How long a server asks to be left alone. A date counts from the server's own, so that clocks need not agree.
@@ -422,6 +445,19 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_refusal_says_what_there_is_to_say() {
+        let of = |body: &[u8]| {
+            failure(StatusCode::FORBIDDEN, &HeaderMap::new(), body)
+                .into_verdict(ruma::server_name!("a.example"))
+                .to_string()
+        };
+        assert!(of(b"<html>").ends_with("a.example: 403 Forbidden, no Matrix error"), "{}", of(b"<html>"));
+        let bare = of(br#"{"errcode":"M_FORBIDDEN"}"#);
+        assert!(bare.ends_with("a.example: 403 Forbidden, M_FORBIDDEN"), "{bare}");
+        assert!(of(br#"{"errcode":"M_FORBIDDEN","error":"no"}"#).ends_with("a.example: no"));
+    }
 
     #[test]
     fn a_server_says_how_long_it_wants_to_be_left_alone() {

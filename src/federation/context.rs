@@ -7,7 +7,7 @@ use ruma::OwnedServerName;
 use super::{Client, OutboundQueues};
 use crate::clock::SharedClock;
 use crate::config::Config;
-use crate::identity::{Keyring, SigningKey};
+use crate::identity::{Keyring, MediaNames, SigningKey};
 use crate::store::Store;
 
 /// Shared by `lm`, `dag`, `bridge` and what stands in front of them; clones are cheap.
@@ -27,6 +27,8 @@ pub struct Context {
     pub client: Client,
     /// Events on their way to other servers.
     pub outbound: OutboundQueues,
+    /// How media of one side are called on the other.
+    pub media: MediaNames,
     /// The configuration.
     pub config: Arc<Config>,
 }
@@ -47,6 +49,7 @@ impl Context {
         let keyring = Keyring::new(own.clone(), key.clone(), keys, store.clone(), clock.clone());
         Self {
             outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
+            media: MediaNames::new(own.clone(), &[7; 32]),
             config: Arc::new(serde_json::from_value(serde_json::json!({ "server_name": own })).unwrap()),
             server_name: own,
             signing_key: key,

@@ -1,33 +1,43 @@
 //! Which addresses may be dialled, and the bounded HTTP client that dials no others. The addresses that are checked are the
 //! ones that are dialled: there is no second look-up in between that could answer differently.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures::StreamExt as _;
-use futures::future::BoxFuture;
-use http::{HeaderMap, StatusCode};
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use http::{HeaderMap, Request, Response, StatusCode, Uri, header, request};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Body as _, Incoming};
+use hyper_util::client::legacy;
+use hyper_util::client::legacy::connect::HttpInfo;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
-use url::{Host, Url};
 
 use super::answers::{Answers, HeldAnswer};
+use super::connector::{Connector, TargetSource};
 use super::{Pace, RemoteError};
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
+const USER_AGENT: &str = concat!("isthmus/", env!("CARGO_PKG_VERSION"));
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long an answer may pause, and how fast it has to come, in bytes a second.
 const PAUSE: Duration = Duration::from_secs(20);
 const RATE: u32 = 32 << 10;
-/// How many addresses of one name are tried.
-const MAX_ADDRESSES: usize = 16;
+/// How long an HTTP/2 connection with requests under way may be silent before it is asked whether it lives, and then may take
+/// to say so: all requests to a server go over one, so a dead one must not hold them up until each has run out of time.
+const PING: Duration = Duration::from_secs(10);
+/// How many bytes of an answer, and twice as many of a connection, an HTTP/2 server may send ahead of what is read of it. What
+/// lies there counts as held by nobody, and a large answer must still come at megabytes a second from far away.
+const WINDOW: u32 = 512 << 10;
+/// How many bytes the headers of an answer may have, by HTTP/1.1 (with what is read ahead of the body) and by HTTP/2.
+const HEADERS_1: usize = 400 << 10;
+const HEADERS_2: u32 = 32 << 10;
+/// How often a request is sent again that the server says not to have begun with.
+const UNTOUCHED: usize = 2;
 
 /// Which addresses may be dialled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +49,7 @@ pub(super) enum Reach {
 }
 
 impl Reach {
-    fn allows(self, address: IpAddr) -> bool {
+    pub(super) fn allows(self, address: IpAddr) -> bool {
         self == Self::Everything || is_public(address)
     }
 }
@@ -84,64 +94,10 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
     }
 }
 
-/// A name's addresses and ports, in the order in which they are to be tried; port 0 stands for the URL's.
-pub(super) type Targets = Vec<(String, u16)>;
-
-/// Where the hosts to dial for a TLS name are looked up.
-pub(super) trait TargetSource: Send + Sync + 'static {
-    /// The hosts that stand behind `name`.
-    fn targets(&self, name: String) -> BoxFuture<'static, Targets>;
-}
-
-/// The name itself.
-pub(super) struct Itself;
-
-impl TargetSource for Itself {
-    fn targets(&self, name: String) -> BoxFuture<'static, Targets> {
-        Box::pin(std::future::ready(vec![(name, 0)]))
-    }
-}
-
-struct GuardedResolver<T> {
-    targets: T,
-    reach: Reach,
-}
-
-impl<T: TargetSource> Resolve for GuardedResolver<T> {
-    fn resolve(&self, name: Name) -> Resolving {
-        let (targets, reach) = (self.targets.targets(name.as_str().to_owned()), self.reach);
-        Box::pin(async move {
-            let mut found = Vec::new();
-            let mut problem = format!("{} has no address", name.as_str());
-            for (host, port) in targets.await {
-                match tokio::time::timeout(RESOLVE_TIMEOUT, tokio::net::lookup_host((host.as_str(), port))).await {
-                    Ok(Ok(addresses)) => {
-                        for address in addresses {
-                            if reach.allows(address.ip()) {
-                                found.push(address);
-                            } else {
-                                problem = format!("{host} is at {}, which may not be dialled", address.ip());
-                            }
-                        }
-                    }
-                    Ok(Err(error)) => problem = format!("{host}: {error}"),
-                    Err(_) => problem = format!("{host} was not resolved in time"),
-                }
-            }
-            if found.is_empty() {
-                return Err(problem.into());
-            }
-            found.truncate(MAX_ADDRESSES);
-            let found: Vec<SocketAddr> = found;
-            Ok(Box::new(found.into_iter()) as Addrs)
-        })
-    }
-}
-
 /// An HTTP client that follows no redirects, decodes nothing, keeps its connections, and reads within bounds.
 pub(super) struct Http {
-    client: reqwest::Client,
-    reach: Reach,
+    client: legacy::Client<Connector, Full<Bytes>>,
+    connector: Connector,
     /// The bytes of answers that are being read, or not done with.
     answers: Answers,
 }
@@ -156,41 +112,48 @@ pub(super) struct Answer {
 }
 
 impl Http {
-    pub(super) fn new(
+    pub(super) fn new(tls: rustls::ClientConfig, reach: Reach, targets: impl TargetSource, answers: Answers) -> Self {
+        Self::pinging(tls, reach, targets, answers, PING)
+    }
+
+    /// The same, which asks a silent HTTP/2 connection after `ping` whether it lives, and gives it as long to say so.
+    pub(super) fn pinging(
         tls: rustls::ClientConfig,
         reach: Reach,
         targets: impl TargetSource,
         answers: Answers,
-    ) -> Result<Self, reqwest::Error> {
-        let client = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls)
-            .http1_only()
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .connect_timeout(CONNECT_TIMEOUT)
+        ping: Duration,
+    ) -> Self {
+        let connector = Connector::new(tls, reach, Arc::new(targets));
+        let client = legacy::Client::builder(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .pool_max_idle_per_host(8)
-            .tcp_keepalive(Duration::from_secs(30))
-            .tcp_nodelay(true)
-            .referer(false)
-            .user_agent(concat!("isthmus/", env!("CARGO_PKG_VERSION")))
-            .dns_resolver(Arc::new(GuardedResolver { targets, reach }))
-            .build()?;
-        Ok(Self { client, reach, answers })
+            .http1_max_buf_size(HEADERS_1)
+            .http2_max_header_list_size(HEADERS_2)
+            .http2_initial_stream_window_size(WINDOW)
+            .http2_initial_connection_window_size(2 * WINDOW)
+            .http2_keep_alive_interval(ping)
+            .http2_keep_alive_timeout(ping)
+            .build(connector.clone());
+        Self { client, connector, answers }
     }
 
-    /// Begins a request. Addresses that stand in the URL itself never reach the resolver, so they are checked here.
-    pub(super) fn request(&self, method: http::Method, url: Url) -> Result<reqwest::RequestBuilder, RemoteError> {
-        let literal = match url.host() {
-            Some(Host::Ipv4(address)) => Some(IpAddr::V4(address)),
-            Some(Host::Ipv6(address)) => Some(IpAddr::V6(address)),
-            _ => None,
-        };
-        if let Some(address) = literal.filter(|address| !self.reach.allows(*address)) {
-            return Err(RemoteError::Unreachable(format!("{address} may not be dialled")));
+    /// Begins a request. The authority of `uri` is what the server is asked as: `Host`, or `:authority`.
+    pub(super) fn request(&self, method: http::Method, uri: Uri) -> Result<request::Builder, RemoteError> {
+        self.dialled(uri.clone())?;
+        let mut request = Request::builder().method(method);
+        // By itself `Host` would be without a port that is the scheme's own; a server name's port is part of the name.
+        if let Some(authority) = uri.authority().filter(|authority| authority.port().is_some()) {
+            request = request.header(header::HOST, authority.as_str());
         }
-        Ok(self.client.request(method, url))
+        Ok(request.uri(uri).header(header::USER_AGENT, USER_AGENT).header(header::ACCEPT, "*/*"))
+    }
+
+    /// What is dialled for `uri`, if that may be: its host is the name that the certificate must be for.
+    pub(super) fn dialled(&self, uri: Uri) -> Result<Uri, RemoteError> {
+        self.connector.dialled(uri).map_err(RemoteError::Unreachable)
     }
 
     /// Sends a request and reads its answer: all of it within `timeout`, its body within `limit` bytes, or within
@@ -198,42 +161,65 @@ impl Http {
     pub(super) async fn send(
         &self,
         server: &str,
-        request: reqwest::RequestBuilder,
+        request: Request<Full<Bytes>>,
         timeout: Duration,
         limit: usize,
         error_limit: usize,
     ) -> Result<Answer, RemoteError> {
         let exchange = async {
-            let response = request.send().await.map_err(|error| unreachable(&error))?;
-            let (status, headers) = (response.status(), response.headers().clone());
-            let address = response.remote_addr().map(|address| address.ip());
+            let (head, body) = self.exchange(request).await?.into_parts();
+            let address = head.extensions.get::<HttpInfo>().map(|info| info.remote_addr().ip());
             let mut held = self.answers.hold(server, address);
-            let body = if status == StatusCode::OK {
-                read(response, limit, &mut held).await?
+            let body = if head.status == StatusCode::OK {
+                read(body, limit, &mut held).await?
             } else {
                 // The status says enough when its explanation is too long or does not come.
-                read(response, error_limit, &mut held).await.unwrap_or_default()
+                read(body, error_limit, &mut held).await.unwrap_or_default()
             };
-            Ok(Answer { status, headers, body, held })
+            Ok(Answer { status: head.status, headers: head.headers, body, held })
         };
         match tokio::time::timeout(timeout, exchange).await {
             Ok(answer) => answer,
             Err(_) => Err(RemoteError::Unreachable(format!("no answer within {timeout:?}"))),
         }
     }
+
+    /// Sends a request, and returns when the head of its answer is there.
+    pub(super) async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, RemoteError> {
+        for _ in 0..UNTOUCHED {
+            match self.client.request(request.clone()).await {
+                Err(error) if is_untouched(&error) => {}
+                answer => return answer.map_err(|error| unreachable(&error)),
+            }
+        }
+        self.client.request(request).await.map_err(|error| unreachable(&error))
+    }
 }
 
-async fn read(response: reqwest::Response, limit: usize, held: &mut HeldAnswer) -> Result<Bytes, RemoteError> {
+/// Whether the server says that it has not begun with the request: the connection is about to end, or has too much to do.
+/// <https://www.rfc-editor.org/rfc/rfc9113#section-8.7>
+fn is_untouched(error: &legacy::Error) -> bool {
+    let mut cause: Option<&dyn std::error::Error> = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<h2::Error>().filter(|error| error.is_remote()) {
+            return (error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR))
+                || (error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM));
+        }
+        cause = error.source();
+    }
+    false
+}
+
+async fn read(mut incoming: Incoming, limit: usize, held: &mut HeldAnswer) -> Result<Bytes, RemoteError> {
     let too_large = || RemoteError::BadAnswer(format!("its body is longer than {limit} bytes"));
-    if response.content_length().is_some_and(|length| usize::try_from(length).map_or(true, |length| length > limit)) {
+    if usize::try_from(incoming.size_hint().lower()).map_or(true, |length| length > limit) {
         return Err(too_large());
     }
     let mut body = BytesMut::new();
-    let mut stream = response.bytes_stream();
     let mut pace = Pace::new(PAUSE, RATE);
     let too_slow = |_| RemoteError::Unreachable(format!("its answer paused for {PAUSE:?}, or comes too slowly"));
-    while let Some(chunk) = tokio::time::timeout_at(pace.until(), stream.next()).await.map_err(too_slow)? {
-        let chunk = chunk.map_err(|error| unreachable(&error))?;
+    while let Some(frame) = tokio::time::timeout_at(pace.until(), incoming.frame()).await.map_err(too_slow)? {
+        let Ok(chunk) = frame.map_err(|error| unreachable(&error))?.into_data() else { continue };
         if body.len().saturating_add(chunk.len()) > limit {
             return Err(too_large());
         }
@@ -250,8 +236,8 @@ async fn read(response: reqwest::Response, limit: usize, held: &mut HeldAnswer) 
 }
 
 /// The innermost cause says what happened; the outer ones only that a request failed.
-fn unreachable(error: &reqwest::Error) -> RemoteError {
-    let mut cause: &dyn std::error::Error = error;
+pub(super) fn unreachable(error: &(dyn std::error::Error + 'static)) -> RemoteError {
+    let mut cause = error;
     while let Some(source) = cause.source() {
         cause = source;
     }
@@ -300,6 +286,7 @@ pub fn crypto_provider() -> Arc<CryptoProvider> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::connector::Itself;
     use super::*;
 
     #[test]
@@ -373,16 +360,7 @@ mod tests {
     }
 
     fn http(reach: Reach) -> Http {
-        Http::new(tls_config(&[]).unwrap(), reach, Itself, Answers::default()).unwrap()
-    }
-
-    #[tokio::test]
-    async fn hc_57_names_of_private_addresses_are_refused_after_the_look_up() {
-        let resolver = GuardedResolver { targets: Itself, reach: Reach::Public };
-        let error = resolver.resolve("localhost".parse().unwrap()).await.map(|_| ()).unwrap_err();
-        assert!(error.to_string().contains("may not be dialled"), "{error}");
-        let resolver = GuardedResolver { targets: Itself, reach: Reach::Everything };
-        assert!(resolver.resolve("localhost".parse().unwrap()).await.unwrap().all(|found| found.ip().is_loopback()));
+        Http::new(tls_config(&[]).unwrap(), reach, Itself, Answers::default())
     }
 
     #[test]
@@ -394,7 +372,7 @@ mod tests {
             "http://0177.0.0.1/",
             "http://[::ffff:7f00:1]/",
         ] {
-            let url: Url = url.parse().unwrap();
+            let url: Uri = url.parse().unwrap();
             assert!(http(Reach::Public).request(http::Method::GET, url.clone()).is_err(), "{url}");
             assert!(http(Reach::Everything).request(http::Method::GET, url).is_ok());
         }

@@ -17,23 +17,21 @@ use crate::admin::metrics::CacheMeter;
 /// How a server is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Route {
-    /// The beginning of URLs: its host is the name that the server's certificate must be for.
+    /// The beginning of URLs: its authority is what the server is asked as (`Host`, `:authority`).
     pub base: String,
-    /// The value of the `Host` header.
-    pub host: String,
-    /// What is dialled for the URL's host.
+    /// What is dialled, and so for which name the certificate must be.
     pub dial: Dial,
 }
 
-/// What is dialled for a URL's host.
+/// What is dialled for a URL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Dial {
-    /// The host itself.
+    /// The URL's host, at port 8448 unless it has another.
     Host,
     /// The targets of the host's SRV records.
     Srv,
-    /// The host itself, wherever it is: an admin has named it.
-    Trusted,
+    /// Where an admin says that the server is.
+    Named,
 }
 
 /// What discovery looks up.
@@ -62,18 +60,12 @@ pub(super) async fn discover(name: &ServerName, lookups: &impl Lookups) -> Route
 
 /// An IP literal, or a name with a port.
 fn fixed(name: &ServerName) -> Route {
-    let port = name.port().unwrap_or(8448);
-    Route { base: format!("https://{}:{port}", name.host()), host: name.as_str().to_owned(), dial: Dial::Host }
+    Route { base: format!("https://{name}"), dial: Dial::Host }
 }
 
 async fn by_srv(host: &str, lookups: &impl Lookups) -> Route {
-    let host = host.to_owned();
-    if lookups.has_srv(&host).await {
-        // No port: the records have theirs.
-        Route { base: format!("https://{host}"), host, dial: Dial::Srv }
-    } else {
-        Route { base: format!("https://{host}:8448"), host, dial: Dial::Host }
-    }
+    let dial = if lookups.has_srv(host).await { Dial::Srv } else { Dial::Host };
+    Route { base: format!("https://{host}"), dial }
 }
 
 /// How many hosts are remembered.
@@ -137,6 +129,7 @@ impl Lookups for Network {
 mod tests {
     use ruma::server_name;
 
+    use super::super::connector::{Federation, TargetSource as _};
     use super::*;
 
     struct Fixed {
@@ -173,7 +166,7 @@ mod tests {
             ],
             srv: &["srv.example", "both.example", "port.example"],
         };
-        for (name, base, host, dial) in [
+        for (name, dialled, host, dial) in [
             // 1: IP literals are never looked up.
             ("1.2.3.4", "https://1.2.3.4:8448", "1.2.3.4", Dial::Host),
             ("1.2.3.4:99", "https://1.2.3.4:99", "1.2.3.4:99", Dial::Host),
@@ -200,7 +193,11 @@ mod tests {
             ("none.example", "https://none.example:8448", "none.example", Dial::Host),
         ] {
             let route = discover(<&ServerName>::try_from(name).unwrap(), &world).await;
-            assert_eq!(route, Route { base: base.to_owned(), host: host.to_owned(), dial }, "{name}");
+            assert_eq!(route, Route { base: format!("https://{host}"), dial }, "{name}");
+            if dial == Dial::Host {
+                let at = Federation.dialled(route.base.parse().unwrap()).to_string();
+                assert_eq!(at.trim_end_matches('/'), dialled, "{name}");
+            }
         }
     }
 

@@ -144,6 +144,11 @@ impl Underway {
         Self { limit: WAITING, ..Self::default() }
     }
 
+    /// A count of something else, of which one server may have so many.
+    pub fn of(limit: usize) -> Self {
+        Self { limit, ..Self::default() }
+    }
+
     /// Counts a request of `origin` in, or refuses it.
     pub fn enter(&self, origin: &ServerName) -> Result<Counted, Refusal> {
         let mut counts = lock(&self.counts);

@@ -1,6 +1,7 @@
 //! The client against real servers on loopback, friendly and hostile. Here is what the tests share.
 
 mod answers;
+mod http2;
 mod tls;
 mod well_known;
 
@@ -17,13 +18,15 @@ use axum::response::{IntoResponse, Response};
 use axum_server::tls_rustls::RustlsConfig;
 use futures::future::BoxFuture;
 use http::{Method, StatusCode, header};
+use http_body_util::Full;
 use ruma::{OwnedServerName, ServerName, server_name};
 use serde_json::json;
 use tempfile::TempDir;
 use url::Url;
 
 use super::answers::Answers;
-use super::dialler::{Http, Itself, Reach, TargetSource, Targets, tls_config};
+use super::connector::{Itself, TargetSource, Targets};
+use super::dialler::{Answer, Http, Reach, tls_config};
 use super::discovery::{Lookups as _, Network};
 use super::srv::SrvTargets;
 use super::well_known::{Outcome, fetch_from};
@@ -35,8 +38,12 @@ use crate::identity::{KeyFetcher as _, SigningKey};
 /// A request as a server saw it.
 #[derive(Debug, Clone)]
 struct Seen {
+    version: http::Version,
     method: Method,
+    /// Path and query.
     uri: String,
+    /// As whom the server is asked: `:authority`, or `Host`.
+    authority: String,
     headers: http::HeaderMap,
     body: Bytes,
 }
@@ -54,7 +61,17 @@ impl Server {
         let router = Router::new().fallback(async move |request: Request| {
             let (parts, body) = request.into_parts();
             let body = to_bytes(body, 1 << 20).await.unwrap();
-            let request = Seen { method: parts.method, uri: parts.uri.to_string(), headers: parts.headers, body };
+            let host = parts.headers.get(header::HOST).map(|host| host.to_str().unwrap().to_owned());
+            let authority = parts.uri.authority().map(ToString::to_string);
+            assert!(authority.is_none() || host.is_none() || authority == host, "{authority:?} {host:?}");
+            let request = Seen {
+                version: parts.version,
+                method: parts.method,
+                uri: parts.uri.path_and_query().unwrap().to_string(),
+                authority: authority.or(host).unwrap(),
+                headers: parts.headers,
+                body,
+            };
             log.lock().unwrap().push(request.clone());
             answer(&request)
         });
@@ -80,9 +97,20 @@ impl Server {
         names: &[&str],
         answer: impl Fn(&Seen) -> Response + Clone + Send + Sync + 'static,
     ) -> Self {
+        Self::speaking(&["http/1.1"], authority, names, answer)
+    }
+
+    /// A server that speaks only what is named, as ALPN has it.
+    fn speaking(
+        protocols: &[&str],
+        authority: &Authority,
+        names: &[&str],
+        answer: impl Fn(&Seen) -> Response + Clone + Send + Sync + 'static,
+    ) -> Self {
         let (router, seen) = Self::router(answer);
         let (listener, address) = Self::listen();
-        let server = axum_server::from_tcp_rustls(listener, authority.issue(names)).unwrap();
+        let tls = RustlsConfig::from_config(Arc::new(authority.issue(names, protocols)));
+        let server = axum_server::from_tcp_rustls(listener, tls).unwrap();
         tokio::spawn(server.serve(router.into_make_service()));
         Self { address, seen }
     }
@@ -120,18 +148,19 @@ impl Authority {
         self.directory.path().join("ca.pem")
     }
 
-    fn issue(&self, names: &[&str]) -> RustlsConfig {
+    fn issue(&self, names: &[&str], protocols: &[&str]) -> rustls::ServerConfig {
         let key = rcgen::KeyPair::generate().unwrap();
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let certificate = rcgen::CertificateParams::new(names).unwrap().signed_by(&key, &self.issuer).unwrap();
         let key = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-        let config = rustls::ServerConfig::builder_with_provider(crypto_provider())
+        let mut config = rustls::ServerConfig::builder_with_provider(crypto_provider())
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_no_client_auth()
             .with_single_cert(vec![certificate.der().clone()], key)
             .unwrap();
-        RustlsConfig::from_config(Arc::new(config))
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+        config
     }
 
     /// A client that trusts this authority and may dial loopback.
@@ -164,6 +193,22 @@ fn hello(_: &Seen) -> Response {
 
 fn named(address: SocketAddr) -> OwnedServerName {
     format!("localhost:{}", address.port()).try_into().unwrap()
+}
+
+/// Asks `https://HOST/_matrix/x` through `http`.
+async fn ask(http: &Http, host: &str) -> Result<Answer, RemoteError> {
+    let uri = format!("https://{host}/_matrix/x").parse().unwrap();
+    let request = http.request(Method::GET, uri)?.body(Full::default()).unwrap();
+    http.send(host, request, Duration::from_secs(10), 1000, 0).await
+}
+
+/// Every name is at this port of loopback.
+struct Loopback(u16);
+
+impl TargetSource for Loopback {
+    fn targets(&self, _: String) -> BoxFuture<'static, Targets> {
+        Box::pin(std::future::ready(vec![("localhost".to_owned(), self.0)]))
+    }
 }
 
 fn answers() -> Answers {

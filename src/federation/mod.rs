@@ -3,9 +3,11 @@
 mod answers;
 mod askers;
 mod client;
+mod connector;
 mod context;
 mod dialler;
 mod discovery;
+mod download;
 mod limits;
 #[cfg(test)]
 mod loopback_tests;
@@ -26,6 +28,7 @@ pub use self::context::Context;
 #[cfg(test)]
 pub(crate) use self::context::KeysOf;
 pub use self::dialler::crypto_provider;
+pub use self::download::{Bytewise, Opened};
 pub use self::limits::{ByteBudget, Counted, Held, LineLimits, Lines, Reserved, Shares, Turn, Underway};
 pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, OutboundQueues, QueueStatus};
 pub use self::pace::Pace;

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{HeaderMap, Method, StatusCode, Uri, header};
+use http_body_util::Full;
 use ruma::ServerName;
 use rustls::pki_types::ServerName as TlsName;
-use url::Url;
 
 use super::client::{Client, RemoteError};
-use super::dialler;
+use super::discovery::Route;
+use super::{connector, dialler};
 
 /// How much of an answer is read.
 const LIMIT: usize = 16 << 20;
@@ -59,17 +60,16 @@ impl Client {
     pub async fn probe(&self, destination: &ServerName, probe: Probe) -> Result<ProbeAnswer, RemoteError> {
         let Probe { method, uri, authorization, body, timeout } = probe;
         let asking = async {
-            let route = self.route(destination).await;
-            let text = format!("{}{uri}", route.base);
-            let url = Url::parse(&text).map_err(|error| RemoteError::Unreachable(format!("{text:?}: {error}")))?;
-            let http = self.dial(route.dial);
-            let mut request = http.request(method, url)?.header(header::HOST, &route.host);
+            let (route, http) = self.route(destination).await;
+            let mut request = http.request(method, whole(&route, &uri)?)?;
             for value in authorization {
                 request = request.header(header::AUTHORIZATION, value);
             }
-            if let Some(body) = body {
-                request = request.header(header::CONTENT_TYPE, "application/json").body(body);
+            if body.is_some() {
+                request = request.header(header::CONTENT_TYPE, "application/json");
             }
+            let request = request.body(Full::new(body.unwrap_or_default()));
+            let request = request.map_err(|error| RemoteError::Unreachable(error.to_string()))?;
             http.send(destination.as_str(), request, timeout, LIMIT, LIMIT).await
         };
         match tokio::time::timeout(timeout, asking).await {
@@ -80,14 +80,14 @@ impl Client {
 
     /// What a TLS handshake with a server agrees on, when it is offered HTTP/2; none where it is reached without TLS.
     pub async fn tls_facts(&self, destination: &ServerName) -> Result<Option<TlsFacts>, RemoteError> {
-        let route = self.route(destination).await;
+        let (route, http) = self.route(destination).await;
         let wrong = |problem: String| RemoteError::Unreachable(problem);
-        let url = Url::parse(&route.base).map_err(|error| wrong(error.to_string()))?;
-        if url.scheme() != "https" {
+        let dialled = http.dialled(whole(&route, "/")?)?;
+        if dialled.scheme_str() != Some("https") {
             return Ok(None);
         }
-        let host = url.host_str().unwrap_or_default().to_owned();
-        let port = url.port_or_known_default().unwrap_or(8448);
+        let host = connector::bare(dialled.host().unwrap_or_default()).to_owned();
+        let port = dialled.port_u16().unwrap_or(443);
         let mut config = dialler::tls_config(self.custom_ca()).map_err(|error| wrong(error.to_string()))?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         let shake = tokio::task::spawn_blocking(move || handshake(&host, port, config));
@@ -98,9 +98,14 @@ impl Client {
     }
 }
 
+fn whole(route: &Route, uri: &str) -> Result<Uri, RemoteError> {
+    let text = format!("{}{uri}", route.base);
+    text.parse().map_err(|error| RemoteError::Unreachable(format!("{text:?}: {error}")))
+}
+
 fn handshake(host: &str, port: u16, config: rustls::ClientConfig) -> io::Result<TlsFacts> {
     use std::net::ToSocketAddrs as _;
-    let name = TlsName::try_from(host.trim_matches(['[', ']']).to_owned()).map_err(io::Error::other)?;
+    let name = TlsName::try_from(host.to_owned()).map_err(io::Error::other)?;
     let address = (host, port).to_socket_addrs()?.next().ok_or_else(|| io::Error::other("it has no address"))?;
     let mut stream = std::net::TcpStream::connect_timeout(&address, TLS_TIMEOUT)?;
     stream.set_read_timeout(Some(TLS_TIMEOUT))?;

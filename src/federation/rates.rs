@@ -19,6 +19,8 @@ pub enum Rate {
     Invites,
     /// Devices and their keys.
     Devices,
+    /// Files.
+    Media,
     /// Keys of other servers, by address: nobody proves who asks.
     Keys,
 }
@@ -31,6 +33,7 @@ impl Rate {
             Self::Handshakes => (500.0, 50.0),
             Self::Invites => (300.0, 20.0),
             Self::Devices => (500.0, 50.0),
+            Self::Media => (600.0, 30.0),
             Self::Keys => (300.0, 10.0),
         }
     }
@@ -90,6 +93,7 @@ impl Rate {
             Self::Handshakes => "handshakes",
             Self::Invites => "invites",
             Self::Devices => "devices",
+            Self::Media => "files",
             Self::Keys => "keys of servers",
         }
     }

@@ -13,7 +13,7 @@ use moka::future::Cache;
 use moka::ops::compute::Op;
 use rand::Rng as _;
 
-use super::dialler::{TargetSource, Targets};
+use super::connector::{TargetSource, Targets};
 use super::discovery::CACHED;
 use crate::admin::metrics::CacheMeter;
 

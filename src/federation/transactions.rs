@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use moka::future::Cache;
 use ruma::ServerName;
@@ -17,10 +18,13 @@ use crate::store::{Effect, Store};
 
 /// For how long answers are kept: a day, and some time for clocks that disagree.
 const KEPT_MS: i64 = 26 * 3_600_000;
+const KEPT: Duration = Duration::from_secs(26 * 3600);
 /// How often old answers are looked for.
 const PRUNE_EVERY_MS: i64 = 60_000;
 /// How many answers are kept in memory.
 const CACHED: u64 = 10_000;
+/// How many transactions are known again in memory alone.
+const REMEMBERED: u64 = 20_000;
 /// How long a transaction ID may be.
 const MAX_TXN_ID: usize = 255;
 
@@ -34,6 +38,8 @@ struct Inner {
     store: Store,
     clock: SharedClock,
     answers: Cache<TransactionKey, Arc<Value>>,
+    /// Answers that say nothing of any event: not in the store.
+    remembered: Cache<TransactionKey, Arc<Value>>,
     answers_meter: CacheMeter,
     in_process: Mutex<HashMap<TransactionKey, InProcess>>,
     pruned_at: AtomicI64,
@@ -71,6 +77,7 @@ impl Transactions {
             clock,
             answers_meter: CacheMeter::watch("transactions", &answers),
             answers,
+            remembered: Cache::builder().max_capacity(REMEMBERED).time_to_live(KEPT).build(),
             in_process: Mutex::default(),
             pruned_at: AtomicI64::new(0),
         };
@@ -96,6 +103,9 @@ impl Transactions {
 
     async fn answer(&self, key: &TransactionKey) -> Result<Option<Arc<Value>>, Refusal> {
         if let Some(answer) = self.inner.answers_meter.count(self.inner.answers.get(key).await) {
+            return Ok(Some(answer));
+        }
+        if let Some(answer) = self.inner.remembered.get(key).await {
             return Ok(Some(answer));
         }
         let Some(stored) = transactions::answer(&self.inner.store, key).await? else { return Ok(None) };
@@ -124,6 +134,13 @@ impl Processing {
                 Ok(())
             })
         })
+    }
+
+    /// Keeps an answer that says nothing of any event in memory alone: forgotten at a restart, or for many newer ones, its transaction
+    /// is processed when it comes again.
+    pub async fn remember(self, answer: Value) -> Value {
+        self.transactions.inner.remembered.insert(self.place.key.clone(), Arc::new(answer.clone())).await;
+        answer
     }
 
     /// Records the answer; after this the transaction is answered for good.

@@ -4,7 +4,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{HeaderMap, Method, StatusCode, Uri, header};
+use http_body_util::Full;
 use ruma::OwnedServerName;
 use serde::Deserialize;
 use url::Url;
@@ -82,7 +83,9 @@ pub(super) async fn fetch_from(http: &Http, url: Url) -> Outcome {
 async fn follow(http: &Http, mut url: Url) -> Result<Outcome, RemoteError> {
     for _ in 0..=MAX_REDIRECTS {
         // Every hop passes the dialler's checks anew.
-        let request = http.request(Method::GET, url.clone())?;
+        let uri: Uri = url.as_str().parse().map_err(|error| RemoteError::BadAnswer(format!("{url}: {error}")))?;
+        let request = http.request(Method::GET, uri)?.body(Full::default());
+        let request = request.map_err(|error| RemoteError::Unreachable(error.to_string()))?;
         let answer = http.send(url.host_str().unwrap_or_default(), request, TIMEOUT, MAX_SIZE, 0).await?;
         if answer.status == StatusCode::OK {
             return Ok(read(&answer.headers, &answer.body));

@@ -66,9 +66,7 @@ async fn send_to_graph(
 /// `send_…` with a transaction ID in its path, as the draft has it. The LPDU in the body says the room; graph servers that speak LM
 /// use this for whole events too.
 pub(super) async fn send_lm(handshake: Handshake, federation: Federation, given: Given) -> Answer {
-    if let Some((room_id, event_id)) = of_a_graph(&federation, &given.body).await? {
-        return send_to_graph(handshake, federation, given, room_id, event_id).await;
-    }
+    let of_graph = of_a_graph(&federation, &given.body).await?;
     let endpoint = match handshake {
         Handshake::Join => "v3/send_join",
         Handshake::Leave => "v3/send_leave",
@@ -76,12 +74,20 @@ pub(super) async fn send_lm(handshake: Handshake, federation: Federation, given:
     };
     let lpdu_id = Lpdu::parse(given.body.clone()).ok().map(|lpdu| lpdu.lpdu_id);
     let taking = federation.clone();
-    let said = |answer| match (handshake, lpdu_id) {
+    let event_id = of_graph.as_ref().map(|(_, event_id)| event_id.clone());
+    let said = |answer| match (handshake, event_id, lpdu_id) {
         // The room's state is too much to be kept for everybody who has joined.
-        (Handshake::Join, Some(lpdu_id)) => Said::Joined { lpdu_id },
+        (Handshake::Join, Some(event_id), _) => Said::JoinedGraph { event_id },
+        (Handshake::Join, None, Some(lpdu_id)) => Said::Joined { lpdu_id },
         _ => Said::Answer(answer),
     };
-    once(&federation, endpoint, given, said, |given| send_to_log(handshake, taking, given)).await
+    let take = |given| async move {
+        match of_graph {
+            Some((room_id, event_id)) => send_to_graph(handshake, taking, given, room_id, event_id).await,
+            None => send_to_log(handshake, taking, given).await,
+        }
+    };
+    once(&federation, endpoint, given, said, take).await
 }
 
 /// What was said to a transaction, as it is written down.
@@ -92,6 +98,10 @@ enum Said {
     /// The answer to the join that was made of this LPDU.
     Joined {
         lpdu_id: OwnedEventId,
+    },
+    /// The answer to this join, which a graph server made.
+    JoinedGraph {
+        event_id: OwnedEventId,
     },
     /// An event that was signed.
     Signed(Value),
@@ -140,6 +150,7 @@ async fn repeat(federation: &Federation, before: Value) -> Answer {
     match said {
         Said::Answer(answer) => Ok(answer),
         Said::Joined { lpdu_id } => federation.lm.answer_join_again(&lpdu_id).await,
+        Said::JoinedGraph { event_id } => federation.dag.answer_join_again(&event_id).await,
         Said::Signed(event) => Ok(signed(event)),
         Said::Refused { status, errcode, error } => Err(Refusal::Repeated { status, errcode, error }),
     }
@@ -155,9 +166,13 @@ async fn of_a_graph(federation: &Federation, event: &Object) -> Result<Option<(O
     let Some(Ok(room_id)) = event.get("room_id").and_then(Value::as_str).map(OwnedRoomId::try_from) else {
         return Ok(None);
     };
-    let place = place_of(federation, &room_id).await?;
-    if place != Some(Place::Shared) || Place::Shared.side_for(event) == Side::Lm {
-        return Ok(None);
+    match place_of(federation, &room_id).await? {
+        Some(Place::Shared) if Place::Shared.side_for(event) == Side::Matrix => {}
+        // Servers of both kinds ask here first, whatever the room, and by Matrix's own endpoints when they are told that there is no such.
+        Some(Place::On(Side::Matrix)) => {
+            return Err(Refusal::Unrecognized(format!("{room_id} is a Matrix room: this endpoint is for LM rooms")));
+        }
+        _ => return Ok(None),
     }
     let event_id = Pdu::parse(event.clone(), Redaction::GraphServer)?.event_id;
     Ok(Some((room_id, event_id)))

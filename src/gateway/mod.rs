@@ -8,6 +8,7 @@ mod handshakes;
 mod housekeeping;
 mod listen;
 mod lookups;
+mod media;
 mod notary;
 mod reads;
 mod routes;
@@ -21,6 +22,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::middleware::from_fn_with_state;
+use rand::RngCore as _;
+use rand::rngs::OsRng;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -36,10 +39,10 @@ use crate::config::Config;
 use crate::dag::Dag;
 use crate::event::VerifyKey;
 use crate::federation::{Client, ClientOptions, Context, OutboundQueues};
-use crate::identity::{Keyring, SigningKey, SigningKeyError, Trust};
+use crate::identity::{Keyring, MediaNames, SigningKey, SigningKeyError, Trust};
 use crate::lm::Lm;
 use crate::refusal::Refusal;
-use crate::store::{Store, StoreError};
+use crate::store::{self, Store, StoreError};
 
 /// How long requests under way may take when the gateway stops.
 const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -119,7 +122,10 @@ async fn context_on(store: Store, config: Config, clock: SharedClock) -> Result<
     keyring.remember_own().await?;
     let outbound =
         OutboundQueues::new(store.clone(), clock.clone(), server_name.clone(), client.clone(), keyring.clone());
-    Ok(Context { server_name, signing_key, keyring, store, clock, client, outbound, config: Arc::new(config) })
+    let mut fresh = [0; 32];
+    OsRng.fill_bytes(&mut fresh);
+    let media = MediaNames::new(server_name.clone(), &store::media::secret(&store, fresh).await?);
+    Ok(Context { server_name, signing_key, keyring, store, clock, client, outbound, media, config: Arc::new(config) })
 }
 
 /// A gateway that runs.
@@ -148,6 +154,7 @@ impl Gateway {
             None => None,
         };
         let federation = Federation::new(context.clone(), lm.clone(), dag.clone(), between);
+        let media = federation.media.clone();
         let public = match &appservice {
             Some(appservice) => federation_routes(federation).merge(appservice.routes()),
             None => federation_routes(federation),
@@ -159,16 +166,20 @@ impl Gateway {
             dag: dag.clone(),
             bridge: bridge.clone(),
             appservice: appservice.clone(),
+            media: media.clone(),
         };
+        media.load().await;
         // Before anything new comes: who is asked to keep it must know the portals, and what waits was there first.
-        let loaded = bridge.load(lm.clone(), dag).await.map_err(GatewayError::Bridge)?;
+        let loaded = bridge.load(lm.clone(), dag.clone()).await.map_err(GatewayError::Bridge)?;
         lm.resume().await.map_err(GatewayError::Bridge)?;
+        dag.resume().await.map_err(GatewayError::Bridge)?;
         let public = Listener::open("federation", &config.listen, public).await?;
+        let summary = Arc::new(admin.clone());
         let admin = Listener::open_plain("admin", config.admin.address, admin.routes()).await?;
         bridge.resume(loaded).await.map_err(GatewayError::Bridge)?;
         context.outbound.start().await?;
         if let Some(appservice) = &appservice {
-            appservice.start().await?;
+            appservice.start(summary).await?;
         }
         tracing::info!(
             server_name = %context.server_name,
@@ -279,6 +290,7 @@ mod tests {
                 "server_name": "g.example",
                 "signing_key": directory.path().join("key"),
                 "database": { "url": url },
+                "media": { "cache_dir": directory.path().join("media") },
                 "listen": { "address": "127.0.0.1:0" },
                 "admin": { "address": "127.0.0.1:0", "token": "0123456789abcdef0123456789abcdef" },
             }));

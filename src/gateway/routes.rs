@@ -18,12 +18,13 @@ use super::notary::{self, Anyone, Notary};
 use super::signed::{Asked, Given, SignedTransaction};
 use super::transaction::Dialect;
 use super::unproved::Unproved;
-use super::{devices, handshakes, lookups, reads, transaction};
+use super::{devices, handshakes, lookups, media, reads, transaction};
 use crate::dag::Dag;
 use crate::event::Object;
 use crate::federation::{Askers, Context, Lines, Rate, Rates, Transactions, Underway};
 use crate::identity::Side;
 use crate::lm::Lm;
+use crate::media::Media;
 use crate::refusal::Refusal;
 use crate::seam::{Graphs, NoDevices, SharedBetween, SharedDevices};
 
@@ -60,6 +61,8 @@ pub struct Federation {
     pub edus: EduBudgets,
     /// When the log last told of events of rooms that are not known, in milliseconds.
     pub stray_told: Arc<AtomicI64>,
+    /// Files of both sides.
+    pub media: Media,
     /// The graphs of shared rooms, which the linear side holds weakly.
     pub graphs: Arc<dyn Graphs>,
 }
@@ -72,6 +75,7 @@ impl Federation {
         lm.set_graphs(&graphs);
         let transactions = Transactions::new(context.store.clone(), context.clock.clone());
         Self {
+            media: Media::new(&context),
             context,
             lm,
             dag,
@@ -162,6 +166,8 @@ pub fn federation_endpoints() -> Vec<Endpoint> {
         Endpoint::post("/v1/get_missing_events/{room_id}", reads::missing_events),
         Endpoint::get("/v1/publicRooms", reads::public_rooms),
         Endpoint::post("/v1/publicRooms", reads::search_public_rooms),
+        Endpoint::file("/v1/media/download/{media_id}", media::download),
+        Endpoint::file("/v1/media/thumbnail/{media_id}", media::thumbnail),
         Endpoint::get("/v1/user/devices/{user_id}", devices::devices),
         Endpoint::post("/v1/user/keys/query", devices::keys),
         Endpoint::post("/v1/user/keys/claim", devices::claim),
@@ -233,6 +239,21 @@ impl Endpoint {
         Self { method: Method::GET, path: federated(path), takes: Takes::Signature, handler: get(handler) }
     }
 
+    /// One that gives a file.
+    fn file<F, A>(path: &str, answer: F) -> Self
+    where
+        F: Fn(Federation, Asked) -> A + Clone + Send + Sync + 'static,
+        A: Future<Output = Result<Response, Refusal>> + Send + 'static,
+    {
+        let rate = rate_of(path);
+        let handler = move |State(federation): State<Federation>, asked: Asked| {
+            let limited = limited(&federation, &asked.origin, rate);
+            let answer = limited.map(|()| answer(federation, asked));
+            async move { answer?.await }
+        };
+        Self { method: Method::GET, path: federated(path), takes: Takes::Signature, handler: get(handler) }
+    }
+
     fn put<F, A>(path: &str, answer: F) -> Self
     where
         F: Fn(Federation, Given) -> A + Clone + Send + Sync + 'static,
@@ -279,6 +300,8 @@ fn rate_of(path: &str) -> Option<Rate> {
         Some(Rate::Handshakes)
     } else if names(&["invite", "im.isthmus.hub"]) {
         Some(Rate::Invites)
+    } else if names(&["media"]) {
+        Some(Rate::Media)
     } else if names(&["user"]) {
         Some(Rate::Devices)
     } else if names(&["event", "event_auth", "state", "state_ids", "backfill", "get_missing_events"]) {
@@ -373,5 +396,6 @@ mod tests {
         assert_eq!(limited(Some(Rate::Handshakes)).len(), 3 + 3 + 2 * 3);
         assert_eq!(limited(Some(Rate::Invites)).len(), 3 + 2);
         assert_eq!(limited(Some(Rate::Devices)).len(), 3 + 2);
+        assert_eq!(limited(Some(Rate::Media)).len(), 2);
     }
 }

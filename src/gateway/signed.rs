@@ -51,6 +51,11 @@ impl<B> Signed<B> {
         Ok(())
     }
 
+    /// Says that the request is counted where its answer comes from, and no more among those that are worked on.
+    pub fn counts_elsewhere(&mut self) {
+        self.counted = None;
+    }
+
     /// The room in the path.
     pub fn room_id(&self) -> Result<OwnedRoomId, Refusal> {
         parse("room ID", self.segment("room_id"))

@@ -135,8 +135,12 @@ async fn take(
         Begun::Answered(answer) => Ok((answer, false)),
         Begun::Process(processing) => {
             let (answer, said_something) = receive(state, transaction, dialect).await?;
-            // One in which nothing was taken and nothing refused gives the same answer whenever it comes again.
-            Ok((if said_something { processing.finish(answer).await? } else { answer }, true))
+            // One in which nothing was taken and nothing refused is not worth a write: most of them are of EDUs alone.
+            let answer = match said_something {
+                true => processing.finish(answer).await?,
+                false => processing.remember(answer).await,
+            };
+            Ok((answer, true))
         }
     }
 }
@@ -181,6 +185,9 @@ pub fn parse(raw: &[u8], signer: &ServerName) -> Result<(Vec<Raw>, Vec<Raw>), Re
         return Err(Refusal::malformed("origin", format!("{origin:?}, but the request is signed by {signer}")));
     }
     // The draft allows `edus` to be left out, and a server with nothing but EDUs leaves out `pdus`.
+    if pdus.is_none() && edus.is_none() {
+        return Err(Refusal::malformed("pdus", "missing, and there are no edus either"));
+    }
     Ok((pdus.map_or_else(Vec::new, |pdus| pdus.0), edus.map_or_else(Vec::new, |edus| edus.0)))
 }
 
@@ -280,8 +287,9 @@ fn answer(outcomes: Vec<Received>, dialect: Dialect) -> Value {
                 entries.insert(event_id.to_string(), json!({}));
             }
             // By this a participant knows that somebody else is to judge its event.
-            (Some(event_id), Err(refusal @ Refusal::WrongHub { .. })) => {
-                let error = json!({ "errcode": refusal.errcode(), "error": refusal.to_string() });
+            (Some(event_id), Err(Refusal::WrongHub { hub, found })) => {
+                let refusal = Refusal::WrongHub { hub: hub.clone(), found };
+                let error = json!({ "errcode": refusal.errcode(), "error": refusal.to_string(), "hub_server": hub });
                 entries.insert(event_id.to_string(), error);
             }
             (Some(event_id), Err(refusal)) => {
@@ -316,7 +324,11 @@ mod tests {
         assert!(refusal.errcode() == "M_BAD_JSON" && refusal.to_string().contains("more than 50"), "{refusal}");
         assert!(with(0, MAX_EDUS + 1).unwrap_err().to_string().contains("more than 100"));
         assert!(parse(br#"{"pdus":{}}"#, signer).unwrap_err().to_string().contains("a list of at most 50"));
-        assert_eq!(parse(b"{}", signer).unwrap().0.len(), 0);
+        for neither in [&b"{}"[..], br#"{"pdus":null}"#, br#"{"pdus":null,"edus":null}"#] {
+            assert_eq!(parse(neither, signer).unwrap_err().errcode(), "M_BAD_JSON");
+        }
+        assert_eq!(parse(br#"{"edus":[{}]}"#, signer).map(|(pdus, edus)| (pdus.len(), edus.len())).unwrap(), (0, 1));
+        assert_eq!(parse(br#"{"pdus":[]}"#, signer).unwrap().0.len(), 0);
         assert_eq!(parse(br#"["a.example",[],[]]"#, signer).unwrap_err().errcode(), "M_BAD_JSON");
     }
 

@@ -317,7 +317,7 @@ async fn try_batch(lm: &Lm, cell: &Arc<RoomCell>, items: Vec<Item>) -> Result<Ve
 }
 
 fn origin_of(origin: &Origin) -> Origin {
-    Origin { foreign: origin.foreign, answered: origin.answered, effect: None }
+    Origin { foreign: origin.foreign, answered: origin.answered, ..Origin::default() }
 }
 
 /// The items' LPDUs that are in the log already.

@@ -30,6 +30,8 @@ pub(super) struct Origin {
     pub foreign: bool,
     /// The answer to a handshake carries it to its sender's server, so the queue need not.
     pub answered: bool,
+    /// In a shared room: it is a join by which its sender's server comes to take part by the log.
+    pub comes: bool,
     /// What is written with it, with the ID by which its maker knows it.
     pub effect: Option<EventEffect>,
 }
@@ -56,6 +58,8 @@ pub(super) struct Batch {
     complaints: Vec<Complaint>,
     /// What the current state has for a type and state key whatever the log's last event is, and how many events it came after.
     replaced: Vec<(usize, Slotted)>,
+    /// Of a room whose log follows a graph: what is redacted, and by what.
+    redacted: Vec<(OwnedEventId, OwnedEventId)>,
 }
 
 /// A type and state key, and what the current state has for them.
@@ -74,8 +78,8 @@ pub(super) struct Committed {
 impl Batch {
     pub fn new(before: Arc<Snapshot>) -> Self {
         let after = (*before).clone();
-        let (entries, complaints, replaced) = Default::default();
-        Self { before, after, entries, new_room: false, complaints, replaced }
+        let (entries, complaints, replaced, redacted) = Default::default();
+        Self { before, after, entries, new_room: false, complaints, replaced, redacted }
     }
 
     /// A room that is made together with its first events.
@@ -96,9 +100,20 @@ impl Batch {
         self.entries.len().saturating_sub(1)
     }
 
-    /// Takes back all but the first `len` events, after which the room was `after`.
-    pub fn truncate(&mut self, len: usize, after: Snapshot) {
+    /// Redacts an event, which the log may have, for a graph that the log follows.
+    pub fn redact(&mut self, target: OwnedEventId, redaction: OwnedEventId) {
+        self.redacted.push((target, redaction));
+    }
+
+    /// How many events it has, and how many it redacts.
+    pub fn size(&self) -> (usize, usize) {
+        (self.entries.len(), self.redacted.len())
+    }
+
+    /// Takes back all but the first `len` events and `redacted` redactions, after which the room was `after`.
+    pub fn truncate(&mut self, (len, redacted): (usize, usize), after: Snapshot) {
         self.entries.truncate(len);
+        self.redacted.truncate(redacted);
         self.replaced.retain(|(came_after, _)| *came_after <= len);
         self.after = after;
     }
@@ -122,7 +137,7 @@ impl Batch {
 
     pub fn is_empty(&self) -> bool {
         let nothing = self.entries.is_empty() && self.complaints.is_empty() && self.replaced.is_empty();
-        nothing && self.after.redaction == self.before.redaction
+        nothing && self.redacted.is_empty() && self.after.redaction == self.before.redaction
     }
 
     /// Writes everything, then tells the room's cell, the queues and the bridge. What this gateway fails on is found out: the
@@ -193,6 +208,7 @@ impl Batch {
             new_room: self.new_room,
             complaints: self.complaints,
             replaced: self.replaced.into_iter().map(|(_, slot)| slot).collect(),
+            redacted: self.redacted,
         }
     }
 
@@ -256,9 +272,7 @@ impl News {
         let cell = match cell {
             Some(cell) => {
                 if handed_over.is_some() {
-                    // Before anybody can see who keeps the log now: what was on its way to the one before goes first.
                     lock(&cell.ahead).hub_changed();
-                    cell.strand();
                     cell.forget_stays();
                 }
                 if somebody_moved {
@@ -268,7 +282,10 @@ impl News {
                 if !redacted.is_empty() {
                     cell.forget_recent();
                 }
-                cell.publish(Arc::new(snapshot));
+                match handed_over {
+                    Some(_) => cell.publish_stranding(Arc::new(snapshot)),
+                    None => cell.publish(Arc::new(snapshot)),
+                }
                 cell.clone()
             }
             None => lm.rooms().add(snapshot).await?,
@@ -383,6 +400,7 @@ pub(super) struct Job {
     new_room: bool,
     complaints: Vec<Complaint>,
     replaced: Vec<Slotted>,
+    redacted: Vec<(OwnedEventId, OwnedEventId)>,
 }
 
 /// What was written.
@@ -423,7 +441,8 @@ impl Job {
         }
         if self.entries.is_empty() {
             stored::replace_state(tx, &room_id, &self.replaced).await?;
-            return Ok(Done { kept, failed, untried, texts: Vec::new(), pushed: false, redacted: Vec::new() });
+            let redacted = redactions::write_all(tx, &room_id, self.after.redaction, &self.redacted).await?;
+            return Ok(Done { kept, failed, untried, texts: Vec::new(), pushed: false, redacted });
         }
         if !self.new_room {
             stored::advance_head(tx, &room_id, head).await?;
@@ -433,7 +452,8 @@ impl Job {
         }
         let pushed = self.push_to_inbox(tx).await?;
         let is_hub = self.is_hub;
-        let table = (self.after.redaction, is_hub);
+        let (redaction, follows) = (self.after.redaction, self.after.facts.shared);
+        let by_graph = std::mem::take(&mut self.redacted);
         let redacting: Vec<Redacting> = self.entries.iter().filter_map(|entry| entry.redacts.clone()).collect();
         let pdus: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
         let replaced = std::mem::take(&mut self.replaced);
@@ -444,9 +464,12 @@ impl Job {
         if let Some(succession) = succession {
             succession.write(tx, &feed, &server_name, head).await?;
         }
-        let mut redacted = if is_hub { Vec::new() } else { redactions::redacted_before(tx, &room_id, &pdus).await? };
+        let mut redacted = match is_hub || follows {
+            true => redactions::write_all(tx, &room_id, redaction, &by_graph).await?,
+            false => redactions::redacted_before(tx, &room_id, &pdus).await?,
+        };
         for redacting in redacting {
-            redacted.extend(redacting.write(tx, &room_id, table).await?);
+            redacted.extend(redacting.write(tx, &room_id, (redaction, is_hub)).await?);
         }
         let text = |event: NewEvent| (event.position, event.json.into());
         let texts = if is_hub { events.into_iter().map(text).collect() } else { Vec::new() };
@@ -473,13 +496,18 @@ impl Job {
                     let since = if entry.origin.answered { entry.position } else { entry.position.saturating_sub(1) };
                     stored::server_joined(tx, &self.feed.room_id, server, since).await?;
                     // Who came into a shared room as a graph server has its graph.
-                    if !self.after.facts.shared || entry.pdu.hub_server.is_some() {
+                    if !self.after.facts.shared || entry.origin.comes {
                         OutboundQueues::subscribe(tx, server, &self.feed, since).await?;
                     }
                 }
                 Some(Move::Went(server)) if *server != self.server_name => {
                     stored::server_left(tx, &self.feed.room_id, server, entry.position).await?;
                     OutboundQueues::end(tx, server, &self.feed, entry.position).await?;
+                }
+                // The log counts another user of its server whom the graph does not.
+                _ if entry.origin.comes => {
+                    let since = if entry.origin.answered { entry.position } else { entry.position.saturating_sub(1) };
+                    OutboundQueues::subscribe(tx, entry.pdu.sender.server_name(), &self.feed, since).await?;
                 }
                 _ => {}
             }

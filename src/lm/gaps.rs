@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::Lm;
 use super::finished::{Bad, Finished};
+use super::in_line::newest_first;
 use super::intake::Taking;
 use super::join_check::{Claim, Seen, forbidden, without_forbidden};
 use super::peers::prev_events;
@@ -26,9 +27,9 @@ use crate::store::lm::{self as stored, Fault, Known};
 /// How many events one request for missing ones asks for.
 const PAGE: usize = 100;
 /// How many requests are made for one gap at once: there are hubs that give ten events at once, whatever is asked for.
-const PAGES: usize = 500;
+pub(super) const PAGES: usize = 500;
 /// How much one gap may have to be filled at once, and how long that may take: the hub may be waiting for our answer.
-const AT_ONCE: Bounds = Bounds { events: 5_000, bytes: 16 << 20, patience: Duration::from_secs(30) };
+pub(super) const AT_ONCE: Bounds = Bounds { events: 5_000, bytes: 16 << 20, patience: Duration::from_secs(30) };
 /// As how many of our users a hub is asked where its log ends.
 pub(super) const ASKERS: usize = 3;
 
@@ -135,6 +136,9 @@ impl Taking<'_> {
             return Ok(Filled::NotNow);
         }
         let (room_id, hub) = (self.room().facts.room_id.clone(), self.room().facts.hub.clone());
+        if let Some(filled) = self.fill_in_line(event, &missing).await? {
+            return Ok(filled);
+        }
         tracing::info!(room = %room_id, %hub, event = %event, "events are missing, asking the hub");
         let is_itself = missing.iter().any(|missing| missing == event);
         let mut found = Found { left: missing, ..Found::default() };
@@ -198,7 +202,7 @@ impl Taking<'_> {
         let (mut seen, mut found) = (BTreeSet::new(), Vec::new());
         'pages: for _ in 0..PAGES {
             let page = match tokio::time::timeout_at(deadline, self.page(&facts, &from)).await {
-                Ok(Ok(page)) => page,
+                Ok(Ok(page)) => self.in_its_order(page),
                 Ok(Err(error)) => {
                     tracing::info!(room = %facts.room_id, hub = %facts.hub, %error, "the log was not looked over to its end");
                     whole = is_verdict(&error);
@@ -206,13 +210,7 @@ impl Taking<'_> {
                 }
                 Err(_) => break,
             };
-            let mut page: Vec<_> = page.into_iter().filter(|event| event_of(event).is_some()).collect();
-            let is_from = |event: Option<&Result<Finished, Bad>>| {
-                event.and_then(event_of).is_some_and(|pdu| pdu.event_id == from)
-            };
-            if is_from(page.last()) {
-                page.reverse();
-            }
+            let page = newest_first(page, &from);
             let ids: Vec<OwnedEventId> = page.iter().filter_map(event_of).map(|pdu| pdu.event_id.clone()).collect();
             let ids: Vec<&EventId> = ids.iter().map(|id| &**id).collect();
             let rows = stored::events_by_id(&self.lm().context().store, &ids).await?;
@@ -302,7 +300,7 @@ impl Taking<'_> {
                 return Ok(Fetched::Long(format!("there are more than {} events", bounds.events)));
             }
             let page = match tokio::time::timeout_at(until, self.page(&facts, &from)).await {
-                Ok(Ok(page)) => page,
+                Ok(Ok(page)) => self.in_its_order(page),
                 Ok(Err(error)) => {
                     tracing::info!(room = %facts.room_id, hub = %facts.hub, %error, "no backfill");
                     let problem = error.to_string();
@@ -359,7 +357,7 @@ impl Taking<'_> {
     }
 
     /// What the hub gives up to an event.
-    async fn page(&self, facts: &Facts, from: &EventId) -> Result<Vec<Result<Finished, Bad>>, RemoteError> {
+    pub(super) async fn page(&self, facts: &Facts, from: &EventId) -> Result<Vec<Result<Finished, Bad>>, RemoteError> {
         let asked = self.announced.as_ref().unwrap_or(&facts.hub);
         let page = self.lm().peers().backfill(asked, &facts.room_id, from, PAGE).await?;
         let page = page.into_iter().take(PAGE).collect();

@@ -156,7 +156,7 @@ impl Lm {
         if matches!(expected, Membership::Join | Membership::Knock) {
             self.pass_gate(&cell, &lpdu, expected).await?;
         }
-        let from = Origin { foreign: true, answered: expected == Membership::Join, effect: None };
+        let from = Origin { foreign: true, answered: expected == Membership::Join, ..Origin::default() };
         let outcome = self.append(&cell, vec![(What::Lpdu(lpdu), from)]).await.pop();
         outcome.ok_or_else(|| Refusal::Internal("no outcome".to_owned()))?.into_result()
     }

@@ -63,6 +63,7 @@ impl Lm {
             }
         }
         self.resume_stranded().await?;
+        self.resume_tells().await?;
         self.resume_looks().await
     }
 

@@ -124,7 +124,7 @@ impl Lm {
     /// Appends them; what comes too late for that, because another server keeps the log now, is queued for it.
     pub(super) async fn send_as_hub(&self, cell: &Arc<RoomCell>, events: Vec<Outgoing>) -> Vec<Result<Sent, Refusal>> {
         let own = |event: Outgoing| (What::Own(event.draft), Origin { effect: event.effect, ..Origin::default() });
-        let outcomes = self.append_all(cell, events.into_iter().map(own).collect()).await;
+        let outcomes = self.append_and_tell(cell, events.into_iter().map(own).collect()).await;
         let (mut results, mut places, mut late) = (Vec::with_capacity(outcomes.len()), Vec::new(), Vec::new());
         for outcome in outcomes {
             if let Outcome::NotHub(draft, effect) = outcome {
@@ -278,30 +278,10 @@ impl Lm {
         }
         let (places, lpdus): (Vec<_>, Vec<_>) = waiting.drain(..).unzip();
         let foreign = |lpdu| (What::Lpdu(lpdu), Origin { foreign: true, ..Origin::default() });
-        let appended = self.append_all(cell, lpdus.into_iter().map(foreign).collect()).await;
+        let appended = self.append_and_tell(cell, lpdus.into_iter().map(foreign).collect()).await;
         for (place, outcome) in places.into_iter().zip(appended) {
             set_result(results, place, outcome.into_result().map(drop));
         }
-    }
-
-    /// Appends events that may be invites like any others.
-    async fn append_all(&self, cell: &Arc<RoomCell>, events: Vec<(What, Origin)>) -> Vec<Outcome> {
-        let before = cell.snapshot(&self.context().store).await;
-        let outcomes = self.append(cell, events).await;
-        if let Ok(before) = before {
-            let appended = outcomes.iter().filter_map(|outcome| match outcome {
-                Outcome::Appended(appended) => Some(appended),
-                _ => None,
-            });
-            let new = appended.filter(|appended| appended.position.0 > before.head);
-            let mut before = Snapshot::clone(&before);
-            for appended in new {
-                self.tell_invited(&before, appended);
-                self.tell_removed(&before, appended);
-                before.apply(&appended.event);
-            }
-        }
-        outcomes
     }
 
     /// Whether an LPDU comes from its sender's server and is meant for this hub. Our own users are no exception: only this

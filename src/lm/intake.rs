@@ -12,11 +12,12 @@ use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
 use super::gaps::Filled;
 use super::hub::received;
+use super::remarks::Skipped;
 use super::room::{Snapshot, Subject};
 use super::rooms::{RoomCell, lock, stored_pdu};
 use super::rules::{HUB_EVENT, Slot};
 use super::waits::{Waits, slot_of};
-use super::{Lm, Role};
+use super::{Lm, Role, whereabouts};
 use crate::admin::metrics::METRICS;
 use crate::event::{Lpdu, Object, Pdu, event_id, reference_hash};
 use crate::guard::fails_on;
@@ -70,7 +71,11 @@ impl Lm {
         }
         let is_hub = *origin == room.facts.hub;
         if !is_hub && !objects.iter().any(|object| announces(object, origin, &room)) {
-            return self.too_late(origin, &room, &objects).await;
+            let late = self.too_late(origin, &room, &objects).await?;
+            if late.iter().any(|event| event.result.is_err()) && room.has_server(origin) {
+                self.seek_hub(cell, Some(origin.to_owned()), whereabouts::EVERY);
+            }
+            return Ok(late);
         }
         let redaction = room.redaction;
         let checked = self.check_finished(objects, redaction).await;
@@ -84,6 +89,7 @@ impl Lm {
         }
         let mut taking = Taking::begin(self, cell, room).await?;
         taking.announced = (!is_hub).then(|| origin.to_owned());
+        taking.skipped = lock(&cell.skipped).clone();
         let coming = checked.iter().flatten().map(|event| &event.pdu);
         let asked_for = coming.flat_map(|pdu| pdu.prev_events.iter().chain([&pdu.event_id])).cloned();
         taking.look_up(asked_for.collect()).await?;
@@ -93,8 +99,10 @@ impl Lm {
                 Ok(event) => Some(event.pdu.event_id.clone()),
                 Err(bad) => bad.event_id().cloned(),
             };
+            taking.remark_on_time(&event);
             results.push(received(event_id, taking.arrive(event).await?));
         }
+        *lock(&cell.skipped) = std::mem::take(&mut taking.skipped);
         taking.finish(Some(cell)).await?;
         if is_hub && lock(&cell.ahead).has_misdirected() {
             // Who said that it was not the hub, perhaps before it knew, speaks as the hub.
@@ -134,7 +142,8 @@ impl Lm {
             return Ok(());
         }
         let found = self.context().server_name.to_string();
-        let gave = room.state_event(HUB_EVENT, "").is_some_and(|event| *event.sender.server_name() == *found);
+        // Whoever takes us for the hub of before is told so, also when the log has gone on since.
+        let gave = self.changes(&facts.room_id, room).await?.iter().any(|change| is_of(change, &found));
         if !gave && self.context().config.hub_transfer.accepts(&facts.hub, &facts.room_id) {
             // Its sender may know before us that we are the hub: as long as we are not, it keeps it.
             let server = facts.hub.clone();
@@ -204,6 +213,11 @@ fn is_announcement(event: &Finished, server: &ServerName, room: &Snapshot) -> bo
         && room.state_event(HUB_EVENT, "").is_none_or(|current| pdu.auth_events.contains(&current.event_id))
 }
 
+fn is_of(event: &Value, server: &str) -> bool {
+    let sender = event.get("sender").and_then(Value::as_str).and_then(|user| <&UserId>::try_from(user).ok());
+    sender.is_some_and(|user| user.server_name() == server)
+}
+
 /// Only the hub sends what is in the log.
 fn not_from_hub(origin: &ServerName, room: &Snapshot, object: &Object) -> Result<(), Refusal> {
     if !is_finished(object) {
@@ -233,10 +247,14 @@ pub(super) struct Taking<'a> {
     pub(super) gap_is_open: bool,
     /// What of the log is missing.
     pub(super) waits: Waits,
+    /// Whether the event that is being taken shows that the log is a graph in a line.
+    pub(super) in_line: bool,
     /// Whether the hub's log was seen to fork.
     pub(super) forked: bool,
     /// Whether the log is being looked over: what is found so sets off no other look.
     pub(super) looks: bool,
+    /// What the hub had, and had not given, when it gave what follows it.
+    pub(super) skipped: Skipped,
 }
 
 impl<'a> Taking<'a> {
@@ -253,8 +271,10 @@ impl<'a> Taking<'a> {
             announced: None,
             gap_is_open: false,
             waits: Waits::default(),
+            in_line: false,
             forked: false,
             looks: false,
+            skipped: Skipped::default(),
         }
     }
 
@@ -298,6 +318,7 @@ impl<'a> Taking<'a> {
         if missing.is_empty() {
             return self.place(event).await;
         }
+        self.in_line = self.room().says_shared() || self.is_of_a_graph(&event.pdu);
         let filled = match self.asked {
             Some(filled) => {
                 if filled == Filled::Bridged {
@@ -306,8 +327,11 @@ impl<'a> Taking<'a> {
                 }
                 filled
             }
-            None => self.fill(&event.pdu.event_id, missing).await?,
+            None => self.fill(&event.pdu.event_id, missing.clone()).await?,
         };
+        if filled != Filled::NotNow && !self.in_line {
+            self.skipped.note(missing);
+        }
         if filled == Filled::NotNow {
             if self.gap_is_open {
                 // It is asked for with all that came meanwhile: the hub need not keep what it has for other rooms.
@@ -372,6 +396,7 @@ impl<'a> Taking<'a> {
             self.fault(Fault::Forked, &pdu.event_id, &problem);
             self.forked = true;
         }
+        self.remark_on_links(&pdu);
         self.batch.after.redaction = redaction;
         let slot = slot_of(&pdu);
         self.followed.extend(pdu.prev_events.iter().cloned());
@@ -383,6 +408,10 @@ impl<'a> Taking<'a> {
     /// Whether another event follows the same one already. What stands between may also have come late.
     async fn forks(&self, pdu: &Pdu) -> Result<bool, Refusal> {
         if self.waits.late.is_some() || self.room().last_id().is_none_or(|last| pdu.prev_events.contains(last)) {
+            return Ok(false);
+        }
+        if self.room().says_shared() || self.is_of_a_graph(pdu) {
+            // Whoever builds on a graph may have said it at once with what stands before it here.
             return Ok(false);
         }
         if pdu.prev_events.iter().any(|id| self.followed.contains(id)) {
@@ -422,13 +451,23 @@ impl<'a> Taking<'a> {
         }
         let subject = Subject::of(pdu);
         let (slots, expected) = room.auth_events(&subject);
-        if pdu.auth_events.iter().collect::<BTreeSet<_>>() == expected.iter().collect() {
-            return Ok(room.judge(&subject, &slots));
-        }
+        let is_as_expected = pdu.auth_events.iter().collect::<BTreeSet<_>>() == expected.iter().collect();
         // What hands the log over is good for one place alone: said again later, it names what is there no more.
         if pdu.new_hub().is_some() {
-            let problem = format!("auth_events are not {expected:?}, which allow it where it stands");
+            let problem = if !is_as_expected {
+                format!("auth_events are not {expected:?}, which allow it where it stands")
+            } else if self.forks(pdu).await? {
+                format!(
+                    "it follows {:?}, which another event follows: it was signed for another place",
+                    pdu.prev_events
+                )
+            } else {
+                return Ok(room.judge(&subject, &slots));
+            };
             return Ok(Err(Refusal::LmRule { rule: "hub.7", problem }));
+        }
+        if is_as_expected {
+            return Ok(room.judge(&subject, &slots));
         }
         // Not what we would have chosen: perhaps earlier events for the right places, perhaps not.
         let ids: Vec<&EventId> = pdu.auth_events.iter().map(|id| &**id).collect();
@@ -452,8 +491,11 @@ impl<'a> Taking<'a> {
         for id in &pdu.auth_events {
             match named.get(id) {
                 Some((kind, state_key)) => chosen.push(Slot { kind, state_key }),
-                // It waits here for its keys, perhaps for ever: the room goes on by what it was before.
-                None if self.is_passed(id) || self.may_be_left_out() => return Ok(room.judge(&subject, &slots)),
+                // It waits here for its keys, perhaps for ever: the room goes on by what it was before. Where the log is a graph in a
+                // line it may also have been replaced before we came, and a branch of then goes by it.
+                None if self.is_passed(id) || self.may_be_left_out() || self.may_branch(pdu) => {
+                    return Ok(room.judge(&subject, &slots));
+                }
                 None => {
                     let problem = format!("auth_events name {id}, which is not known");
                     return Ok(Err(Refusal::LmRule { rule: "4.2", problem }));
@@ -466,7 +508,12 @@ impl<'a> Taking<'a> {
     /// Remarks on a fault of the hub: the event is taken all the same, or may come again and be right.
     pub fn fault(&mut self, fault: Fault, event_id: &EventId, problem: &str) {
         self.record(Some(fault), event_id, problem, false);
-        self.looked_up.entry(event_id.to_owned()).or_default().get_or_insert(Known::Remarked);
+        self.remark(event_id.to_owned());
+    }
+
+    /// What names an event goes on without it.
+    pub(super) fn remark(&mut self, event_id: OwnedEventId) {
+        self.looked_up.entry(event_id).or_default().get_or_insert(Known::Remarked);
     }
 
     /// Records that an event is refused for good, and whether that is a fault of the hub.
@@ -520,7 +567,8 @@ impl<'a> Taking<'a> {
         let room_id = self.room().facts.room_id.clone();
         let known = stored::known_of(&self.lm.context().store, &room_id, &ids).await?;
         for event_id in event_ids {
-            let is_known = known.get(&event_id).copied();
+            let is_passed = || self.lm.not_in_logs().contains_key(&(room_id.clone(), event_id.clone()));
+            let is_known = known.get(&event_id).copied().or_else(|| is_passed().then_some(Known::Remarked));
             self.looked_up.insert(event_id, is_known);
         }
         Ok(())

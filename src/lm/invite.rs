@@ -8,7 +8,7 @@ use std::time::Duration;
 use http::StatusCode;
 use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 
 use super::actor::{Item, Job, Outcome, What};
 use super::batch::Origin;
@@ -29,9 +29,6 @@ const TRIES: usize = 3;
 const DISTRUST: Duration = Duration::from_secs(3600);
 /// How often appends in one room may be made to wait.
 const BETWEEN_HOLDS: Duration = Duration::from_secs(60);
-/// How many servers are told of invites at once. Participants choose whom they invite and how often: beyond this nobody is
-/// told, and the invite stands all the same.
-const TELLING: usize = 32;
 /// How long an invited user's answer waits for the invite to be in the log.
 const ANSWER_WAITS: Duration = Duration::from_secs(5);
 /// How many events of stripped state are read.
@@ -41,8 +38,6 @@ const STRIPPED: usize = 100;
 pub(super) struct Invites {
     distrusted: moka::future::Cache<OwnedServerName, ()>,
     held: moka::future::Cache<OwnedRoomId, ()>,
-    /// Who is being told of an invite.
-    telling: Arc<Semaphore>,
     /// Who is being asked to sign an invite: how many times, of each room and user.
     asking: Mutex<HashMap<(OwnedRoomId, OwnedUserId), watch::Sender<usize>>>,
 }
@@ -69,12 +64,7 @@ impl Invites {
     pub fn new() -> Self {
         let distrusted = moka::future::Cache::builder().max_capacity(10_000).time_to_live(DISTRUST);
         let held = moka::future::Cache::builder().max_capacity(10_000).time_to_live(BETWEEN_HOLDS);
-        Self {
-            distrusted: distrusted.build(),
-            held: held.build(),
-            telling: Arc::new(Semaphore::new(TELLING)),
-            asking: Mutex::default(),
-        }
+        Self { distrusted: distrusted.build(), held: held.build(), asking: Mutex::default() }
     }
 
     fn ask(&self, room_id: &RoomId, user: OwnedUserId) -> Asking<'_> {
@@ -94,15 +84,15 @@ enum Source {
 }
 
 impl Lm {
-    /// Invites a user of another server into a room: as hub through the target's server, which signs; as participant
-    /// through the hub.
+    /// Invites a user of another server into a room: as hub or as a server of a shared room's graph through
+    /// the target's server, which signs; as participant through the hub.
     pub async fn invite(&self, room_id: &RoomId, invite: Outgoing) -> Result<Sent, Refusal> {
         let target = target_of(&invite.draft.kind, invite.draft.state_key.as_deref(), &invite.draft.content)?;
         let (cell, room) = self.find(room_id).await?;
         let server = target.server_name();
         let in_room = room.has_server(server) || *server == self.context().server_name;
         match self.role(&room) {
-            Role::Hub if !in_room => {
+            Role::Hub | Role::GraphServer { .. } if !in_room => {
                 let source = Source::Own(invite.draft);
                 self.invite_through(&cell, &target, source, invite.effect).await.map(Sent::Appended)
             }
@@ -156,6 +146,7 @@ impl Lm {
         };
         let signed = match known {
             Some((cell, room)) if self.role(&room) == Role::Hub => {
+                is_version(&body, room.facts.version)?;
                 self.invite_for(origin, &cell, &room, event.clone()).await?.event.json.clone()
             }
             // The log of a room that is known has one hub, and no other server has invites to it signed.
@@ -190,60 +181,6 @@ impl Lm {
             return outcome.ok_or_else(|| Refusal::Internal("no outcome".to_owned()))?.into_result();
         }
         self.invite_through(cell, &target, Source::Lpdu(lpdu), None).await
-    }
-
-    /// Tells the target's server of an invite that was appended without asking it: participants may send invites like any
-    /// event. Done once and in the background, because the invite stands whatever comes of it.
-    pub(super) fn tell_invited(&self, room: &Snapshot, invite: &Appended) {
-        let event = &invite.event;
-        if event.kind != "m.room.member" {
-            return;
-        }
-        let Ok(target) = target_of(&event.kind, event.state_key.as_deref(), event.content()) else { return };
-        let server = target.server_name().to_owned();
-        if room.has_server(&server) || server == self.context().server_name {
-            return;
-        }
-        let Ok(permit) = self.inner.invites.telling.clone().try_acquire_owned() else {
-            tracing::warn!(room = %event.room_id, %server, "too many invites: the invited server was not told");
-            return;
-        };
-        let (lm, event) = (self.clone(), event.clone());
-        let (version, stripped) = (room.facts.version, stripped_state(room));
-        tokio::spawn(async move {
-            let _permit = permit;
-            if let Err(error) = lm.peers().invite(&server, &event.event_id, &event.json, version, stripped).await {
-                tracing::info!(room = %event.room_id, %server, %error, "the invited server was not told");
-            }
-        });
-    }
-
-    /// Tells the server of somebody who was invited, or has knocked, and was kicked or banned: it is not in the room, so the log does
-    /// not tell it. Done once and in the background, like an invite that nobody was asked about.
-    pub(super) fn tell_removed(&self, room: &Snapshot, removal: &Appended) {
-        let event = &removal.event;
-        let membership = event.content().get("membership").and_then(Value::as_str);
-        if event.kind != "m.room.member" || !matches!(membership, Some("leave" | "ban")) {
-            return;
-        }
-        let Some(Ok(target)) = event.state_key.as_deref().map(UserId::parse) else { return };
-        let server = target.server_name().to_owned();
-        let outside = !room.has_server(&server) && server != self.context().server_name;
-        let waited = matches!(room.membership(target.as_str()), Some("invite" | "knock"));
-        if !outside || !waited || target == event.sender {
-            return;
-        }
-        let Ok(permit) = self.inner.invites.telling.clone().try_acquire_owned() else {
-            tracing::warn!(room = %event.room_id, %server, "too many at once: the server of a removed user was not told");
-            return;
-        };
-        let (lm, event) = (self.clone(), event.clone());
-        tokio::spawn(async move {
-            let _permit = permit;
-            if let Err(error) = lm.peers().transact(&server, &event.event_id, &event.json).await {
-                tracing::info!(room = %event.room_id, %server, %error, "the server of a removed user was not told");
-            }
-        });
     }
 
     /// Waits until no invite of a user is on its way into the log: the invited server may answer it before the hub has
@@ -289,24 +226,26 @@ impl Lm {
         let foreign = matches!(source, Source::Lpdu(_));
         for _ in 0..TRIES {
             let what = self.ask_target(cell, server, &source).await?;
-            let origin = Origin { foreign, answered: false, effect: effect.take() };
+            let origin = Origin { foreign, effect: effect.take(), ..Origin::default() };
             match self.append(cell, vec![(what, origin)]).await.pop() {
                 Some(Outcome::Moved(returned)) => effect = returned,
                 Some(outcome) => return outcome.into_result(),
                 None => return Err(Refusal::Internal("no outcome".to_owned())),
             }
         }
-        self.invite_while_log_stands(cell, server, &source, Origin { foreign, answered: false, effect }).await
+        self.invite_while_log_stands(cell, server, &source, Origin { foreign, effect, ..Origin::default() }).await
     }
 
     async fn ask_target(&self, cell: &Arc<RoomCell>, server: &ServerName, source: &Source) -> Result<What, Refusal> {
         let room = cell.snapshot(&self.context().store).await?;
         let mut pdu = match source {
+            Source::Own(draft) if matches!(self.role(&room), Role::GraphServer { .. }) => {
+                self.graphs()?.build(&cell.room_id, draft).await?
+            }
             Source::Own(draft) => self.build(&room, draft)?,
             Source::Lpdu(lpdu) => self.complete(&room, lpdu.clone())?,
         };
-        let (version, stripped) = (room.facts.version, stripped_state(&room));
-        let answer = self.peers().invite(server, &pdu.event_id, &pdu.json, version, stripped).await;
+        let answer = self.have_signed(server, &room, &pdu).await;
         let signed = answer.map_err(|error| match source {
             Source::Own(_) => into_refusal(error, server),
             // The participant is told what the target's server says.
@@ -314,6 +253,24 @@ impl Lm {
         })?;
         self.take_signature(server, &mut pdu, room.facts.redaction(), signed).await;
         Ok(What::Signed { pdu: Box::new(pdu), after: room.last_id().cloned() })
+    }
+
+    /// Asks a server to sign an invite of its user. One that takes part in shared rooms as a graph server may know Matrix' endpoint
+    /// alone.
+    pub(super) async fn have_signed(
+        &self,
+        server: &ServerName,
+        room: &Snapshot,
+        event: &Pdu,
+    ) -> Result<Object, RemoteError> {
+        let (version, stripped) = (room.facts.version, stripped_state(room));
+        let answer = self.peers().invite(server, &event.event_id, &event.json, version, stripped.clone()).await;
+        match answer {
+            Err(error) if room.facts.shared && error.is_unrecognized() => {
+                self.peers().invite_as_graph(server, event, version, stripped).await
+            }
+            answer => answer,
+        }
     }
 
     /// Takes the target's signature, if it is right, and nothing else of what came back.
@@ -409,6 +366,18 @@ impl Lm {
         self.between().invited(invite).await?;
         pdu.countersign(own, &self.context().signing_key);
         Ok(pdu.json)
+    }
+}
+
+/// The inviter knows in which version the room is, and says it.
+fn is_version(body: &Object, version: RoomVersion) -> Result<(), Refusal> {
+    match body.get("room_version") {
+        Some(Value::String(named)) if named == version.as_str() => Ok(()),
+        Some(Value::String(named)) => {
+            tracing::info!(named, room_has = version.as_str(), "an invite names another room version");
+            Err(Refusal::IncompatibleRoomVersion(version.as_str().to_owned()))
+        }
+        _ => Err(Refusal::malformed("room_version", "missing or no string")),
     }
 }
 

@@ -5,25 +5,26 @@
 //! That is looked for at the start, after an outage of the hub, after its log forked, and when an LPDU that it took does not
 //! come back.
 
+mod again;
+
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use futures::FutureExt as _;
-use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId, ServerName};
-use tokio::sync::{Notify, Semaphore};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, RoomId, ServerName};
+use tokio::sync::{AcquireError, Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::gaps::{ASKERS, Filled, is_verdict};
 use super::intake::Taking;
-use super::lpdus::is_for;
 use super::peers::prev_events;
 use super::room::Snapshot;
 use super::rooms::{RoomCell, lock};
-use super::{Inner, Lm};
-use crate::federation::{Feed, FeedKind, OutboundQueues};
+use super::{Inner, Lm, whereabouts};
+use crate::federation::{Feed, FeedKind};
 use crate::refusal::Refusal;
 use crate::store::StoreError;
 use crate::store::lm::{self as stored, Fault, Look, TakenRow};
@@ -40,10 +41,13 @@ const AGAIN: Duration = Duration::from_secs(60);
 /// How long an LPDU that the hub took may take to come back before it is looked for, and so each time that it was sent again.
 const FIRST_ECHO_MS: i64 = 30_000;
 const ECHO_MS: [i64; 4] = [FIRST_ECHO_MS, 5 * 60_000, 30 * 60_000, 60 * 60_000];
+/// How long nothing must have come of a room whose hub does not tell where its log ends, before what it took counts as lost. That long
+/// it is not asked again either.
+const QUIET: Duration = Duration::from_secs(5 * 60);
 /// How many LPDUs of a room are looked for at once.
 const TAKEN: i64 = 500;
-/// How many rooms are looked after at once.
-const AT_ONCE: usize = 8;
+/// Of how many hubs rooms are looked after at once: of each one room, so that a slow one holds up its own rooms alone.
+const AT_ONCE: usize = 64;
 /// How often a room's log is complained of at most.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
@@ -51,8 +55,12 @@ const WARN_EVERY: Duration = Duration::from_secs(60);
 pub(super) struct Looks {
     rooms: Mutex<HashMap<OwnedRoomId, Looked>>,
     places: Semaphore,
+    /// Whose rooms are being looked after, or wait for that.
+    hubs: Mutex<HashMap<OwnedServerName, Arc<Semaphore>>>,
     /// By how much all is done sooner.
     haste: AtomicU32,
+    /// When this run began, in milliseconds: what came before is not known.
+    began_ts: AtomicI64,
 }
 
 #[derive(Default)]
@@ -66,11 +74,40 @@ struct Looked {
     asked: Option<Instant>,
     changed: Arc<Notify>,
     warned: Option<Instant>,
+    /// Whether the hub did not tell where its log ends when it was asked last.
+    endless: bool,
+    /// When something of the room came last, in milliseconds, as far as somebody looks after it.
+    heard_ts: i64,
+}
+
+/// How much is known of what a hub's log has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Certainty {
+    /// All of it is here.
+    Whole,
+    /// The hub does not tell where it ends; since this time nothing of it came.
+    SilentSince(i64),
+    /// Something of it is missing.
+    Partial,
 }
 
 impl Looks {
     pub fn new() -> Self {
-        Self { rooms: Mutex::default(), places: Semaphore::new(AT_ONCE), haste: AtomicU32::new(1) }
+        let (rooms, hubs) = Default::default();
+        let (places, haste, began_ts) = (Semaphore::new(AT_ONCE), AtomicU32::new(1), AtomicI64::new(0));
+        Self { rooms, hubs, places, haste, began_ts }
+    }
+
+    /// Waits until a room of this hub may be looked after.
+    async fn place(&self, hub: &ServerName) -> Result<(OwnedSemaphorePermit, SemaphorePermit<'_>), Refusal> {
+        let closed = |error: AcquireError| Refusal::Internal(error.to_string());
+        let of_hub = {
+            let mut hubs = lock(&self.hubs);
+            hubs.retain(|_, places| Arc::strong_count(places) > 1);
+            hubs.entry(hub.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(1))).clone()
+        };
+        let of_hub = of_hub.acquire_owned().await.map_err(closed)?;
+        Ok((of_hub, self.places.acquire().await.map_err(closed)?))
     }
 
     /// Whether the hub does not know the end of the log as it is here.
@@ -90,15 +127,30 @@ impl Looks {
     }
 
     /// How long something takes that takes `time` where nothing is hastened.
-    fn pace(&self, time: Duration) -> Duration {
+    pub fn pace(&self, time: Duration) -> Duration {
         time.checked_div(self.haste.load(Ordering::Relaxed)).unwrap_or(time)
     }
 
-    /// How long after it was taken an LPDU is to be in the log, in milliseconds.
-    fn patience(&self, row: &TakenRow) -> i64 {
+    /// How long after it was taken an LPDU is to be in the log, in milliseconds. Who does not tell where the log ends gets more time.
+    fn patience(&self, row: &TakenRow, endless: bool) -> i64 {
         let resent = usize::try_from(row.resent).unwrap_or_default();
-        let time = ECHO_MS.get(resent).or(ECHO_MS.last()).copied().unwrap_or_default();
-        millis_of(self.pace(millis(time)))
+        let time = millis(ECHO_MS.get(resent).or(ECHO_MS.last()).copied().unwrap_or_default());
+        let least = if endless && !row.passed { QUIET } else { Duration::ZERO };
+        millis_of(self.pace(time.max(least)))
+    }
+
+    /// Whether a room's hub did not tell where its log ends, and since when nothing of the room came.
+    fn manners(&self, room_id: &RoomId) -> (bool, i64) {
+        let (endless, heard) =
+            lock(&self.rooms).get(room_id).map(|room| (room.endless, room.heard_ts)).unwrap_or_default();
+        (endless, heard.max(self.began_ts.load(Ordering::Relaxed)))
+    }
+
+    /// Something of a room comes, or will: its hub is back.
+    fn hears(&self, room_id: &RoomId, now: i64) {
+        if let Some(room) = lock(&self.rooms).get_mut(room_id) {
+            room.heard_ts = now;
+        }
     }
 
     fn known(&self, room_id: &RoomId) -> Look {
@@ -110,6 +162,7 @@ impl Lm {
     /// Goes on looking after what was left by the last run.
     pub(super) async fn resume_looks(&self) -> Result<(), Refusal> {
         let store = &self.context().store;
+        self.looks().began_ts.store(self.context().clock.now_ms(), Ordering::Relaxed);
         let known = stored::looks(store).await?;
         let taken = stored::rooms_with_taken(store).await?;
         let mut soon = taken;
@@ -133,12 +186,21 @@ impl Lm {
     pub(super) async fn hub_is_back(&self, hub: &ServerName) -> Result<(), Refusal> {
         for room_id in stored::rooms_of_hub(&self.context().store, hub).await? {
             self.ask_after(&room_id, SETTLED);
+            // What it has to say of it is on its way.
+            self.looks().hears(&room_id, self.context().clock.now_ms());
         }
         Ok(())
     }
 
+    /// Another server keeps the log than we thought: it has more of it than was taken.
+    pub(super) fn came_to_another_hub(&self, room_id: &RoomId) {
+        lock(&self.looks().rooms).entry(room_id.to_owned()).or_default().asked = None;
+        self.ask_after(room_id, SOON);
+    }
+
     /// The hub's log forks, or has got more.
     pub(super) async fn saw(&self, room_id: &RoomId, forked: bool) -> Result<(), StoreError> {
+        self.looks().hears(room_id, self.context().clock.now_ms());
         let mut known = self.looks().known(room_id);
         if forked && !known.forks {
             known.forks = true;
@@ -237,8 +299,10 @@ impl Lm {
             return self.forget(room_id, taken.iter().map(|row| row.position).collect()).await;
         }
         let now = self.context().clock.now_ms();
-        let next =
-            taken.iter().map(|row| self.looks().patience(row).saturating_sub(now.saturating_sub(row.taken_ts))).min();
+        let (endless, _) = self.looks().manners(room_id);
+        let left =
+            |row: &TakenRow| self.looks().patience(row, endless).saturating_sub(now.saturating_sub(row.taken_ts));
+        let next = taken.iter().map(left).min();
         if !asks {
             match next {
                 None => return Ok(()),
@@ -256,13 +320,14 @@ impl Lm {
             self.ask_after(room_id, EVERY);
             return Ok(());
         }
-        let place = self.looks().places.acquire().await.map_err(|error| Refusal::Internal(error.to_string()))?;
+        let place = self.looks().place(&room.facts.hub).await?;
         let looked = self.look(&cell).await;
         drop(place);
         match looked {
             Ok(true) => {
                 if let Some(next) = stored::taken_lpdus(store, room_id, 1).await?.first() {
-                    let patience = millis(self.looks().patience(next)).max(self.looks().pace(EVERY));
+                    let (endless, _) = self.looks().manners(room_id);
+                    let patience = millis(self.looks().patience(next, endless)).max(self.looks().pace(EVERY));
                     self.expect_within(room_id, patience);
                 }
                 Ok(())
@@ -273,6 +338,8 @@ impl Lm {
             }
             Err(refusal) => {
                 self.ask_after(room_id, AGAIN);
+                // It may have handed the log on before it went.
+                self.seek_hub(&cell, None, whereabouts::SELDOM);
                 Err(refusal)
             }
         }
@@ -299,8 +366,12 @@ impl Lm {
             return Ok(false);
         }
         let ends = end.unwrap_or_default();
+        let heard_ts = {
+            lock(&self.looks().rooms).entry(cell.room_id.clone()).or_default().endless = ends.is_empty();
+            self.looks().manners(&cell.room_id).1
+        };
         let look = self.looks().known(&cell.room_id);
-        let (mut whole, mut newest) = (!ends.is_empty(), None);
+        let (mut whole, mut newest) = (true, None);
         {
             let _turn = cell.intake.lock().await;
             let mut taking = Taking::begin(self, cell, cell.snapshot(store).await?).await?;
@@ -323,7 +394,12 @@ impl Lm {
             tracing::info!(room = %cell.room_id, %hub, "the hub knows the end of its log again");
         }
         whole &= !self.is_behind(cell).await;
-        self.send_again(cell, &hub, whole, was_lost).await?;
+        let certainty = match (whole, ends.is_empty()) {
+            (true, false) => Certainty::Whole,
+            (true, true) => Certainty::SilentSince(heard_ts),
+            (false, _) => Certainty::Partial,
+        };
+        self.send_again(cell, &hub, certainty, was_lost).await?;
         if was_lost || newest.is_some() {
             let known = self.looks().known(&cell.room_id);
             let until = newest.or(known.until);
@@ -354,7 +430,20 @@ impl Lm {
         match self.peers().backfill(hub, room_id, event_id, 10).await {
             Ok(page) => {
                 let page = self.check_finished(page, room.redaction).await;
-                Ok(page.iter().filter_map(super::gaps::event_of).any(|pdu| pdu.event_id == *event_id))
+                if page.iter().filter_map(super::gaps::event_of).any(|pdu| pdu.event_id == *event_id) {
+                    return Ok(true);
+                }
+                // There may be hubs that leave out the event from which they are asked on, and hubs that give the end of their
+                // log for one that they do not know.
+                if page.iter().flatten().next().is_none() {
+                    return Ok(false);
+                }
+                match self.peers().event(hub, event_id).await {
+                    Ok(()) => Ok(true),
+                    Err(error) if error.is_unrecognized() => Ok(true),
+                    Err(error) if is_verdict(&error) => Ok(false),
+                    Err(error) => Err(error.into_refusal(hub)),
+                }
             }
             Err(error) if error.is_unrecognized() => Ok(true),
             Err(error) if is_verdict(&error) => Ok(false),
@@ -372,78 +461,6 @@ impl Lm {
         taking.looks = true;
         taking.fault(Fault::WentBack, head, "the hub gave it, and does not know it now");
         taking.finish(Some(cell)).await.map(drop)
-    }
-
-    /// Queues again what the hub took, and what is certain not to be in its log: before all that waits where nothing was sent.
-    async fn send_again(
-        &self,
-        cell: &Arc<RoomCell>,
-        hub: &ServerName,
-        whole: bool,
-        was_lost: bool,
-    ) -> Result<(), Refusal> {
-        let (store, room_id) = (&self.context().store, cell.room_id.clone());
-        let now = self.context().clock.now_ms();
-        let mut taken = stored::taken_lpdus(store, &room_id, TAKEN).await?;
-        taken.retain(|row| {
-            let waits = if was_lost { millis_of(self.looks().pace(SETTLED)) } else { self.looks().patience(row) };
-            (whole || row.passed) && now.saturating_sub(row.taken_ts) >= waits
-        });
-        let most = i64::try_from(ECHO_MS.len()).unwrap_or(i64::MAX);
-        let (given_up, again): (Vec<TakenRow>, Vec<TakenRow>) =
-            taken.into_iter().partition(|row| !was_lost && row.resent.saturating_add(1) >= most);
-        for row in &given_up {
-            let why = "the hub took it again and again, and did not put it into its log";
-            cell.settle(&row.lpdu_id, &Err(Refusal::Forbidden(format!("{hub}: {why}"))));
-            self.between().lpdu_refused(&room_id, &row.lpdu_id, why).await?;
-        }
-        self.forget(&room_id, given_up.iter().map(|row| row.position).collect()).await?;
-        let feed = Feed { kind: FeedKind::Lpdus, room_id: room_id.clone() };
-        if !again.is_empty() {
-            tracing::warn!(room = %room_id, %hub, events = again.len(), "the hub took events and lost them: they are sent again");
-            let is_on_its_way = self.context().outbound.is_on_its_way(hub, &feed).await?;
-            let (ids, feed, to_hub) = (store.clone(), feed.clone(), hub.to_owned());
-            let job = store.write(move |tx| {
-                Box::pin(async move {
-                    let mut moved: Vec<i64> = again.iter().map(|row| row.position).collect();
-                    if was_lost && !is_on_its_way {
-                        moved.extend(stored::waiting_lpdus(tx, &feed.room_id).await?);
-                    }
-                    let mut last = None;
-                    for from in moved {
-                        let to = ids.next_id();
-                        if stored::requeue_lpdu(tx, &feed.room_id, from, to).await? && last.is_none() {
-                            OutboundQueues::subscribe(tx, &to_hub, &feed, to.saturating_sub(1)).await?;
-                        }
-                        last = Some(to);
-                    }
-                    match last {
-                        Some(last) => OutboundQueues::advance(tx, &feed, last).await,
-                        None => Ok(()),
-                    }
-                })
-            });
-            job.await?;
-            let waiting = stored::lpdus_after(&self.context().store, &room_id, 0, TAKEN).await?;
-            if waiting.iter().any(|row| !is_for(hub, &row.json)) {
-                // A hub of before took it.
-                cell.strand();
-                self.replace_in_background(cell);
-            }
-        }
-        Ok(())
-    }
-
-    async fn forget(&self, room_id: &RoomId, positions: Vec<i64>) -> Result<(), Refusal> {
-        if positions.is_empty() {
-            return Ok(());
-        }
-        let room_id = room_id.to_owned();
-        let job = self
-            .context()
-            .store
-            .write(move |tx| Box::pin(async move { stored::forget_lpdus(tx, &room_id, &positions).await }));
-        Ok(job.await?)
     }
 }
 
@@ -479,4 +496,27 @@ fn millis_of(time: Duration) -> i64 {
 
 fn millis(ms: i64) -> Duration {
     Duration::from_millis(u64::try_from(ms).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+    use ruma::server_name;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_slow_hub_holds_up_its_own_rooms_alone() {
+        let looks = Looks::new();
+        let (slow, other) = (server_name!("slow.example"), server_name!("other.example"));
+        let first = looks.place(slow).await.unwrap();
+        let waiting: Vec<_> = (0..AT_ONCE).map(|_| looks.place(slow)).collect();
+        let mut waiting = futures::future::join_all(waiting).boxed();
+        assert!((&mut waiting).now_or_never().is_none());
+        assert!(looks.place(other).now_or_never().unwrap().is_ok());
+        drop(first);
+        drop(waiting);
+        assert!(looks.place(slow).now_or_never().unwrap().is_ok());
+        assert!(lock(&looks.hubs).len() <= 2, "who is not looked after is forgotten");
+    }
 }

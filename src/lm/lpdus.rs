@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::actor::template;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
-use super::{Appended, Coming, Lm, Sent};
+use super::{Appended, Coming, Lm, Sent, whereabouts};
 use crate::event::{Lpdu, Object, Redaction, canonical_json};
 use crate::federation::{Delivery, Feed, FeedKind, OutboundQueues};
 use crate::refusal::Refusal;
@@ -264,6 +264,7 @@ impl Lm {
         let refused = answer.get("errcode").and_then(Value::as_str).map(|_| answer);
         self.taken(room_id, positions).await?;
         let (mut left, mut refused_at): (Vec<i64>, Vec<i64>) = Default::default();
+        let mut named = None;
         if refused.is_some() || failed.is_some_and(|failed| !failed.is_empty()) {
             let cell = self.rooms().find(room_id).await?;
             let hub_now = match &cell {
@@ -277,6 +278,8 @@ impl Lm {
                 if !is_hub || hub_now.as_ref().is_some_and(|now| now != hub) {
                     // No verdict on the event: it goes to whoever keeps the log now, as soon as that is known here.
                     left.push(lpdu.position);
+                    let hub_server = why.get("hub_server").and_then(Value::as_str);
+                    named = named.or(hub_server.and_then(|name| ServerName::parse(name).ok()));
                     continue;
                 }
                 refused_at.push(lpdu.position);
@@ -295,6 +298,8 @@ impl Lm {
             if cell.snapshot(store).await?.facts.hub != hub {
                 cell.strand();
                 self.replace_in_background(&cell);
+            } else {
+                self.seek_hub(&cell, Some(named.unwrap_or_else(|| hub.to_owned())), whereabouts::EVERY);
             }
         }
         let is_taken = |position: &i64| !left.contains(position) && !refused_at.contains(position);

@@ -20,6 +20,7 @@ mod gaps;
 mod handshake;
 mod holes;
 mod hub;
+mod in_line;
 mod intake;
 mod invite;
 mod join_check;
@@ -29,9 +30,11 @@ mod look;
 mod lpdus;
 mod names;
 mod participant;
+mod past;
 mod peers;
 mod reads;
 mod redactions;
+mod remarks;
 mod room;
 mod rooms;
 pub mod rules;
@@ -40,12 +43,14 @@ mod shared;
 mod staged;
 mod state;
 mod succession;
+mod tell;
 #[cfg(test)]
 mod tests;
 mod transfer;
 mod visibility;
 mod waits;
 mod weight;
+mod whereabouts;
 
 use std::sync::{Arc, OnceLock, Weak};
 
@@ -61,6 +66,7 @@ use self::participant::Joining;
 use self::peers::Peers;
 use self::rooms::Rooms;
 pub use self::state::State;
+use self::tell::Tells;
 pub use self::transfer::{HandedOver, Readiness};
 use crate::admin::metrics::CacheMeter;
 use crate::event::{Pdu, RoomVersion};
@@ -154,6 +160,9 @@ struct Inner {
     joining: Joining,
     invites: Invites,
     looks: Looks,
+    tells: Tells,
+    /// Events that are named in logs which do not have them.
+    not_in_logs: moka::sync::Cache<(OwnedRoomId, OwnedEventId), ()>,
     /// The graphs of shared rooms.
     graphs: OnceLock<Weak<dyn Graphs>>,
 }
@@ -177,6 +186,8 @@ impl Lm {
             joining: Joining::default(),
             invites: Invites::new(),
             looks: Looks::new(),
+            tells: Tells::default(),
+            not_in_logs: moka::sync::Cache::new(in_line::REMEMBERED),
             graphs: OnceLock::new(),
             context,
             between,
@@ -185,6 +196,10 @@ impl Lm {
         let feeds = Arc::new(Feeds(Arc::downgrade(&inner)));
         inner.context.outbound.register(&[FeedKind::Log, FeedKind::Lpdus], feeds);
         Self { inner }
+    }
+
+    fn not_in_logs(&self) -> &moka::sync::Cache<(OwnedRoomId, OwnedEventId), ()> {
+        &self.inner.not_in_logs
     }
 
     fn context(&self) -> &Context {

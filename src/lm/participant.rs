@@ -4,7 +4,7 @@
 //! join, in the hub's order, then the join, then every event in the order in which the hub gives them. After a time outside
 //! the room the state events that are new come first again, then the new join.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use ruma::{EventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
@@ -24,11 +24,13 @@ use crate::event::{Family, Lpdu, Object, Pdu, Redaction, RoomVersion};
 use crate::federation::RemoteError;
 use crate::identity::KeyringError;
 use crate::refusal::Refusal;
-use crate::seam::{AliasTarget, Draft, Membership, Outgoing, SHARED};
+use crate::seam::{AliasTarget, Draft, Membership, Outgoing};
 use crate::store::lm::Fault;
 
 /// How many events are kept that come for a room while its join is under way.
 const EARLY: usize = 1000;
+/// How many servers are asked for a way into a room because another has named them as its hub.
+const NAMED: usize = 3;
 
 /// Rooms that are being joined. Their hub may send events before it answers the join.
 #[derive(Default)]
@@ -148,12 +150,27 @@ impl Lm {
         via: &[OwnedServerName],
     ) -> Result<Appended, Refusal> {
         let mut told: Option<Refusal> = None;
-        for server in self.candidates(room_id, via).await {
+        let mut servers: VecDeque<OwnedServerName> = self.candidates(room_id, via).await.into();
+        let (mut asked, mut named) = (BTreeSet::new(), 0);
+        while let Some(server) = servers.pop_front() {
+            if !asked.insert(server.clone()) {
+                continue;
+            }
             lock(&join.asked).insert(server.clone());
             match self.join_through(&server, room_id, draft).await {
                 Ok(joined) => return Ok(joined),
                 Err(refusal) => {
                     tracing::info!(room = %room_id, %server, %refusal, "not joined through this server");
+                    let refusal = match refusal {
+                        // It was the hub, and says who is now. That one must prove it as every hub does.
+                        Refusal::WrongHub { hub, .. } if named < NAMED && ServerName::parse(&hub).is_ok() => {
+                            named += 1;
+                            servers
+                                .extend(ServerName::parse(&hub).ok().filter(|hub| *hub != self.context().server_name));
+                            Refusal::Remote { server: server.to_string(), problem: format!("{hub} keeps the log") }
+                        }
+                        refusal => refusal,
+                    };
                     // The first that decides it is worth more than one that only could not be asked.
                     if told.as_ref().is_none_or(|told| told.is_transient() && !refusal.is_transient()) {
                         told = Some(refusal);
@@ -178,9 +195,16 @@ impl Lm {
     }
 
     async fn join_through(&self, server: &ServerName, room_id: &RoomId, draft: &Draft) -> Result<Appended, Refusal> {
-        let failed = |error: RemoteError| into_refusal(error, server);
+        let failed = |error: RemoteError| match error {
+            RemoteError::Status { errcode, hub_server: Some(hub), .. } if errcode == "M_WRONG_SERVER" => {
+                Refusal::WrongHub { hub: hub.to_string(), found: server.to_string() }
+            }
+            error => into_refusal(error, server),
+        };
         let (_, template) = self.peers().make(server, "join", room_id, &draft.sender).await.map_err(failed)?;
-        if !prev_events(&template).is_empty() && !self.does_logs_alone(server).await? {
+        // What was taken part in by its log is a log for good: a graph cannot begin in its middle.
+        let is_log = self.find(room_id).await.is_ok_and(|(_, room)| !room.facts.shared);
+        if !prev_events(&template).is_empty() && !is_log && !self.does_logs_alone(server).await? {
             return self.join_graph(server, room_id, draft).await;
         }
         // Of the template nothing is needed: what the join says is ours.
@@ -264,7 +288,7 @@ impl Lm {
         room.judge(&subject, &room.auth_events(&subject).0)?;
         if joined.redaction != Redaction::Draft {
             taking.batch.after.redaction = joined.redaction;
-        } else if taking.batch.after.state_event("m.room.create", "").is_some_and(|create| says_shared(create)) {
+        } else if taking.batch.after.says_shared() {
             // Most events are the same by both tables; what we sign is not.
             taking.batch.after.redaction = Redaction::GraphServer;
         }
@@ -360,11 +384,6 @@ impl Lm {
     }
 }
 
-/// Whether a hub says in a room's create event that graph servers have a part in it.
-fn says_shared(create: &Pdu) -> bool {
-    create.content().get(SHARED).and_then(Value::as_bool) == Some(true)
-}
-
 enum Inside {
     Joined(Appended),
     /// The gateway is a member of the room: the hub is told by an LPDU.
@@ -424,7 +443,7 @@ pub(super) fn passed_on(error: RemoteError, server: &ServerName) -> Refusal {
     // Of these two the asker would think that they are about its own request.
     let about_us = [http::StatusCode::UNAUTHORIZED, http::StatusCode::METHOD_NOT_ALLOWED];
     match error {
-        RemoteError::Status { status, errcode, error, retry_after }
+        RemoteError::Status { status, errcode, error, retry_after, .. }
             if (status.is_client_error() || status.is_server_error())
                 && !about_us.contains(&status)
                 && !matches!(errcode.as_str(), "" | "M_UNRECOGNIZED") =>
@@ -453,7 +472,7 @@ mod tests {
         let hub = server_name!("hub.example");
         let status = |status, errcode: &str, error: &str| {
             let (errcode, error) = (errcode.to_owned(), error.to_owned());
-            let error = RemoteError::Status { status, errcode, error, retry_after: None };
+            let error = RemoteError::Status { status, errcode, error, retry_after: None, hub_server: None };
             into_refusal(error, hub).to_string()
         };
         let unknown = "the room was not found";

@@ -7,7 +7,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
-use crate::event::{Family, Object, RoomVersion, event_id};
+use crate::event::{Family, Object, Pdu, RoomVersion, event_id};
 use crate::federation::{Call, Client, HeldAnswer, RemoteError};
 use crate::identity::{Keyring, KeyringError};
 use crate::refusal::Refusal;
@@ -89,6 +89,40 @@ impl Peers {
         self.named(server, "v2", &format!("send/{}", encode(lpdu_id)), call).await
     }
 
+    /// The same by Matrix' `send`, of an event of a shared room.
+    pub async fn transact_as_graph(
+        &self,
+        server: &ServerName,
+        own: &ServerName,
+        now: i64,
+        event: &Pdu,
+    ) -> Result<Object, RemoteError> {
+        let body = json!({ "origin": own, "origin_server_ts": now, "pdus": [event.json] });
+        let body = body.as_object().cloned().unwrap_or_default();
+        self.call(server, Call::put(format!("/_matrix/federation/v1/send/{}", encode(&event.event_id)), body)).await
+    }
+
+    /// Matrix' `PUT invite`, of an event of a shared room: the event as the server signed it.
+    pub async fn invite_as_graph(
+        &self,
+        server: &ServerName,
+        event: &Pdu,
+        version: RoomVersion,
+        stripped_state: Vec<Value>,
+    ) -> Result<Object, RemoteError> {
+        let body = json!({
+            "event": event.json,
+            "room_version": version.as_str(),
+            "invite_room_state": stripped_state,
+        });
+        let body = body.as_object().cloned().unwrap_or_default();
+        let uri = format!("/_matrix/federation/v2/invite/{}/{}", encode(&event.room_id), encode(&event.event_id));
+        match self.call(server, Call::put(uri, body)).await?.remove("event") {
+            Some(Value::Object(event)) => Ok(event),
+            _ => Err(RemoteError::BadAnswer("no event in the answer to an invite".to_owned())),
+        }
+    }
+
     /// `POST invite`: the event as the server signed it.
     pub async fn invite(
         &self,
@@ -143,6 +177,11 @@ impl Peers {
         let path = format!("backfill/{}?v={}&limit={limit}", encode(room_id), encode(from));
         let mut answer = self.named(server, "v2", &path, Call::get).await?;
         events(&mut answer, "pdus")
+    }
+
+    /// `GET event`: whether a server gives an event.
+    pub async fn event(&self, server: &ServerName, event_id: &EventId) -> Result<(), RemoteError> {
+        self.named(server, "v2", &format!("event/{}", encode(event_id)), Call::get).await.map(drop)
     }
 
     /// `GET state`: the state before an event, and the events that allow it, as far as they are given.

@@ -1,5 +1,6 @@
 //! What the gateway itself reads of its LM rooms.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId};
@@ -87,6 +88,26 @@ impl Lm {
         Ok(snapshot.servers().cloned().collect())
     }
 
+    /// The same, in a room that LM servers and graph servers share, by how they take part: those that do by its log, and those that do by
+    /// its graph. In other rooms all do by the log. The hub does by both.
+    pub async fn servers_by_part(
+        &self,
+        room_id: &RoomId,
+    ) -> Result<(Vec<OwnedServerName>, Vec<OwnedServerName>), Refusal> {
+        let (_, room) = self.find(room_id).await?;
+        let mut by_graph = BTreeSet::new();
+        if room.facts.shared || room.says_shared() {
+            for user in room.members("join") {
+                let server = user.server_name();
+                let member = room.state_event("m.room.member", user.as_str());
+                if *server == *room.facts.hub || member.is_some_and(|event| event.hub_server.is_none()) {
+                    by_graph.insert(server);
+                }
+            }
+        }
+        Ok(room.servers().cloned().partition(|server| !by_graph.contains(&**server)))
+    }
+
     /// One event, with its place.
     pub async fn event(&self, event_id: &EventId) -> Result<Option<Appended>, Refusal> {
         if let Some(event) = self.inner.events.get(event_id).await {
@@ -136,6 +157,9 @@ impl Lm {
         let cell = self.rooms().find(room_id).await?;
         let cell = cell.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))?;
         let snapshot = cell.snapshot(&self.context().store).await?;
+        if snapshot.facts.shared && cell.was_read() && snapshot.facts.hub != self.context().server_name {
+            self.tell_graph(room_id);
+        }
         Ok((cell, snapshot))
     }
 

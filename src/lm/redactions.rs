@@ -14,7 +14,7 @@ use super::rooms::stored_pdu;
 use super::rules::Action;
 use crate::event::{Object, Pdu, Redaction, canonical_json, redact};
 use crate::refusal::Refusal;
-use crate::store::lm::{self as stored, Asked, EventRow};
+use crate::store::lm::{self as stored, Asked, By, EventRow};
 use crate::store::{Store, StoreError, Tx};
 
 /// What no redaction changes: the room's beginning and its hub, by which others are judged, and lists of servers, which deny
@@ -37,12 +37,16 @@ pub(super) struct Redacting {
 impl Redacting {
     /// What an event redacts that comes after `before`, if it redacts.
     pub fn of(event: &Pdu, before: &Snapshot) -> Option<Self> {
+        if before.facts.shared {
+            // The graph decides it.
+            return None;
+        }
         let target = event.redacts()?;
         let power = before.state_event("m.room.power_levels", "").map(|event| event.content());
         let creator = before.state_event("m.room.create", "").map(|create| &*create.sender);
         let levels = super::rules::Levels::new(power, creator);
         let everything = levels.of_user(&event.sender) >= levels.to_do(Action::Redact);
-        let (sender, neighbours) = (event.sender.clone(), before.facts.shared);
+        let (sender, neighbours) = (event.sender.clone(), before.says_shared());
         Some(Self { target, redaction: event.event_id.clone(), sender, everything, neighbours })
     }
 
@@ -55,7 +59,11 @@ impl Redacting {
         (table, is_hub): (Redaction, bool),
     ) -> Result<Option<Pdu>, StoreError> {
         let Some(row) = stored::target(tx, room_id, &self.target).await? else {
-            let by = (!self.everything).then_some(self.sender.as_str());
+            let by = match (self.everything, self.neighbours) {
+                (true, _) => By::Anybody,
+                (false, true) => By::Neighbours(self.sender.server_name()),
+                (false, false) => By::Sender(&self.sender),
+            };
             if !is_hub {
                 stored::redact(tx, room_id, &self.target, by, &self.redaction).await?;
             }
@@ -67,9 +75,28 @@ impl Redacting {
         if !may || !may_be_redacted(&target.kind) {
             return Ok(None);
         }
-        stored::redact(tx, room_id, &self.target, None, &self.redaction).await?;
+        stored::redact(tx, room_id, &self.target, By::Anybody, &self.redaction).await?;
         Ok(Some(target))
     }
+}
+
+/// Writes down what the graph that a log follows has redacted, with the redactions; what of that is in the log.
+pub(super) async fn write_all(
+    tx: &mut Tx,
+    room_id: &RoomId,
+    table: Redaction,
+    redacted: &[(OwnedEventId, OwnedEventId)],
+) -> Result<Vec<Pdu>, StoreError> {
+    let mut found = Vec::new();
+    for (target, redaction) in redacted {
+        let Some(row) = stored::target(tx, room_id, target).await? else { continue };
+        let target = stored_pdu(row, table)?;
+        if may_be_redacted(&target.kind) {
+            stored::redact(tx, room_id, &target.event_id, By::Anybody, redaction).await?;
+            found.push(target);
+        }
+    }
+    Ok(found)
 }
 
 /// Those of the new events of a foreign hub's log of which the redaction came before them.

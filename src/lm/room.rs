@@ -12,7 +12,7 @@ use super::weight::Weight;
 use crate::event::{Lpdu, Object, Pdu, Redaction, RoomVersion};
 use crate::guard::trip;
 use crate::refusal::Refusal;
-use crate::seam::Draft;
+use crate::seam::{Draft, SHARED};
 
 /// What of a room hardly ever changes.
 #[derive(Debug, Clone)]
@@ -211,6 +211,12 @@ impl Snapshot {
             was_handed_over: self.was_handed_over(),
             next_hub_is_in: self.next_hub_is_in(event),
         }
+    }
+
+    /// Whether the hub says in the create event that graph servers have a part in the room.
+    pub fn says_shared(&self) -> bool {
+        let create = self.state_event("m.room.create", "");
+        create.is_some_and(|create| create.content().get(SHARED).and_then(Value::as_bool) == Some(true))
     }
 
     /// Whether another server kept the log before.

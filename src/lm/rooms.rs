@@ -2,7 +2,7 @@
 //! rebuilt from the store at any time.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use bytes::Bytes;
@@ -14,6 +14,7 @@ use super::actor::Job;
 use super::ahead::Ahead;
 use super::holes::Missing;
 use super::redactions::as_read;
+use super::remarks::Skipped;
 use super::room::{Facts, Snapshot};
 use super::weight::Weight;
 use crate::admin::metrics::CacheMeter;
@@ -42,6 +43,10 @@ pub(super) struct RoomCell {
     load: tokio::sync::Mutex<()>,
     /// Whether it was ever loaded from the store.
     is_loaded: AtomicBool,
+    /// Another number each time it was.
+    reading: AtomicU64,
+    /// The last of them that was told to whom it concerns.
+    told: AtomicU64,
     /// To the room's actor, when one is at work (see [`super::actor`]).
     pub jobs: Mutex<Option<mpsc::Sender<Job>>>,
     /// Held by whoever appends what a hub sent, so that its events are taken in order.
@@ -54,11 +59,15 @@ pub(super) struct RoomCell {
     pub ahead: Mutex<Ahead>,
     /// As participant: whether something of the hub's log is missing.
     pub missing: Mutex<Missing>,
+    /// As participant: what the hub had, and had not given, when it gave what follows it.
+    pub skipped: Mutex<Skipped>,
     /// How often LPDUs may have come to wait for a hub that does not keep the log any more, and up to which time all were replaced.
     stranded: AtomicUsize,
     replaced: AtomicUsize,
     /// Held while those are replaced.
     pub replacing: tokio::sync::Mutex<()>,
+    /// When it was last asked for whether another server keeps the log.
+    pub sought: Mutex<Option<tokio::time::Instant>>,
 }
 
 /// The end of the log, as text.
@@ -95,6 +104,9 @@ impl Drop for Recent {
     }
 }
 
+/// The next number of a reading.
+static READINGS: AtomicU64 = AtomicU64::new(1);
+
 /// How many bytes all rooms keep.
 static RECENT_NOW: AtomicUsize = AtomicUsize::new(0);
 
@@ -116,6 +128,8 @@ impl RoomCell {
             snapshot: RwLock::default(),
             load: tokio::sync::Mutex::default(),
             is_loaded: AtomicBool::default(),
+            reading: AtomicU64::default(),
+            told: AtomicU64::default(),
             jobs: Mutex::default(),
             intake: tokio::sync::Mutex::default(),
             recent: Mutex::default(),
@@ -124,9 +138,11 @@ impl RoomCell {
             stays: Mutex::default(),
             ahead: Mutex::default(),
             missing: Mutex::default(),
+            skipped: Mutex::default(),
             stranded: AtomicUsize::default(),
             replaced: AtomicUsize::default(),
             replacing: tokio::sync::Mutex::default(),
+            sought: Mutex::default(),
         }
     }
 
@@ -172,8 +188,20 @@ impl RoomCell {
             self.restore_ahead(store, &snapshot.facts.hub).await?;
             self.is_loaded.store(true, Ordering::Release);
         }
+        self.reading.store(READINGS.fetch_add(1, Ordering::Relaxed), Ordering::Release);
         self.publish(snapshot.clone());
         Ok(snapshot)
+    }
+
+    /// Another number each time that the room was loaded from the store; 0 before that.
+    pub fn reading(&self) -> u64 {
+        self.reading.load(Ordering::Acquire)
+    }
+
+    /// Whether it was loaded since this was asked last.
+    pub fn was_read(&self) -> bool {
+        let reading = self.reading();
+        self.told.swap(reading, Ordering::AcqRel) != reading
     }
 
     /// What was on its way to the hub when the gateway stopped, or when the room was dropped from memory.
@@ -203,6 +231,14 @@ impl RoomCell {
     /// What was committed. Only the appender calls this.
     pub fn publish(&self, snapshot: Arc<Snapshot>) {
         *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = Some(snapshot);
+    }
+
+    /// The same where another server keeps the log from now on: whoever sees that sees too that what was on its way to the one
+    /// before goes first, and whoever sees this looks for it by the room as it is now.
+    pub fn publish_stranding(&self, snapshot: Arc<Snapshot>) {
+        let mut current = self.snapshot.write().unwrap_or_else(PoisonError::into_inner);
+        self.strand();
+        *current = Some(snapshot);
     }
 
     /// Nobody knows whether a write was committed: the store is asked again.
@@ -337,6 +373,11 @@ impl Rooms {
     /// A room's cell, if there is such a room.
     pub async fn find(&self, room_id: &RoomId) -> Result<Option<Arc<RoomCell>>, StoreError> {
         Ok(if self.contains(room_id).await? { Some(self.cell(room_id).await) } else { None })
+    }
+
+    /// Has every room read from the store again when it is asked for next.
+    pub fn forget_all(&self) {
+        lock(&self.live).values().filter_map(Weak::upgrade).for_each(|cell| cell.forget());
     }
 
     async fn cell(&self, room_id: &RoomId) -> Arc<RoomCell> {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
-use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId, ServerName};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, RoomId, ServerName};
 
 use super::actor::{Outcome, What};
 use super::batch::{Batch, Done, Origin};
@@ -30,9 +30,21 @@ impl Lm {
         let _ = self.inner.graphs.set(Arc::downgrade(graphs));
     }
 
-    fn graphs(&self) -> Result<Arc<dyn Graphs>, Refusal> {
+    pub(super) fn graphs(&self) -> Result<Arc<dyn Graphs>, Refusal> {
         let graphs = self.inner.graphs.get().and_then(Weak::upgrade);
         graphs.ok_or_else(|| Refusal::Internal("nobody keeps the graphs of shared rooms".to_owned()))
+    }
+
+    /// The log of a shared room was read from the store, which does not have all that its graph has set of its state.
+    pub(super) fn tell_graph(&self, room_id: &RoomId) {
+        if let Ok(graphs) = self.graphs() {
+            graphs.log_was_read(room_id);
+        }
+    }
+
+    /// Has every room read from the store again when it is asked for next: for tests.
+    pub fn forget_rooms(&self) {
+        self.rooms().forget_all();
     }
 
     /// Creates a room that LM servers and graph servers share, with the gateway as its hub.
@@ -96,13 +108,15 @@ impl Lm {
             Ok(graphs) => graphs,
             Err(refusal) => return Ok(refused(&events, refusal)),
         };
-        let next = events.into_iter().map(|(what, Origin { foreign, answered, effect })| {
+        let next = events.into_iter().map(|(what, Origin { foreign, answered, effect, .. })| {
             let what = match what {
                 What::Lpdu(lpdu) => Next::Lpdu(lpdu),
                 What::Own(draft) => Next::Own(draft),
                 What::Signed { pdu, .. } => Next::Finished(pdu),
             };
-            NextEvent { what, origin: LogOrigin { foreign, answered }, effect }
+            // Who appends tells: `append_and_tell`, or who had the event signed.
+            let origin = LogOrigin { foreign, answered, told: true, ..LogOrigin::default() };
+            NextEvent { what, origin, effect }
         });
         let mut outcomes = Vec::new();
         for added in graphs.add(&cell.room_id, next.collect()).await {
@@ -138,6 +152,21 @@ impl Logs for LogsOf {
         let batch = Batch::of_new_room(Snapshot::empty(facts, Redaction::GraphServer));
         Box::new(Growing::new(self.0.clone(), None, batch))
     }
+
+    async fn forget(&self, room_id: &RoomId) {
+        match self.0.rooms().find(room_id).await {
+            Ok(cell) => cell.into_iter().for_each(|cell| cell.forget()),
+            Err(error) => tracing::error!(room = %room_id, %error, "a log is kept as it was"),
+        }
+    }
+
+    async fn hub_of_another(&self, room_id: &RoomId) -> Result<Option<OwnedServerName>, Refusal> {
+        match self.0.find(room_id).await {
+            Ok((_, room)) => Ok((!room.facts.shared).then(|| room.facts.hub.clone())),
+            Err(Refusal::UnknownRoom(_)) => Ok(None),
+            Err(refusal) => Err(refusal),
+        }
+    }
 }
 
 /// A log that grows.
@@ -145,17 +174,27 @@ struct Growing {
     lm: Lm,
     cell: Option<Arc<RoomCell>>,
     batch: Batch,
-    /// The room before each event that was put.
-    before: Vec<Snapshot>,
+    /// The room before each event that was put or redacted, and how much there was of both.
+    before: Vec<(Snapshot, (usize, usize))>,
     /// The events that were made of LPDUs, by these.
     of_lpdus: HashMap<OwnedEventId, OwnedEventId>,
+    /// Which servers outside are to be told of which events, and how much there was before each.
+    tells: Vec<(usize, OwnedServerName, OwnedEventId)>,
     /// What was written, in the transaction that was committed last.
     done: Mutex<Option<Done>>,
 }
 
 impl Growing {
     fn new(lm: Lm, cell: Option<Arc<RoomCell>>, batch: Batch) -> Self {
-        Self { lm, cell, batch, before: Vec::new(), of_lpdus: HashMap::new(), done: Mutex::default() }
+        Self {
+            lm,
+            cell,
+            batch,
+            before: Vec::new(),
+            of_lpdus: HashMap::new(),
+            tells: Vec::new(),
+            done: Mutex::default(),
+        }
     }
 }
 
@@ -167,12 +206,19 @@ impl LogBatch for Growing {
     }
 
     fn push(&mut self, event: Arc<Pdu>, origin: LogOrigin) {
-        self.before.push(self.batch.after.clone());
+        let outside = self.lm.outside_of_graph(&self.batch.after, &event).filter(|_| !origin.told);
+        self.tells.extend(outside.map(|server| (self.before.len(), server, event.event_id.clone())));
+        self.before.push((self.batch.after.clone(), self.batch.size()));
         if let Some(lpdu_id) = &event.lpdu_id {
             self.of_lpdus.insert(lpdu_id.clone(), event.event_id.clone());
         }
-        let LogOrigin { foreign, answered } = origin;
-        self.batch.push(Arc::unwrap_or_clone(event), Origin { foreign, answered, effect: None });
+        let LogOrigin { foreign, answered, comes, told: _ } = origin;
+        self.batch.push(Arc::unwrap_or_clone(event), Origin { foreign, answered, comes, effect: None });
+    }
+
+    fn redact(&mut self, target: &EventId, redaction: &EventId) {
+        self.before.push((self.batch.after.clone(), self.batch.size()));
+        self.batch.redact(target.to_owned(), redaction.to_owned());
     }
 
     fn len(&self) -> usize {
@@ -180,9 +226,10 @@ impl LogBatch for Growing {
     }
 
     fn truncate(&mut self, len: usize) {
-        let Some(after) = self.before.get(len).cloned() else { return };
+        let Some((after, size)) = self.before.get(len).cloned() else { return };
         self.before.truncate(len);
-        self.batch.truncate(len, after);
+        self.tells.retain(|(before, ..)| *before < len);
+        self.batch.truncate(size, after);
         let kept: Vec<OwnedEventId> = self.batch.events().map(|event| event.event_id.clone()).collect();
         self.of_lpdus.retain(|_, event_id| kept.contains(event_id));
     }
@@ -198,6 +245,10 @@ impl LogBatch for Growing {
 
     fn set_state(&mut self, kind: &str, state_key: &str, event: Option<Arc<Pdu>>) {
         self.batch.replace_state(kind, state_key, event);
+    }
+
+    fn reading(&self) -> u64 {
+        self.cell.as_ref().map_or(0, |cell| cell.reading())
     }
 
     async fn has(&self, event_id: &EventId) -> Result<bool, Refusal> {
@@ -222,15 +273,21 @@ impl LogBatch for Growing {
                 return Ok(());
             }
             let done = self.batch.clone().job(&self.lm).run(tx).await?;
+            for (_, server, event_id) in &self.tells {
+                self.lm.keep_tell(tx, server, &self.batch.after.facts.room_id, event_id).await?;
+            }
             *lock(&self.done) = Some(done);
             Ok(())
         })
     }
 
     async fn committed(self: Box<Self>) {
-        let Self { lm, cell, batch, done, .. } = *self;
+        let Self { lm, cell, batch, tells, done, .. } = *self;
         let done = done.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         let Some(done) = done else { return };
+        if !tells.is_empty() {
+            lm.tell_soon();
+        }
         let room_id = batch.after.facts.room_id.clone();
         if let Err(error) = batch.news(&lm).tell(&lm, cell.as_ref(), done).await {
             tracing::error!(room = %room_id, %error, "the log of a shared room is read anew");

@@ -53,6 +53,8 @@ pub struct Readiness {
     pub last_event_id: Option<OwnedEventId>,
     /// Whether this gateway would take the log over from the asker.
     pub accepts: bool,
+    /// The events by which the log came from hub to hub, for who has missed them.
+    pub changes: Vec<Value>,
 }
 
 /// The hub's part.
@@ -202,6 +204,7 @@ impl Lm {
             hub_server: room.facts.hub.clone(),
             last_event_id: room.last_id().cloned(),
             accepts: self.context().config.hub_transfer.accepts(origin, room_id),
+            changes: self.changes(room_id, &room).await?,
         })
     }
 

@@ -33,6 +33,10 @@ pub struct LogOrigin {
     pub foreign: bool,
     /// The answer to a handshake carries it to its sender's server, so the queue need not.
     pub answered: bool,
+    /// It is a join by which its sender's server is in the graph as one that takes part by the log.
+    pub comes: bool,
+    /// It is seen to elsewhere that servers outside the room are told what it says of their users.
+    pub told: bool,
 }
 
 /// The logs of shared rooms, as the graph side holds them.
@@ -43,6 +47,12 @@ pub trait Logs: Send + Sync + 'static {
 
     /// Begins the log of a new room.
     fn begin_new(&self, room: NewLog) -> Box<dyn LogBatch>;
+
+    /// Nobody knows what became of a write: the room's log is read from the store again.
+    async fn forget(&self, room_id: &RoomId);
+
+    /// The hub of a room's log that follows from no graph here, if there is one.
+    async fn hub_of_another(&self, room_id: &RoomId) -> Result<Option<OwnedServerName>, Refusal>;
 }
 
 /// Events on their way to the end of a log. Dropped without [`LogBatch::committed`] it has changed nothing in memory.
@@ -54,15 +64,18 @@ pub trait LogBatch: Send + Sync {
     /// Puts it at the end.
     fn push(&mut self, event: Arc<Pdu>, origin: LogOrigin);
 
-    /// How many events were put.
+    /// From now on nobody reads more of an event, which the log may have, than its redaction leaves.
+    fn redact(&mut self, target: &EventId, redaction: &EventId);
+
+    /// How many events were put and redacted.
     fn len(&self) -> usize;
 
-    /// Whether none was.
+    /// Whether none were.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Takes back all but the first `len`.
+    /// Takes back all but the first `len` of these.
     fn truncate(&mut self, len: usize);
 
     /// The event that the log has for a type and state key, at its end.
@@ -74,6 +87,10 @@ pub trait LogBatch: Send + Sync {
     /// Where the gateway is not the hub, and can correct nothing: from the end on the log has this event for a type and state key,
     /// or none. The event may be one that the log does not have.
     fn set_state(&mut self, kind: &str, state_key: &str, event: Option<Arc<Pdu>>);
+
+    /// Another number each time that the log was read from the store, where what was set of its state is only as far as the log has
+    /// the events.
+    fn reading(&self) -> u64;
 
     /// Whether it has an event, or that is on its way.
     async fn has(&self, event_id: &EventId) -> Result<bool, Refusal>;
@@ -117,6 +134,12 @@ pub trait Graphs: Send + Sync + 'static {
     /// Puts events after all that the graph has, in order, and so at the end of the log. Each fails alone; an LPDU that the log
     /// has already is the event that was made of it. Answers with their IDs, after the commit.
     async fn add(&self, room_id: &RoomId, events: Vec<NextEvent>) -> Vec<Result<OwnedEventId, Refusal>>;
+
+    /// An event of the gateway's as it would be put after all that the graph has, checked and signed; it is not put there.
+    async fn build(&self, room_id: &RoomId, draft: &Draft) -> Result<Pdu, Refusal>;
+
+    /// The log of a room was read from the store: what was set of its state is to be set again.
+    fn log_was_read(&self, room_id: &RoomId);
 
     /// Makes a shared room with the gateway as its hub.
     async fn create(&self, room: NewShared) -> Result<OwnedRoomId, Refusal>;

@@ -180,34 +180,35 @@ pub async fn remove_alias(tx: &mut Tx, alias: &str) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// A direct chat with the appservice's user began.
-pub async fn add_chat(tx: &mut Tx, room_id: &RoomId, user_id: &UserId) -> Result<(), StoreError> {
+/// A chat with the appservice's user began; a direct one when the two are alone.
+pub async fn add_chat(tx: &mut Tx, room_id: &RoomId, user_id: &UserId, is_direct: bool) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO appservice_chats (room_id, user_id) VALUES ($1, $2) \
-         ON CONFLICT (room_id) DO UPDATE SET user_id = excluded.user_id",
+        "INSERT INTO appservice_chats (room_id, user_id, is_direct) VALUES ($1, $2, $3) \
+         ON CONFLICT (room_id) DO UPDATE SET user_id = excluded.user_id, is_direct = excluded.is_direct",
     )
     .bind(room_id.as_str())
     .bind(user_id.as_str())
+    .bind(i64::from(is_direct))
     .execute(tx)
     .await?;
     Ok(())
 }
 
-/// A direct chat ended.
+/// A chat ended.
 pub async fn remove_chat(tx: &mut Tx, room_id: &RoomId) -> Result<(), StoreError> {
     sqlx::query("DELETE FROM appservice_chats WHERE room_id = $1").bind(room_id.as_str()).execute(tx).await?;
     Ok(())
 }
 
-/// All direct chats, with whom each is.
-pub async fn chats(store: &Store) -> Result<Vec<(OwnedRoomId, OwnedUserId)>, StoreError> {
-    let rows: Vec<(String, String)> =
-        sqlx::query_as("SELECT room_id, user_id FROM appservice_chats").fetch_all(store.reader()).await?;
+/// All chats, with whom each is, and whether the two are alone.
+pub async fn chats(store: &Store) -> Result<Vec<(OwnedRoomId, OwnedUserId, bool)>, StoreError> {
+    let rows: Vec<(String, String, i64)> =
+        sqlx::query_as("SELECT room_id, user_id, is_direct FROM appservice_chats").fetch_all(store.reader()).await?;
     rows.into_iter()
-        .map(|(room_id, user_id)| {
+        .map(|(room_id, user_id, is_direct)| {
             let room_id = RoomId::parse(room_id).map_err(|error| StoreError::corrupt("room ID", error))?;
             let user_id = UserId::parse(user_id).map_err(|error| StoreError::corrupt("user ID", error))?;
-            Ok((room_id, user_id))
+            Ok((room_id, user_id, is_direct != 0))
         })
         .collect()
 }
@@ -300,7 +301,7 @@ mod tests {
                         if on {
                             add_invite(tx, room, 1).await?;
                             add_invite(tx, room, 2).await?;
-                            add_chat(tx, room, user).await
+                            add_chat(tx, room, user, true).await
                         } else {
                             remove_invite(tx, room).await?;
                             remove_chat(tx, room).await
@@ -310,7 +311,7 @@ mod tests {
             };
             write(true).await.unwrap();
             assert!(is_invited(&store, room).await.unwrap());
-            assert_eq!(chats(&store).await.unwrap(), [(room.to_owned(), user.to_owned())]);
+            assert_eq!(chats(&store).await.unwrap(), [(room.to_owned(), user.to_owned(), true)]);
             write(false).await.unwrap();
             assert!(!is_invited(&store, room).await.unwrap());
             assert_eq!(chats(&store).await.unwrap(), []);

@@ -6,11 +6,13 @@
 pub mod appservice;
 mod claim;
 pub mod dag;
+pub mod gaps;
 pub mod ghosts;
 mod ids;
 pub mod images;
 pub mod inbox;
 pub mod lm;
+pub mod media;
 pub mod outbound;
 pub mod outbound_edus;
 pub mod outliers;

@@ -23,6 +23,8 @@ pub struct Overview {
     pub echo_oldest_ts: Option<i64>,
     /// What of foreign hubs' logs is missing here.
     pub missing: Missing,
+    /// What of graphs is missing here.
+    pub graph_missing: super::gaps::Missing,
     /// What these hubs did wrong of late.
     pub faults: Faults,
     /// How many portals are in each state.
@@ -41,8 +43,18 @@ pub async fn overview(store: &Store, now: i64) -> Result<Overview, StoreError> {
         .fetch_all(store.reader())
         .await?;
     let missing = super::lm::missing(store, None).await?;
+    let graph_missing = super::gaps::missing(store, None).await?;
     let faults = super::lm::faults_since(store, now.saturating_sub(FAULTS_FOR_MS)).await?;
-    Ok(Overview { faults, inbox_waiting, inbox_oldest_ts, echoes_waiting, echo_oldest_ts, missing, portals })
+    Ok(Overview {
+        faults,
+        inbox_waiting,
+        inbox_oldest_ts,
+        echoes_waiting,
+        echo_oldest_ts,
+        missing,
+        graph_missing,
+        portals,
+    })
 }
 
 /// A server with which the gateway shares rooms.

@@ -12,7 +12,7 @@ use crate::identity::Side;
 pub struct PortalRow {
     /// Its number; the portal's ID is `p` and this.
     pub number: i64,
-    /// `created`, `from_lm` or `shared`.
+    /// `created`, `from_lm`, `from_matrix` or `shared`.
     pub kind: String,
     /// `creating`, `active`, `degraded`, `suspended`, `ending` or `ended`.
     pub state: String,
@@ -150,6 +150,27 @@ pub async fn unused(store: &Store, now_ms: i64) -> Result<Vec<i64>, StoreError> 
     numbers(
         store,
         "SELECT number FROM bridge_portals WHERE unused_until_ts IS NOT NULL AND unused_until_ts <= $1",
+        now_ms,
+    )
+    .await
+}
+
+/// Since when nobody of Matrix is in a portal's Matrix room it may have been asked: until when it is waited for somebody to come back.
+pub async fn set_empty(tx: &mut Tx, number: i64, until_ts: Option<i64>) -> Result<(), StoreError> {
+    let sql = match until_ts {
+        // Who leaves an empty room once more does not put its end off.
+        Some(_) => "UPDATE bridge_portals SET empty_until_ts = COALESCE(empty_until_ts, $2) WHERE number = $1",
+        None => "UPDATE bridge_portals SET empty_until_ts = $2 WHERE number = $1",
+    };
+    sqlx::query(sql).bind(number).bind(until_ts).execute(tx).await?;
+    Ok(())
+}
+
+/// The portals in whose Matrix room nobody of Matrix may have been for too long by now.
+pub async fn empty(store: &Store, now_ms: i64) -> Result<Vec<i64>, StoreError> {
+    numbers(
+        store,
+        "SELECT number FROM bridge_portals WHERE empty_until_ts IS NOT NULL AND empty_until_ts <= $1 AND state <> 'ended'",
         now_ms,
     )
     .await

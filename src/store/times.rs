@@ -28,10 +28,17 @@ pub async fn bring_back(store: &Store, now_ms: i64, longest: Longest) -> Result<
                 ("UPDATE lm_gaps SET noticed_ts = $2 WHERE noticed_ts > $1", 0, 0),
                 // It is gone on with at once, whatever it waited for.
                 ("UPDATE lm_gaps SET retry_at = $2 WHERE retry_at > $1", 0, 0),
+                ("UPDATE dag_gaps SET noticed_ts = $2 WHERE noticed_ts > $1", 0, 0),
+                ("UPDATE dag_gaps SET retry_at = $2 WHERE retry_at > $1", 0, 0),
                 ("UPDATE appservice_work SET due_ts = $2 WHERE failed IS NULL AND attempts = 0 AND due_ts > $1", 0, 0),
                 ("UPDATE appservice_work SET due_ts = $2 WHERE failed IS NULL AND due_ts > $1", longest.appservice, 0),
                 (
                     "UPDATE bridge_portals SET ghosts_leave_ts = $2 WHERE ghosts_leave_ts > $1",
+                    longest.ghosts_leave,
+                    longest.ghosts_leave,
+                ),
+                (
+                    "UPDATE bridge_portals SET empty_until_ts = $2 WHERE empty_until_ts > $1",
                     longest.ghosts_leave,
                     longest.ghosts_leave,
                 ),

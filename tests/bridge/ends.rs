@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use isthmus::bridge::{Cause, NewPortal, Portal, PortalState};
 use isthmus::identity::Side;
-use isthmus::seam::Outgoing;
+use isthmus::seam::{Invite, Outgoing};
 use serde_json::json;
 
 use super::from_lm::room;
@@ -323,4 +323,26 @@ async fn a_portal_is_made_by_an_invite_only_of_those_who_may_and_ends_after_a_da
     );
     invited(&world, &gateway, "bob").await.unwrap();
     made(&gateway, 3).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_lets_the_bot_in_a_moment_after_the_invite_gets_its_portal() {
+    let access = json!({ "create_by_invite": [format!("@*:{LM}")] });
+    let (world, gateway) = World::new(json!({ "access": access })).await;
+    let lm = room(&world, "invite").await;
+    let hubert = world.lm_user("hubert");
+    let invite = Invite {
+        side: Side::Lm,
+        room_id: lm.clone(),
+        room_version: "org.matrix.i-d.ralston-mimi-linearized-matrix.02".to_owned(),
+        event_id: "$not_written_down_yet".try_into().unwrap(),
+        sender: hubert.clone(),
+        target: gateway.bot(),
+        stripped_state: Vec::new(),
+    };
+    gateway.bridge.between().invited(invite).await.unwrap();
+    // Long enough to be refused once; nothing of that is to be seen.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    world.lm_send(&lm, draft(&hubert, "m.room.join_rules", Some(""), json!({ "join_rule": "public" }))).await;
+    so("the portal", || async { gateway.bridge.open_portals(10).iter().any(|portal| portal.lm_room_id == lm) }).await;
 }

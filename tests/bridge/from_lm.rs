@@ -548,3 +548,34 @@ async fn hc_32_a_hub_that_misbehaves_is_named_in_the_portals_health_and_in_the_m
         assert!(!gateway.node.bodies(&lm).await.iter().any(|(_, body)| body.contains("which keeps")));
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_said_in_the_log_before_is_said_again_in_the_graph() {
+    let (world, gateway) = World::new(json!({ "portals": { "import_history": 4 } })).await;
+    let lm = room(&world, "public").await;
+    for name in ["bob", "carol"] {
+        world.lm_join_own(&lm, name).await;
+    }
+    world.lm_say(&lm, "bob", "too long ago").await;
+    world.lm_say(&lm, "carol", "from carol").await;
+    let carol = world.lm_user("carol");
+    world.lm_send(&lm, draft(&carol, "m.room.member", Some(carol.as_str()), json!({ "membership": "leave" }))).await;
+    world.lm_say(&lm, "bob", "one").await;
+    world.lm_say(&lm, "bob", "two").await;
+    let via = [LM.try_into().unwrap()];
+    let portal = gateway.bridge.portal_from_lm(&lm, &via, None, Cause::Admin).await.unwrap();
+    let matrix = &portal.matrix_room_id;
+    let (bob, carol) = (ghost(Side::Lm, "bob"), ghost(Side::Lm, "carol"));
+    let said = [(carol.clone(), "from carol"), (bob.clone(), "one"), (bob, "two")];
+    let said = said.map(|(by, body)| (by, body.to_owned()));
+    assert_eq!(gateway.matrix_bodies(matrix).await, said);
+    assert_eq!(gateway.matrix_member(matrix, &carol).await.unwrap()["membership"], "leave");
+    // It is not said back, and stays what it is.
+    let alice = world.matrix_user("alice");
+    let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+    world.matrix_say(&gateway, &mut view, &alice, "hello").await;
+    let hello = (ghost(Side::Matrix, "alice"), "hello".to_owned());
+    so("hello at the hub", || async { world.server.bodies(&lm).await.last() == Some(&hello) }).await;
+    assert_eq!(world.server.bodies(&lm).await.len(), 5);
+    so("both states in step", || gateway.in_step(&portal)).await;
+}

@@ -59,6 +59,16 @@ async fn an_invite_that_no_server_answers_mutes_nobody_and_is_refused_in_the_end
         told(&graph, alice.as_str()) && told(&log, bob.as_str())
     })
     .await;
+    // Nobody waits for who will not come.
+    so("the ghosts decline, and say why", || async {
+        let graph = gateway.matrix_member(matrix, &format!("@lm_gone_{DEAD}:{OWN}")).await.unwrap();
+        let log = gateway.node.state(lm, "m.room.member", &format!("@mx_gone_{DEAD}:{OWN}")).await.unwrap();
+        [graph, log].iter().all(|content| {
+            let text = |key: &str| content.get(key).and_then(|value| value.as_str()).unwrap_or_default();
+            text("membership") == "leave" && text("reason").contains(DEAD)
+        })
+    })
+    .await;
     // In each room each of them was heard in order.
     let rounds = |bodies: Vec<(String, String)>, by: &str| {
         let said = bodies.into_iter().filter(|(sender, _)| *sender == *by);

@@ -74,6 +74,7 @@ impl Ticking {
 pub struct Node {
     pub context: Context,
     pub lm: Lm,
+    pub dag: Dag,
     /// A test may put in here what it does with requests to the server.
     pub meddler: Meddling,
     listener: std::net::TcpListener,
@@ -165,7 +166,7 @@ impl World {
 
     /// Breaks everything off where it is, and starts again over the same store.
     pub async fn kill(&self, gateway: Gateway) -> Gateway {
-        let Gateway { node: Node { context, lm, listener, serving, stop, meddler: _ }, dag, bridge } = gateway;
+        let Gateway { node: Node { context, lm, dag: _, listener, serving, stop, meddler: _ }, dag, bridge } = gateway;
         bridge.stop().await;
         // Its connections must go too, or who keeps one goes on talking with the dead.
         stop.cancel();
@@ -319,13 +320,18 @@ impl World {
         room: &RoomId,
         user: &UserId,
     ) -> Result<View, Refusal> {
+        Self::join_at(peer, &gateway.dag, room, user).await
+    }
+
+    /// A user of any homeserver joins a room through any server.
+    pub async fn join_at(peer: &Peer, dag: &Dag, room: &RoomId, user: &UserId) -> Result<View, Refusal> {
         let versions: Vec<String> = RoomVersion::ALL.iter().map(|version| version.as_str().to_owned()).collect();
-        let made = gateway.dag.make_join(&peer.name, room, user, &versions).await?;
+        let made = dag.make_join(&peer.name, room, user, &versions).await?;
         let version = RoomVersion::parse(made["room_version"].as_str().unwrap()).unwrap();
         let mut event = made["event"].clone();
         event["content"]["displayname"] = json!(user.localpart().to_uppercase());
         let (id, event) = peer.sign(version, event);
-        let answer = gateway.dag.send_join(&peer.name, room, &id, event.clone(), false).await?;
+        let answer = dag.send_join(&peer.name, room, &id, event.clone(), false).await?;
         let mut view = View { version, room_id: room.to_owned(), state: BTreeMap::new(), tips: Vec::new(), depth: 0 };
         for event in answer["auth_chain"].as_array().unwrap().iter().chain(answer["state"].as_array().unwrap()) {
             let event = object(event.clone());
@@ -527,11 +533,13 @@ async fn context(
     for (key, value) in settings.as_object().unwrap() {
         config[key] = value.clone();
     }
+    config["media"]["cache_dir"] = json!(file("media"));
     let config: Config = serde_json::from_value(config).unwrap();
     isthmus::gateway::context(config, clock).await.unwrap()
 }
 
 async fn serve(context: &Context, lm: &Lm, dag: Dag, between: SharedBetween, listener: std::net::TcpListener) -> Node {
+    let its_dag = dag.clone();
     let routes = federation_routes(Federation::new(context.clone(), lm.clone(), dag, between));
     let meddler = Meddling::default();
     let routes = routes.layer(axum::middleware::from_fn_with_state(meddler.clone(), meddle));
@@ -542,7 +550,7 @@ async fn serve(context: &Context, lm: &Lm, dag: Dag, between: SharedBetween, lis
     let stop = CancellationToken::new();
     let serving = axum::serve(accepting, routes).with_graceful_shutdown(stop.clone().cancelled_owned());
     let serving = tokio::spawn(async move { serving.await.unwrap() });
-    Node { context: context.clone(), lm: lm.clone(), meddler, listener, serving, stop }
+    Node { context: context.clone(), lm: lm.clone(), dag: its_dag, meddler, listener, serving, stop }
 }
 
 /// The ghost of a user on the side across.

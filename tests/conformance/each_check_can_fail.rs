@@ -108,6 +108,12 @@ fn passing_faults() -> Faults {
             }),
         ),
         ("LM-M-021", Answers("make_leave", |_, reply, _| reply.body["room_version"] = json!("other"))),
+        (
+            "LM-M-023",
+            Answers("send_knock", |_, reply, _| {
+                reply.body["stripped_state"][0]["event_id"] = json!("$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA");
+            }),
+        ),
         ("LM-M-030", Swallows),
         ("LM-M-031", Answers("send_leave", |_, reply, _| reply.body["more"] = json!(1))),
         ("LM-S-001", Swallows),
@@ -266,6 +272,24 @@ async fn a_join_that_is_answered_wrongly_fails_alone() {
     .await;
     alone("LM-M-014", Answers("send_join", |_, reply, _| reply.body["auth_chain"] = json!([])), &only).await;
     alone("LM-M-020", Swallows, &["LM-M-020"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_knock_that_is_answered_wrongly_fails_alone() {
+    let only = ["LM-M-022", "LM-M-023"];
+    let of_another = Answers("make_knock", |_, reply, _| {
+        if reply.status == 200 {
+            reply.body["sender"] = json!("@somebody:else.example");
+        }
+    });
+    alone("LM-M-022", of_another, &only).await;
+    let any_version = Answers("make_knock", |_, reply, _| {
+        if reply.status == 400 {
+            reply.set(200, json!({}));
+        }
+    });
+    alone("LM-M-022", any_version, &only).await;
+    alone("LM-M-023", Answers("send_leave", |_, reply, _| reply.set(403, json!({}))), &only).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

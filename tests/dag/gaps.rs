@@ -1,7 +1,11 @@
 //! Events whose predecessors or auth events are not here yet.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
 use isthmus::event::{Object, RoomVersion};
-use ruma::OwnedEventId;
+use isthmus::store::gaps::{self, missing};
+use ruma::{OwnedEventId, OwnedRoomId};
 use serde_json::json;
 
 use super::peer::{Peer, View};
@@ -168,4 +172,179 @@ async fn hc_41_an_endless_chain_of_missing_events_ends() {
     let asked = peer.memory.asked.lock().unwrap().len();
     assert!(asked < 20, "{asked} requests");
     gateway.send(&room, message(&bot(), "fine")).await.unwrap();
+}
+
+/// Waits until the bridge has got so many events of a room; these, without the join.
+async fn come(gateway: &Gateway, room: &RoomId, count: usize) -> Vec<OwnedEventId> {
+    let mut news = gateway.between.news.subscribe();
+    let coming = async {
+        loop {
+            let inbox = gateway.inbox(room).await;
+            if inbox.len() > count {
+                return inbox[1..].to_vec();
+            }
+            news.changed().await.unwrap();
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), coming).await.expect("the events did not come")
+}
+
+/// Waits until nothing of a room is missing.
+async fn whole(gateway: &Gateway, room: &RoomId) {
+    for _ in 0..600 {
+        if missing(&gateway.context.store, Some(room)).await.unwrap() == gaps::Missing::default() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("{:?}", missing(&gateway.context.store, Some(room)).await);
+}
+
+/// A room with Alice of the peer in it, who has said so much of which the gateway knows nothing.
+async fn said(peer: &Peer, gateway: &Gateway, count: usize) -> (OwnedRoomId, View, Vec<(OwnedEventId, Object)>) {
+    let room = gateway.room(RoomVersion::V12, "public").await;
+    let alice = peer.user("alice");
+    let mut view = peer.join(gateway, &room, &alice).await.unwrap();
+    let said = (0..count).map(|number| view.say(peer, &alice, &format!("{number}"))).collect();
+    (room, view, said)
+}
+
+#[tokio::test]
+async fn all_of_a_wide_gap_comes_however_little_the_server_gives_at_once() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    for backfills in [false, true] {
+        *peer.memory.page.lock().unwrap() = Some((20, backfills));
+        let (room, _, said) = said(&peer, &gateway, 301).await;
+        assert_eq!(peer.put(&gateway.dag, &[&said[300].1]).await[0].result, Ok(()));
+        let expected: Vec<_> = said.into_iter().map(|(id, _)| id).collect();
+        assert_eq!(gateway.inbox(&room).await[1..], expected);
+        assert_eq!(missing(&gateway.context.store, None).await.unwrap().count, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_long_gap_with_a_hole_at_its_end_is_filled_in_the_background_and_the_hole_later() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    *peer.memory.page.lock().unwrap() = Some((20, true));
+    let (room, mut view, said) = said(&peer, &gateway, 1_200).await;
+    let (lost, _) = &said[0];
+    peer.memory.hidden.lock().unwrap().insert(lost.clone());
+    peer.memory.states.lock().unwrap().insert(said[1].0.clone(), view.state.values().cloned().collect());
+    // What is acknowledged is kept, and what follows it at once needs no gap to be filled again.
+    assert_eq!(peer.put(&gateway.dag, &[&said[1_199].1]).await[0].result, Ok(()));
+    let (more, event) = view.say(&peer, &peer.user("alice"), "more");
+    assert_eq!(peer.put(&gateway.dag, &[&event]).await[0].result, Ok(()));
+    let mut expected: Vec<_> = said[1..].iter().map(|(id, _)| id.clone()).chain([more]).collect();
+    assert_eq!(come(&gateway, &room, 1_200).await, expected);
+    let row = loop {
+        let row = missing(&gateway.context.store, Some(&room)).await.unwrap();
+        if row.waiting == 0 {
+            break row;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert_eq!((row.count, row.server.as_deref(), row.since), (1, Some("peer.example"), Some(gateway.now())));
+
+    // It is asked for again.
+    peer.memory.hidden.lock().unwrap().clear();
+    let gateway = gateway.restart(&[&peer]);
+    gateway.dag.resume().await.unwrap();
+    expected.push(lost.clone());
+    assert_eq!(come(&gateway, &room, 1_201).await, expected);
+    whole(&gateway, &room).await;
+}
+
+#[tokio::test]
+async fn a_long_gap_is_gone_on_with_after_a_restart_in_the_middle() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    *peer.memory.page.lock().unwrap() = Some((20, false));
+    let (room, _, said) = said(&peer, &gateway, 1_100).await;
+    let asked = AtomicUsize::new(0);
+    // It goes away when most of it was fetched for the second time.
+    *peer.memory.meddler.lock().unwrap() = Some(Box::new(move |path, _| {
+        let is_asked = path.starts_with("v1/get_missing_events") || path.starts_with("v1/event/");
+        let away = is_asked && asked.fetch_add(1, Ordering::SeqCst) > 80;
+        away.then(|| json!({ "errcode": "M_UNKNOWN", "error": "away" }))
+    }));
+    assert_eq!(peer.put(&gateway.dag, &[&said[1_099].1]).await[0].result, Ok(()));
+    assert_eq!(gateway.inbox(&room).await.len(), 1);
+    assert_eq!(missing(&gateway.context.store, Some(&room)).await.unwrap().waiting, 1);
+    while gaps::due(&gateway.context.store, &room, i64::MAX).await.unwrap()[0].tries == 0 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let gateway = gateway.restart(&[&peer]);
+    *peer.memory.meddler.lock().unwrap() = None;
+    gateway.dag.resume().await.unwrap();
+    let expected: Vec<_> = said.into_iter().map(|(id, _)| id).collect();
+    assert_eq!(come(&gateway, &room, 1_100).await, expected);
+    whole(&gateway, &room).await;
+}
+
+#[tokio::test]
+async fn each_of_many_edges_is_closed_and_what_follows_them_all_is_kept() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let (room, base, _) = said(&peer, &gateway, 0).await;
+    let alice = peer.user("alice");
+    let state: Vec<OwnedEventId> = base.state.values().cloned().collect();
+    let (mut edges, mut last) = (Vec::new(), base.clone());
+    for number in 0..30 {
+        let mut branch = base.clone();
+        let (lost, _) = branch.say(&peer, &alice, &format!("lost {number}"));
+        let (edge, _) = branch.say(&peer, &alice, &format!("edge {number}"));
+        peer.memory.hidden.lock().unwrap().insert(lost);
+        peer.memory.states.lock().unwrap().insert(edge.clone(), state.clone());
+        edges.push(edge);
+    }
+    let mut joined = Vec::new();
+    for part in edges.chunks(15) {
+        last.tips = part.to_vec();
+        joined.push(last.say(&peer, &alice, "half").0);
+    }
+    last.tips = joined.clone();
+    let (all, event) = last.say(&peer, &alice, "all");
+    assert_eq!(peer.put(&gateway.dag, &[&event]).await[0].result, Ok(()));
+    let come = come(&gateway, &room, 33).await;
+    assert_eq!(come.last(), Some(&all));
+    for id in edges.iter().chain(&joined) {
+        assert!(come.contains(id));
+    }
+    let mut row = missing(&gateway.context.store, Some(&room)).await.unwrap();
+    while (row.count, row.waiting) != (30, 0) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        row = missing(&gateway.context.store, Some(&room)).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_nobody_gives_now_is_tried_again_so_often_and_no_more() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let (room, mut view, said) = said(&peer, &gateway, 2).await;
+    peer.memory.hidden.lock().unwrap().insert(said[0].0.clone());
+    assert!(peer.put(&gateway.dag, &[&said[1].1]).await[0].result.is_err());
+    assert_eq!(missing(&gateway.context.store, Some(&room)).await.unwrap().waiting, 1);
+    // Each start tries all that waits.
+    let mut gateway = gateway;
+    for tries in 1..14 {
+        gateway = gateway.restart(&[&peer]);
+        gateway.dag.resume().await.unwrap();
+        let tried =
+            async || gaps::due(&gateway.context.store, &room, i64::MAX).await.unwrap().first().map(|gap| gap.tries);
+        while tried().await == Some(tries - 1) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    gateway = gateway.restart(&[&peer]);
+    gateway.dag.resume().await.unwrap();
+    whole(&gateway, &room).await;
+    assert_eq!(gateway.inbox(&room).await.len(), 1);
+    // And it is taken with the next that brings it.
+    peer.memory.hidden.lock().unwrap().clear();
+    let (next, event) = view.say(&peer, &peer.user("alice"), "next");
+    assert_eq!(peer.put(&gateway.dag, &[&event]).await[0].result, Ok(()));
+    assert_eq!(gateway.inbox(&room).await[1..], [said[0].0.clone(), said[1].0.clone(), next]);
 }

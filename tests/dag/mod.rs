@@ -12,7 +12,7 @@ mod joining_hostile;
 pub mod peer;
 mod rooms;
 mod sending;
-mod shared;
+pub mod shared;
 mod synapse;
 
 use std::collections::BTreeMap;
@@ -22,7 +22,7 @@ use isthmus::clock::{Clock as _, ManualClock};
 use isthmus::dag::{Dag, NewRoom};
 use isthmus::event::{Object, RoomVersion};
 use isthmus::federation::{Client, ClientOptions, Context, OutboundQueues};
-use isthmus::identity::{Keyring, Side, SigningKey};
+use isthmus::identity::{Keyring, MediaNames, Side, SigningKey};
 use isthmus::refusal::Refusal;
 use isthmus::seam::{Draft, Outgoing};
 use isthmus::store::{Store, inbox};
@@ -74,13 +74,14 @@ impl Gateway {
         let config = serde_json::from_value(json!({ "server_name": OWN })).unwrap();
         let context = Context {
             outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
-            server_name: own,
             signing_key: key,
             keyring,
             store,
             clock: clock.clone(),
             client,
+            media: MediaNames::new(own.clone(), &[7; 32]),
             config: Arc::new(config),
+            server_name: own,
         };
         let between = Arc::new(Watcher::default());
         let dag = Dag::new(context.clone(), between.clone());

@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use url::Url;
 
 use super::{Gateway, NOW, OWN, object};
+use crate::lm::world::{Meddling, meddle};
 
 /// A homeserver in the test.
 pub struct Peer {
@@ -28,6 +29,8 @@ pub struct Peer {
     pub url: Url,
     pub key: Arc<SigningKey>,
     pub memory: Arc<Memory>,
+    /// Where all requests to it go through a test's hands.
+    pub front: Meddling,
 }
 
 /// What it has, and what it was asked.
@@ -46,6 +49,8 @@ pub struct Memory {
     pub edus: Mutex<Vec<Value>>,
     /// The leaves that were made through it.
     pub leaves: Mutex<Vec<Value>>,
+    /// How many missing events it gives at most, the nearest; and then whether it gives any by backfill.
+    pub page: Mutex<Option<(usize, bool)>>,
     /// What a test answers instead, by the method's path and the body.
     pub meddler: Mutex<Option<Meddler>>,
 }
@@ -78,20 +83,27 @@ pub fn rules(version: RoomVersion) -> RoomVersionRules {
 
 impl Peer {
     pub async fn start(name: &str) -> Self {
+        Self::start_at(name, NOW).await
+    }
+
+    /// The same at another time than that of these tests.
+    pub async fn start_at(name: &str, now: i64) -> Self {
         let name: OwnedServerName = name.try_into().unwrap();
         let key = Arc::new(SigningKey::generate());
         let memory = Arc::new(Memory::default());
         let mut keys = object(json!({
-            "server_name": name, "valid_until_ts": NOW + 86_400_000, "old_verify_keys": {},
+            "server_name": name, "valid_until_ts": now + 86_400_000, "old_verify_keys": {},
             "verify_keys": { key.id(): { "key": key.public_base64() } },
         }));
         sign_object(&mut keys, name.as_str(), &key);
         *memory.keys.lock().unwrap() = Value::Object(keys);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let front = Meddling::default();
         let router = Router::new().fallback(answer).with_state(memory.clone());
+        let router = router.layer(axum::middleware::from_fn_with_state(front.clone(), meddle));
         tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-        Self { name, url, key, memory }
+        Self { name, url, key, memory, front }
     }
 
     pub fn user(&self, localpart: &str) -> OwnedUserId {
@@ -134,13 +146,18 @@ impl Peer {
 
     /// `make_join` and `send_join`; what the room is then, as this server sees it.
     pub async fn join(&self, gateway: &Gateway, room_id: &RoomId, user: &UserId) -> Result<View, Refusal> {
+        self.join_at(&gateway.dag, room_id, user).await
+    }
+
+    /// The same where there is no such gateway.
+    pub async fn join_at(&self, dag: &Dag, room_id: &RoomId, user: &UserId) -> Result<View, Refusal> {
         let versions: Vec<String> = RoomVersion::ALL.iter().map(|version| version.as_str().to_owned()).collect();
-        let made = gateway.dag.make_join(&self.name, room_id, user, &versions).await?;
+        let made = dag.make_join(&self.name, room_id, user, &versions).await?;
         let version = RoomVersion::parse(made["room_version"].as_str().unwrap()).unwrap();
         let mut event = made["event"].clone();
         event["content"]["displayname"] = json!("Alice");
         let (id, event) = self.sign(version, event);
-        let answer = gateway.dag.send_join(&self.name, room_id, &id, event.clone(), false).await?;
+        let answer = dag.send_join(&self.name, room_id, &id, event.clone(), false).await?;
         let mut view =
             View { version, room_id: room_id.to_owned(), state: BTreeMap::new(), tips: Vec::new(), depth: 0 };
         for event in answer["state"].as_array().unwrap().iter().chain(answer["auth_chain"].as_array().unwrap()) {
@@ -252,6 +269,7 @@ async fn answer(
         }
         ["v1", "event", id] => memory.event(id).map(|event| json!({ "pdus": [event] })),
         ["v1", "get_missing_events", _] => Some(memory.missing(&body)),
+        ["v1", "backfill", _] => memory.backfill(uri.query().unwrap_or_default()),
         ["v1", "event_auth", _, id] => Some(json!({ "auth_chain": memory.chain(&[(*id).to_owned()]) })),
         ["v1", "state_ids", _] => memory.state_ids(&query["event_id"]),
         ["v1", "state", _] => memory.state(&query["event_id"]),
@@ -302,11 +320,40 @@ impl Memory {
 
     fn missing(&self, body: &Value) -> Value {
         let latest = strings(&body["latest_events"]);
+        if let Some((page, _)) = *self.page.lock().unwrap() {
+            let start = latest.iter().filter_map(|id| self.event(id)).flat_map(|event| strings(&event["prev_events"]));
+            let mut found = self.nearest(start.collect(), &strings(&body["earliest_events"]), page);
+            found.reverse();
+            return json!({ "events": found });
+        }
         let mut found = self.walk(&latest, "prev_events", &strings(&body["earliest_events"]));
         found.retain(|(id, _)| !latest.contains(id));
         let limit = usize::try_from(body["limit"].as_u64().unwrap_or(10)).unwrap();
         let skip = found.len().saturating_sub(limit);
         json!({ "events": found.into_iter().skip(skip).map(|(_, event)| event).collect::<Vec<_>>() })
+    }
+
+    /// As Synapse does it: in breadth, from `start` on.
+    fn nearest(&self, start: Vec<String>, stop: &[String], limit: usize) -> Vec<Object> {
+        let (mut seen, mut found) = (stop.iter().cloned().collect::<HashSet<_>>(), Vec::new());
+        let mut next: std::collections::VecDeque<String> = start.into();
+        while let Some(id) = next.pop_front() {
+            if found.len() < limit
+                && seen.insert(id.clone())
+                && let Some(event) = self.event(&id)
+            {
+                next.extend(strings(&event["prev_events"]));
+                found.push(event);
+            }
+        }
+        found
+    }
+
+    fn backfill(&self, query: &str) -> Option<Value> {
+        let (_, true) = (*self.page.lock().unwrap())? else { return None };
+        let query = url::form_urlencoded::parse(query.as_bytes());
+        let from = query.filter(|(name, _)| name == "v").map(|(_, id)| id.into_owned()).collect();
+        Some(json!({ "pdus": self.nearest(from, &[], 100) }))
     }
 
     pub fn chain(&self, roots: &[String]) -> Vec<Object> {

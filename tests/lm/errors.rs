@@ -133,6 +133,7 @@ async fn invites_have_the_drafts_errors() {
     let (alice, carol) = (part.user("alice"), a.user("carol"));
     let body =
         |event: &Object, version: &str| json!({ "event": event, "room_version": version }).as_object().unwrap().clone();
+    let without_version = |event: &Object| json!({ "event": event }).as_object().unwrap().clone();
     let lpdu = |draft| part.lpdu(&room, &hub.name, &draft).json;
     // An invite of the hub's, as it would be sent to another server.
     let own = hub.create_room("invite").await;
@@ -147,6 +148,9 @@ async fn invites_have_the_drafts_errors() {
             (&part, &hub, body(&Object::new(), LM02), (400, "M_BAD_JSON")),
             (&part, &hub, body(&lpdu(member(&alice, &carol, "join")), LM02), (400, "M_BAD_JSON")),
             (&part, &hub, body(&lpdu(member(&part.user("x"), &carol, "invite")), LM02), (403, "M_FORBIDDEN")),
+            // To the hub, in which version the room is not, or none.
+            (&part, &hub, body(&lpdu(member(&alice, &carol, "invite")), "I.1"), (400, "M_INCOMPATIBLE_ROOM_VERSION")),
+            (&part, &hub, without_version(&lpdu(member(&alice, &carol, "invite"))), (400, "M_BAD_JSON")),
             // Somebody else's.
             (&a, &hub, body(&lpdu(member(&alice, &carol, "invite")), LM02), (403, "M_FORBIDDEN")),
             (&a, &part, body(invite, LM02), (403, "M_FORBIDDEN")),
@@ -183,6 +187,7 @@ async fn who_asks_too_often_is_told_when_to_come_again() {
     assert!(answer["retry_after_ms"].as_u64().is_some_and(|wait| (1..=60_000).contains(&wait)), "{answer}");
     // Others are not held up, nor is what has no limit.
     assert_eq!(ask(&b).await.0, 400);
-    let (status, _) = ask_signed(&a, &hub, &Method::PUT, "/_matrix/federation/v2/send/1", Some(&json!({}))).await;
+    let (status, _) =
+        ask_signed(&a, &hub, &Method::PUT, "/_matrix/federation/v2/send/1", Some(&json!({ "pdus": [] }))).await;
     assert_eq!(status, 200);
 }

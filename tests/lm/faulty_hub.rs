@@ -168,18 +168,22 @@ async fn hc_24_of_a_malformed_stripped_state_of_an_invite_is_kept_what_can_be() 
     assert!(kept[3] < 1_000, "{} are kept", kept[3]);
 }
 
-/// No media are kept or fetched here, so there is nothing to fetch by a clever name.
+/// Nobody without a signature has anything fetched by a clever name.
 #[tokio::test]
-async fn hc_59_there_are_no_media() {
+async fn hc_59_there_are_no_open_media() {
     let (_world, [hub]) = World::new(["hub.example"]).await;
     for uri in [
         "/_matrix/media/v3/download/hub.example/..%2F..%2Fetc%2Fpasswd",
         "/_matrix/media/v3/thumbnail/hub.example/x?width=1&height=1",
         "/_matrix/media/v3/preview_url?url=http%3A%2F%2F169.254.169.254%2F",
         "/_matrix/client/v1/media/download/hub.example/x",
-        "/_matrix/federation/v1/media/download/x",
     ] {
         let (status, answer) = ask(&hub, &http::Method::GET, uri, None, None).await;
         assert_eq!((status, answer["errcode"].as_str()), (404, Some("M_UNRECOGNIZED")), "{uri}");
+    }
+    for uri in ["download/x", "thumbnail/x?width=1&height=1", "download/..%2F..%2Fetc%2Fpasswd"] {
+        let uri = format!("/_matrix/federation/v1/media/{uri}");
+        let (status, answer) = ask(&hub, &http::Method::GET, &uri, None, None).await;
+        assert_eq!((status, answer["errcode"].as_str()), (401, Some("M_FORBIDDEN")), "{uri}");
     }
 }

@@ -126,3 +126,31 @@ async fn hub_graph_server_and_participant_hear_each_other() {
     let senders = senders.lock().unwrap();
     assert!(senders.iter().all(|header| header.contains("a.example") && !header.contains("origin=\"b.example\"")));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn state_that_stands_on_what_the_log_does_not_have_is_there_when_the_log_is_read_again() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    let room = shared_room(&a).await;
+    b.join(&room, "bob", &a).await;
+    let topic = draft(&a.user("bot"), "m.room.topic", Some(""), json!({ "topic": "tea" }));
+    a.send(&room, topic).await.unwrap();
+    b.wait(&room, "the topic", |log| log.iter().any(|entry| entry.event.kind == "m.room.topic")).await;
+    // As it is where its event is not in the log.
+    let of = room.clone();
+    let removed = b.context.store.write(move |tx| {
+        Box::pin(async move {
+            let sql = "DELETE FROM lm_state WHERE room_id = $1 AND kind = 'm.room.topic'";
+            sqlx::query(sql).bind(of.as_str()).execute(tx).await?;
+            Ok(())
+        })
+    });
+    removed.await.unwrap();
+    b.lm.forget_rooms();
+    for _ in 0..500 {
+        if b.lm.state(&room).await.unwrap().get("m.room.topic", "").is_some() {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    panic!("the topic is lost");
+}

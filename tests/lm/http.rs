@@ -45,6 +45,7 @@ fn uri(path: &str, room: &str) -> String {
         ("{txn_id}", "1"),
         ("{server_name}", "c.example"),
         ("{device_id}", "DEVICE"),
+        ("{media_id}", "x"),
     ];
     let path = names.into_iter().fold(path.to_owned(), |filled, (name, value)| filled.replace(name, value));
     format!("{path}?ver=10&v=$e&event_id=$e&limit=10&user_id=@u:b.example&room_alias=%23a:b.example")
@@ -194,6 +195,14 @@ async fn a_wrong_method_is_unrecognized_on_every_path() {
             assert_refused(&answered, (405, "M_UNRECOGNIZED"), &format!("{method} {path}"));
         }
     }
+}
+
+#[tokio::test]
+async fn everybody_is_told_what_program_this_is() {
+    let (_world, [node]) = World::new(["hub.example"]).await;
+    let (status, answer) = ask(&node, &Method::GET, "/_matrix/federation/v1/version", None, None).await;
+    assert_eq!(status, 200);
+    assert_eq!(answer, json!({ "server": { "name": "isthmus", "version": env!("CARGO_PKG_VERSION") } }));
 }
 
 #[tokio::test]

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
+use axum::response::IntoResponse as _;
+use http::StatusCode;
 use isthmus::event::RoomVersion;
 use isthmus::identity::Side;
 use isthmus::lm::rules::{Before, Judged, Slot, check};
@@ -329,6 +332,49 @@ async fn an_invite_that_a_participant_sends_like_any_event_reaches_the_invited_s
     part.send(&room, member(&part.user("alice"), &carol, "invite")).await.unwrap();
     third.wait_for_watcher("the invite", |watcher| !watcher.invites.lock().unwrap().is_empty()).await;
     assert_eq!(third.watcher.invites.lock().unwrap()[0].target, carol);
+}
+
+/// The invited server is away while it is invited, and the hub is stopped before it is back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_was_away_learns_of_an_invite_and_of_its_end() {
+    let (world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let room = hub
+        .create_room_with("public", json!({ "users": { "@bot:hub.example": 100, "@alice:part.example": 60 } }))
+        .await;
+    part.join(&room, "alice", &hub).await;
+    let (alice, carol) = (part.user("alice"), third.user("carol"));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    third.meddle(move |_, _| {
+        count.fetch_add(1, Ordering::SeqCst);
+        async { StatusCode::BAD_GATEWAY.into_response() }
+    });
+    part.send(&room, member(&alice, &carol, "invite")).await.unwrap();
+    while asked.load(Ordering::SeqCst) == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    third.meddle(|request, next| next.run(request));
+    let hub = world.restart(hub).await;
+    third.wait_for_watcher("the invite", |watcher| !watcher.invites.lock().unwrap().is_empty()).await;
+    assert_eq!(third.watcher.invites.lock().unwrap()[0].target, carol);
+
+    // It does not answer, once, when it is told that the invite is taken back.
+    let (failed, told) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (fails, tells) = (failed.clone(), told.clone());
+    third.meddle(move |request, next| {
+        let is_send = request.uri().path().contains("/send/");
+        let fail = is_send && fails.fetch_add(1, Ordering::SeqCst) == 0;
+        tells.fetch_add(usize::from(is_send && !fail), Ordering::SeqCst);
+        async move { if fail { StatusCode::BAD_GATEWAY.into_response() } else { next.run(request).await } }
+    });
+    hub.lm.hasten_looks(1000);
+    part.send(&room, member(&alice, &carol, "leave")).await.unwrap();
+    let again = async {
+        while told.load(Ordering::SeqCst) == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), again).await.expect("it is told again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

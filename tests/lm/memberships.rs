@@ -129,7 +129,8 @@ async fn what_the_invited_server_says_is_passed_on_as_it_is() {
     assert_eq!(hub.log(&room).await.len(), before, "nothing was appended");
     // The rules come first: who may not invite has nobody asked.
     let draft = member(&part.user("mallory"), &carol, "invite");
-    let body = json!({ "event": part.lpdu(&room, &hub.name, &draft).json, "room_version": "I.1" });
+    let version = "org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+    let body = json!({ "event": part.lpdu(&room, &hub.name, &draft).json, "room_version": version });
     let (status, answer) = ask_signed(&part, &hub, &Method::POST, "/_matrix/federation/v3/invite/x", Some(&body)).await;
     assert_eq!((status, answer["errcode"].as_str().unwrap()), (403, "M_FORBIDDEN"), "{answer}");
 

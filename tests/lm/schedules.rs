@@ -58,7 +58,7 @@ async fn a_schedule_fails_where_the_network_breaks_what_servers_promise() {
 
 /// What a network does that servers rely on being done rightly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fault {
+pub(super) enum Fault {
     /// Over a link that is cut, everything is said to have arrived.
     Swallows,
     /// What is sent to a hub is sent to it as another event as well, as by a server that does not know what it has sent.
@@ -76,12 +76,11 @@ async fn run<const N: usize>(names: [&str; N], seed: u64, fault: Option<Fault>) 
     let mut schedule = Schedule {
         world,
         random: StdRng::seed_from_u64(seed),
-        links: Arc::new(Links {
-            cut: Mutex::default(),
-            random: Mutex::new(StdRng::seed_from_u64(!seed)),
+        links: Links::new(
+            seed,
             fault,
-            keys: nodes.iter().map(|node| (node.name.clone(), node.context.signing_key.clone())).collect(),
-        }),
+            nodes.iter().map(|node| (node.name.clone(), node.context.signing_key.clone())).collect(),
+        ),
         nodes: nodes.into_iter().map(Some).collect(),
         rooms: Vec::new(),
         watchers: Vec::new(),
@@ -98,8 +97,8 @@ async fn run<const N: usize>(names: [&str; N], seed: u64, fault: Option<Fault>) 
 }
 
 /// Which servers cannot reach each other.
-struct Links {
-    cut: Mutex<BTreeSet<(String, String)>>,
+pub(super) struct Links {
+    pub(super) cut: Mutex<BTreeSet<(String, String)>>,
     random: Mutex<StdRng>,
     fault: Option<Fault>,
     /// With which what was meddled with is signed again.
@@ -107,13 +106,19 @@ struct Links {
 }
 
 impl Links {
-    fn is_cut(&self, from: &str, to: &str) -> bool {
+    /// All of them are there.
+    pub(super) fn new(seed: u64, fault: Option<Fault>, keys: BTreeMap<OwnedServerName, Arc<SigningKey>>) -> Arc<Self> {
+        let random = Mutex::new(StdRng::seed_from_u64(!seed));
+        Arc::new(Self { cut: Mutex::default(), random, fault, keys })
+    }
+
+    pub(super) fn is_cut(&self, from: &str, to: &str) -> bool {
         let cut = self.cut.lock().unwrap();
         cut.contains(&(from.to_owned(), to.to_owned())) || cut.contains(&(to.to_owned(), from.to_owned()))
     }
 
     /// Where a link is cut, either the request does not arrive or its answer does not.
-    async fn pass(&self, to: &str, request: Request, next: Next) -> Response {
+    pub(super) async fn pass(&self, to: &str, request: Request, next: Next) -> Response {
         let header = request.headers().get("authorization").and_then(|header| header.to_str().ok()).unwrap_or_default();
         let from = header.split("origin=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap_or_default();
         if !self.is_cut(from, to) {
@@ -420,13 +425,20 @@ impl Schedule {
 }
 
 /// What a participant reads is what the hub reads, byte for byte, in the hub's order and without what was redacted, and from its last join on it has all of it.
-fn same_log(hub: &[Appended], part: &[Appended], name: &OwnedServerName) {
+pub(super) fn same_log(hub: &[Appended], part: &[Appended], name: &OwnedServerName) {
     let at_hub: HashMap<_, _> = hub.iter().map(|event| (&event.event.event_id, event)).collect();
     for event in part {
         let original = at_hub.get(&event.event.event_id).expect("an event that the hub does not have");
         assert_eq!(canonical_json(&event.event.json), canonical_json(&original.event.json));
     }
-    // Where its last stay began: the last join while it had nobody in the room.
+    let began = stay_began(hub, name).unwrap_or_else(|| panic!("{name} has nobody in the room"));
+    let stay: Vec<_> = hub[began..].iter().map(|event| &event.event.event_id).collect();
+    let tail = part.iter().skip_while(|event| event.event.event_id != *stay[0]).map(|event| &event.event.event_id);
+    assert_eq!(tail.collect::<Vec<_>>(), stay, "{name} has another log than the hub");
+}
+
+/// Where a server's last stay began: the last join while it had nobody in the room. None when it has nobody there.
+pub(super) fn stay_began(hub: &[Appended], name: &OwnedServerName) -> Option<usize> {
     let mut joined = BTreeSet::new();
     let mut began = None;
     for (place, event) in hub.iter().enumerate() {
@@ -444,8 +456,5 @@ fn same_log(hub: &[Appended], part: &[Appended], name: &OwnedServerName) {
             joined.remove(user);
         }
     }
-    assert!(!joined.is_empty(), "{name} has nobody in the room");
-    let stay: Vec<_> = hub[began.unwrap()..].iter().map(|event| &event.event.event_id).collect();
-    let tail = part.iter().skip_while(|event| event.event.event_id != *stay[0]).map(|event| &event.event.event_id);
-    assert_eq!(tail.collect::<Vec<_>>(), stay, "{name} has another log than the hub");
+    began.filter(|_| !joined.is_empty())
 }

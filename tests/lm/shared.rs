@@ -1,35 +1,77 @@
 //! Shared rooms over real routes: a hub that keeps a graph and its log, and servers that do LM alone.
 
+use std::sync::Arc;
+
 use axum::body::Body;
 use axum::response::Response;
-use http::Method;
-use isthmus::event::{RoomVersion, sign_object};
+use http::{Method, StatusCode};
+use isthmus::event::{Links, Pdu, Redaction, RoomVersion, sign_object};
 use isthmus::lm::{NewRoom, Role};
+use isthmus::refusal::Refusal;
+use isthmus::seam::{Graphs, JoinShared};
 use ruma::{OwnedRoomId, RoomId};
 use serde_json::{Value, json};
 
 use super::http::ask_signed;
-use super::world::{Node, World, assert_dense, bodies, draft, ids, member, message};
+use super::log_hub::respond;
+use super::world::{Node, World, assert_dense, bodies, draft, ids, member, message, raw};
 
-/// Has a server say in its keys that it does LM alone.
-fn does_lm_alone(node: &Node) {
-    let (keyring, name, key) = (node.context.keyring.clone(), node.name.clone(), node.context.signing_key.clone());
+/// Has a server do LM alone: it says so in its keys, and has none of Matrix' endpoints.
+pub(super) fn does_lm_alone(node: &Node) {
+    let keys = Arc::new(keys_of_lm_alone(node));
     node.meddle(move |request, next| {
-        let (keyring, name, key) = (keyring.clone(), name.clone(), key.clone());
+        let keys = keys.clone();
         async move {
-            if request.uri().path() != "/_matrix/key/v2/server" {
-                return next.run(request).await;
+            match request.uri().path() {
+                "/_matrix/key/v2/server" => keys(),
+                path if is_of_matrix_alone(path) => unrecognized(),
+                _ => next.run(request).await,
             }
-            let mut keys = keyring.own_keys();
-            keys.remove("signatures");
-            keys.insert("m.linearized".to_owned(), json!(true));
-            sign_object(&mut keys, name.as_str(), &key);
-            Response::new(Body::from(json!(keys).to_string()))
         }
     });
 }
 
-async fn shared_room(hub: &Node, join_rule: &str) -> OwnedRoomId {
+/// Whether a path is one of federation that the draft does not have, by either name.
+pub(super) fn is_of_matrix_alone(path: &str) -> bool {
+    const OF_THE_DRAFT: [&str; 14] = [
+        "unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02/",
+        "v1/version",
+        "v1/make_join/",
+        "v1/make_leave/",
+        "v1/make_knock/",
+        "v1/state/",
+        "v1/state_ids/",
+        "v1/user/",
+        "v2/send/",
+        "v2/backfill/",
+        "v2/event/",
+        "v3/invite/",
+        "v3/send_",
+        "v1/media/",
+    ];
+    let rest = path.strip_prefix("/_matrix/federation/");
+    rest.is_some_and(|rest| !OF_THE_DRAFT.iter().any(|start| rest.starts_with(start)))
+}
+
+/// What a server answers that has no such endpoint.
+pub(super) fn unrecognized() -> Response {
+    let error = json!({ "errcode": "M_UNRECOGNIZED", "error": "there is no such endpoint" });
+    respond(StatusCode::NOT_FOUND, error)
+}
+
+/// What a server that does LM alone answers who asks for its keys.
+pub(super) fn keys_of_lm_alone(node: &Node) -> impl Fn() -> Response + Send + Sync + use<> {
+    let (keyring, name, key) = (node.context.keyring.clone(), node.name.clone(), node.context.signing_key.clone());
+    move || {
+        let mut keys = keyring.own_keys();
+        keys.remove("signatures");
+        keys.insert("m.linearized".to_owned(), json!(true));
+        sign_object(&mut keys, name.as_str(), &key);
+        Response::new(Body::from(json!(keys).to_string()))
+    }
+}
+
+pub(super) async fn shared_room(hub: &Node, join_rule: &str) -> OwnedRoomId {
     let bot = hub.user("bot");
     let state = |kind: &str, content: Value| draft(&bot, kind, Some(""), content);
     let initial_state = vec![
@@ -41,7 +83,7 @@ async fn shared_room(hub: &Node, join_rule: &str) -> OwnedRoomId {
 }
 
 /// The log has what the graph has, and nothing else.
-async fn in_step(hub: &Node, room: &RoomId) {
+pub(super) async fn in_step(hub: &Node, room: &RoomId) {
     let (log, graph) = (hub.lm.state(room).await.unwrap(), hub.dag.state(room).await.unwrap());
     let of_log: Vec<_> = log.iter().map(|(kind, key, event)| (kind, key, &event.event_id)).collect();
     let of_graph: Vec<_> = graph.iter().map(|((kind, key), event)| (&**kind, &**key, &event.event_id)).collect();
@@ -85,7 +127,15 @@ async fn lm_servers_take_part_in_a_shared_room_through_its_log() {
     let target = part.wait_for_body(&room, "from a participant").await;
     let target = target.iter().find(|appended| bodies(std::slice::from_ref(*appended)) == ["from a participant"]);
     let target = target.unwrap().event.event_id.clone();
-    part.send(&room, draft(&part.user("alice"), "m.room.redaction", None, json!({ "redacts": target }))).await.unwrap();
+    let redaction = draft(&part.user("alice"), "m.room.redaction", None, json!({ "redacts": target }));
+    // Signed by the draft's table alone it cannot be taken, and its server is told why.
+    let by_draft = part.lpdu(&room, &hub.name, &redaction);
+    let refused = hub.lm.receive(&part.name, vec![raw(&by_draft.json)]).await.pop().unwrap().result.unwrap_err();
+    assert!(
+        matches!(refused, Refusal::BadSignature { .. }) && refused.to_string().contains("content.redacts"),
+        "{refused}"
+    );
+    part.send(&room, redaction).await.unwrap();
     hub.wait(&room, "the redaction", |log| log.last().is_some_and(|last| last.event.kind == "m.room.redaction")).await;
     in_step(&hub, &room).await;
 
@@ -145,4 +195,90 @@ async fn a_shared_room_gives_lm_servers_the_partial_template_and_others_the_whol
     assert!(!partial.contains_key("prev_events") && !partial.contains_key("auth_events"), "{partial:?}");
     assert!(!whole["prev_events"].as_array().unwrap().is_empty() && !whole.contains_key("depth"), "{whole:?}");
     assert!(!whole["auth_events"].as_array().unwrap().is_empty() && !whole.contains_key("hub_server"), "{whole:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_35_a_handshake_is_answered_once_whether_it_is_the_logs_or_the_graphs() {
+    let (_world, [hub, part, graph]) = World::new(["hub.example", "part.example", "graph.example"]).await;
+    let room = shared_room(&hub, "public").await;
+    let whole = async |node: &Node, name: &str| {
+        let user = node.user(name);
+        let uri = format!("/_matrix/federation/v1/make_join/{room}/{user}?ver={}", RoomVersion::Lm02.as_str());
+        let (status, answer) = ask_signed(node, &hub, &Method::GET, &uri, None).await;
+        assert_eq!(status, 200, "{answer}");
+        let template = answer["event"].as_object().unwrap().clone();
+        let ids = |key: &str| {
+            let ids = template[key].as_array().unwrap().iter();
+            ids.map(|id| id.as_str().unwrap().try_into().unwrap()).collect::<Vec<ruma::OwnedEventId>>()
+        };
+        let links = Links {
+            auth_events: ids("auth_events"),
+            prev_events: ids("prev_events"),
+            redaction: Redaction::GraphServer,
+        };
+        let mut event = template.clone();
+        event.retain(|key, _| !["auth_events", "prev_events", "hashes", "signatures"].contains(&key.as_str()));
+        let event = Pdu::build_among(event, links, &node.name, &node.context.signing_key).unwrap();
+        Value::Object(event.json)
+    };
+    let lpdu = |node: &Node, name: &str| {
+        Value::Object(node.lpdu(&room, &hub.name, &member(&node.user(name), &node.user(name), "join")).json)
+    };
+    let send = async |node: &Node, id: &str, body: &Value| {
+        let uri = format!("/_matrix/federation/v3/send_join/{id}");
+        let (status, answer) = ask_signed(node, &hub, &Method::POST, &uri, Some(body)).await;
+        assert_eq!(status, 200, "{answer}");
+        answer["event"].clone()
+    };
+    let alice = send(&part, "1", &lpdu(&part, "alice")).await;
+    assert_eq!(send(&part, "1", &whole(&part, "anna").await).await, alice);
+    let bob = send(&graph, "1", &whole(&graph, "bob").await).await;
+    assert_eq!(send(&graph, "1", &lpdu(&graph, "berta")).await, bob);
+    assert_eq!(send(&graph, "1", &whole(&graph, "boris").await).await, bob);
+    let joined: Vec<_> = hub.dag.joined(&room).await.unwrap().into_iter().collect();
+    assert_eq!(joined, [part.user("alice"), graph.user("bob"), hub.user("bot")]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_took_part_by_the_log_comes_back_to_the_log() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    // As it was before it served graphs.
+    hub.meddle(|request, next| async move {
+        let is_template = request.uri().path().contains("/make_join/");
+        let response = next.run(request).await;
+        if !is_template {
+            return response;
+        }
+        let bytes = axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap();
+        let mut made: Value = serde_json::from_slice(&bytes).unwrap();
+        let event = made["event"].as_object_mut().unwrap();
+        event.retain(|key, _| !["auth_events", "prev_events"].contains(&key.as_str()));
+        Response::new(Body::from(made.to_string()))
+    });
+    let room = shared_room(&hub, "public").await;
+    let is_participant = async || {
+        let role = part.lm.room(&room).await.unwrap().unwrap().role;
+        assert!(matches!(role, Role::Participant { .. }), "{role:?}");
+    };
+    part.join(&room, "alice", &hub).await;
+    is_participant().await;
+    part.lm.leave(&room, &part.user("alice"), &[]).await.unwrap();
+    hub.wait(&room, "the leave", |log| log.last().unwrap().event.content()["membership"] == "leave").await;
+    hub.meddle(|request, next| next.run(request));
+    part.join(&room, "alice", &hub).await;
+    is_participant().await;
+    hub.say(&room, "bot", "welcome back").await;
+    part.wait_for_body(&room, "welcome back").await;
+    part.say(&room, "alice", "thank you").await;
+    hub.wait_for_body(&room, "thank you").await;
+    // As a graph it is not joined, and nothing is sent.
+    let log = ids(&hub.log(&room).await);
+    let (room_id, via, user_id) = (room.clone(), hub.name.clone(), part.user("anna"));
+    let join = JoinShared { room_id, via, user_id, content: isthmus::event::Object::new() };
+    let refusal = Graphs::join(&part.dag, join).await.unwrap_err();
+    assert!(
+        matches!(&refusal, Refusal::Forbidden(why) if why.contains("as a log that hub.example keeps")),
+        "{refusal}"
+    );
+    assert_eq!(ids(&hub.log(&room).await), log);
 }

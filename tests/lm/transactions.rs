@@ -50,6 +50,11 @@ async fn hc_35_the_same_id_gives_the_same_answer_across_restarts_and_names() {
     // The same LPDU under another ID: it is there already, and no failure.
     assert_eq!(send(&part, &hub, UNSTABLE, "2", &[json!(good.json), json!(other.json)]).await, none);
     assert_eq!(bodies(&hub.log(&room).await), ["good", "other"]);
+    // One that said nothing of any event has used its ID as well, as long as that is remembered.
+    let mark = [json!(lpdu("alice", "by a used ID").json)];
+    assert_eq!(send(&part, &hub, UNSTABLE, "nothing", &[]).await, none);
+    assert_eq!(send(&part, &hub, UNSTABLE, "nothing", &mark).await, none);
+    assert_eq!(bodies(&hub.log(&room).await), ["good", "other"]);
     // At the graph's endpoint the ID is another.
     let uri = "/_matrix/federation/v1/send/1";
     let body = json!({ "pdus": [lpdu("alice", "third").json], "origin": part.name, "origin_server_ts": 1 });

@@ -101,7 +101,8 @@ impl World {
         Self::begin(names, &[], clock, notary).await
     }
 
-    async fn begin<const N: usize>(
+    /// The same with all that there is to choose.
+    pub async fn begin<const N: usize>(
         names: [&str; N],
         others: &[(&str, SocketAddr)],
         clock: SharedClock,

@@ -23,6 +23,8 @@ use super::testbed::postgres;
 use super::testbed::process::{free_port, target_dir};
 use super::testbed::synapse::{self, Synapse};
 
+/// What makes names of each world its own.
+const SUFFIXES: [&str; 2] = ["", "-pg"];
 /// The binary under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_isthmus");
 
@@ -121,6 +123,7 @@ impl Worlds {
         let mut resolve = BTreeMap::new();
         for gateway in &mut gateways {
             gateway.set_raw("access", "create_by_invite", "[\"hub.example\"]");
+            gateway.set_raw("access", "create_by_matrix_invite", "[\"@bridger*:*\"]");
             resolve.insert(server(&gateway.server_name), gateway.url.parse().unwrap());
         }
         for (name, port) in names.into_iter().zip(ports) {
@@ -132,6 +135,9 @@ impl Worlds {
         let (hub, spoke) = tokio::join!(start(0), start(1));
         let (hub, spoke): (&'static Provider, &'static Provider) =
             (Box::leak(Box::new(hub)), Box::leak(Box::new(spoke)));
+        for ((gateway, synapse), suffix) in gateways.iter_mut().zip(&synapses).zip(SUFFIXES) {
+            gateway.set_raw("access", "admins", &format!("[\"@boss{suffix}:{}\"]", synapse.server_name));
+        }
         let mut registrations =
             gateways.iter_mut().zip(&synapses).map(|(g, synapse)| g.register_with(synapse).unwrap());
         let registrations = [registrations.next(), registrations.next()];
@@ -143,7 +149,9 @@ impl Worlds {
         .unwrap();
         let (a, b): (&'static Synapse, &'static Synapse) = (Box::leak(Box::new(a)), Box::leak(Box::new(b)));
         let mut worlds = Vec::new();
-        for (gateway, (a, b, name_of_b, suffix)) in gateways.into_iter().zip([(a, b, "b", ""), (b, a, "a", "-pg")]) {
+        for (gateway, (a, b, name_of_b, suffix)) in
+            gateways.into_iter().zip([(a, b, "b", SUFFIXES[0]), (b, a, "a", SUFFIXES[1])])
+        {
             worlds.push(World {
                 directory: directory.clone(),
                 authority,

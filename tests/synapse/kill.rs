@@ -47,10 +47,17 @@ fn inv_5_the_same_with_the_gateway_as_hub_and_postgresql() {
     });
 }
 
+#[test]
+fn inv_5_the_same_in_a_room_of_a_synapse() {
+    run(storm("of-matrix", 200, 4, None, Role::HubOfMatrix));
+}
+
 /// What the gateway is in the LM room.
 #[derive(PartialEq)]
 enum Role {
     Hub,
+    /// The same, of a Matrix room that lives elsewhere.
+    HubOfMatrix,
     Participant,
 }
 
@@ -79,6 +86,14 @@ async fn storm(name: &str, messages: usize, kills: usize, database: Option<&str>
         let alias = format!("#storm:{}", gateway.server_name);
         let lm_room = provider.join(&bob, &alias, &[]).await.unwrap();
         (alias, lm_room)
+    } else if role == Role::HubOfMatrix {
+        let room = carol.create_room(json!({ "preset": "public_chat" })).await.unwrap();
+        let via = [&world.b.server_name];
+        let made = json!({ "kind": "from_matrix", "matrix_room_id": room, "via": via, "alias": "storm" });
+        gateway.admin(Method::POST, "/portals", Some(made)).await.unwrap();
+        let alias = format!("#storm:{}", gateway.server_name);
+        let lm_room = provider.join(&bob, &alias, &[]).await.unwrap();
+        (room, lm_room)
     } else {
         let new = NewRoom { alias: Some("storm".to_owned()), ..NewRoom::default() };
         let lm_room = provider.create_room(&bob, new).unwrap();

@@ -1,6 +1,7 @@
 //! Scenarios with stock Synapses: a Matrix user and an LM user in one portal.
 
 mod alias_join;
+mod bot;
 mod created;
 mod crossing;
 mod directory;
@@ -8,8 +9,10 @@ mod eigen;
 mod ends;
 mod ephemeral;
 mod fork;
+mod from_matrix;
 mod gate;
 mod kill;
+mod media;
 mod outage;
 mod pair;
 mod poison;

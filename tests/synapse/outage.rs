@@ -1,14 +1,18 @@
 //! A homeserver or a hub that is down for a while gets everything when it is back, once and in order; others do not wait.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use serde_json::Value;
+use isthmus::event::Pdu;
+use reqwest::Method;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::support::provider::NewRoom;
+use crate::support::testbed::process::free_port;
 use crate::support::testbed::{gateway, synapse};
-use crate::support::world::{BINARY, run, world};
+use crate::support::world::{BINARY, provider, run, server, world};
 
 #[test]
 fn a_synapse_that_was_down_catches_up_and_others_do_not_wait_for_it() {
@@ -99,5 +103,50 @@ fn a_gateway_that_was_down_gets_what_waits_as_soon_as_it_starts() {
         sleeper.start().await.unwrap();
         let answer = tokio::time::timeout(Duration::from_secs(8), alice.wait_for_many(&room, 2, says)).await;
         answer.expect("the gateway did not ping when it started").unwrap();
+    });
+}
+
+/// A Synapse that is restarted forgets what it had to send, and sends the newest event of each room alone.
+#[test]
+fn a_gateway_that_was_down_gets_all_of_a_synapse_that_was_restarted_meanwhile() {
+    run(async {
+        let world = world().await;
+        let mut plan = gateway::Plan::new(&world.directory.join("wide"), Path::new(BINARY), world.authority).unwrap();
+        let port = free_port().unwrap();
+        plan.resolve("wide.example", &format!("http://127.0.0.1:{port}"));
+        let resolve = BTreeMap::from([(server(&plan.server_name), plan.url.parse().unwrap())]);
+        let provider = provider("wide.example", port, &world.authority.file, &resolve, None).await;
+        let mut gateway = plan.start().await.unwrap();
+        let own = synapse::Plan::new(&world.directory.join("e")).unwrap();
+        let mut own = own.start(world.authority, None).await.unwrap();
+        let made = json!({ "kind": "create", "alias": "wide", "join_rule": "public" });
+        gateway.admin(Method::POST, "/portals", Some(made)).await.unwrap();
+        let alias = format!("#wide:{}", gateway.server_name);
+        let bob = provider.user("bob").unwrap();
+        let lm_room = provider.join(&bob, &alias, &[]).await.unwrap();
+        let carol = world.user(&own, "carol-wide", "Carol").await;
+        let room = carol.join(&alias, &[]).await.unwrap();
+        carol.send_text(&room, "before").await.unwrap();
+        provider.wait_for_text(&lm_room, "before").await.unwrap();
+
+        gateway.kill().unwrap();
+        for number in 0..300 {
+            carol.send_text(&room, &format!("away {number}")).await.unwrap();
+        }
+        own.stop();
+        own.start().await.unwrap();
+        gateway.start().await.unwrap();
+        provider.send_text(&bob, &lm_room, "back").unwrap();
+        carol.wait_for_text(&room, "back").await.unwrap();
+        carol.send_text(&room, "after").await.unwrap();
+        provider.wait_for_text(&lm_room, "after").await.unwrap();
+        let says = |event: &Pdu| event.kind == "m.room.message" && event.sender != bob;
+        let log = provider.log(&lm_room);
+        let bodies: Vec<&str> =
+            log.iter().filter(|event| says(event)).filter_map(|event| event.content().get("body")?.as_str()).collect();
+        let away = (0..300).map(|number| format!("away {number}"));
+        let said: Vec<String> = ["before".to_owned()].into_iter().chain(away).chain(["after".to_owned()]).collect();
+        assert_eq!(bodies, said);
+        assert_eq!(gateway.health().await.unwrap()["graph_missing"]["waiting"], 0);
     });
 }

@@ -7,6 +7,7 @@ mod edus;
 mod eigen;
 mod hub;
 mod journal;
+mod media;
 mod network;
 mod outbox;
 mod participant;
@@ -108,6 +109,8 @@ struct Inner {
     aliases: Mutex<BTreeMap<String, OwnedRoomId>>,
     invites: Mutex<BTreeMap<OwnedRoomId, Invite>>,
     names: Mutex<BTreeMap<OwnedUserId, String>>,
+    /// The users' files, by their IDs.
+    files: Mutex<BTreeMap<String, media::File>>,
     /// What other servers said besides events.
     heard: Mutex<Vec<(OwnedServerName, Value)>>,
     /// Numbers of transactions that hold nothing but EDUs.
@@ -156,6 +159,7 @@ impl Provider {
             aliases: Mutex::new(kept.aliases),
             invites: Mutex::default(),
             names: Mutex::default(),
+            files: Mutex::default(),
             heard: Mutex::default(),
             numbers: Mutex::new(0..),
             outboxes: Mutex::default(),

@@ -82,6 +82,17 @@ impl Network {
         Err(Fault { status, errcode: text("errcode"), error: text("error") })
     }
 
+    /// What a signed GET is answered with, as it is.
+    pub async fn get(&self, to: &ServerName, path: &str) -> Result<(HeaderMap, Vec<u8>)> {
+        let header = authorization_header(&self.server_name, to, &self.key, &Method::GET, path, Some(&Object::new()));
+        let request = self.http.get(format!("{}{path}", self.base(to)));
+        let response = request.header(http::header::AUTHORIZATION, header).send().await?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let body = response.bytes().await?;
+        ensure!(status.is_success(), "{status}: {}", String::from_utf8_lossy(&body));
+        Ok((headers, body.to_vec()))
+    }
+
     /// A request to one of the draft's endpoints: under its unstable name, then, where that is not known, under its final one.
     pub async fn call_lm(
         &self,

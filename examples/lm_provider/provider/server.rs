@@ -14,7 +14,7 @@ use ruma::{OwnedEventId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
 use super::room::Room;
-use super::{Inner, eigen, lock, object, rules};
+use super::{Inner, eigen, lock, media, object, rules};
 
 /// How large a request may be.
 const LIMIT: usize = 10 << 20;
@@ -85,6 +85,9 @@ pub async fn serve(listener: tokio::net::TcpListener, inner: Arc<Inner>) {
 
 async fn handle(State(inner): State<Arc<Inner>>, request: Request<Body>) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    if media::asked(&path).is_some() && !inner.eigen {
+        return inner.file(request).await;
+    }
     match inner.answer(request).await {
         Ok(answer) => Json(answer).into_response(),
         Err(fault) if inner.eigen && fault.errcode == "M_UNRECOGNIZED" => eigen::page(&method, &path),

@@ -1,6 +1,7 @@
 //! The admin API: what operators and the command line do with portals. JSON over HTTP, with a bearer token.
 
 mod events;
+mod media;
 mod portals;
 mod servers;
 #[cfg(test)]
@@ -40,6 +41,7 @@ fn table() -> Vec<(&'static str, &'static [&'static str], MethodRouter<Admin>)> 
         ("/portals/{portal_id}/repair", &["post"], post(portals::repair)),
         ("/portals/{portal_id}/log", &["get"], get(portals::log)),
         ("/events/{event_id}", &["get"], get(events::explain)),
+        ("/media/forget", &["post"], post(media::forget)),
         ("/servers", &["get"], get(servers::list)),
         ("/servers/{server_name}/retry", &["post"], post(servers::retry)),
     ]
@@ -65,6 +67,7 @@ fn table() -> Vec<(&'static str, &'static [&'static str], MethodRouter<Admin>)> 
         portals::repair,
         portals::log,
         events::explain,
+        media::forget,
         servers::list,
         servers::retry,
     )

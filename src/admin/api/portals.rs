@@ -65,6 +65,20 @@ pub(super) enum Make {
         /// Instead of these: its alias at its hub, `#NAME:HUB`.
         lm_alias: Option<String>,
     },
+    /// An LM room, hubbed here, for a Matrix room that lives elsewhere.
+    FromMatrix {
+        /// The Matrix room.
+        #[schema(value_type = Option<String>)]
+        matrix_room_id: Option<OwnedRoomId>,
+        /// Instead of it: its alias, `#NAME:SERVER`.
+        matrix_alias: Option<String>,
+        /// Servers through which it can be joined.
+        #[schema(value_type = Vec<String>)]
+        #[serde(default)]
+        via: Vec<OwnedServerName>,
+        /// The localpart of an alias at the gateway, or the alias, by which LM users find the LM room.
+        alias: Option<String>,
+    },
 }
 
 /// A portal.
@@ -72,7 +86,7 @@ pub(super) enum Make {
 pub(super) struct Portal {
     /// Its ID.
     portal_id: String,
-    /// `created`, `from_lm` or `shared`: then both rooms are the same.
+    /// `created`, `from_lm`, `from_matrix` or `shared`: then both rooms are the same.
     kind: &'static str,
     /// `active`, `degraded`, `suspended`, `ending` or `ended`.
     state: &'static str,
@@ -139,7 +153,7 @@ pub(super) async fn list(
     Ok(Json(Page { portals: portals.iter().map(|portal| Portal::from(&**portal)).collect(), next }))
 }
 
-/// Makes a portal; one of an LM room that has one already is returned as it is.
+/// Makes a portal; one of a room that has one already is returned as it is.
 #[utoipa::path(
     post, path = "/portals", request_body = Make,
     responses((status = 201, body = Portal), (status = "4XX", body = ApiError), (status = "5XX", body = ApiError))
@@ -175,6 +189,16 @@ pub(super) async fn make(
         }
         Make::FromLm { lm_room_id: None, lm_alias: Some(lm_alias), via, alias: None } if via.is_empty() => {
             bridge.portal_of_alias(&lm_alias).await?
+        }
+        Make::FromMatrix { matrix_room_id: Some(room_id), matrix_alias: None, via, alias } => {
+            bridge.portal_from_matrix(&room_id, &via, localpart(alias)?.as_deref(), Cause::Admin).await?
+        }
+        Make::FromMatrix { matrix_room_id: None, matrix_alias: Some(matrix_alias), via, alias } => {
+            bridge.portal_of_matrix_alias(&matrix_alias, &via, localpart(alias)?.as_deref()).await?
+        }
+        Make::FromMatrix { .. } => {
+            let either = "a room is named by `matrix_room_id` or by `matrix_alias`, with `via` and perhaps `alias`";
+            return Err(Refusal::malformed("matrix_room_id", either));
         }
         Make::FromLm { .. } => {
             let either = "a room is named by `lm_room_id`, with `via` and perhaps `alias`, or by `lm_alias` alone";
@@ -213,7 +237,6 @@ pub(super) struct Shown {
     #[serde(flatten)]
     portal: Portal,
     /// What waits, who is in it, what was refused.
-    #[schema(value_type = Object)]
     health: bridge::Health,
     /// How many repairs it would take to bring the two states in step.
     out_of_step: usize,

@@ -14,6 +14,7 @@ use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::dag::Dag;
 use crate::lm::Lm;
+use crate::media::Media;
 
 struct House {
     routes: Router,
@@ -32,7 +33,8 @@ impl House {
         let lm = Lm::new(context.clone(), bridge.between());
         let dag = Dag::new(context.clone(), bridge.between());
         bridge.start(lm.clone(), dag.clone()).await.unwrap();
-        let routes = Admin { context, lm, dag, bridge, appservice: None }.routes();
+        let media = Media::new(&context);
+        let routes = Admin { context, lm, dag, bridge, appservice: None, media }.routes();
         Self { routes, _folder: folder }
     }
 
@@ -80,6 +82,16 @@ fn the_document_has_every_route_and_no_other() {
     assert_eq!(described, served);
 }
 
+#[test]
+fn the_document_says_what_the_health_of_a_portal_is() {
+    let document = serde_json::to_value(Document::openapi()).unwrap();
+    let schemas = &document["components"]["schemas"];
+    let health = &schemas["PortalHealth"]["properties"];
+    assert_eq!(health["uncorrected"]["items"]["$ref"], "#/components/schemas/Uncorrected", "{health}");
+    let properties = schemas["Uncorrected"]["properties"].as_object().unwrap();
+    assert_eq!(properties.keys().collect::<Vec<_>>(), ["reason", "state_key", "type"]);
+}
+
 #[tokio::test]
 async fn every_route_asks_for_the_token_and_the_document_does_not() {
     let house = House::build(Some("secret")).await;
@@ -125,6 +137,7 @@ async fn a_portal_is_made_listed_and_shown() {
     let shown = house.get(&format!("/portals/{portal_id}")).await;
     assert_eq!((&shown["matrix_room_id"], &shown["out_of_step"]), (&made["matrix_room_id"], &json!(0)));
     assert!(shown["health"]["refusals"].is_array(), "{shown}");
+    assert_eq!(shown["health"]["uncorrected"], json!([]));
 
     let (status, announced) =
         house.call(Method::POST, &format!("/portals/{portal_id}/announce"), json!({ "body": "hello" })).await;
@@ -155,7 +168,7 @@ async fn what_is_wrong_with_a_request_is_said() {
     for (method, path, body, status, error) in [
         (Method::POST, "/portals", json!({}), 400, "kind"),
         (Method::POST, "/portals", json!({ "kind": "create", "nmae": "x" }), 400, "nmae"),
-        (Method::POST, "/portals", json!({ "kind": "from_matrix", "matrix_room_id": "!a:b" }), 400, "from_matrix"),
+        (Method::POST, "/portals", json!({ "kind": "from_both", "matrix_room_id": "!a:b" }), 400, "from_both"),
         (Method::POST, "/portals", json!({ "kind": "create", "join_rule": "private" }), 400, "join_rule"),
         (Method::POST, "/portals", json!({ "kind": "create", "matrix_room_version": "99" }), 400, "99"),
         (Method::POST, "/portals", json!({ "kind": "create", "alias": "#tea:other.example" }), 400, "other.example"),
@@ -163,6 +176,9 @@ async fn what_is_wrong_with_a_request_is_said() {
         (Method::POST, "/portals", json!({ "kind": "from_lm", "via": ["h"] }), 400, "or by `lm_alias` alone"),
         (Method::POST, "/portals", json!({ "kind": "from_lm", "lm_alias": "#a:h", "alias": "b" }), 400, "alone"),
         (Method::POST, "/portals", json!({ "kind": "from_lm", "lm_alias": "tea" }), 400, "lm_alias"),
+        (Method::POST, "/portals", json!({ "kind": "from_matrix" }), 400, "or by `matrix_alias`"),
+        (Method::POST, "/portals", json!({ "kind": "from_matrix", "matrix_alias": "tea" }), 400, "matrix_alias"),
+        (Method::POST, "/portals", json!({ "kind": "from_matrix", "matrix_room_id": "!r:g.example" }), 400, "via"),
         (Method::GET, "/portals?limit=many", Value::Null, 400, "the query"),
         (Method::GET, "/portals?from=x", Value::Null, 400, "is no portal"),
         (Method::GET, "/portals/p77", Value::Null, 404, "the portal p77"),

@@ -1,6 +1,6 @@
 //! What becomes of events, by the states of both rooms. The near side is Matrix, `g` the gateway.
 
-use ruma::{event_id, room_id, user_id};
+use ruma::{event_id, room_id, server_name, user_id};
 
 use super::*;
 use crate::bridge::power::tests::state as room;
@@ -84,6 +84,9 @@ impl Setting {
             event,
             source: Side::Matrix,
             authority: self.authority,
+            lets_in: true,
+            asks: false,
+            far_users: &Known::new(),
             near: &near(),
             far: &self.far,
             settled: self.settled,
@@ -93,6 +96,7 @@ impl Setting {
             redacted: self.redacted.as_ref(),
             far_room: room_id!("!far:g"),
             bot: user_id!("@isthmus:g"),
+            media: &MediaNames::new(server_name!("g").to_owned(), &[7; 32]),
             now_ms: 500,
         })
     }

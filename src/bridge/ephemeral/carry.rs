@@ -1,11 +1,12 @@
 //! How typing, receipts and presence are carried over, each as its ghost's.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ruma::{OwnedEventId, OwnedUserId, RoomId, UserId};
+use ruma::{OwnedEventId, OwnedServerName, OwnedUserId, RoomId, UserId};
 
-use super::waiting::{TYPING_MS, What};
+use super::waiting::{From, TYPING_MS, What};
 use crate::bridge::acl::{self, SERVER_ACL};
 use crate::bridge::core::Core;
 use crate::bridge::portal::Portal;
@@ -52,7 +53,8 @@ struct Across {
 async fn across(core: &Core, side: Side, room_id: &RoomId, user: &UserId) -> Result<Result<Across, Ignored>, Refusal> {
     let Some(entry) = core.registry.of_room(side, room_id) else { return Ok(Err(Ignored::NoPortal)) };
     let portal = entry.portal();
-    if !portal.state.carries() {
+    // In a room that is both nothing crosses: its servers tell each other.
+    if !portal.state.carries() || portal.is_one_room() {
         return Ok(Err(Ignored::NoPortal));
     }
     // Of ghosts nothing ever comes back (INV-7).
@@ -75,19 +77,30 @@ async fn across(core: &Core, side: Side, room_id: &RoomId, user: &UserId) -> Res
         return Ok(Err(Ignored::NotJoined));
     }
     acl::both(core, &near, &far, user).await?;
+    core.ephemeral.knows(user.server_name());
     Ok(Ok(Across { portal, ghost }))
 }
 
 /// Says something to the servers with users in the room on `side`.
 async fn say(core: &Core, side: Side, room_id: &RoomId, edu: &Edu) -> Result<(), Refusal> {
-    let sides = core.sides()?;
-    let mut servers = match side {
-        Side::Matrix => sides.dag.joined_servers(room_id).await?,
-        Side::Lm => sides.lm.joined_servers(room_id).await?,
-    };
-    servers.retain(|server| *server != core.context.server_name);
-    core.context.outbound.send_edu(side, servers, edu);
+    for (side, servers) in listeners(core, side, room_id).await? {
+        core.context.outbound.send_edu(side, servers, edu);
+    }
     Ok(())
+}
+
+/// The other servers with users in a room, and by which protocol they are told what happens there: of those in a log which follows from
+/// a graph some know the graph alone.
+async fn listeners(core: &Core, side: Side, room_id: &RoomId) -> Result<[(Side, Vec<OwnedServerName>); 2], Refusal> {
+    let sides = core.sides()?;
+    let (lm, matrix) = match side {
+        Side::Matrix => (Vec::new(), sides.dag.joined_servers(room_id).await?),
+        Side::Lm => sides.lm.servers_by_part(room_id).await?,
+    };
+    Ok([(Side::Lm, lm), (Side::Matrix, matrix)].map(|(side, mut servers)| {
+        servers.retain(|server| *server != core.context.server_name);
+        (side, servers)
+    }))
 }
 
 async fn carry_typing(core: &Core, side: Side, typing: Typing) -> Result<Done, Refusal> {
@@ -144,7 +157,7 @@ pub(super) async fn look(core: &Core, key: (Side, EduKey)) {
         let mut waiting = core.ephemeral.waiting();
         // Something newer may have come meanwhile.
         if !waiting.jobs.contains_key(&key) {
-            waiting.put(key.clone(), until, What::Look);
+            waiting.put(key.clone(), until, What::Look, From::Known);
         }
     } else if let Err(refusal) = stop_typing(core, *side, room_id, user).await {
         tracing::debug!(%refusal, "the end of typing did not cross");
@@ -166,7 +179,7 @@ async fn carry_receipt(core: &Core, side: Side, receipt: Receipt, tries: usize) 
         // Something newer may have come meanwhile.
         if !waiting.jobs.contains_key(&key) {
             let due = core.now_ms().saturating_add(*delay);
-            waiting.put(key, due, What::Carry(Edu::Receipt(receipt), tries.saturating_add(1)));
+            waiting.put(key, due, What::Carry(Edu::Receipt(receipt), tries.saturating_add(1)), From::Known);
         }
         return Ok(Done::Later);
     };
@@ -207,11 +220,11 @@ async fn carry_presence(core: &Core, side: Side, presence: Presence) -> Result<D
         let mut waiting = core.ephemeral.waiting();
         let key = (side, EduKey::Presence(user));
         if !waiting.jobs.contains_key(&key) {
-            waiting.put(key, now.saturating_add(left), What::Carry(Edu::Presence(presence), 0));
+            waiting.put(key, now.saturating_add(left), What::Carry(Edu::Presence(presence), 0), From::Known);
         }
         return Ok(Done::Later);
     }
-    let mut servers = std::collections::BTreeSet::new();
+    let mut servers = BTreeMap::new();
     let mut image = None;
     let mut portals = portals_of(core, side, &user).await?;
     let mut side = side;
@@ -224,18 +237,17 @@ async fn carry_presence(core: &Core, side: Side, presence: Presence) -> Result<D
         let Some(portal) = core.registry.get(*number).map(|entry| entry.portal()) else { continue };
         let Ok(Ok(Across { portal, ghost })) = across(core, side, portal.room(side), &user).await else { continue };
         let far = portal.room(side.other());
-        let sides = core.sides()?;
-        servers.extend(match side.other() {
-            Side::Matrix => sides.dag.joined_servers(far).await?,
-            Side::Lm => sides.lm.joined_servers(far).await?,
-        });
+        for (side, told) in listeners(core, side.other(), far).await? {
+            servers.extend(told.into_iter().map(|server| (server, side)));
+        }
         image = Some(ghost);
     }
     let Some(ghost) = image else { return Ok(Done::Ignored(Ignored::NotJoined)) };
-    servers.remove(&core.context.server_name);
     core.ephemeral.shown.insert(user, now);
     let image = Edu::Presence(Presence { user_id: ghost, ..presence });
-    core.context.outbound.send_edu(side.other(), servers, &image);
+    for (server, side) in servers {
+        core.context.outbound.send_edu(side, [server], &image);
+    }
     Ok(Done::Carried)
 }
 

@@ -2,7 +2,8 @@
 //! across. Nothing of it is stored: the newest of each user and room counts, and what is lost comes again.
 //!
 //! A hub hands nobody's EDUs round. The draft has servers send them directly to whom they are for, and whoever gets one from
-//! another server than its user's could not believe it.
+//! another server than its user's could not believe it. So in a room that LM servers and other homeservers share nothing is done here:
+//! each tells all others.
 
 mod carry;
 mod waiting;
@@ -14,11 +15,11 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use moka::sync::Cache;
-use ruma::{OwnedUserId, RoomId};
+use ruma::{OwnedServerName, OwnedUserId, RoomId, ServerName};
 use tokio::sync::Notify;
 
 use self::carry::{Done, carry, look};
-use self::waiting::{Waiting, What};
+use self::waiting::{From, Waiting, What, server};
 use super::core::Core;
 use crate::admin::metrics;
 use crate::event::{Edu, EduKey, Ignored};
@@ -26,6 +27,8 @@ use crate::identity::Side;
 
 /// Of how many users it is remembered what crossed last.
 const REMEMBERED: u64 = 10_000;
+/// For how long a server is known of whose users something crossed.
+const KNOWN: Duration = Duration::from_secs(24 * 3600);
 /// How often it is looked whether something is due, at least: clocks can be set.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -37,6 +40,8 @@ pub(super) struct Ephemeral {
     read: Cache<(Side, EduKey), i64>,
     /// When presence crossed last.
     shown: Cache<OwnedUserId, i64>,
+    /// The servers of whose users something crossed of late.
+    known: Cache<OwnedServerName, ()>,
     /// The portals that users are in.
     portals: Cache<(Side, OwnedUserId), Arc<[i64]>>,
 }
@@ -48,6 +53,7 @@ impl Default for Ephemeral {
             news: Notify::default(),
             read: Cache::new(REMEMBERED),
             shown: Cache::new(REMEMBERED),
+            known: Cache::builder().max_capacity(REMEMBERED).time_to_live(KNOWN).build(),
             portals: Cache::builder().max_capacity(REMEMBERED).time_to_live(carry::PRESENCE_KNOWN).build(),
         }
     }
@@ -80,11 +86,18 @@ impl Ephemeral {
             metrics::edu_received(kind, Ignored::NoPortal.code());
             return;
         };
-        if self.waiting().put((side, key), core.now_ms(), What::Carry(edu, 0)) {
+        let key = (side, key);
+        let from = if self.known.contains_key(server(&key)) { From::Known } else { From::Stranger };
+        if self.waiting().put(key, core.now_ms(), What::Carry(edu, 0), from) {
             self.news.notify_one();
         } else {
             metrics::edu_received(kind, Ignored::Budget.code());
         }
+    }
+
+    /// A user of a server is in a portal.
+    fn knows(&self, server: &ServerName) {
+        self.known.insert(server.to_owned(), ());
     }
 
     /// Something was accepted in a room: who types there may have left.
@@ -98,7 +111,7 @@ impl Ephemeral {
         for user in users {
             let key = (side, EduKey::Typing(room_id.to_owned(), user));
             if waiting.jobs.get(&key).is_none_or(|job| job.what == What::Look) {
-                waiting.put(key, core.now_ms(), What::Look);
+                waiting.put(key, core.now_ms(), What::Look, From::Known);
             }
         }
         self.news.notify_one();

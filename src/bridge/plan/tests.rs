@@ -1,6 +1,6 @@
 //! Repairs by the states of both rooms: Matrix leads, LM follows.
 
-use ruma::user_id;
+use ruma::{server_name, user_id};
 
 use super::*;
 use crate::bridge::power::tests::state as room;
@@ -49,15 +49,21 @@ fn rooms(leading: &[(&str, &str, &str, Value)], following: &[(&str, &str, &str, 
     (with(&rest(json!(8_000)), leading), with(&followed, following))
 }
 
+fn media() -> MediaNames {
+    MediaNames::new(server_name!("g").to_owned(), &[7; 32])
+}
+
 fn fixes(leading: &[(&str, &str, &str, Value)], following: &[(&str, &str, &str, Value)]) -> Vec<Fix> {
     let (leading, following) = rooms(leading, following);
     plan(&Plan {
         authority: Side::Matrix,
+        owns_leading: true,
         leading: &leading,
         following: &following,
         leading_users: &users(Side::Matrix),
         following_users: &users(Side::Lm),
         bot: user_id!("@isthmus:g"),
+        media: &media(),
         spared: &|_, _| false,
         denied: &|_, user| user.server_name() == "denied.example",
         barred: &|_, user| user.server_name() == "denied.example",

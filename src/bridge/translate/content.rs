@@ -1,4 +1,4 @@
-//! The content of message-like events: it crosses as it is, with the IDs in it mapped, keys of the gateway's own stripped,
+//! The content of message-like events: it crosses as it is, with the IDs and the names of files in it mapped, keys of the gateway's own stripped,
 //! and numbers that Matrix cannot hold written as strings.
 
 use std::collections::{BTreeSet, HashMap};
@@ -159,12 +159,15 @@ fn map_object(object: &Object, lookups: &Lookups<'_>) -> Object {
                 map_event(event, lookups.events).unwrap_or_else(|| event.clone()).into()
             }
             ("room_id", Value::String(room)) if room == lookups.rooms.0.as_str() => lookups.rooms.1.as_str().into(),
-            ("body" | "formatted_body", Value::String(text)) => map_links(text, |link| match link {
-                Link::User(user) => map_user(user, lookups),
-                Link::Event(event) => map_event(event, lookups.events),
-                Link::Room(room) => (room == lookups.rooms.0.as_str()).then(|| lookups.rooms.1.to_string()),
-            })
-            .into(),
+            ("body" | "formatted_body", Value::String(text)) => {
+                let text = map_links(text, |link| match link {
+                    Link::User(user) => map_user(user, lookups),
+                    Link::Event(event) => map_event(event, lookups.events),
+                    Link::Room(room) => (room == lookups.rooms.0.as_str()).then(|| lookups.rooms.1.to_string()),
+                });
+                let html = key == "formatted_body" || object.get("mimetype").is_some_and(|kind| kind == "text/html");
+                if html { lookups.media.html(&text) } else { text }.into()
+            }
             (_, value) => map_value(value, lookups),
         };
         mapped.insert(key.clone(), value);
@@ -177,6 +180,7 @@ fn map_value(value: &Value, lookups: &Lookups<'_>) -> Value {
         Value::Object(object) => Value::Object(map_object(object, lookups)),
         Value::Array(items) => items.iter().map(|item| map_value(item, lookups)).collect(),
         Value::Number(number) => map_number(number),
+        Value::String(text) => lookups.media.uri(text).into(),
         other => other.clone(),
     }
 }

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::side::{Event, MEMBER};
 use super::users::{Known, Who};
 use crate::event::Object;
+use crate::identity::{MediaNames, Side};
 use crate::refusal::Refusal;
 
 pub(super) use self::content::OWN_PREFIX;
@@ -53,6 +54,27 @@ pub(super) struct Lookups<'a> {
     pub(super) events: &'a HashMap<OwnedEventId, OwnedEventId>,
     /// The room on the source's side and across.
     pub(super) rooms: (&'a RoomId, &'a RoomId),
+    /// How files are called across.
+    pub(super) media: MediaTo<'a>,
+}
+
+/// How files are called on a side: its servers can ask the gateway for them, and seldom the servers of the other side.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct MediaTo<'a> {
+    pub(super) names: &'a MediaNames,
+    pub(super) to: Side,
+}
+
+impl MediaTo<'_> {
+    /// A text, which is another one if it is the URI of a file.
+    fn uri(&self, text: &str) -> String {
+        self.names.across(text, self.to).into_owned()
+    }
+
+    /// HTML, in which the URIs of files may stand anywhere.
+    fn html(&self, text: &str) -> String {
+        self.names.within(text, self.to).into_owned()
+    }
 }
 
 /// What becomes of a message-like event.

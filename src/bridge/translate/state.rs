@@ -3,6 +3,7 @@
 use ruma::{OwnedUserId, UserId};
 use serde_json::{Value, json};
 
+use super::MediaTo;
 use crate::bridge::power::{self, Levels, POWER_LEVELS};
 use crate::event::Object;
 use crate::identity::Side;
@@ -23,6 +24,14 @@ pub(in crate::bridge) struct StateRules<'a> {
     pub(in crate::bridge) to: Side,
     /// The bot's entry in the power levels across.
     pub(in crate::bridge) bot: Option<(&'a UserId, i64)>,
+    /// Those who stand above all levels of the source.
+    pub(in crate::bridge) sovereigns: &'a [OwnedUserId],
+    /// The highest level that anybody else may have across.
+    pub(in crate::bridge) limit: i64,
+    /// Whether the room across asks the source's room about everybody who comes in, so that it need not say itself who meets conditions.
+    pub(in crate::bridge) asks: bool,
+    /// How files are called across; none where they are called so already.
+    pub(in crate::bridge) media: Option<MediaTo<'a>>,
 }
 
 /// The content that the image of state of a mapped type has; `content` is none when the source's room has none. None when
@@ -36,15 +45,17 @@ pub(in crate::bridge) fn state_content(kind: &str, content: Option<&Object>, rul
             across: rules.across,
             to: rules.to,
             bot: rules.bot,
+            sovereigns: rules.sovereigns,
+            limit: rules.limit,
         })),
-        "m.room.join_rules" => Some(object("join_rule", join_rule(text("join_rule")))),
+        "m.room.join_rules" => Some(object("join_rule", join_rule(text("join_rule"), rules.asks))),
         "m.room.history_visibility" => {
             Some(object("history_visibility", history_visibility(text("history_visibility"))))
         }
         "m.room.name" => content.map(|_| object("name", &shorten(text("name").unwrap_or_default()))),
         "m.room.topic" => content.map(|_| object("topic", &shorten(text("topic").unwrap_or_default()))),
         "m.room.avatar" => content.map(|_| match text("url") {
-            Some(url) => object("url", &shorten(url)),
+            Some(url) => object("url", &rules.media.map_or_else(|| shorten(url), |media| media.uri(&shorten(url)))),
             None => Object::new(),
         }),
         _ => None,
@@ -52,11 +63,13 @@ pub(in crate::bridge) fn state_content(kind: &str, content: Option<&Object>, rul
 }
 
 /// The content of the image of a member event.
-pub(in crate::bridge) fn member_content(content: &Object, membership: &str) -> Object {
+pub(in crate::bridge) fn member_content(content: &Object, membership: &str, media: MediaTo<'_>) -> Object {
     let mut image = object("membership", membership);
     for key in ["displayname", "avatar_url", "reason"] {
         if let Some(text) = content.get(key).and_then(Value::as_str) {
-            image.insert(key.to_owned(), shorten(text).into());
+            let text = shorten(text);
+            let text = if key == "avatar_url" { media.uri(&text) } else { text };
+            image.insert(key.to_owned(), text.into());
         }
     }
     if let Some(direct) = content.get("is_direct").and_then(Value::as_bool) {
@@ -65,10 +78,11 @@ pub(in crate::bridge) fn member_content(content: &Object, membership: &str) -> O
     image
 }
 
-/// A join rule that is no wider than `rule` and that both sides have.
-fn join_rule(rule: Option<&str>) -> &'static str {
+/// A join rule that is no wider than `rule`, but where who joins is asked about, and that both sides have.
+fn join_rule(rule: Option<&str>, asks: bool) -> &'static str {
     match rule {
         Some("public") => "public",
+        Some("restricted") if asks => "public",
         Some("knock" | "knock_restricted") => "knock",
         _ => "invite",
     }

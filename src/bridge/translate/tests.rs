@@ -1,6 +1,6 @@
 //! Tables of events and their images.
 
-use ruma::{event_id, room_id, user_id};
+use ruma::{event_id, room_id, server_name, user_id};
 
 use super::*;
 use crate::identity::Side;
@@ -30,10 +30,23 @@ fn known() -> Known {
     ])
 }
 
+fn names() -> MediaNames {
+    MediaNames::new(server_name!("g").to_owned(), &[7; 32])
+}
+
+/// How a file is called on the LM side.
+fn there(uri: &str) -> String {
+    let there = names().across(uri, Side::Lm).into_owned();
+    assert!(there.starts_with("mxc://g/"));
+    there
+}
+
 fn image(kind: &str, content: Value) -> Result<Image, Refusal> {
+    let names = names();
+    let media = MediaTo { names: &names, to: Side::Lm };
     let users = known();
     let events = HashMap::from([(event_id!("$near").to_owned(), event_id!("$far").to_owned())]);
-    let lookups = Lookups { users: &users, events: &events, rooms: (room_id!("!near:h"), room_id!("!far:g")) };
+    let lookups = Lookups { users: &users, events: &events, rooms: (room_id!("!near:h"), room_id!("!far:g")), media };
     message(&event(kind, None, content), &lookups)
 }
 
@@ -151,13 +164,24 @@ fn types_that_never_cross() {
 #[test]
 fn state_is_rebuilt_from_a_whitelist() {
     let across = |user: &UserId| across(&known(), user).filter(|_| user != user_id!("@isthmus:g"));
-    let rules = StateRules { creator: None, across: &across, to: Side::Lm, bot: None };
+    let names = names();
+    let media = Some(MediaTo { names: &names, to: Side::Lm });
+    let rules = StateRules {
+        creator: None,
+        across: &across,
+        to: Side::Lm,
+        bot: None,
+        sovereigns: &[],
+        limit: 1_000,
+        asks: false,
+        media,
+    };
     let image = |kind: &str, content: Value| state_content(kind, content.as_object(), &rules).map(Value::Object);
     for (kind, source, expected) in [
         ("m.room.name", json!({"name": "Tea", "x": 1, "im.isthmus.repair": true}), Some(json!({"name": "Tea"}))),
         ("m.room.name", json!({"name": {}}), Some(json!({"name": ""}))),
         ("m.room.topic", json!({"topic": "t", "m.topic": {}}), Some(json!({"topic": "t"}))),
-        ("m.room.avatar", json!({"url": "mxc://h/x", "info": {"w": 1.5}}), Some(json!({"url": "mxc://h/x"}))),
+        ("m.room.avatar", json!({"url": "mxc://h/x", "info": {"w": 1.5}}), Some(json!({"url": there("mxc://h/x")}))),
         ("m.room.avatar", json!({}), Some(json!({}))),
         ("m.room.join_rules", json!({"join_rule": "public"}), Some(json!({"join_rule": "public"}))),
         ("m.room.join_rules", json!({"join_rule": "restricted", "allow": []}), Some(json!({"join_rule": "invite"}))),
@@ -177,13 +201,18 @@ fn state_is_rebuilt_from_a_whitelist() {
     ] {
         assert_eq!(image(kind, source), expected, "{kind}");
     }
-    assert_eq!(state_content("m.room.name", None, &rules), None);
+    // Where who joins is asked about, nobody needs an invite for meeting conditions.
+    let rule = json!({ "join_rule": "restricted" });
+    let asking = StateRules { asks: true, ..rules };
+    assert_eq!(state_content("m.room.join_rules", rule.as_object(), &asking).unwrap()["join_rule"], "public");
+    assert_eq!(state_content("m.room.name", None, &asking), None);
 
     let member = json!({
         "membership": "join", "displayname": "x".repeat(5_000), "avatar_url": 7, "reason": "r", "is_direct": true,
         "join_authorised_via_users_server": "@a:h", "third_party_invite": {},
     });
-    let content = member_content(member.as_object().unwrap(), "leave");
+    let media = MediaTo { names: &names, to: Side::Lm };
+    let content = member_content(member.as_object().unwrap(), "leave", media);
     assert_eq!(
         Value::Object(content),
         json!({"membership": "leave", "displayname": "x".repeat(2_000), "reason": "r", "is_direct": true})
@@ -207,4 +236,75 @@ fn no_more_is_looked_up_than_a_person_would_name_and_what_it_is_about_always() {
     // Its sender is one more.
     assert_eq!(found.users.len() + found.events.len(), content::MOST_NAMED + 1);
     assert_eq!(found.needs, ["$root", "$last"]);
+}
+
+#[test]
+fn files_are_called_so_that_the_other_side_can_read_them() {
+    let (cat, small) = ("mxc://h/cat", "mxc://h/small");
+    let (far_cat, far_small) = (there(cat), there(small));
+    let picture = |cat: &str, small: &str| {
+        json!({
+            "msgtype": "m.image", "body": "cat.png", "url": cat,
+            "info": {"mimetype": "image/png", "thumbnail_url": small, "thumbnail_info": {"w": 1}},
+        })
+    };
+    let all = |cat: &str, small: &str| {
+        [
+            ("m.room.message", picture(cat, small)),
+            ("m.sticker", picture(cat, small)),
+            ("m.room.message", json!({"body": "x", "m.new_content": picture(cat, small)})),
+            (
+                "m.room.message",
+                json!({
+                    "body": "x", "file": {"url": cat, "hashes": {"sha256": "abc"}, "v": "v2"},
+                    "info": {"thumbnail_file": {"url": small}},
+                }),
+            ),
+            (
+                "m.room.message",
+                json!({
+                    "body": ":cat: mxc://h/cat", "format": "org.matrix.custom.html",
+                    "formatted_body": format!("<img data-mx-emoticon src=\"{cat}\" alt=\":cat:\"> mxc://other <a href='{small}'>x</a>"),
+                }),
+            ),
+            (
+                "org.matrix.msc1767.image",
+                json!({
+                    "org.matrix.msc1767.text": [
+                        {"body": "mxc://h/cat"},
+                        {"body": format!("<img src='{cat}'>"), "mimetype": "text/html"},
+                    ],
+                    "org.matrix.msc1767.file": {"url": cat, "mimetype": "image/png"},
+                    "thumbnails": [cat, {"m.file": {"url": small}}],
+                }),
+            ),
+            ("m.room.message", json!({"body": "x", "com.beeper.per_message_profile": {"id": "a", "avatar_url": cat}})),
+        ]
+    };
+    for ((kind, here), (_, expected)) in all(cat, small).into_iter().zip(all(&far_cat, &far_small)) {
+        let mut image = image(kind, here).unwrap();
+        image.content.remove(SOURCE);
+        assert_eq!(Value::Object(image.content), expected);
+    }
+    // What was already called so by the gateway, and is from across, is called there as it was.
+    let names = names();
+    let home = names.across("mxc://l/dog", Side::Matrix).into_owned();
+    for (source, expected) in
+        [(home.as_str(), "mxc://l/dog"), (&far_cat, &far_cat), ("mxc://g/forged", "mxc://g/forged")]
+    {
+        let (content, _) = text(json!({"body": "x", "url": source}));
+        assert_eq!(content["url"], expected);
+    }
+}
+
+#[test]
+fn avatars_are_called_so_that_the_other_side_can_read_them() {
+    let names = names();
+    let content =
+        json!({"membership": "join", "avatar_url": "mxc://h/me", "displayname": "mxc://h/me", "reason": "mxc://h/me"});
+    let image = member_content(content.as_object().unwrap(), "join", MediaTo { names: &names, to: Side::Lm });
+    assert_eq!(
+        Value::Object(image),
+        json!({"membership": "join", "avatar_url": there("mxc://h/me"), "displayname": "mxc://h/me", "reason": "mxc://h/me"})
+    );
 }

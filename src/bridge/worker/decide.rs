@@ -7,6 +7,7 @@ use ruma::{OwnedEventId, OwnedUserId, UserId};
 use super::Worker;
 use crate::bridge::carry::{self, Case, Outcome};
 use crate::bridge::portal::Portal;
+use crate::bridge::power::{self, POWER_LEVELS};
 use crate::bridge::side::{Event, Key, MEMBER, State};
 use crate::bridge::users::{Known, Who};
 use crate::bridge::{acl, translate};
@@ -51,6 +52,10 @@ impl Worker {
             Some(target) => core.sides()?.rooms(self.source).event(target).await?,
             None => None,
         };
+        let redacted = match (redacted, &event.redacts) {
+            (None, Some(target)) => self.said_before(portal, target, &events).await?,
+            (redacted, _) => redacted,
+        };
         // An event of another room is not this room's to redact.
         let redacted = redacted.filter(|redacted| redacted.room_id == event.room_id);
         let (reads_near, reads_far) = carry::reads(event, &users, core.users.bot());
@@ -66,10 +71,14 @@ impl Worker {
             let outcome = Outcome::Nothing("it was taken out since, and that has crossed already");
             return Ok(Decision { outcome, unsure, over: None, waits: false });
         }
+        let far_users = self.far_users(portal, event, &far_state).await?;
         let outcome = carry::outcome(&Case {
             event,
             source: self.source,
             authority: portal.authority(),
+            lets_in: portal.lets_in(far),
+            asks: !portal.lets_in(self.source),
+            far_users: &far_users,
             near: &near_state,
             far: &far_state,
             // What a foreign hub's log will be, its copy here does not say while LPDUs are on their way.
@@ -80,6 +89,7 @@ impl Worker {
             redacted: redacted.as_ref(),
             far_room: portal.room(far),
             bot: core.users.bot(),
+            media: &core.context.media,
             now_ms: core.now_ms(),
         });
         let refused = matches!(outcome, Outcome::Refuse(_));
@@ -93,6 +103,37 @@ impl Worker {
             false => None,
         };
         Ok(Decision { outcome, unsure, over, waits })
+    }
+
+    /// An event of the time before the gateway came, of which its image alone is here: whose it is the image's sender tells.
+    async fn said_before(
+        &self,
+        portal: &Portal,
+        target: &OwnedEventId,
+        images: &HashMap<OwnedEventId, OwnedEventId>,
+    ) -> Result<Option<Event>, Refusal> {
+        let (core, far) = (&self.core, self.source.other());
+        let Some(image) = images.get(target) else { return Ok(None) };
+        let Some(image) = core.sides()?.rooms(far).event(image).await? else { return Ok(None) };
+        match core.users.who(&core.context.store, far, &image.sender).await? {
+            Who::Ghost { user: sender } => {
+                let room_id = portal.room(self.source).to_owned();
+                Ok(Some(Event { event_id: target.clone(), room_id, sender, ..image }))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Who those are to whom a room that lives elsewhere gives power, where that is to be changed.
+    async fn far_users(&self, portal: &Portal, event: &Event, far: &State) -> Result<Known, Refusal> {
+        if portal.lets_in(self.source.other()) || event.kind != POWER_LEVELS {
+            return Ok(Known::new());
+        }
+        let named = far.content(POWER_LEVELS).and_then(|content| content.get("users")?.as_object());
+        let named = named.into_iter().flatten().filter_map(|(user, _)| UserId::parse(user.as_str()).ok());
+        let creator = far.get("m.room.create", "").map(|entry| entry.sender.to_owned());
+        let users: Vec<OwnedUserId> = named.chain(power::sovereigns(far)).chain(creator).collect();
+        self.core.users.all(&self.core.context.store, self.source.other(), &users).await
     }
 
     /// What of the members that a decision depends on is on its way to a foreign hub.

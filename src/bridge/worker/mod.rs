@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use self::decide::Decision;
 use super::carry::{Crossing, Outcome};
 use super::core::Core;
+use super::decline::decline;
 use super::inbox;
 use super::linearize::{self, Hold};
 use super::portal::Portal;
@@ -379,6 +380,7 @@ impl Worker {
             }
             Done::Refused(refusal) => {
                 let Some(item) = self.inbox.get(seq) else { return Ok(false) };
+                decline(&self.core, portal, self.source, &item.event, &refusal).await;
                 // Should this fail, it is still there to be tried again.
                 effect::refused(&self.core, portal, self.source, item, &refusal).await?;
                 let Some(item) = self.inbox.take(seq) else { return Ok(false) };

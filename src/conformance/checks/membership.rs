@@ -1,6 +1,8 @@
 //! Templates and handshakes: how the suite's users come into the room and leave it.
 
-use ruma::OwnedUserId;
+use std::time::Duration;
+
+use ruma::{OwnedUserId, UserId};
 use serde_json::{Value, json};
 
 use super::checks;
@@ -12,6 +14,10 @@ use crate::conformance::wire::{Answer, Ask, object};
 use crate::conformance::{Check, Unmet};
 use crate::event::{Object, lpdu_hash};
 use crate::identity::SigningKey;
+
+/// How often, and with which pause, it is asked whether one may knock now.
+const KNOCK_LOOKS: u32 = 10;
+const KNOCK_PAUSE: Duration = Duration::from_millis(300);
 
 const NOWHERE: &str = "!conformance-nowhere:elsewhere.invalid";
 
@@ -264,32 +270,79 @@ async fn leave_template(session: &Session, _: &str) -> Outcome {
     ensure(answer.field("room_version") == Some(&json!(version)), format!("room_version {version}"), || &answer)
 }
 
+async fn set_join_rules(session: &Session, content: Value) -> Outcome {
+    let event = session.state(&session.user, "m.room.join_rules", "", content);
+    session.set(&session.first, event).await.map(drop)
+}
+
+/// Has the room take knocks while something is looked at, where the suite's user has the power for that.
+async fn while_one_may_knock(session: &Session, look: impl Future<Output = Outcome>) -> Outcome {
+    if join_rule(session) == "knock" {
+        return look.await;
+    }
+    session.needs_power(session.needed_for("m.room.join_rules"))?;
+    let before = session.state_event("m.room.join_rules", "").and_then(|event| event.get("content").cloned());
+    let before = before.ok_or_else(|| skip("the room has no join rules"))?;
+    lock(&session.notes).join_rules = Some(before.clone());
+    set_join_rules(session, json!({ "join_rule": "knock" })).await?;
+    let looked = look.await;
+    let restored = set_join_rules(session, before).await;
+    lock(&session.notes).join_rules = None;
+    looked.and(restored)
+}
+
+fn make_knock(session: &Session, user: &UserId, versions: &[&str]) -> Ask {
+    session.make("knock", session.room.as_str(), user, versions)
+}
+
+/// The template of a knock; a hub that asks somebody else whom it lets in may take a moment to know of new join rules.
+async fn made_knock(session: &Session, user: &UserId) -> Result<Answer, Unmet> {
+    for _ in 0..KNOCK_LOOKS {
+        let answer = session.ask(&session.first, make_knock(session, user, &VERSIONS)).await?;
+        if answer.status != 403 {
+            return Ok(answer);
+        }
+        tokio::time::sleep(KNOCK_PAUSE).await;
+    }
+    session.ask(&session.first, make_knock(session, user, &VERSIONS)).await
+}
+
 async fn knock_template(session: &Session, _: &str) -> Outcome {
     session.joined()?;
     let user = session.user_of(&session.first, &format!("knock-{}", session.run))?;
-    let answer = session.ask(&session.first, session.make("knock", session.room.as_str(), &user, &VERSIONS)).await?;
     if join_rule(session) != "knock" {
-        return answer.is_error(403, "M_FORBIDDEN");
+        session.ask(&session.first, make_knock(session, &user, &VERSIONS)).await?.is_error(403, "M_FORBIDDEN")?;
     }
-    answer.is_good()?;
-    is_template(&bare(&answer, "knock"), user.as_str(), "knock")?;
-    let ask = session.make("knock", session.room.as_str(), &user, &["org.example.nothing"]);
-    session.ask(&session.first, ask).await?.is_error(400, "M_INCOMPATIBLE_ROOM_VERSION")
+    let looked = while_one_may_knock(session, async {
+        let answer = made_knock(session, &user).await?;
+        answer.is_good()?;
+        is_template(&bare(&answer, "knock"), user.as_str(), "knock")?;
+        let ask = make_knock(session, &user, &["org.example.nothing"]);
+        session.ask(&session.first, ask).await?.is_error(400, "M_INCOMPATIBLE_ROOM_VERSION")
+    });
+    match looked.await {
+        // Without the power for more, that it is refused where nobody may knock is what can be seen.
+        Err(Unmet::Skip(_)) => Ok(()),
+        looked => looked,
+    }
 }
 
 async fn knock(session: &Session, _: &str) -> Outcome {
     session.joined()?;
-    if join_rule(session) != "knock" {
-        return Err(skip(format!("the room's join rule is {}", join_rule(session))));
-    }
     let user = session.user_of(&session.first, &format!("knock-{}", session.run))?;
-    let lpdu = sealed(member(session, user.as_str(), "knock"), &session.first);
-    let answer = handshake(session, Endpoint::SendKnock, lpdu).await?;
-    answer.is_good()?;
-    let stripped = answer.field("stripped_state").cloned().unwrap_or_default();
-    is_stripped(&stripped)?;
-    let leave = sealed(member(session, user.as_str(), "leave"), &session.first);
-    handshake(session, Endpoint::SendLeave, leave).await?.is_good()
+    while_one_may_knock(session, async {
+        made_knock(session, &user).await?;
+        let lpdu = sealed(member(session, user.as_str(), "knock"), &session.first);
+        let answer = handshake(session, Endpoint::SendKnock, lpdu).await?;
+        answer.is_good()?;
+        let stripped = answer.field("stripped_state").cloned().unwrap_or_default();
+        // Taken back whatever comes with it.
+        let leave = sealed(member(session, user.as_str(), "leave"), &session.first);
+        let left = handshake(session, Endpoint::SendLeave, leave).await;
+        is_stripped(&stripped)?;
+        left?.is_good()
+    })
+    .await
 }
 
 /// Events with nothing but the four fields.
@@ -335,6 +388,11 @@ async fn cannot_leave_again(session: &Session, _: &str) -> Outcome {
 
 /// Whatever is left in the room goes, answers or not.
 pub(super) async fn leave_all(session: &Session) {
+    let join_rules = lock(&session.notes).join_rules.take();
+    if let Some(content) = join_rules {
+        let event = session.state(&session.user, "m.room.join_rules", "", content);
+        let _ = session.send(&session.first, vec![sealed(event, &session.first)]).await;
+    }
     let (low_is_in, user_is_in) = {
         let notes = lock(&session.notes);
         (notes.low_is_in, notes.joined.is_some())

@@ -47,6 +47,15 @@ pub(super) fn as_hub() -> Vec<Check> {
     hub::checks()
 }
 
+/// Whether a check says something of a target that cannot have the suite's keys: it asks for nothing that is signed. Of those that
+/// do, one is to fail.
+pub(super) fn stands_alone(id: &str) -> bool {
+    let unsigned =
+        ["LM-T-001", "LM-T-002", "LM-T-003", "LM-T-006", "LM-T-008", "LM-T-009", "LM-K-009", "LM-K-012", "LM-K-013"];
+    // LM-K-007 and those after it ask for the suite's own keys.
+    id == "LM-A-015" || unsigned.contains(&id) || (id.starts_with("LM-K-") && id < "LM-K-007")
+}
+
 /// Takes the suite's users out of the room, if they are still in it.
 pub(super) async fn leave(session: &Session) {
     if session.invitee.is_some() {

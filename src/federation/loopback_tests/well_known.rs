@@ -23,7 +23,7 @@ async fn hc_56_well_known_within_bounds() {
         _ => StatusCode::NOT_FOUND.into_response(),
     });
     let tls = tls_config(&[authority.file()]).unwrap();
-    let http = Http::new(tls.clone(), Reach::Everything, Itself, answers()).unwrap();
+    let http = Http::new(tls.clone(), Reach::Everything, Itself, answers());
     let url = |path: &str| -> Url { format!("https://localhost:{}{path}", server.address.port()).parse().unwrap() };
     let day = Duration::from_secs(24 * 3600);
     let good = Outcome::Delegates(server_name!("fed.example").to_owned(), day);
@@ -42,18 +42,9 @@ async fn hc_56_well_known_within_bounds() {
         assert_eq!(fetch_from(&http, url(path)).await, expected, "{path}");
     }
     let seen = server.seen.lock().unwrap().len();
-    let guarded = Http::new(tls, Reach::Public, Itself, answers()).unwrap();
+    let guarded = Http::new(tls, Reach::Public, Itself, answers());
     assert_eq!(fetch_from(&guarded, url("/metadata")).await, Outcome::Failed);
     assert_eq!(server.seen.lock().unwrap().len(), seen, "nothing private is dialled");
-}
-
-/// Every name is at this port of loopback.
-struct Loopback(u16);
-
-impl TargetSource for Loopback {
-    fn targets(&self, _: String) -> BoxFuture<'static, Targets> {
-        Box::pin(std::future::ready(vec![("localhost".to_owned(), self.0)]))
-    }
 }
 
 #[tokio::test]
@@ -66,7 +57,7 @@ async fn hc_56_well_known_is_asked_for_once_until_it_is_outdated() {
         }
     });
     let tls = tls_config(&[authority.file()]).unwrap();
-    let http = Arc::new(Http::new(tls, Reach::Everything, Loopback(server.address.port()), answers()).unwrap());
+    let http = Arc::new(Http::new(tls, Reach::Everything, Loopback(server.address.port()), answers()));
     let network = Network::new(http, SrvTargets::new());
     let asked = || std::mem::take(&mut *server.seen.lock().unwrap()).len();
     for (host, delegate) in [("one.example", Some(server_name!("fed.example:443").to_owned())), ("none.example", None)]

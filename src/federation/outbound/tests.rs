@@ -81,6 +81,7 @@ fn status(status: u16) -> Reply {
         errcode: "M_UNKNOWN".to_owned(),
         error: "no".to_owned(),
         retry_after: None,
+        hub_server: None,
     };
     Box::pin(std::future::ready(Err(error)))
 }

@@ -14,6 +14,9 @@ const PATIENCE_STOPPING: Duration = Duration::from_secs(4 * 60);
 /// The same for servers that promise to take what they can of a transaction: their errors come from bad days, which pass.
 const TRIES: u32 = 24;
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
+/// How often an invite that goes to a hub like any other event may be answered with an error that has an errcode: it fails where
+/// the hub does not reach the invited server, and whoever invites is to hear of that while they look.
+const TRIES_INVITE: u32 = 3;
 
 const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(6 * 3600);
@@ -32,6 +35,8 @@ pub(super) struct Failure<'a> {
     pub tries: u32,
     /// How long ago that began.
     pub lasting: Duration,
+    /// Whether its one event is an invite by LPDU.
+    pub is_invite: bool,
 }
 
 /// What follows.
@@ -54,6 +59,9 @@ pub(super) fn judge(failure: &Failure<'_>) -> Verdict {
         if failure.stops_at_first { (TRIES_STOPPING, PATIENCE_STOPPING) } else { (TRIES, PATIENCE) };
     match failure.events {
         0 | 1 if refused => Verdict::Refused,
+        0 | 1 if failure.is_invite && failure.tries >= TRIES_INVITE && doubtful && has_errcode(failure.error) => {
+            Verdict::GiveUp
+        }
         0 | 1 if doubtful && failure.tries >= tries && failure.lasting >= patience => Verdict::GiveUp,
         0 | 1 => Verdict::Retry,
         _ if refused || (doubtful && (failure.stops_at_first || failure.tries >= TRIES_STOPPING)) => Verdict::Split,
@@ -84,6 +92,15 @@ pub(super) fn may_be_about_events(error: &RemoteError) -> bool {
         }
         _ => false,
     }
+}
+
+/// Whether the destination says itself, and no proxy before it, that it has no such endpoint.
+pub(super) fn has_no_endpoint(error: &RemoteError) -> bool {
+    error.is_unrecognized() && has_errcode(error)
+}
+
+fn has_errcode(error: &RemoteError) -> bool {
+    matches!(error, RemoteError::Status { errcode, .. } if !errcode.is_empty())
 }
 
 fn is_about_content(status: StatusCode) -> bool {
@@ -142,10 +159,12 @@ mod tests {
             errcode: errcode.to_owned(),
             error: String::new(),
             retry_after: None,
+            hub_server: None,
         };
         let lasting = if stops_at_first { PATIENCE_STOPPING } else { PATIENCE };
-        let soon = judge(&Failure { error: &error, events, stops_at_first, tries, lasting: Duration::from_secs(60) });
-        let late = judge(&Failure { error: &error, events, stops_at_first, tries, lasting });
+        let after = |lasting| Failure { error: &error, events, stops_at_first, tries, lasting, is_invite: false };
+        let soon = judge(&after(Duration::from_secs(60)));
+        let late = judge(&after(lasting));
         assert!(soon == late || (soon, late) == (Verdict::Retry, Verdict::GiveUp), "{soon:?} {late:?}");
         late
     }
@@ -209,9 +228,40 @@ mod tests {
         }
         let away = RemoteError::Unreachable(String::new());
         assert_eq!(
-            judge(&Failure { error: &away, events: 1, stops_at_first: true, tries: 1000, lasting: PATIENCE }),
+            judge(&Failure {
+                error: &away,
+                events: 1,
+                stops_at_first: true,
+                tries: 1000,
+                lasting: PATIENCE,
+                is_invite: true
+            }),
             Retry
         );
+    }
+
+    #[test]
+    fn an_invite_that_a_hub_fails_on_is_given_up_soon() {
+        for (status, errcode, tries, expected) in [
+            (500, "M_UNKNOWN", TRIES_INVITE - 1, Verdict::Retry),
+            (500, "M_UNKNOWN", TRIES_INVITE, Verdict::GiveUp),
+            (500, "", TRIES_INVITE, Verdict::Retry),
+            (503, "M_UNKNOWN", TRIES_INVITE, Verdict::Retry),
+        ] {
+            for stops_at_first in [false, true] {
+                let error = RemoteError::Status {
+                    status: StatusCode::from_u16(status).unwrap(),
+                    errcode: errcode.to_owned(),
+                    error: String::new(),
+                    retry_after: None,
+                    hub_server: None,
+                };
+                let lasting = Duration::from_secs(3);
+                let failure = Failure { error: &error, events: 1, stops_at_first, tries, lasting, is_invite: true };
+                assert_eq!(judge(&failure), expected, "{status} {errcode} {tries}");
+                assert_eq!(judge(&Failure { is_invite: false, ..failure }), Verdict::Retry);
+            }
+        }
     }
 
     #[test]
@@ -222,6 +272,7 @@ mod tests {
                 errcode: String::new(),
                 error: String::new(),
                 retry_after: seconds.map(Duration::from_secs),
+                hub_server: None,
             })
         };
         assert_eq!(asked(429, Some(90)), Duration::from_secs(90));

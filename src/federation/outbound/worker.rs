@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ruma::OwnedServerName;
+use serde::Deserialize;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -15,7 +16,7 @@ use super::compose::{Composed, Composer, Part, Transaction, part_rows};
 use super::slot::{News, Slot};
 use super::verdict::{is_refusal, may_be_about_events, still_alone};
 use super::wire::Envelope;
-use super::{Feed, Shared, lock};
+use super::{Feed, FeedKind, Shared, lock};
 use crate::admin::metrics;
 use crate::event::{Edu, Object};
 use crate::federation::RemoteError;
@@ -273,6 +274,7 @@ impl<'a> Worker<'a> {
             return Ok(None);
         }
         let events = pdus.len().saturating_add(kept.len());
+        let is_invite = matches!(&pdus[..], [pdu] if is_invite(&transaction, pdu));
         match self.send(&transaction, pdus, &kept).await {
             Ok(answer) => {
                 if let Err(refusal) = self.tell(&transaction, &answer).await {
@@ -293,7 +295,7 @@ impl<'a> Worker<'a> {
                     transaction.uncertain = true;
                     return Ok(Some(transaction));
                 }
-                self.refused(transaction, events, error).await
+                self.refused(transaction, events, is_invite, error).await
             }
         }
     }
@@ -415,6 +417,24 @@ impl<'a> Worker<'a> {
             () = self.stop.cancelled() => {}
         }
     }
+}
+
+/// Whether the one event of a transaction invites somebody, by way of the hub.
+fn is_invite(transaction: &Transaction, pdu: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Event {
+        #[serde(rename = "type")]
+        kind: String,
+        content: Content,
+    }
+    #[derive(Deserialize)]
+    struct Content {
+        membership: String,
+    }
+    let is_lpdu = transaction.parts.iter().any(|part| part.feed.kind == FeedKind::Lpdus && !part.positions.is_empty());
+    is_lpdu
+        && serde_json::from_slice::<Event>(pdu)
+            .is_ok_and(|event| event.kind == "m.room.member" && event.content.membership == "invite")
 }
 
 fn same_feed(one: &PartRow, other: &PartRow) -> bool {

@@ -77,3 +77,36 @@ async fn hc_22_who_asks_for_nothing_is_cut_off_in_every_protocol_and_who_waits_f
     assert!(answer.ends_with("here"), "{answer}");
     listener.stop(Duration::ZERO);
 }
+
+#[tokio::test]
+async fn a_listener_with_a_certificate_speaks_http2() {
+    let directory = tempfile::tempdir().unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap().self_signed(&key).unwrap();
+    let file = |name: &str, text: String| {
+        std::fs::write(directory.path().join(name), text).unwrap();
+        directory.path().join(name)
+    };
+    let settings = Listen {
+        tls_certificate: Some(file("certificate.pem", certificate.pem())),
+        tls_private_key: Some(file("key.pem", key.serialize_pem())),
+        address: ([127, 0, 0, 1], 0).into(),
+        ..Listen::default()
+    };
+    let listener = Listener::open("test", &settings, Router::new()).await.unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certificate.der().clone()).unwrap();
+    let mut tls = rustls::ClientConfig::builder_with_provider(crypto_provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    for (offered, expected) in [(&["h2", "http/1.1"] as &[&str], "h2"), (&["http/1.1"], "http/1.1")] {
+        tls.alpn_protocols = offered.iter().map(|name| name.as_bytes().to_vec()).collect();
+        let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(tls.clone()));
+        let stream = TcpStream::connect(listener.address()).await.unwrap();
+        let stream = connector.connect("localhost".try_into().unwrap(), stream).await.unwrap();
+        assert_eq!(stream.get_ref().1.alpn_protocol(), Some(expected.as_bytes()));
+    }
+    listener.stop(Duration::ZERO);
+}

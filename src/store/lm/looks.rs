@@ -46,6 +46,14 @@ pub enum Fault {
     Skipped,
     /// It does not know what it gave before.
     WentBack,
+    /// It gave an event after one that follows it, or gives its log in an order that contradicts what follows what.
+    Reordered,
+    /// It took an event that follows nothing.
+    Unlinked,
+    /// It names only a part of what allows an event.
+    Incomplete,
+    /// It is said to keep the log no more, and nobody shows who does.
+    Moved,
 }
 
 impl Fault {
@@ -57,6 +65,10 @@ impl Fault {
             Self::Forbidden => "forbidden",
             Self::Skipped => "skipped",
             Self::WentBack => "went_back",
+            Self::Reordered => "reordered",
+            Self::Unlinked => "unlinked",
+            Self::Incomplete => "incomplete",
+            Self::Moved => "moved",
         }
     }
 }
@@ -171,6 +183,14 @@ pub async fn taken_lpdus(store: &Store, room_id: &RoomId, limit: i64) -> Result<
     rows.iter().map(row).collect()
 }
 
+/// Since when a room's hub has the oldest LPDU that it took and that is not in the log, however often it was sent again.
+pub async fn taken_since(store: &Store, room_id: &RoomId) -> Result<Option<i64>, StoreError> {
+    let first = "SELECT first_taken_ts FROM lm_lpdu_queue WHERE room_id = $1 AND first_taken_ts <> 0 \
+                 ORDER BY first_taken_ts LIMIT 1";
+    let row: Option<(i64,)> = sqlx::query_as(first).bind(room_id.as_str()).fetch_optional(store.reader()).await?;
+    Ok(row.map(|(ts,)| ts))
+}
+
 /// The hub has these LPDUs: they wait for the log.
 pub async fn take_lpdus(tx: &mut Tx, room_id: &RoomId, positions: &[i64], now: i64) -> Result<(), StoreError> {
     for position in positions {
@@ -182,7 +202,11 @@ pub async fn take_lpdus(tx: &mut Tx, room_id: &RoomId, positions: &[i64], now: i
         .bind(*position)
         .execute(&mut *tx)
         .await?;
-        sqlx::query("UPDATE lm_lpdu_queue SET taken_ts = $1 WHERE room_id = $2 AND position = $3")
+        let taken = "UPDATE lm_lpdu_queue SET taken_ts = $1, \
+                     first_taken_ts = CASE WHEN first_taken_ts = 0 THEN $2 ELSE first_taken_ts END \
+                     WHERE room_id = $3 AND position = $4";
+        sqlx::query(taken)
+            .bind(now.max(1))
             .bind(now.max(1))
             .bind(room_id.as_str())
             .bind(*position)
@@ -192,7 +216,8 @@ pub async fn take_lpdus(tx: &mut Tx, room_id: &RoomId, positions: &[i64], now: i
     Ok(())
 }
 
-/// An LPDU is in the log. Those that the hub had before are not there, or it would have put them before it.
+/// An LPDU is in the log. Those that the hub had before are not there, or it would have put them before it. Of what it has not
+/// taken yet that says nothing.
 pub async fn lpdu_echoed(tx: &mut Tx, room_id: &RoomId, lpdu_id: &EventId) -> Result<(), StoreError> {
     let found: Option<(i64,)> =
         sqlx::query_as("SELECT position FROM lm_lpdu_queue WHERE room_id = $1 AND lpdu_id = $2")
@@ -206,7 +231,7 @@ pub async fn lpdu_echoed(tx: &mut Tx, room_id: &RoomId, lpdu_id: &EventId) -> Re
         .bind(lpdu_id.as_str())
         .execute(&mut *tx)
         .await?;
-    sqlx::query("UPDATE lm_lpdu_queue SET passed = 1 WHERE room_id = $1 AND position < $2")
+    sqlx::query("UPDATE lm_lpdu_queue SET passed = 1 WHERE room_id = $1 AND position < $2 AND taken_ts <> 0")
         .bind(room_id.as_str())
         .bind(position)
         .execute(&mut *tx)
@@ -277,4 +302,44 @@ pub async fn faults_since(store: &Store, since: i64) -> Result<Faults, StoreErro
     let (lost,): (i64,) =
         sqlx::query_as("SELECT COUNT(*) FROM lm_looks WHERE lost_ts <> 0").fetch_one(store.reader()).await?;
     Ok(Faults { count, rooms, lost })
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::{event_id, room_id};
+
+    use super::super::queue_lpdu;
+    use super::*;
+    use crate::store::testing::both_stores;
+
+    #[tokio::test]
+    async fn how_long_something_does_not_come_back_is_counted_from_the_first_time_that_it_was_taken() {
+        both_stores(|store| async move {
+            let room = room_id!("!room:hub.example");
+            let since = async || taken_since(&store, room).await.unwrap();
+            let queue = store.write(move |tx| {
+                Box::pin(async move { queue_lpdu(tx, room, 1, event_id!("$an_announcement"), b"{}").await })
+            });
+            queue.await.unwrap();
+            assert_eq!(since().await, None);
+            let take = async |position: i64, now: i64| {
+                store
+                    .write(move |tx| Box::pin(async move { take_lpdus(tx, room, &[position], now).await }))
+                    .await
+                    .unwrap();
+            };
+            take(1, 100).await;
+            assert_eq!(since().await, Some(100));
+            let again = store.write(move |tx| Box::pin(async move { requeue_lpdu(tx, room, 1, 2).await }));
+            assert!(again.await.unwrap());
+            assert_eq!(since().await, Some(100));
+            take(2, 900).await;
+            assert_eq!(since().await, Some(100));
+            let echoed = store
+                .write(move |tx| Box::pin(async move { lpdu_echoed(tx, room, event_id!("$an_announcement")).await }));
+            echoed.await.unwrap();
+            assert_eq!(since().await, None);
+        })
+        .await;
+    }
 }

@@ -6,6 +6,7 @@ mod looks;
 mod read;
 mod redactions;
 mod staged;
+mod tells;
 mod write;
 
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
@@ -16,16 +17,18 @@ pub use self::holes::{
 };
 pub use self::looks::{
     Fault, FaultRow, Faults, Look, TakenRow, faults, faults_since, keep_look, looks, lost_since, lpdu_echoed,
-    requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus, waiting_lpdus,
+    requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus, taken_since, waiting_lpdus,
 };
 pub use self::read::{
-    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,
-    queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now, state_of_kind_before, stays,
+    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, last_of_kind, lpdus_after,
+    positions_of_lpdus, queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now,
+    state_of_kind_before, stays,
 };
-pub use self::redactions::{Asked, redact, redacted, redacted_now, target};
+pub use self::redactions::{Asked, By, redact, redacted, redacted_now, target};
 pub use self::staged::{
     Gap, Staged, bytes_of_other_gaps, close_gap, gap, note_newest, rooms_with_gaps, stage, staged, staged_of, unstage,
 };
+pub use self::tells::{Tell, forget_tell, hasten_tells, keep_tell, next_tell, put_off_tell, tells_due};
 pub use self::write::{
     advance_head, append, complain, forget_lpdus, forget_servers, insert_room, is_hub, is_kept_here, member_events,
     queue_lpdu, replace_state, server_joined, server_left, set_hub, set_redaction, set_state, withdraw_lpdu,

@@ -112,6 +112,25 @@ pub async fn state_of_kind_before(
     rows.iter().map(event_row).collect()
 }
 
+/// The last state events of a type with an empty state key, in order.
+pub async fn last_of_kind(
+    store: &Store,
+    room_id: &RoomId,
+    kind: &str,
+    limit: i64,
+) -> Result<Vec<EventRow>, StoreError> {
+    let sql = "SELECT room_id, position, event_id, json FROM lm_events \
+               WHERE room_id = $1 AND kind = $2 AND state_key = $3 ORDER BY position DESC LIMIT $4";
+    let rows = sqlx::query(sql)
+        .bind(room_id.as_str())
+        .bind(text::encode(kind).into_owned())
+        .bind("")
+        .bind(limit)
+        .fetch_all(store.reader())
+        .await?;
+    rows.iter().rev().map(event_row).collect()
+}
+
 const STATE_BEFORE: &str = "\
     SELECT e.room_id, e.position, e.event_id, e.json FROM lm_state s \
     JOIN lm_events e ON e.room_id = s.room_id AND e.position = CASE WHEN s.position < $2 THEN s.position ELSE (\

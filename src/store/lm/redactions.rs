@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use ruma::{EventId, OwnedEventId, OwnedUserId, RoomId};
+use ruma::{EventId, OwnedEventId, OwnedUserId, RoomId, ServerName, UserId};
 use sqlx::AssertSqlSafe;
 use sqlx::any::AnyRow;
 
@@ -17,12 +17,34 @@ const MANY: usize = 100;
 /// An event with its sender, of which it is asked whether it was redacted.
 pub type Asked = (OwnedEventId, OwnedUserId);
 
-/// Records that `redaction` redacts `target`; without `by` whosever the target is, else only when it is that user's.
+/// Whose an event must be so that it is redacted.
+#[derive(Debug, Clone, Copy)]
+pub enum By<'a> {
+    /// Anybody's.
+    Anybody,
+    /// A user's of this server.
+    Neighbours(&'a ServerName),
+    /// This user's.
+    Sender(&'a UserId),
+}
+
+impl By<'_> {
+    fn to_text(self) -> String {
+        match self {
+            Self::Anybody => String::new(),
+            // No user ID begins so.
+            Self::Neighbours(server) => format!(":{server}"),
+            Self::Sender(user) => user.to_string(),
+        }
+    }
+}
+
+/// Records that `redaction` redacts `target` when that is whose it must be.
 pub async fn redact(
     tx: &mut Tx,
     room_id: &RoomId,
     target: &EventId,
-    by: Option<&str>,
+    by: By<'_>,
     redaction: &EventId,
 ) -> Result<(), StoreError> {
     sqlx::query(
@@ -31,7 +53,7 @@ pub async fn redact(
     )
     .bind(room_id.as_str())
     .bind(target.as_str())
-    .bind(by.unwrap_or_default())
+    .bind(by.to_text())
     .bind(redaction.as_str())
     .execute(tx)
     .await?;
@@ -82,8 +104,8 @@ pub async fn target(tx: &mut Tx, room_id: &RoomId, event_id: &EventId) -> Result
 }
 
 fn targets(events: usize) -> String {
-    // Each event twice: as redacted whosever it is, and by its own sender.
-    let pairs = placeholders(events.saturating_mul(2), 2, 1);
+    // Each event for all that `By` can be.
+    let pairs = placeholders(events.saturating_mul(3), 2, 1);
     format!("SELECT target FROM lm_redactions WHERE room_id = $1 AND (target, by_user) IN (VALUES {pairs})")
 }
 
@@ -92,7 +114,8 @@ type Query<'q> = sqlx::query::Query<'q, sqlx::Any, sqlx::any::AnyArguments>;
 fn bound<'q>(sql: &'q str, room_id: &'q RoomId, events: &'q [Asked]) -> Query<'q> {
     let query = sqlx::query(AssertSqlSafe(sql)).bind(room_id.as_str());
     events.iter().fold(query, |query, (event_id, sender)| {
-        query.bind(event_id.as_str()).bind("").bind(event_id.as_str()).bind(sender.as_str())
+        let whose = [By::Anybody, By::Neighbours(sender.server_name()), By::Sender(sender)];
+        whose.into_iter().fold(query, |query, by| query.bind(event_id.as_str()).bind(by.to_text()))
     })
 }
 

@@ -278,13 +278,13 @@ async fn what_is_redacted_is_so_whoever_said_it_or_for_its_sender_alone() {
     both_stores(|store| async move {
         let (room, other) = (room_id!("!room:hub.example"), room_id!("!other:hub.example"));
         let [alice, bob] = ["@alice:h.example", "@bob:h.example"].map(|user| OwnedUserId::try_from(user).unwrap());
-        let by_bob = bob.to_string();
+        let by_bob = bob.clone();
         let write = store.write(move |tx| {
             Box::pin(async move {
-                redact(tx, room, &id("all"), None, &id("r1")).await?;
-                redact(tx, room, &id("all"), None, &id("r2")).await?;
-                redact(tx, room, &id("bobs"), Some(&by_bob), &id("r3")).await?;
-                redact(tx, other, &id("elsewhere"), None, &id("r4")).await
+                redact(tx, room, &id("all"), By::Anybody, &id("r1")).await?;
+                redact(tx, room, &id("all"), By::Anybody, &id("r2")).await?;
+                redact(tx, room, &id("bobs"), By::Sender(&by_bob), &id("r3")).await?;
+                redact(tx, other, &id("elsewhere"), By::Anybody, &id("r4")).await
             })
         });
         write.await.unwrap();
@@ -303,6 +303,30 @@ async fn what_is_redacted_is_so_whoever_said_it_or_for_its_sender_alone() {
         let events = many.clone();
         let now = store.write(move |tx| Box::pin(async move { redacted_now(tx, room, &events).await }));
         assert_eq!(now.await.unwrap(), [id("all")].into());
+    })
+    .await;
+}
+
+/// What a hub has not taken yet it has not passed over either.
+#[tokio::test]
+async fn an_lpdu_is_passed_over_only_where_the_hub_has_it() {
+    both_stores(|store| async move {
+        let room_id = room_id!("!room:hub.example");
+        let ids = [id("a"), id("b"), id("c")];
+        let write = store.write(move |tx| {
+            Box::pin(async move {
+                for (position, id) in (1..).zip(&ids) {
+                    queue_lpdu(tx, room_id, position, id, b"{}").await?;
+                }
+                take_lpdus(tx, room_id, &[1], 5).await?;
+                lpdu_echoed(tx, room_id, &ids[2]).await?;
+                take_lpdus(tx, room_id, &[2], 6).await
+            })
+        });
+        write.await.unwrap();
+        let taken = taken_lpdus(&store, room_id, 10).await.unwrap();
+        let passed: Vec<(i64, bool)> = taken.iter().map(|row| (row.position, row.passed)).collect();
+        assert_eq!(passed, [(1, true), (2, false)]);
     })
     .await;
 }

@@ -111,3 +111,47 @@ async fn who_came_in_a_gap_is_in_the_log_and_not_kicked() {
         hub.assert_in_step(&room).await;
     }
 }
+
+#[tokio::test]
+async fn what_came_in_a_gap_is_not_in_the_log_when_what_follows_it_is_refused() {
+    for (real, rejected) in [(false, false), (false, true), (true, false), (true, true)] {
+        let peer = Peer::start("graph.example").await;
+        let hub = if real { Hub::real(&[&peer]).await } else { Hub::start(&[&peer]).await };
+        let room = hub.room().await;
+        let (alice, dora) = (peer.user("alice"), peer.user("dora"));
+        peer.join(&hub.gateway, &room, &alice).await.unwrap();
+        peer.join(&hub.gateway, &room, &dora).await.unwrap();
+        let mut view = hub.view(&room).await;
+        // Those of whom the peer does not know it yet may not speak any more.
+        hub.gateway.send(&room, member(&bot(), &dora, "leave")).await.unwrap();
+        let log = hub.log(&room).await.ids();
+        let (lost, _) = view.say(&peer, &alice, "lost");
+        let (topic, _) = view.add(&peer, &alice, "m.room.topic", Some(""), json!({ "topic": "in the gap" }));
+        let (lost_too, _) = view.say(&peer, &alice, "lost too");
+        peer.memory.hidden.lock().unwrap().extend([lost, lost_too]);
+        let before = view.state.values().cloned().collect();
+        let mut after = view.clone();
+        let (edge, event) = match rejected {
+            true => view.add(&peer, &alice, "m.room.member", Some(bot().as_str()), json!({ "membership": "ban" })),
+            false => view.say(&peer, &dora, "too late"),
+        };
+        peer.memory.states.lock().unwrap().insert(edge.clone(), before);
+        peer.put(&hub.gateway.dag, &[&event]).await;
+        assert!(hub.gateway.dag.event(&edge).await.unwrap().is_none());
+        assert!(
+            !isthmus::store::dag::events(&hub.gateway.context.store, std::slice::from_ref(&edge))
+                .await
+                .unwrap()
+                .is_empty(),
+            "it is kept"
+        );
+        assert_eq!(hub.log(&room).await.ids(), log);
+        hub.assert_in_step(&room).await;
+        // What the room takes after it brings what was in the gap, as it was said.
+        after.tips = vec![edge];
+        let (next, event) = after.say(&peer, &alice, "next");
+        assert_eq!(peer.put(&hub.gateway.dag, &[&event]).await[0].result, Ok(()));
+        assert_eq!(hub.log(&room).await.ids(), [log, vec![topic, next]].concat());
+        hub.assert_in_step(&room).await;
+    }
+}

@@ -9,7 +9,7 @@ use isthmus::lm::rules::{Before, Judged, check, selected_slots};
 use isthmus::refusal::Refusal;
 use isthmus::seam::{LogBatch, LogOrigin, Logs, NewLog};
 use isthmus::store::{StoreError, Tx, TxFuture};
-use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedUserId, RoomId};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId};
 use serde_json::Value;
 
 type Key = (String, String);
@@ -125,6 +125,12 @@ impl Logs for FakeLogs {
     fn begin_new(&self, room: NewLog) -> Box<dyn LogBatch> {
         self.batch(Log { room, events: Vec::new(), state: BTreeMap::new() })
     }
+
+    async fn forget(&self, _room_id: &RoomId) {}
+
+    async fn hub_of_another(&self, _room_id: &RoomId) -> Result<Option<OwnedServerName>, Refusal> {
+        Ok(None)
+    }
 }
 
 #[async_trait]
@@ -136,6 +142,8 @@ impl LogBatch for FakeBatch {
     fn push(&mut self, event: Arc<Pdu>, origin: LogOrigin) {
         self.after.push(event, origin);
     }
+
+    fn redact(&mut self, _target: &EventId, _redaction: &EventId) {}
 
     fn len(&self) -> usize {
         self.after.events.len() - self.before.events.len()
@@ -163,6 +171,10 @@ impl LogBatch for FakeBatch {
             Some(event) => self.after.state.insert(key, event),
             None => self.after.state.remove(&key),
         };
+    }
+
+    fn reading(&self) -> u64 {
+        0
     }
 
     async fn has(&self, event_id: &EventId) -> Result<bool, Refusal> {

@@ -1,9 +1,11 @@
 //! Shared rooms: the graph of LM events with its log beside it, other homeservers on the one side and LM servers on the other.
 
 mod corrections;
-mod fake;
+pub mod fake;
 mod forks;
 mod random;
+mod redactions;
+mod servers;
 
 use isthmus::event::{Lpdu, VerifiedLpdu, VerifyKey, VerifyKeys};
 use isthmus::federation::{Feed, FeedKind, FeedSource as _};
@@ -77,7 +79,7 @@ impl Hub {
     }
 
     async fn add(&self, room: &RoomId, what: Next, effect: Option<EventEffect>) -> Result<OwnedEventId, Refusal> {
-        let origin = LogOrigin { foreign: true, answered: false };
+        let origin = LogOrigin { foreign: true, ..LogOrigin::default() };
         let added = self.gateway.dag.add(room, vec![NextEvent { what, origin, effect }]).await;
         added.into_iter().next().unwrap()
     }
@@ -218,7 +220,7 @@ async fn what_is_refused_or_not_written_leaves_no_trace() {
     // Of several one fails alone.
     let next = |draft: &Draft| NextEvent {
         what: Next::Lpdu(lpdu(&linear, &room, draft)),
-        origin: LogOrigin { foreign: true, answered: false },
+        origin: LogOrigin { foreign: true, ..LogOrigin::default() },
         effect: None,
     };
     let events = [message(&lena, "lost"), message(&lars, "not joined"), message(&lena, "third")];

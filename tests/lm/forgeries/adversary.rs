@@ -24,9 +24,9 @@ const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi
 
 /// A server of which the adversary has the key.
 #[derive(Clone)]
-struct Owned {
-    name: OwnedServerName,
-    key: Arc<SigningKey>,
+pub(super) struct Owned {
+    pub name: OwnedServerName,
+    pub key: Arc<SigningKey>,
 }
 
 impl Owned {
@@ -48,6 +48,8 @@ pub struct Adversary<'a> {
     pub answered: BTreeMap<u16, usize>,
     /// Why events were refused that came as far as to be looked at.
     pub reasons: BTreeSet<String>,
+    /// How often it sent something that was right but for one thing.
+    pub aimed: usize,
     servers: [&'a Node; 3],
     forger: Arc<Mutex<Forger>>,
     count: usize,
@@ -60,9 +62,10 @@ impl<'a> Adversary<'a> {
             owned: servers.map(Owned::of).to_vec(),
             honest: honest.iter().map(|node| (node.name.clone(), node.context.signing_key.id().to_owned())).collect(),
             seen: Vec::new(),
+            found: Vec::new(),
         };
         let (random, forger) = (StdRng::seed_from_u64(seed), Arc::new(Mutex::new(forger)));
-        Self { random, answered: BTreeMap::new(), reasons: BTreeSet::new(), servers, forger, count: 0 }
+        Self { random, answered: BTreeMap::new(), reasons: BTreeSet::new(), aimed: 0, servers, forger, count: 0 }
     }
 
     /// Its key documents name others, and as everybody's notary it vouches for others' keys that are its own.
@@ -93,9 +96,27 @@ impl<'a> Adversary<'a> {
         answer.is_ok_and(|answer| answer["failed_pdus"].as_object().is_some_and(Object::is_empty))
     }
 
+    /// An LPDU of another server's gets into its hands.
+    pub fn finds(&self, lpdu: Object) {
+        self.forger.lock().unwrap().found.push(lpdu);
+    }
+
+    /// An event that is right but for one thing, from whom it must come.
+    async fn aim(&mut self, Target { to, hub, room }: Target<'_>) {
+        let Some((event, by)) = self.forger.lock().unwrap().nearly_right(room, &hub.name) else { return };
+        self.aimed += 1;
+        let node = self.servers.into_iter().find(|node| node.name == by).unwrap();
+        let answer = node.transact(to, &format!("aimed{}", self.count), &[Value::Object(event)]).await;
+        let failed = answer.ok().and_then(|answer| answer["failed_pdus"].as_object().cloned()).unwrap_or_default();
+        self.reasons.extend(failed.values().filter_map(|failed| Some(failed["error"].as_str()?.to_owned())));
+    }
+
     /// One request of any kind.
     pub async fn attack(&mut self, target: Target<'_>) {
         self.count += 1;
+        if self.random.gen_bool(0.4) {
+            return self.aim(target).await;
+        }
         let Target { to, hub, room } = target;
         let (event, edu, claimed) = {
             let mut forger = self.forger.lock().unwrap();
@@ -157,17 +178,19 @@ impl<'a> Adversary<'a> {
 }
 
 /// What makes events.
-struct Forger {
-    random: StdRng,
-    owned: Vec<Owned>,
+pub(super) struct Forger {
+    pub random: StdRng,
+    pub owned: Vec<Owned>,
     /// The honest servers, with the IDs of their keys.
-    honest: Vec<(OwnedServerName, String)>,
+    pub honest: Vec<(OwnedServerName, String)>,
     /// Events that it knows.
-    seen: Vec<Object>,
+    pub seen: Vec<Object>,
+    /// LPDUs of others that never came to the hub.
+    pub found: Vec<Object>,
 }
 
 impl Forger {
-    fn pick<T: Clone>(&mut self, from: &[T]) -> T {
+    pub fn pick<T: Clone>(&mut self, from: &[T]) -> T {
         from[self.random.gen_range(0..from.len())].clone()
     }
 

@@ -53,7 +53,13 @@ async fn a_destination_that_asks_to_be_left_alone_is_even_when_it_is_heard_of() 
                 return ok();
             }
             let (status, errcode) = (StatusCode::TOO_MANY_REQUESTS, "M_LIMIT_EXCEEDED".to_owned());
-            let error = RemoteError::Status { status, errcode, error: String::new(), retry_after: Some(ASKED) };
+            let error = RemoteError::Status {
+                status,
+                errcode,
+                error: String::new(),
+                retry_after: Some(ASKED),
+                hub_server: None,
+            };
             Box::pin(std::future::ready(Err(error)))
         });
         world.queues.start().await.unwrap();
@@ -231,6 +237,82 @@ async fn one_rooms_event_on_which_a_hub_fails_holds_up_no_other_room() {
         assert!(place(1) < place(2), "the room's own order stays: {numbers:?}");
         assert_eq!(numbers.iter().filter(|n| **n == 1).count(), 3);
         assert_eq!(numbers.len(), 3 + 1 + 4, "{numbers:?}");
+        world.queues.stop().await;
+    })
+    .await;
+}
+
+fn no_endpoint() -> Reply {
+    let error = RemoteError::Status {
+        status: StatusCode::NOT_FOUND,
+        errcode: "M_UNRECOGNIZED".to_owned(),
+        error: String::new(),
+        retry_after: None,
+        hub_server: None,
+    };
+    Box::pin(std::future::ready(Err(error)))
+}
+
+#[tokio::test]
+async fn what_a_server_has_no_endpoint_for_holds_up_nothing_else() {
+    both_stores(|store| async move {
+        let (feeds, log) = one_log(&store, 1..4, &[]).await;
+        let graph = feed(FeedKind::Graph, "!graph:g.example");
+        let servers = ["eigen-alone.example", "both.example"];
+        fill(&store, &feeds, &graph, 11..13, &servers).await;
+        fill(&store, &feeds, &log, 4..6, &servers).await;
+        let knows = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let known = knows.clone();
+        let mut world = World::new(&store, &feeds, move |_, uri, _| {
+            match uri.starts_with("/_matrix/federation/v1/send/") && !known.load(Ordering::SeqCst) {
+                true => no_endpoint(),
+                false => ok(),
+            }
+        });
+        world.queues.start().await.unwrap();
+        let mut logs = BTreeMap::new();
+        while logs.values().flatten().count() < 4 {
+            let seen = world.next().await;
+            if !seen.uri.starts_with("/_matrix/federation/v1/send/") {
+                logs.entry(seen.destination.clone()).or_insert_with(Vec::new).extend(seen.numbers());
+            }
+        }
+        assert_eq!(logs, BTreeMap::from(servers.map(|server| (name(server), vec![4, 5]))));
+        // A feed may come to be known; one of a server that does LM alone has ended.
+        let status = world.queues.status().await.unwrap();
+        assert!(status.iter().all(|queue| queue.failures == 0), "{status:?}");
+        knows.store(true, Ordering::SeqCst);
+        world.settled().await;
+        fill(&store, &feeds, &graph, 13..14, &[]).await;
+        world.queues.wake(&graph, &servers.map(name));
+        world.settled().await;
+        let arrived = world.arrived();
+        let of_both: Vec<i64> = arrived[&name("both.example")].iter().flatten().copied().collect();
+        assert!(of_both.ends_with(&[11, 12, 13]), "{arrived:?}");
+        let of_one = arrived.get(&name("eigen-alone.example")).into_iter().flatten().flatten();
+        assert!(!of_one.into_iter().any(|n| *n == 13), "{arrived:?}");
+        world.queues.stop().await;
+    })
+    .await;
+}
+
+/// Such a hub fetches something from the invited server first, and that is away.
+#[tokio::test]
+async fn an_invite_on_which_a_hub_fails_is_refused_soon() {
+    both_stores(|store| async move {
+        let (feeds, lpdus) = (Arc::new(Feeds::default()), feed(FeedKind::Lpdus, "!a:eigen.example"));
+        fill(&store, &feeds, &lpdus, 1..3, &["eigen.example"]).await;
+        let invite = json!({ "n": 1, "type": "m.room.member", "content": { "membership": "invite" } });
+        lock(&feeds.events).get_mut(&lpdus).unwrap().insert(1, Some(invite.to_string()));
+        let mut world = World::new(&store, &feeds, |_, _, body| match body["pdus"][0]["n"] == 1 {
+            true => status(500),
+            false => ok(),
+        });
+        world.queues.start().await.unwrap();
+        world.settled().await;
+        assert_eq!(world.arrived()[&name("eigen.example")], [[1], [1], [1], [2]]);
+        let told = lock(&feeds.told).clone();
+        assert_eq!((told[0].0.as_slice(), &told[0].1["error"]), ([1].as_slice(), &json!("no")));
         world.queues.stop().await;
     })
     .await;

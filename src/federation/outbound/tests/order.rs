@@ -182,7 +182,7 @@ async fn the_name_of_the_endpoint_that_a_server_knows_is_remembered() {
             return ok();
         }
         let (status, errcode, error) = (StatusCode::NOT_FOUND, String::new(), String::new());
-        let error = RemoteError::Status { status, errcode, error, retry_after: None };
+        let error = RemoteError::Status { status, errcode, error, retry_after: None, hub_server: None };
         Box::pin(std::future::ready(Err(error)))
     });
     world.queues.start().await.unwrap();

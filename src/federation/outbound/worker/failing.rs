@@ -8,17 +8,23 @@ use rand::Rng as _;
 use tokio::time::Instant;
 
 use super::{Parked, Worker, overlap, same_feed};
+use crate::admin::metrics;
 use crate::event::Object;
 use crate::federation::RemoteError;
-use crate::federation::outbound::Feed;
-use crate::federation::outbound::compose::{Transaction, part_rows};
+use crate::federation::outbound::compose::{Part, Transaction, part_rows};
 use crate::federation::outbound::slot::News;
-use crate::federation::outbound::verdict::{Failure, Verdict, asked_for, backoff, judge, may_be_about_events};
+use crate::federation::outbound::verdict::{
+    Failure, Verdict, asked_for, backoff, has_no_endpoint, judge, may_be_about_events,
+};
+use crate::federation::outbound::{Feed, FeedKind};
+use crate::identity::Side;
 use crate::store::StoreError;
 use crate::store::outbound::{self as rows, FailureRow};
 
 /// The longest time between two tries of an event on which a destination fails.
 const MAX_PARKED: Duration = Duration::from_secs(30);
+/// The longest time between two tries of what a destination has no endpoint for.
+const MAX_PARKED_WITHOUT_ENDPOINT: Duration = Duration::from_secs(600);
 /// The shortest time between two tries of a destination that fails.
 const MIN_PAUSE: Duration = Duration::from_secs(1);
 
@@ -27,8 +33,12 @@ impl Worker<'_> {
         &mut self,
         transaction: Transaction,
         events: usize,
+        is_invite: bool,
         error: RemoteError,
     ) -> Result<Option<Transaction>, StoreError> {
+        if has_no_endpoint(&error) {
+            return self.has_no_endpoint(transaction, &error).await;
+        }
         let mut stops_at_first = false;
         if may_be_about_events(&error) {
             self.tries = self.tries.saturating_add(1);
@@ -36,11 +46,11 @@ impl Worker<'_> {
             stops_at_first = self.shared.sender.stops_at_first(&*self.shared.wire, self.destination).await;
         }
         let lasting = self.tried_since.map_or(Duration::ZERO, |since| since.elapsed());
-        let verdict = judge(&Failure { error: &error, events, stops_at_first, tries: self.tries, lasting });
+        let verdict = judge(&Failure { error: &error, events, stops_at_first, tries: self.tries, lasting, is_invite });
         match verdict {
             // Others need not wait for what it fails on.
             Verdict::Retry if stops_at_first && events == 1 => {
-                self.park(transaction, &error).await?;
+                self.park(transaction, &error, MAX_PARKED).await?;
                 Ok(None)
             }
             Verdict::Retry => self.failed(transaction, error.to_string(), asked_for(&error)).await,
@@ -68,9 +78,57 @@ impl Worker<'_> {
         }
     }
 
-    /// Leaves the feed of the one event in a transaction alone for a while, and goes on with the others.
-    async fn park(&mut self, transaction: Transaction, error: &RemoteError) -> Result<(), StoreError> {
-        let delay = backoff(i64::from(self.tries), rand::rngs::OsRng.r#gen()).min(MAX_PARKED).max(asked_for(error));
+    /// The destination does not know the `send` by which a transaction goes. That says nothing of what goes by the other one, which
+    /// does not wait. A server that does LM alone will never have Matrix's: what it is to get by that ends.
+    async fn has_no_endpoint(
+        &mut self,
+        transaction: Transaction,
+        error: &RemoteError,
+    ) -> Result<Option<Transaction>, StoreError> {
+        let is_for_graph_servers = transaction.protocol == Side::Matrix;
+        if !is_for_graph_servers || !self.shared.wire.is_linearized(self.destination).await {
+            self.tries = self.tries.saturating_add(1);
+            self.park(transaction, error, MAX_PARKED_WITHOUT_ENDPOINT).await?;
+            return Ok(None);
+        }
+        if let Err(refusal) = self.tell(&transaction, &error_object(error)).await {
+            return self.failed(transaction, refusal.to_string(), Duration::ZERO).await;
+        }
+        self.singles = 0;
+        self.arrived(&transaction);
+        let (name, parts) = (self.destination.to_string(), part_rows(&transaction.parts));
+        let is_graph = |part: &&Part| part.feed.kind == FeedKind::Graph;
+        let ended: Vec<_> = transaction.parts.iter().filter(is_graph).collect();
+        let ends: Vec<_> = ended.iter().map(|part| (part.feed.key(self.destination), part.through)).collect();
+        self.shared
+            .store
+            .write(move |tx| {
+                Box::pin(async move {
+                    rows::arrived(tx, &name, &parts).await?;
+                    for (key, through) in &ends {
+                        rows::end(tx, key, *through).await?;
+                    }
+                    Ok(())
+                })
+            })
+            .await?;
+        for part in ended {
+            let (server, room) = (self.destination, &part.feed.room_id);
+            tracing::warn!(%server, %room, %error, "a server that does LM alone gets nothing of a room by its graph any more");
+            metrics::outbound_feed_ended();
+            self.slot.set_place(&part.feed, None);
+        }
+        Ok(None)
+    }
+
+    /// Leaves the feeds of a transaction alone for a while, `longest` at most, and goes on with the others.
+    async fn park(
+        &mut self,
+        transaction: Transaction,
+        error: &RemoteError,
+        longest: Duration,
+    ) -> Result<(), StoreError> {
+        let delay = backoff(i64::from(self.tries), rand::rngs::OsRng.r#gen()).min(longest).max(asked_for(error));
         let mut rows = part_rows(&transaction.parts);
         rows.retain_mut(|part| {
             part.doubtful = true;
@@ -86,7 +144,7 @@ impl Worker<'_> {
                 self.slot.add(part.feed, News::Ask);
                 continue;
             }
-            tracing::info!(server = %self.destination, room = %part.feed.room_id, tries = self.tries, ?delay, %error, "a room's event is left alone for a while");
+            tracing::info!(server = %self.destination, room = %part.feed.room_id, tries = self.tries, ?delay, %error, "a room is left alone for a while");
             let parked = Parked { until: Some(Instant::now() + delay), tries: self.tries, since: self.tried_since };
             self.parked.insert(part.feed, parked);
         }

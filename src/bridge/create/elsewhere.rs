@@ -1,0 +1,203 @@
+//! Portals of rooms that live elsewhere: whose making is asked for, and by whom.
+
+use std::sync::Arc;
+
+use ruma::{OwnedServerName, RoomId};
+
+use super::{CREATING, Outcome, Place, add_alias, check_alias, in_task, lock};
+use crate::bridge::core::Core;
+use crate::bridge::portal::{Cause, Portal, PortalKind, Request};
+use crate::bridge::{access, ends};
+use crate::identity::Side;
+use crate::refusal::Refusal;
+use crate::store::portals::PortalRow;
+
+/// Joins an LM room at its hub and makes the Matrix room of it.
+pub(in crate::bridge) async fn portal_from_lm(
+    core: &Arc<Core>,
+    lm_room_id: &RoomId,
+    via: &[OwnedServerName],
+    alias: Option<&str>,
+    cause: &Cause,
+) -> Outcome {
+    of_lm_room(core, lm_room_id, via, alias, cause, false).await
+}
+
+/// The same for the bot's invite, which the hub may write down a moment after the bot has taken it.
+pub(in crate::bridge) async fn portal_of_lm_invite(
+    core: &Arc<Core>,
+    lm_room_id: &RoomId,
+    via: &[OwnedServerName],
+    cause: &Cause,
+) -> Outcome {
+    of_lm_room(core, lm_room_id, via, None, cause, true).await
+}
+
+async fn of_lm_room(
+    core: &Arc<Core>,
+    lm_room_id: &RoomId,
+    via: &[OwnedServerName],
+    alias: Option<&str>,
+    cause: &Cause,
+    invited: bool,
+) -> Outcome {
+    if let Some(portal) = known(core, Side::Lm, lm_room_id, alias, cause).await? {
+        return Ok(portal);
+    }
+    access::may_create(&core.context.config.access, cause)?;
+    may_be_of_log(core, lm_room_id).await?;
+    let Some(hub) = via.iter().find(|server| **server != core.context.server_name) else {
+        return Err(Refusal::malformed("via", "names no other server"));
+    };
+    access::takes_part(&core.context.config.access, Side::Lm, hub)?;
+    if let Some(alias) = alias {
+        check_alias(core, alias)?;
+    }
+    let request = Request { via: via.to_vec(), invited, ..Request::default() };
+    let row = PortalRow {
+        lm_room_id: Some(lm_room_id.to_owned()),
+        lm_hub: hub.clone(),
+        ..wanted(core, alias, &request, cause)?
+    };
+    of_room(core, (Side::Lm, lm_room_id.to_owned()), PortalKind::FromLm, row).await
+}
+
+/// Joins a Matrix room that lives elsewhere and makes the LM room of it.
+pub(in crate::bridge) async fn portal_from_matrix(
+    core: &Arc<Core>,
+    matrix_room_id: &RoomId,
+    via: &[OwnedServerName],
+    alias: Option<&str>,
+    cause: &Cause,
+) -> Outcome {
+    of_matrix_room(core, matrix_room_id, via, alias, cause, false).await
+}
+
+/// The same for the bot's invite, of which the room may hear a moment later.
+pub(in crate::bridge) async fn portal_of_invite(
+    core: &Arc<Core>,
+    matrix_room_id: &RoomId,
+    via: &[OwnedServerName],
+    cause: &Cause,
+) -> Outcome {
+    of_matrix_room(core, matrix_room_id, via, None, cause, true).await
+}
+
+async fn of_matrix_room(
+    core: &Arc<Core>,
+    matrix_room_id: &RoomId,
+    via: &[OwnedServerName],
+    alias: Option<&str>,
+    cause: &Cause,
+    invited: bool,
+) -> Outcome {
+    if let Some(portal) = known(core, Side::Matrix, matrix_room_id, alias, cause).await? {
+        return Ok(portal);
+    }
+    let policy = &core.context.config.access;
+    access::may_create(policy, cause)?;
+    if core.sides()?.lm.room(matrix_room_id).await?.is_some() {
+        return Err(Refusal::malformed("room_id", format!("{matrix_room_id} is an LM room, not a Matrix room")));
+    }
+    let mut servers = via.iter().map(|server| &**server).chain(matrix_room_id.server_name());
+    let Some(first) = servers.clone().find(|server| *server != core.context.server_name) else {
+        return Err(Refusal::malformed("via", "names no other server"));
+    };
+    if !servers.any(|server| access::takes_part(policy, Side::Matrix, server).is_ok()) {
+        access::takes_part(policy, Side::Matrix, first)?;
+    }
+    if let Some(alias) = alias {
+        check_alias(core, alias)?;
+    }
+    let request = Request { via: via.to_vec(), invited, ..Request::default() };
+    let row = PortalRow { matrix_room_id: Some(matrix_room_id.to_owned()), ..wanted(core, alias, &request, cause)? };
+    of_room(core, (Side::Matrix, matrix_room_id.to_owned()), PortalKind::FromMatrix, row).await
+}
+
+/// The portal that a room has, which is not over. It has the alias from now on.
+async fn known(
+    core: &Arc<Core>,
+    side: Side,
+    room_id: &RoomId,
+    alias: Option<&str>,
+    cause: &Cause,
+) -> Result<Option<Arc<Portal>>, Refusal> {
+    let Some(entry) = core.registry.of_room(side, room_id) else { return Ok(None) };
+    if ends::over(core, &entry).await? {
+        return Ok(None);
+    }
+    if *cause == Cause::Admin {
+        ends::keep(core, entry.number).await?;
+    }
+    let Some(alias) = alias else { return Ok(Some(entry.portal())) };
+    add_alias(core, alias, entry.number).await?;
+    // Of several aliases who asked is told the own one.
+    let alias = Some(format!("#{alias}:{}", core.context.server_name));
+    Ok(Some(Arc::new(Portal { alias, ..entry.portal().as_ref().clone() })))
+}
+
+/// A row of what is wanted, which is to say of which room.
+fn wanted(core: &Core, alias: Option<&str>, request: &Request, cause: &Cause) -> Result<PortalRow, Refusal> {
+    Ok(PortalRow {
+        number: 0,
+        kind: String::new(),
+        state: CREATING.to_owned(),
+        matrix_room_id: None,
+        lm_room_id: None,
+        lm_hub: core.context.server_name.clone(),
+        alias: alias.map(str::to_owned),
+        reason: None,
+        request: serde_json::to_vec(request).map_err(|error| Refusal::Internal(error.to_string()))?,
+        created_ts: core.now_ms(),
+        unused_until_ts: unused_until(core, cause),
+    })
+}
+
+/// Makes a portal of a room that lives elsewhere, or waits for who makes it already.
+async fn of_room(core: &Arc<Core>, place: Place, kind: PortalKind, row: PortalRow) -> Outcome {
+    let outcome = {
+        let mut running = lock(core);
+        match running.get(&place) {
+            Some(outcome) => outcome.clone(),
+            None => {
+                let row = PortalRow { kind: kind.as_str().to_owned(), ..row };
+                let outcome = in_task(core, place.clone(), row);
+                running.insert(place, outcome.clone());
+                outcome
+            }
+        }
+    };
+    outcome.await
+}
+
+/// The room that lives elsewhere, of a portal that is made of one.
+pub(super) fn place_of(row: &PortalRow) -> Option<Place> {
+    match PortalKind::parse(&row.kind)? {
+        PortalKind::FromLm => Some((Side::Lm, row.lm_room_id.clone()?)),
+        PortalKind::FromMatrix => Some((Side::Matrix, row.matrix_room_id.clone()?)),
+        PortalKind::Created | PortalKind::Shared => None,
+    }
+}
+
+/// Refuses what cannot be a log elsewhere, whatever a hub or a tombstone says: the ID of a graph that is here and no log as well, and
+/// one that names no server.
+async fn may_be_of_log(core: &Core, room_id: &RoomId) -> Result<(), Refusal> {
+    if room_id.server_name().is_none() {
+        return Err(Refusal::malformed("room_id", format!("{room_id} names no server, so it is no LM room's")));
+    }
+    let sides = core.sides()?;
+    if sides.dag.knows(room_id).await? && !sides.lm.is_shared(room_id).await? {
+        return Err(Refusal::malformed("room_id", format!("{room_id} is a Matrix room, not an LM room")));
+    }
+    Ok(())
+}
+
+/// Until when a portal may go unused that no admin asked for. Who names an alias comes in at once, or never meant to.
+fn unused_until(core: &Core, cause: &Cause) -> Option<i64> {
+    let unused = match cause {
+        Cause::Admin => return None,
+        Cause::Invite(_) | Cause::MatrixInvite(_) => ends::UNUSED_MS,
+        Cause::Appservice | Cause::Server(_) => ends::UNUSED_ALIAS_MS,
+    };
+    Some(core.now_ms().saturating_add(unused))
+}
