@@ -30,9 +30,14 @@ const RATE: u32 = 32 << 10;
 /// How long an HTTP/2 connection with requests under way may be silent before it is asked whether it lives, and then may take
 /// to say so: all requests to a server go over one, so a dead one must not hold them up until each has run out of time.
 const PING: Duration = Duration::from_secs(10);
-/// How many bytes of an answer, and twice as many of a connection, an HTTP/2 server may send ahead of what is read of it. What
-/// lies there counts as held by nobody, and a large answer must still come at megabytes a second from far away.
+/// How many bytes of an answer an HTTP/2 server may send ahead of what is read of it. What lies there counts as held by nobody,
+/// and a large answer must still come at megabytes a second from far away.
 const WINDOW: u32 = 512 << 10;
+/// Up to how many bytes an answer is a short one. The others come over connections of their own: what waits there, for room or
+/// for a slow reader of media, fills a connection's window, and transactions must not wait behind it.
+const SHORT: usize = 1 << 20;
+/// How many answers that nobody reads on an HTTP/2 connection holds before it holds up the rest: short ones and others.
+const UNREAD: (u32, u32) = (2, 16);
 /// How many bytes the headers of an answer may have, by HTTP/1.1 (with what is read ahead of the body) and by HTTP/2.
 const HEADERS_1: usize = 400 << 10;
 const HEADERS_2: u32 = 32 << 10;
@@ -96,7 +101,8 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
 
 /// An HTTP client that follows no redirects, decodes nothing, keeps its connections, and reads within bounds.
 pub(super) struct Http {
-    client: legacy::Client<Connector, Full<Bytes>>,
+    short: legacy::Client<Connector, Full<Bytes>>,
+    long: legacy::Client<Connector, Full<Bytes>>,
     connector: Connector,
     /// The bytes of answers that are being read, or not done with.
     answers: Answers,
@@ -125,19 +131,22 @@ impl Http {
         ping: Duration,
     ) -> Self {
         let connector = Connector::new(tls, reach, Arc::new(targets));
-        let client = legacy::Client::builder(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .pool_max_idle_per_host(8)
-            .http1_max_buf_size(HEADERS_1)
-            .http2_max_header_list_size(HEADERS_2)
-            .http2_initial_stream_window_size(WINDOW)
-            .http2_initial_connection_window_size(2 * WINDOW)
-            .http2_keep_alive_interval(ping)
-            .http2_keep_alive_timeout(ping)
-            .build(connector.clone());
-        Self { client, connector, answers }
+        let client = |unread: u32| {
+            legacy::Client::builder(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .pool_timer(TokioTimer::new())
+                .pool_idle_timeout(IDLE_TIMEOUT)
+                .pool_max_idle_per_host(8)
+                .http1_max_buf_size(HEADERS_1)
+                .http2_max_header_list_size(HEADERS_2)
+                .http2_initial_stream_window_size(WINDOW)
+                .http2_initial_connection_window_size(WINDOW.saturating_mul(unread))
+                .http2_keep_alive_interval(ping)
+                .http2_keep_alive_timeout(ping)
+                .build(connector.clone())
+        };
+        let (short, long) = (client(UNREAD.0), client(UNREAD.1));
+        Self { short, long, connector, answers }
     }
 
     /// Begins a request. The authority of `uri` is what the server is asked as: `Host`, or `:authority`.
@@ -167,7 +176,7 @@ impl Http {
         error_limit: usize,
     ) -> Result<Answer, RemoteError> {
         let exchange = async {
-            let (head, body) = self.exchange(request).await?.into_parts();
+            let (head, body) = self.exchange(request, limit).await?.into_parts();
             let address = head.extensions.get::<HttpInfo>().map(|info| info.remote_addr().ip());
             let mut held = self.answers.hold(server, address);
             let body = if head.status == StatusCode::OK {
@@ -184,15 +193,20 @@ impl Http {
         }
     }
 
-    /// Sends a request, and returns when the head of its answer is there.
-    pub(super) async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, RemoteError> {
+    /// Sends a request, and returns when the head of its answer is there, whose body may have `limit` bytes.
+    pub(super) async fn exchange(
+        &self,
+        request: Request<Full<Bytes>>,
+        limit: usize,
+    ) -> Result<Response<Incoming>, RemoteError> {
+        let client = if limit <= SHORT { &self.short } else { &self.long };
         for _ in 0..UNTOUCHED {
-            match self.client.request(request.clone()).await {
+            match client.request(request.clone()).await {
                 Err(error) if is_untouched(&error) => {}
                 answer => return answer.map_err(|error| unreachable(&error)),
             }
         }
-        self.client.request(request).await.map_err(|error| unreachable(&error))
+        client.request(request).await.map_err(|error| unreachable(&error))
     }
 }
 

@@ -110,7 +110,7 @@ async fn in_time<T>(
 
 async fn opened(http: &Http, request: request::Builder) -> Result<Opened, RemoteError> {
     let request = request.body(Full::default()).map_err(|error| RemoteError::Unreachable(error.to_string()))?;
-    let (Parts { status, headers, .. }, body) = http.exchange(request).await?.into_parts();
+    let (Parts { status, headers, .. }, body) = http.exchange(request, usize::MAX).await?.into_parts();
     let length = body.size_hint().exact();
     let body = BodyDataStream::new(body).map(|chunk| chunk.map_err(|error| unreachable(&error)));
     let body = paced(body.boxed(), PAUSE, RATE);

@@ -2,7 +2,10 @@
 
 use std::sync::atomic::AtomicBool;
 
+use futures::StreamExt as _;
+
 use super::*;
+use crate::federation::download::Opened;
 
 #[tokio::test]
 async fn a_server_is_asked_by_what_it_speaks() {
@@ -159,4 +162,27 @@ async fn a_request_that_a_server_has_not_begun_with_goes_out_again() {
         Http::new(tls_config(&[authority.file()]).unwrap(), Reach::Everything, Loopback(address.port()), answers());
     assert_eq!(ask(&http, "fed.example").await.unwrap().status, StatusCode::OK);
     assert_eq!(asked.load(Ordering::SeqCst), 2);
+}
+
+/// Media that a client reads slowly, say: what is there of it fills the windows.
+#[tokio::test]
+async fn long_answers_that_nobody_reads_hold_up_no_transaction() {
+    let authority = Authority::new();
+    let server = Server::speaking(&["h2"], &authority, &["localhost"], |seen| match seen.uri.as_str() {
+        "/_matrix/long" => endless().into_response(),
+        _ => hello(seen),
+    });
+    let (client, name) = (authority.client(), named(server.address));
+    let mut unread = Vec::new();
+    for _ in 0..4 {
+        let opened = client.open(&name, "/_matrix/long", None, Duration::from_secs(10)).await.unwrap();
+        let Opened::Body { mut body, .. } = opened else { panic!("elsewhere") };
+        body.next().await.unwrap().unwrap();
+        unread.push(body);
+    }
+    for _ in 0..3 {
+        client.call(&name, Call::put("/_matrix/federation/v1/send/1", Object::new()), true).await.unwrap();
+        // Others of that length go on as well.
+        client.call(&name, Call::get("/_matrix/hello"), false).await.unwrap();
+    }
 }
