@@ -4,6 +4,8 @@ CREATE TABLE lm_tells (
     -- In the order of the log.
     seq BIGINT NOT NULL PRIMARY KEY,
     server TEXT NOT NULL,
+    -- The server whose user it is that said it.
+    by_server TEXT NOT NULL,
     room_id TEXT NOT NULL,
     event_id TEXT NOT NULL,
     made_ts BIGINT NOT NULL,
@@ -13,3 +15,4 @@ CREATE TABLE lm_tells (
 );
 CREATE INDEX lm_tells_next ON lm_tells (next_ts);
 CREATE INDEX lm_tells_server ON lm_tells (server, seq);
+CREATE INDEX lm_tells_by ON lm_tells (by_server, seq);

@@ -179,7 +179,7 @@ struct Growing {
     /// The events that were made of LPDUs, by these.
     of_lpdus: HashMap<OwnedEventId, OwnedEventId>,
     /// Which servers outside are to be told of which events, and how much there was before each.
-    tells: Vec<(usize, OwnedServerName, OwnedEventId)>,
+    tells: Vec<(usize, stored::Outsider, OwnedEventId)>,
     /// What was written, in the transaction that was committed last.
     done: Mutex<Option<Done>>,
 }
@@ -207,7 +207,7 @@ impl LogBatch for Growing {
 
     fn push(&mut self, event: Arc<Pdu>, origin: LogOrigin) {
         let outside = self.lm.outside_of_graph(&self.batch.after, &event).filter(|_| !origin.told);
-        self.tells.extend(outside.map(|server| (self.before.len(), server, event.event_id.clone())));
+        self.tells.extend(outside.map(|outsider| (self.before.len(), outsider, event.event_id.clone())));
         self.before.push((self.batch.after.clone(), self.batch.size()));
         if let Some(lpdu_id) = &event.lpdu_id {
             self.of_lpdus.insert(lpdu_id.clone(), event.event_id.clone());
@@ -273,8 +273,8 @@ impl LogBatch for Growing {
                 return Ok(());
             }
             let done = self.batch.clone().job(&self.lm).run(tx).await?;
-            for (_, server, event_id) in &self.tells {
-                self.lm.keep_tell(tx, server, &self.batch.after.facts.room_id, event_id).await?;
+            for (_, outsider, event_id) in &self.tells {
+                self.lm.keep_tell(tx, outsider, &self.batch.after.facts.room_id, event_id).await?;
             }
             *lock(&self.done) = Some(done);
             Ok(())

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use futures::future::join_all;
-use ruma::{EventId, OwnedServerName, RoomId, ServerName, UserId};
+use ruma::{EventId, RoomId, ServerName, UserId};
 use tokio::sync::Notify;
 
 use super::actor::{Outcome, What};
@@ -20,13 +20,13 @@ use crate::federation::RemoteError;
 use crate::identity::KeyringError;
 use crate::refusal::Refusal;
 use crate::seam::EventEffect;
-use crate::store::lm::{self as stored, Tell};
+use crate::store::lm::{self as stored, Outsider, Tell, TellLimits};
 use crate::store::{StoreError, Tx};
 
 /// How many servers are told at once. Participants choose whom they invite, and how often.
 const AT_ONCE: i64 = 32;
-/// Of how many events one server is still to be told at most.
-const WAITING: i64 = 100;
+/// Of how many events one server is still to be told at most, of how many of one server's users others are, and how many in all.
+const WAITING: TellLimits = TellLimits { to: 100, by: 500, all: 10_000 };
 /// How long is waited after each failure.
 const BACKOFF: [Duration; 4] =
     [Duration::from_secs(30), Duration::from_secs(5 * 60), Duration::from_secs(15 * 60), Duration::from_secs(3600)];
@@ -57,6 +57,12 @@ struct Outside<'a> {
     invites: bool,
 }
 
+impl Outside<'_> {
+    fn outsider(&self, sender: &UserId) -> Outsider {
+        Outsider { server: self.server.to_owned(), by: sender.server_name().to_owned() }
+    }
+}
+
 impl Lm {
     /// Appends events of which servers outside the room may have to be told. That they are to be is written with them, where
     /// nothing else is.
@@ -65,19 +71,19 @@ impl Lm {
         let mut afterwards = Vec::new();
         let mut any = false;
         for (place, (what, origin)) in events.iter_mut().enumerate() {
-            let Some(server) = self.outside(&room, what) else { continue };
+            let Some(outsider) = self.outside(&room, what) else { continue };
             any = true;
             if origin.effect.is_some() {
-                afterwards.push((place, server));
+                afterwards.push((place, outsider));
                 continue;
             }
             let (ids, now, room_id) = (self.context().store.clone(), self.now(), cell.room_id.clone());
             origin.effect = Some(EventEffect::new(move |tx, event_id| {
-                Box::pin(async move { keep(tx, (ids.next_id(), now), &server, (&room_id, &event_id)).await })
+                Box::pin(async move { keep(tx, (ids.next_id(), now), &outsider, (&room_id, &event_id)).await })
             }));
         }
         let outcomes = self.append(cell, events).await;
-        for (place, server) in afterwards {
+        for (place, outsider) in afterwards {
             let Some(Outcome::Appended(appended)) = outcomes.get(place) else { continue };
             if appended.position.0 <= room.head {
                 continue;
@@ -85,7 +91,7 @@ impl Lm {
             let (ids, now) = (self.context().store.clone(), self.now());
             let (room_id, event_id) = (cell.room_id.clone(), appended.event.event_id.clone());
             let kept = self.context().store.write(move |tx| {
-                Box::pin(async move { keep(tx, (ids.next_id(), now), &server, (&room_id, &event_id)).await })
+                Box::pin(async move { keep(tx, (ids.next_id(), now), &outsider, (&room_id, &event_id)).await })
             });
             if let Err(error) = kept.await {
                 tracing::warn!(room = %cell.room_id, %error, "a server outside the room is not told of its user");
@@ -98,7 +104,7 @@ impl Lm {
     }
 
     /// The server outside the room that is to be told of an event.
-    fn outside(&self, room: &Snapshot, what: &What) -> Option<OwnedServerName> {
+    fn outside(&self, room: &Snapshot, what: &What) -> Option<Outsider> {
         let (sender, kind, state_key, content) = match what {
             What::Lpdu(lpdu) => (&lpdu.sender, &lpdu.kind, &lpdu.state_key, lpdu.json.get("content")?.as_object()?),
             What::Own(draft) => (&draft.sender, &draft.kind, &draft.state_key, &draft.content),
@@ -106,12 +112,12 @@ impl Lm {
             What::Signed { .. } => return None,
         };
         let found = outside(sender, kind, state_key.as_deref(), content)?;
-        self.is_to_hear(room, &found).then(|| found.server.to_owned())
+        self.is_to_hear(room, &found).then(|| found.outsider(sender))
     }
 
     /// The same of an event that came to a shared room by its graph. Its hub tells whatever came so; elsewhere each server tells
     /// what its own users do.
-    pub(super) fn outside_of_graph(&self, room: &Snapshot, event: &Pdu) -> Option<OwnedServerName> {
+    pub(super) fn outside_of_graph(&self, room: &Snapshot, event: &Pdu) -> Option<Outsider> {
         if self.role(room) != Role::Hub && *event.sender.server_name() != self.context().server_name {
             return None;
         }
@@ -119,7 +125,7 @@ impl Lm {
         // The server of an invited user was asked where it has signed.
         let has_signed = || event.json.get("signatures").is_some_and(|by| by.get(found.server.as_str()).is_some());
         let is_to_hear = self.is_to_hear(room, &found) && !(found.invites && has_signed());
-        is_to_hear.then(|| found.server.to_owned())
+        is_to_hear.then(|| found.outsider(&event.sender))
     }
 
     fn is_to_hear(&self, room: &Snapshot, found: &Outside<'_>) -> bool {
@@ -132,11 +138,11 @@ impl Lm {
     pub(super) async fn keep_tell(
         &self,
         tx: &mut Tx,
-        server: &ServerName,
+        outsider: &Outsider,
         room_id: &RoomId,
         event_id: &EventId,
     ) -> Result<(), StoreError> {
-        keep(tx, (self.context().store.next_id(), self.now()), server, (room_id, event_id)).await
+        keep(tx, (self.context().store.next_id(), self.now()), outsider, (room_id, event_id)).await
     }
 
     fn now(&self) -> i64 {
@@ -259,9 +265,10 @@ impl Lm {
     }
 }
 
-async fn keep(tx: &mut Tx, at: (i64, i64), server: &ServerName, what: (&RoomId, &EventId)) -> Result<(), StoreError> {
-    if !stored::keep_tell(tx, at, server, what, WAITING).await? {
-        tracing::warn!(room = %what.0, %server, "a server outside the room is to be told of too much already");
+async fn keep(tx: &mut Tx, at: (i64, i64), outsider: &Outsider, what: (&RoomId, &EventId)) -> Result<(), StoreError> {
+    if !stored::keep_tell(tx, at, outsider, what, WAITING).await? {
+        let Outsider { server, by } = outsider;
+        tracing::warn!(room = %what.0, %server, %by, "a server outside the room is not told: too many are to be already");
     }
     Ok(())
 }

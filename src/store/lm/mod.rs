@@ -28,7 +28,9 @@ pub use self::redactions::{Asked, By, redact, redacted, redacted_now, target};
 pub use self::staged::{
     Gap, Staged, bytes_of_other_gaps, close_gap, gap, note_newest, rooms_with_gaps, stage, staged, staged_of, unstage,
 };
-pub use self::tells::{Tell, forget_tell, hasten_tells, keep_tell, next_tell, put_off_tell, tells_due};
+pub use self::tells::{
+    Outsider, Tell, TellLimits, forget_tell, hasten_tells, keep_tell, next_tell, put_off_tell, tells_due,
+};
 pub use self::write::{
     advance_head, append, complain, forget_lpdus, forget_servers, insert_room, is_hub, is_kept_here, member_events,
     queue_lpdu, replace_state, server_joined, server_left, set_hub, set_redaction, set_state, withdraw_lpdu,

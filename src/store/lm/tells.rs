@@ -1,6 +1,6 @@
 //! Of what servers outside a room are to be told.
 
-use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, RoomId, ServerName};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, RoomId};
 use sqlx::Row as _;
 
 use super::super::{Store, StoreError, Tx};
@@ -23,36 +23,64 @@ pub struct Tell {
     pub tries: i64,
 }
 
-/// A server is to be told of an event, unless `limit` others wait for the same server, or a hundred times as many for all.
+/// Whom an event concerns, and whose it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outsider {
+    /// The server that is to be told.
+    pub server: OwnedServerName,
+    /// The server whose user said it.
+    pub by: OwnedServerName,
+}
+
+/// How many may wait.
+#[derive(Debug, Clone, Copy)]
+pub struct TellLimits {
+    /// For one server.
+    pub to: i64,
+    /// By users of one server.
+    pub by: i64,
+    /// In all.
+    pub all: i64,
+}
+
+/// A server is to be told of an event, unless so many wait already.
 pub async fn keep_tell(
     tx: &mut Tx,
     (seq, now): (i64, i64),
-    server: &ServerName,
+    outsider: &Outsider,
     (room_id, event_id): (&RoomId, &EventId),
-    limit: i64,
+    limits: TellLimits,
 ) -> Result<bool, StoreError> {
+    let (to, by) = (outsider.server.as_str(), outsider.by.as_str());
     let done = sqlx::query(
-        "INSERT INTO lm_tells (seq, server, room_id, event_id, made_ts) SELECT $1, $2, $3, $4, $5 \
-         WHERE (SELECT COUNT(*) FROM lm_tells WHERE server = $6) < $7 AND (SELECT COUNT(*) FROM lm_tells) < $8",
+        "INSERT INTO lm_tells (seq, server, by_server, room_id, event_id, made_ts) SELECT $1, $2, $3, $4, $5, $6 \
+         WHERE (SELECT COUNT(*) FROM lm_tells WHERE server = $7) < $8 \
+         AND (SELECT COUNT(*) FROM lm_tells WHERE by_server = $9) < $10 AND (SELECT COUNT(*) FROM lm_tells) < $11",
     )
     .bind(seq)
-    .bind(server.as_str())
+    .bind(to)
+    .bind(by)
     .bind(room_id.as_str())
     .bind(event_id.as_str())
     .bind(now)
-    .bind(server.as_str())
-    .bind(limit)
-    .bind(limit.saturating_mul(100))
+    .bind(to)
+    .bind(limits.to)
+    .bind(by)
+    .bind(limits.by)
+    .bind(limits.all)
     .execute(tx)
     .await?;
     Ok(done.rows_affected() > 0)
 }
 
-/// The first of each server of which something is due at a time.
+/// The first of each server of which something is due at a time; those of different servers' users in turn, and what was never
+/// tried before what has failed.
 pub async fn tells_due(store: &Store, now: i64, limit: i64) -> Result<Vec<Tell>, StoreError> {
     let rows = sqlx::query(
-        "SELECT seq, server, room_id, event_id, made_ts, tries FROM lm_tells WHERE next_ts <= $1 \
-         AND seq IN (SELECT MIN(seq) FROM lm_tells GROUP BY server) ORDER BY seq LIMIT $2",
+        "SELECT seq, server, room_id, event_id, made_ts, tries FROM \
+         (SELECT *, ROW_NUMBER() OVER (PARTITION BY by_server ORDER BY tries, seq) AS turn FROM lm_tells \
+          WHERE next_ts <= $1 AND seq IN (SELECT MIN(seq) FROM lm_tells GROUP BY server)) AS due \
+         ORDER BY turn, seq LIMIT $2",
     )
     .bind(now)
     .bind(limit)
@@ -114,12 +142,14 @@ mod tests {
     async fn each_server_is_told_in_order_and_only_so_much_waits() {
         both_stores(|store| async move {
             let (one, other) = (server_name!("one.example"), server_name!("other.example"));
+            let limits = TellLimits { to: 2, by: 10, all: 10 };
             let what = (room_id!("!r:h.example"), event_id!("$e"));
             let write = store.write(move |tx| {
                 Box::pin(async move {
                     let mut kept = Vec::new();
                     for (seq, server) in [(1, one), (2, other), (3, one), (4, one)] {
-                        kept.push(keep_tell(tx, (seq, 7), server, what, 2).await?);
+                        let outsider = Outsider { server: server.to_owned(), by: other.to_owned() };
+                        kept.push(keep_tell(tx, (seq, 7), &outsider, what, limits).await?);
                     }
                     Ok(kept)
                 })
@@ -148,6 +178,31 @@ mod tests {
             });
             write.await.unwrap();
             assert_eq!(due(0).await, [3]);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn who_invites_many_leaves_room_and_turns_to_others() {
+        both_stores(|store| async move {
+            let limits = TellLimits { to: 2, by: 5, all: 7 };
+            let what = (room_id!("!r:h.example"), event_id!("$e"));
+            let write = store.write(move |tx| {
+                Box::pin(async move {
+                    let mut kept = Vec::new();
+                    for seq in 1..=9 {
+                        let by = if seq < 7 { "busy.example" } else { "quiet.example" };
+                        let server = OwnedServerName::try_from(format!("s{seq}.example")).expect("a name");
+                        let outsider = Outsider { server, by: by.try_into().expect("a name") };
+                        kept.push(keep_tell(tx, (seq, 7), &outsider, what, limits).await?);
+                    }
+                    put_off_tell(tx, 1, 0).await?;
+                    Ok(kept)
+                })
+            });
+            assert_eq!(write.await.unwrap(), [true, true, true, true, true, false, true, true, false]);
+            let due: Vec<i64> = tells_due(&store, 0, 4).await.unwrap().iter().map(|tell| tell.seq).collect();
+            assert_eq!(due, [2, 7, 3, 8]);
         })
         .await;
     }
