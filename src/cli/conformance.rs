@@ -51,7 +51,8 @@ pub struct Conformance {
     /// The key of its certificate.
     #[arg(long, value_name = "FILE", requires = "tls_certificate")]
     tls_private_key: Option<PathBuf>,
-    /// Its signing key, made when the file is not there; by default one is made for the run.
+    /// Its signing key, made when the file is not there, and with `.second` at the end of its name that of the second server; by
+    /// default keys are made for the run, which a server that has seen others of these names may not take.
     #[arg(long, value_name = "FILE")]
     signing_key: Option<PathBuf>,
     /// A certificate authority to trust, PEM; may be given more than once.

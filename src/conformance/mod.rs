@@ -56,7 +56,7 @@ pub struct Options {
     pub listen: SocketAddr,
     /// Its certificate and key, PEM; without them it speaks plain HTTP, as behind a proxy.
     pub tls: Option<(PathBuf, PathBuf)>,
-    /// Its signing key; without it one is made for the run.
+    /// Its signing key, beside which `.second` has that of the second server; without it keys are made for the run.
     pub signing_key: Option<PathBuf>,
     /// Certificate authorities to trust besides the system's.
     pub custom_ca: Vec<PathBuf>,
@@ -149,6 +149,7 @@ pub async fn run_on(
     };
     checks.retain(|check| options.wants(check.id));
     let (session, _listening) = begin(socket, options, clock).await?;
+    session.learn_signing().await;
     session.learn_names().await;
     let deaf = session.is_not_found().await;
     let (begun, mut report) = (Instant::now(), Report::default());
@@ -182,15 +183,23 @@ async fn begin(
     anyhow::ensure!(target != name && second.as_ref() != Some(&target), "the suite needs a name other than {target}");
     let resolve = url.map(|url| (target.clone(), url)).into_iter().collect::<BTreeMap<_, _>>();
     let client = ClientOptions { custom_ca, allow_private_networks: options.allow_private_networks, resolve };
-    let key = match signing_key {
-        Some(path) => SigningKey::load_or_generate(&path)?,
-        None => SigningKey::generate(),
+    let key_in = |path: Option<PathBuf>| match path {
+        Some(path) => SigningKey::load_or_generate(&path),
+        None => Ok(SigningKey::generate()),
     };
-    let key = Arc::new(key);
+    let of_second = signing_key.as_ref().map(|path| {
+        let mut name = path.clone().into_os_string();
+        name.push(".second");
+        PathBuf::from(name)
+    });
+    let key = Arc::new(key_in(signing_key)?);
     let identity =
         |name: OwnedServerName, key: Arc<SigningKey>| Arc::new(Identity { name, key, old: SigningKey::generate() });
     let first = identity(name.clone(), key.clone());
-    let second = second.map(|name| identity(name, Arc::new(SigningKey::generate())));
+    let second = match second {
+        Some(name) => Some(identity(name, Arc::new(key_in(of_second)?))),
+        None => None,
+    };
     let run: String = (0..6).map(|_| char::from(rand::rngs::OsRng.gen_range(b'a'..=b'z'))).collect();
     let ear = Ear::new(std::iter::once(first.clone()).chain(second.clone()).collect(), clock.clone());
     let listening = Listening::open(ear.clone(), socket, tls).await.context("the suite cannot listen")?;

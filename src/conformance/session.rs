@@ -25,6 +25,10 @@ const PATIENT: usize = 5;
 /// The room versions that the suite speaks, the one that the peers know first.
 pub(super) const VERSIONS: [&str; 2] = ["org.matrix.i-d.ralston-mimi-linearized-matrix.02", "I.1"];
 
+/// A request that needs a good signature, and finds nothing.
+pub(super) const NOWHERE: &str =
+    "/_matrix/federation/v1/state/%21nowhere%3Ainvalid?event_id=%24AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+
 /// What was learned on the way.
 #[derive(Default)]
 pub(super) struct Notes {
@@ -50,6 +54,8 @@ pub(super) struct Notes {
     pub bad: BTreeSet<String>,
     /// The content of the room's join rules, while they are others for a moment.
     pub join_rules: Option<Value>,
+    /// Whether the target takes GETs only if they are signed without content, as in Matrix.
+    pub gets_as_matrix: bool,
     /// What of the answers was not as every answer must be.
     pub not_utf8: Vec<String>,
     pub not_typed: Vec<String>,
@@ -115,10 +121,14 @@ impl Session {
         self.ask_with(vec![header], ask).await
     }
 
-    /// The signature that a request should have.
+    /// The signature that a request should have, or that the target wants where it is known to want another.
     pub fn sign(&self, identity: &Identity, ask: &Ask) -> String {
         let empty = json!({});
-        self.signing(identity, ask, ask.body.as_ref().unwrap_or(&empty)).header()
+        let mut signing = self.signing(identity, ask, ask.body.as_ref().unwrap_or(&empty));
+        if ask.body.is_none() && lock(&self.notes).gets_as_matrix {
+            signing.content = None;
+        }
+        signing.header()
     }
 
     pub fn signing<'a>(&'a self, identity: &'a Identity, ask: &'a Ask, content: &'a Value) -> Signing<'a> {
@@ -190,6 +200,18 @@ impl Session {
             "{target} has not asked the suite for the keys of {}: it must find that name at --listen ({answer})",
             first.name
         ))
+    }
+
+    /// Finds out whether the target wants GETs signed as in Matrix. That is one fault, and should hide no others.
+    pub async fn learn_signing(&self) {
+        let (ask, empty) = (Ask::get(NOWHERE), json!({}));
+        let mut refused = Vec::new();
+        for content in [Some(&empty), None] {
+            let signing = Signing { content, ..self.signing(&self.first, &ask, &empty) };
+            let answer = self.ask_with(vec![signing.header()], ask.clone()).await;
+            refused.push(answer.is_ok_and(|answer| answer.status == 401));
+        }
+        lock(&self.notes).gets_as_matrix = refused == [true, false];
     }
 
     /// Finds out under which name each endpoint answers.

@@ -680,3 +680,12 @@ async fn a_participant_that_asks_or_says_something_wrongly_fails_alone() {
     )
     .await;
 }
+
+/// As existing servers do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_takes_gets_as_matrix_has_them_is_looked_at_all_the_same() {
+    let report = always(Fault::SignedWithoutContent, &["LM-A", "LM-R"]).await;
+    assert_eq!(report.failed(), ["LM-A-021"]);
+    let passed = report.rows.iter().filter(|row| row.outcome.is_ok() && row.id.starts_with("LM-R")).count();
+    assert!(passed > 10, "{passed}");
+}

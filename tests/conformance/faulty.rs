@@ -12,8 +12,9 @@ use axum::body::{Body, to_bytes};
 use axum::extract::Request;
 use axum::middleware::Next;
 use axum::response::Response;
+use http::request::Parts;
 use isthmus::conformance::{Options, Report, Role, catalogue, run_on};
-use isthmus::event::{Object, Redaction, canonical_json, content_hash, redact, reference_hash, sign_object};
+use isthmus::event::{Object, Redaction, VerifyKey, canonical_json, content_hash, redact, reference_hash, sign_object};
 use isthmus::identity::SigningKey;
 use serde_json::{Value, json};
 
@@ -50,6 +51,8 @@ impl Reply {
 pub enum Fault {
     /// The answers to requests whose path has this in it are changed.
     Answers(&'static str, fn(&Seen, &mut Reply, &SigningKey)),
+    /// GETs are let in only if they are signed without content.
+    SignedWithoutContent,
     /// LPDUs that are bad on purpose are finished and sent on.
     TakesBad,
     /// LPDUs are answered with 200 and forgotten.
@@ -142,6 +145,10 @@ impl Between {
         let pdus = || seen.body["pdus"].as_array().into_iter().flatten().filter_map(Value::as_object);
         for fault in &faults {
             match fault {
+                Fault::SignedWithoutContent if head.method == "GET" && self.signs_content(&head).await => {
+                    let body = json!({ "errcode": "M_FORBIDDEN", "error": "the signature is not right" });
+                    return answered(Reply { status: 401, kind: "application/json", body, raw: None });
+                }
                 Fault::TakesBad if seen.body.to_string().contains(&format!("{}.bad.", seen.check)) => {
                     let bad: Vec<Object> = pdus().cloned().collect();
                     self.append(bad).await;
@@ -171,6 +178,22 @@ impl Between {
             }
         }
         answered(reply)
+    }
+
+    /// Whether the suite has signed a request that has no body with an empty object as content.
+    async fn signs_content(&self, head: &Parts) -> bool {
+        let header = head.headers.get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let quoted = |name: &str| header.split_once(&format!("{name}=\""))?.1.split('"').next();
+        let (Some(origin), Some(id), Some(sig)) = (quoted("origin"), quoted("key"), quoted("sig")) else {
+            return false;
+        };
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let keys = client.get(format!("http://{}/_matrix/key/v2/server", self.suite)).header("host", origin);
+        let keys: Value = keys.send().await.unwrap().json().await.unwrap();
+        let Some(key) = keys["verify_keys"][id]["key"].as_str() else { return false };
+        let message = json!({ "method": "GET", "uri": head.uri.to_string(), "origin": origin, "destination": self.name,
+            "content": {} });
+        VerifyKey::from_base64(key).unwrap().verify(&canonical_json(message.as_object().unwrap()), sig).is_ok()
     }
 
     /// Finishes LPDUs whatever they are and sends them to the suite.
