@@ -156,6 +156,39 @@ pub struct Outbound {
     pub waiting: i64,
     /// Servers to which the last transaction failed, at most 50.
     pub failing: Vec<Failing>,
+    /// Rooms of which something waits for a server that takes what is of others, at most 50.
+    pub held: Vec<Held>,
+}
+
+/// A room of which something waits because a server fails on one event of it.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Held {
+    /// The server.
+    pub server: String,
+    /// The room.
+    pub room_id: String,
+    /// What waits: `log`, `lpdus`, `graph`, or EDUs as `lm_edus` and `matrix_edus`.
+    pub feed: String,
+    /// How often the event was tried.
+    pub tries: u32,
+    /// When it is tried again, in milliseconds since the epoch.
+    pub retry_at: i64,
+    /// What happened last.
+    pub error: String,
+}
+
+impl Held {
+    /// Of one server.
+    pub fn of(queue: &QueueStatus) -> impl Iterator<Item = Self> {
+        queue.held.iter().map(|held| Self {
+            server: queue.destination.to_string(),
+            room_id: held.feed.room_id.to_string(),
+            feed: held.feed.kind.as_str().to_owned(),
+            tries: held.tries,
+            retry_at: held.retry_at,
+            error: held.error.clone(),
+        })
+    }
 }
 
 /// A server to which the last transaction failed.
@@ -252,6 +285,9 @@ fn as_text(health: &Health) -> String {
     let Health { inbox, echoes, outbound, .. } = health;
     let (inbox, echoes, outbound) = (inbox.waiting, echoes.waiting, outbound.waiting);
     lines.push(format!("events: {inbox} to be carried over, {echoes} at hubs, {outbound} to be sent"));
+    for Held { server, room_id, error, .. } in &health.outbound.held {
+        lines.push(format!("{server} fails on an event of {room_id}, which holds up that room there: {error}"));
+    }
     lines.push(format!("version {}", health.version));
     lines.join("\n")
 }
@@ -375,6 +411,7 @@ fn judge(findings: Findings) -> Health {
         outbound: Outbound {
             waiting: queues.iter().fold(0, |sum, queue| sum.saturating_add(queue.waiting)),
             failing: failing.collect(),
+            held: queues.iter().flat_map(Held::of).take(LISTED).collect(),
         },
         media: findings.media,
         portals: store.portals.into_iter().collect(),
@@ -384,6 +421,7 @@ fn judge(findings: Findings) -> Health {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::federation::{Feed, FeedKind, HeldFeed};
     use crate::store::lm::Missing;
 
     fn good() -> Findings {
@@ -481,9 +519,18 @@ mod tests {
             failures: 3,
             retry_at: 5,
             last_error: Some("refused".to_owned()),
+            held: vec![HeldFeed {
+                feed: Feed { kind: FeedKind::Log, room_id: "!r:g.example".try_into().unwrap() },
+                tries: 2,
+                retry_at: 6,
+                error: "500".to_owned(),
+            }],
         };
         let waits_for_it = Overview { echo_oldest_ts: Some(1), ..Overview::default() };
         let health = judge(Findings { queues: Ok(vec![queue]), store: Ok(waits_for_it), ..good() });
         assert!(health.ok && health.outbound.waiting == 7 && health.outbound.failing[0].failures == 3);
+        assert_eq!((health.outbound.held[0].feed.as_str(), health.outbound.held[0].tries), ("log", 2));
+        let text = as_text(&health);
+        assert!(text.contains("dead.example fails on an event of !r:g.example"), "{text}");
     }
 }

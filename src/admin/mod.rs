@@ -12,7 +12,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use http::header;
 
-pub use self::health::{CatchingUp, Failing, Files, Health, HubFaults, Outbound, Status, Uncorrected, Waiting};
+pub use self::health::{CatchingUp, Failing, Files, Health, Held, HubFaults, Outbound, Status, Uncorrected, Waiting};
 use crate::appservice::Appservice;
 use crate::bridge::Bridge;
 use crate::dag::Dag;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Health, Status};
+use super::{Health, Held, Status};
 
 /// The page.
 pub(super) fn render(health: &Health) -> String {
@@ -41,6 +41,9 @@ pub(super) fn render(health: &Health) -> String {
         let error = failing.error.as_deref().unwrap_or_default();
         row(&failing.server, &format!("{} waiting, {} failures in a row: {error}", failing.waiting, failing.failures));
     }
+    for Held { server, room_id, tries, error, .. } in &health.outbound.held {
+        row(server, &format!("{room_id} waits there for one event, {tries} failures in a row: {error}"));
+    }
     format!(
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"10\">\
          <title>isthmus {name}</title><style>body{{font:1rem sans-serif;margin:2rem}}th{{text-align:left;\
@@ -67,6 +70,14 @@ mod tests {
             retry_at: 0,
             error: Some("<script>alert(\"&\")".to_owned()),
         };
+        let held = Held {
+            server: "h".to_owned(),
+            room_id: "!r".to_owned(),
+            feed: "log".to_owned(),
+            tries: 2,
+            retry_at: 0,
+            error: "<script>".to_owned(),
+        };
         let page = render(&Health {
             ok: true,
             status: Status::Ok,
@@ -83,10 +94,11 @@ mod tests {
             catching_up: CatchingUp::default(),
             events_of_unknown_rooms: 0,
             media: Files::default(),
-            outbound: Outbound { waiting: 1, failing: vec![failing] },
+            outbound: Outbound { waiting: 1, failing: vec![failing], held: vec![held] },
             portals: [("active".to_owned(), 3)].into(),
         });
         assert!(page.contains("&lt;script&gt;alert(&quot;&amp;&quot;)") && !page.contains("<script"), "{page}");
+        assert!(page.contains("<td>!r waits there for one event, 2 failures in a row: &lt;script&gt;</td>"), "{page}");
         assert!(page.contains("<th>portals, active</th><td>3</td>"), "{page}");
     }
 }

@@ -30,7 +30,7 @@ pub(crate) use self::context::KeysOf;
 pub use self::dialler::crypto_provider;
 pub use self::download::{Bytewise, Opened};
 pub use self::limits::{ByteBudget, Counted, Held, LineLimits, Lines, Reserved, Shares, Turn, Underway};
-pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, OutboundQueues, QueueStatus};
+pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, HeldFeed, OutboundQueues, QueueStatus};
 pub use self::pace::Pace;
 pub use self::peer_address::peer_address;
 pub use self::probe::{Probe, ProbeAnswer, TlsFacts};

@@ -9,7 +9,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::ApiError;
-use crate::admin::Admin;
+use crate::admin::{Admin, Held};
 use crate::federation::QueueStatus;
 use crate::refusal::Refusal;
 use crate::store::overview::{Peer, peers};
@@ -43,6 +43,8 @@ pub(super) struct Server {
     retry_at: i64,
     /// The last failure.
     error: Option<String>,
+    /// Rooms of which something waits alone, because the server fails on one event of it.
+    held: Vec<Held>,
 }
 
 /// The servers with which rooms are shared, and those to which something could not be sent.
@@ -69,6 +71,7 @@ pub(super) async fn list(State(admin): State<Admin>) -> Result<Json<Servers>, Re
             waiting: queue.as_ref().map_or(0, |queue| queue.waiting),
             failures: queue.as_ref().map_or(0, |queue| queue.failures),
             retry_at: queue.as_ref().map_or(0, |queue| queue.retry_at),
+            held: queue.iter().flat_map(Held::of).collect(),
             error: queue.and_then(|queue| queue.last_error),
         }
     });

@@ -54,7 +54,8 @@ pub enum FeedKind {
 }
 
 impl FeedKind {
-    fn as_str(self) -> &'static str {
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Log => "log",
             Self::Lpdus => "lpdus",
@@ -195,6 +196,21 @@ pub struct QueueStatus {
     pub retry_at: i64,
     /// The last failure.
     pub last_error: Option<String>,
+    /// Of the rooms of which something waits alone, while others go on: what it waits for.
+    pub held: Vec<HeldFeed>,
+}
+
+/// A feed that waits because its destination fails on an event of it, and on nothing else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldFeed {
+    /// The feed.
+    pub feed: Feed,
+    /// How often that event was tried.
+    pub tries: u32,
+    /// When it is tried again, ms.
+    pub retry_at: i64,
+    /// How it failed last.
+    pub error: String,
 }
 
 /// All queues; clones share them. With the last clone they end where they stand, as a crash would end them.
@@ -402,7 +418,7 @@ impl OutboundQueues {
             let destination = parse_destination(destination)?;
             queues.insert(
                 destination.clone(),
-                QueueStatus { destination, waiting, failures: 0, retry_at: 0, last_error: None },
+                QueueStatus { destination, waiting, failures: 0, retry_at: 0, last_error: None, held: Vec::new() },
             );
         }
         for row in rows::failures(store).await? {
@@ -413,8 +429,14 @@ impl OutboundQueues {
                 failures: 0,
                 retry_at: 0,
                 last_error: None,
+                held: Vec::new(),
             });
             (queue.failures, queue.retry_at, queue.last_error) = (row.failures, row.retry_at, Some(row.last_error));
+        }
+        for (destination, slot) in lock(&self.handle.shared.slots).iter() {
+            if let Some(queue) = queues.get_mut(destination) {
+                queue.held = slot.held();
+            }
         }
         let mut queues: Vec<_> = queues.into_values().collect();
         queues.sort_by(|a, b| a.destination.cmp(&b.destination));

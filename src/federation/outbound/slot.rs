@@ -1,6 +1,6 @@
 //! What is in memory of one destination: the feeds that have news for it, and who waits for what.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::edus::Waiting;
-use super::{Feed, lock};
+use super::{Feed, HeldFeed, lock};
 use crate::event::Edu;
 use crate::identity::Side;
 use crate::store::outbound as rows;
@@ -23,6 +23,7 @@ const PLACES: usize = 1024;
 pub(super) struct Slot {
     dirty: Mutex<Dirty>,
     places: Mutex<HashMap<Feed, i64>>,
+    held: Mutex<BTreeMap<Feed, HeldFeed>>,
     edus: Mutex<Waiting>,
     news: Notify,
     was_heard: AtomicBool,
@@ -96,6 +97,25 @@ impl Slot {
             places.clear();
         }
         places.insert(feed.clone(), place);
+    }
+
+    /// The destination failed on an event of a feed, which is left alone for a while.
+    pub(super) fn hold(&self, feed: &Feed, tries: u32, retry_at: i64, error: String) {
+        let held = HeldFeed { feed: feed.clone(), tries, retry_at, error };
+        lock(&self.held).insert(feed.clone(), held);
+    }
+
+    /// It is not any more: the event has arrived, or was given up.
+    pub(super) fn release<'a>(&self, feeds: impl IntoIterator<Item = &'a Feed>) {
+        let mut held = lock(&self.held);
+        for feed in feeds {
+            held.remove(feed);
+        }
+    }
+
+    /// The feeds of which an event is tried again and again.
+    pub(super) fn held(&self) -> Vec<HeldFeed> {
+        lock(&self.held).values().cloned().collect()
     }
 
     /// What was composed was given up: the store knows where the destination is.

@@ -402,6 +402,7 @@ impl<'a> Worker<'a> {
             true => self.slot.edus().is_back(),
             false => self.slot.edus().arrived(),
         }
+        self.slot.release(transaction.parts.iter().map(|part| &part.feed));
         let done = part_rows(&transaction.parts);
         for doubtful in &mut self.doubtful {
             let through = done.iter().filter(|part| same_feed(part, doubtful)).map(|part| part.through).max();

@@ -281,8 +281,26 @@ async fn what_a_server_has_no_endpoint_for_holds_up_nothing_else() {
         // A feed may come to be known; one of a server that does LM alone has ended.
         let status = world.queues.status().await.unwrap();
         assert!(status.iter().all(|queue| queue.failures == 0), "{status:?}");
+        // Operators see which room waits, and why.
+        let held = async {
+            loop {
+                let status = world.queues.status().await.unwrap();
+                let held = status
+                    .into_iter()
+                    .flat_map(|queue| queue.held.into_iter().map(move |held| (queue.destination.clone(), held)));
+                if let Some(held) = held.last() {
+                    return held;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let (server, held) = tokio::time::timeout(WAIT, held).await.unwrap();
+        assert_eq!((server.as_str(), &held.feed), ("both.example", &graph));
+        assert!(held.tries > 0 && held.retry_at > 0 && held.error.contains("M_UNRECOGNIZED"), "{held:?}");
         knows.store(true, Ordering::SeqCst);
         world.settled().await;
+        let status = world.queues.status().await.unwrap();
+        assert!(status.iter().all(|queue| queue.held.is_empty()), "{status:?}");
         fill(&store, &feeds, &graph, 13..14, &[]).await;
         world.queues.wake(&graph, &servers.map(name));
         world.settled().await;

@@ -145,6 +145,8 @@ impl Worker<'_> {
                 continue;
             }
             tracing::info!(server = %self.destination, room = %part.feed.room_id, tries = self.tries, ?delay, %error, "a room is left alone for a while");
+            let again = self.shared.clock.now_ms().saturating_add(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX));
+            self.slot.hold(&part.feed, self.tries, again, error.to_string().chars().take(500).collect());
             let parked = Parked { until: Some(Instant::now() + delay), tries: self.tries, since: self.tried_since };
             self.parked.insert(part.feed, parked);
         }
