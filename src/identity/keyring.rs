@@ -28,9 +28,9 @@ const CACHED_SERVERS: u64 = 20_000;
 const RETRY_MS: i64 = 30_000;
 /// … up to this.
 const LONGEST_RETRY_MS: i64 = 15 * 60_000;
-/// A server is asked again for a key that it did not publish after this time at the earliest.
+/// A server is asked again for a key that it did not publish after this time at the earliest …
 const REFETCH_MS: i64 = 60_000;
-/// An answer of this age says what keys a server has now.
+/// … or after this, when it names the key itself. An answer of this age says what keys a server has now.
 const FRESH_MS: i64 = 3_000;
 /// For how long our own answer is valid.
 const OWN_VALIDITY_MS: i64 = 12 * 3600 * 1000;
@@ -127,13 +127,14 @@ struct Lookup {
 }
 
 impl Lookup {
-    fn is_stale(&self, now_ms: i64, asking_again: bool) -> bool {
+    /// Whether the server is asked again; for a key that is not known when the answer is as old as `again`.
+    fn is_stale(&self, now_ms: i64, again: Option<i64>) -> bool {
         let age = now_ms.saturating_sub(self.asked_ts);
         match &self.keys {
             // A clock that was set back makes everything stale, so that nothing lasts until it caught up.
             _ if age < 0 => true,
             _ if self.error.is_some() => age >= retry_after(self.failures),
-            Some(keys) => (keys.valid_until_ts <= now_ms && age >= RETRY_MS) || (asking_again && age >= REFETCH_MS),
+            Some(keys) => (keys.valid_until_ts <= now_ms && age >= RETRY_MS) || again.is_some_and(|again| age >= again),
             None => true,
         }
     }
@@ -197,7 +198,7 @@ impl Keyring {
         if server == self.inner.server_name {
             return Ok(self.inner.own_keys.load_full());
         }
-        let lookup = self.inner.lookup(server, false).await;
+        let lookup = self.inner.lookup(server, None).await;
         match (&lookup.keys, &lookup.error) {
             (Some(keys), _) => Ok(keys.clone()),
             (None, Some(error)) => Err(error.clone()),
@@ -213,6 +214,17 @@ impl Keyring {
         wanted: &[&str],
         validity: Validity,
     ) -> Result<BTreeMap<String, VerifyKey>, KeyringError> {
+        self.keys_after(REFETCH_MS, server, wanted, validity).await
+    }
+
+    /// The same, where the server is asked anew when its last answer is at least `again` ms old.
+    async fn keys_after(
+        &self,
+        again: i64,
+        server: &ServerName,
+        wanted: &[&str],
+        validity: Validity,
+    ) -> Result<BTreeMap<String, VerifyKey>, KeyringError> {
         let now_ms = self.inner.clock.now_ms();
         let select = |keys: &ServerKeys| -> BTreeMap<String, VerifyKey> {
             let valid = |id: &&str| Some(((*id).to_owned(), keys.key(id, validity, now_ms)?.clone()));
@@ -221,10 +233,10 @@ impl Keyring {
         if server == self.inner.server_name {
             return Ok(select(&self.inner.own_keys.load()));
         }
-        let mut lookup = self.inner.lookup(server, false).await;
+        let mut lookup = self.inner.lookup(server, None).await;
         let mut found = lookup.keys.as_deref().map(select).unwrap_or_default();
-        if found.len() < wanted.len() && lookup.is_stale(now_ms, true) {
-            lookup = self.inner.lookup(server, true).await;
+        if found.len() < wanted.len() && lookup.is_stale(now_ms, Some(again)) {
+            lookup = self.inner.lookup(server, Some(again)).await;
             found = lookup.keys.as_deref().map(select).unwrap_or_default();
         }
         match &lookup.error {
@@ -239,7 +251,7 @@ impl Keyring {
         let Some(lookup) = self.inner.lookups.get(server).await else { return server != self.inner.server_name };
         let known = |id| lookup.keys.as_ref().is_some_and(|keys| keys.key(id, Validity::Now, now_ms).is_some());
         let mut wanted = wanted;
-        lookup.is_stale(now_ms, false) || (lookup.is_stale(now_ms, true) && !wanted.all(known))
+        lookup.is_stale(now_ms, None) || (lookup.is_stale(now_ms, Some(REFETCH_MS)) && !wanted.all(known))
     }
 
     /// Collects the keys that an event's `signatures` name for `servers`, for an event made at the time given.
@@ -251,11 +263,7 @@ impl Keyring {
     ) -> Result<VerifyKeys, Refusal> {
         let mut collected = VerifyKeys::new();
         for server in servers {
-            let signatures = event.get("signatures").and_then(|all| all.get(server.as_str()));
-            let wanted: Vec<&str> = signatures
-                .and_then(Value::as_object)
-                .map(|keys| keys.keys().map(String::as_str).take(20).collect())
-                .unwrap_or_default();
+            let wanted = signed_with(event, server);
             if wanted.is_empty() {
                 // The missing signature is named when it is looked for.
                 continue;
@@ -267,6 +275,22 @@ impl Keyring {
             collected.insert(server.clone(), keys);
         }
         Ok(collected)
+    }
+
+    /// The keys that the `signatures` of an event name for `server`, which sent it in a request that is certain to be its own. Of a
+    /// key that it names it is asked at once, which costs nobody else anything: so there is a verdict on the event without delay.
+    pub async fn keys_for_own_event(
+        &self,
+        event: &Object,
+        server: &ServerName,
+        origin_server_ts: i64,
+    ) -> Result<VerifyKeys, Refusal> {
+        let wanted = signed_with(event, server);
+        if wanted.is_empty() {
+            return Ok(VerifyKeys::new());
+        }
+        let keys = self.keys_after(FRESH_MS, server, &wanted, Validity::At(origin_server_ts)).await;
+        Ok(VerifyKeys::from([(server.to_owned(), keys.map_err(KeyringError::into_refusal)?)]))
     }
 
     /// That a server's answer is recent enough to say of an event that its signature is by none of the server's keys: a
@@ -309,13 +333,13 @@ impl Keyring {
 impl Inner {
     /// What is known of a server, from memory when that is not stale. Those who ask for the same server at the same time
     /// wait for one answer.
-    async fn lookup(&self, server: &ServerName, asking_again: bool) -> Arc<Lookup> {
+    async fn lookup(&self, server: &ServerName, again: Option<i64>) -> Arc<Lookup> {
         let now_ms = self.clock.now_ms();
         let entry = self
             .lookups
             .entry_by_ref(server)
             .or_insert_with_if(async { Arc::new(self.learn(server, now_ms).await) }, |known| {
-                known.is_stale(now_ms, asking_again)
+                known.is_stale(now_ms, again)
             })
             .await;
         self.meter.count((!entry.is_fresh()).then_some(()));
@@ -401,6 +425,12 @@ impl Inner {
         let answers = keys.as_told(answer, now_ms).into_iter().collect();
         Ok(Told { keys, answers })
     }
+}
+
+/// By which of a server's keys an event says that it is signed; not more than twenty.
+fn signed_with<'a>(event: &'a Object, server: &ServerName) -> Vec<&'a str> {
+    let signatures = event.get("signatures").and_then(|all| all.get(server.as_str())).and_then(Value::as_object);
+    signatures.map(|keys| keys.keys().map(String::as_str).take(20).collect()).unwrap_or_default()
 }
 
 /// What was learned of a server.

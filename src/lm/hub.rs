@@ -335,10 +335,7 @@ impl Lm {
     }
 
     async fn keys(&self, origin: &ServerName, lpdu: &Lpdu) -> Result<VerifyKeys, Refusal> {
-        let keyring = &self.context().keyring;
-        let keys = keyring.keys_for_event(&lpdu.json, &[origin.to_owned()], lpdu.origin_server_ts).await?;
-        keyring.knows_better_than(origin, keys.get(origin)).await?;
-        Ok(keys)
+        self.context().keyring.keys_for_own_event(&lpdu.json, origin, lpdu.origin_server_ts).await
     }
 
     /// One LPDU that came with a handshake: everything but the rules and the gate.

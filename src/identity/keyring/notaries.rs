@@ -90,7 +90,7 @@ impl Inner {
         let signatures = entry.get("signatures").and_then(|all| all.get(notary.as_str())).and_then(Value::as_object);
         let wanted: Vec<&str> =
             signatures.into_iter().flat_map(|keys| keys.keys().map(String::as_str)).take(20).collect();
-        let lookup = self.lookup(notary, false).await;
+        let lookup = self.lookup(notary, None).await;
         let known = lookup.keys.as_ref().ok_or("the notary's own keys are not to be had")?;
         let valid = |id: &&str| Some(((*id).to_owned(), known.key(id, Validity::Now, now_ms)?.clone()));
         let keys = wanted.iter().filter_map(valid).collect();

@@ -292,6 +292,32 @@ async fn what_an_old_answer_does_not_name_may_be_a_new_key() {
 }
 
 #[tokio::test]
+async fn hc_20_of_a_key_that_a_server_itself_names_it_is_asked_at_once() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let (key, new) = (SigningKey::generate(), SigningKey::generate());
+        servers.set(hub(), answer(hub(), &[&key], json!({}), NOW + DAY));
+        let ring = keyring(&servers, &store, &clock);
+        assert!(has(&ring, key.id(), Validity::Now).await);
+        let found = async |id: &str| {
+            let event = json!({ "signatures": { hub(): { id: "" } } });
+            let keys = ring.keys_for_own_event(event.as_object().unwrap(), hub(), NOW).await.unwrap();
+            keys[hub()].len()
+        };
+        clock.advance(FRESH_MS - 1);
+        assert_eq!((found(new.id()).await, servers.fetches()), (0, 1), "it was asked a moment ago");
+        clock.advance(1);
+        let asked = futures::future::join_all((0..50).map(|_| found(new.id()))).await;
+        assert_eq!((asked.iter().sum::<usize>(), servers.fetches()), (0, 2), "all wait for one answer");
+        servers.set(hub(), answer(hub(), &[&key, &new], json!({}), NOW + DAY));
+        clock.advance(10_000);
+        assert_eq!((found(key.id()).await, servers.fetches()), (1, 2));
+        assert_eq!((found(new.id()).await, servers.fetches()), (1, 3));
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn keys_outlive_a_restart_a_rotation_and_their_server() {
     both_databases(|url| async move {
         let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
