@@ -121,6 +121,15 @@ impl Lm {
                 let sent = self.send_as_participant(cell, room, vec![invite]).await.pop();
                 return sent.unwrap_or_else(|| Err(Refusal::Internal("nothing was sent".to_owned())));
             }
+            Err(RemoteError::Status { errcode, hub_server, .. }) if errcode == "M_WRONG_SERVER" => {
+                let named = hub_server.unwrap_or_else(|| hub.to_owned());
+                let now = self.seek_hub_now(cell, Some(named)).await?;
+                if now.facts.hub == *hub {
+                    let problem = "says that it does not keep the log any more, and nothing shows who does".to_owned();
+                    return Err(Refusal::Remote { server: hub.to_string(), problem });
+                }
+                return Box::pin(self.invite(&cell.room_id, invite)).await;
+            }
             Err(error) => return Err(into_refusal(error, hub)),
         }
         // The same invite again is the same LPDU, which the hub knows: a crash before this line does no harm.
@@ -149,8 +158,13 @@ impl Lm {
                 is_version(&body, room.facts.version)?;
                 self.invite_for(origin, &cell, &room, event.clone()).await?.event.json.clone()
             }
-            // The log of a room that is known has one hub, and no other server has invites to it signed.
-            Some((_, room)) if room.facts.hub != *origin => {
+            // A participant takes us for the hub.
+            Some((_, room)) if is_for_hub(event, &self.context().server_name) => {
+                let (hub, found) = (room.facts.hub.to_string(), self.context().server_name.to_string());
+                return Err(Refusal::WrongHub { hub, found });
+            }
+            // A log has one hub, which we know while we are in the room, and no other server has invites to it signed.
+            Some((_, room)) if room.facts.hub != *origin && room.has_server(&self.context().server_name) => {
                 let (origin, expected) = (origin.to_string(), room.facts.hub.to_string());
                 return Err(Refusal::WrongOrigin { origin, expected });
             }
@@ -367,6 +381,11 @@ impl Lm {
         pdu.countersign(own, &self.context().signing_key);
         Ok(pdu.json)
     }
+}
+
+/// Whether an event is a participant's, for the hub, and names this server as that.
+fn is_for_hub(event: &Object, own: &ServerName) -> bool {
+    event.get("hub_server").and_then(Value::as_str) == Some(own.as_str()) && !event.contains_key("prev_events")
 }
 
 /// The inviter knows in which version the room is, and says it.

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use super::actor::What;
 use super::batch::Origin;
 use super::handshake::stripped_state;
-use super::participant::into_refusal;
 use super::room::Facts;
+use super::ways::as_hub;
 use super::{Lm, Role};
 use crate::event::{Object, RoomVersion};
 use crate::federation::RemoteError;
@@ -53,24 +53,20 @@ impl Lm {
         draft: &Draft,
         via: &[OwnedServerName],
     ) -> Result<Vec<Value>, Refusal> {
-        let mut told: Option<Refusal> = None;
-        for server in self.candidates(room_id, via).await {
+        let mut ways = self.ways(room_id, via).await;
+        while let Some(server) = ways.next() {
             match self.knock_through(&server, room_id, draft).await {
                 Ok(stripped) => return Ok(stripped),
-                // The first that decides it is worth more than one that only could not be asked.
-                Err(refusal) if told.as_ref().is_none_or(|told| told.is_transient() && !refusal.is_transient()) => {
-                    told = Some(refusal);
-                }
-                Err(_) => {}
+                Err(refusal) => ways.refused(&server, refusal),
             }
         }
-        Err(told.unwrap_or_else(|| Refusal::NotFound(format!("a server through which {room_id} can be asked"))))
+        Err(ways.end(&format!("{room_id} can be asked")))
     }
 
     async fn knock_through(&self, server: &ServerName, room_id: &RoomId, draft: &Draft) -> Result<Vec<Value>, Refusal> {
         let failed = |error: RemoteError| match error.is_unrecognized() {
             true => Refusal::Forbidden(format!("{server} knows no knocks")),
-            false => into_refusal(error, server),
+            false => as_hub(error, server),
         };
         self.peers().make(server, "knock", room_id, &draft.sender).await.map_err(failed)?;
         // Of the template nothing is needed: what the knock says is ours.

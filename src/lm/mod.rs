@@ -49,6 +49,7 @@ mod tests;
 mod transfer;
 mod visibility;
 mod waits;
+mod ways;
 mod weight;
 mod whereabouts;
 

@@ -4,7 +4,7 @@
 //! join, in the hub's order, then the join, then every event in the order in which the hub gives them. After a time outside
 //! the room the state events that are new come first again, then the new join.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use ruma::{EventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
@@ -18,6 +18,7 @@ use super::join_check::{Claim, Seen, forbidden, is_ban, is_critical, without_for
 use super::peers::prev_events;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
+use super::ways::as_hub;
 use super::weight::Weight;
 use super::{Appended, Lm, Role};
 use crate::event::{Family, Lpdu, Object, Pdu, Redaction, RoomVersion};
@@ -29,8 +30,6 @@ use crate::store::lm::Fault;
 
 /// How many events are kept that come for a room while its join is under way.
 const EARLY: usize = 1000;
-/// How many servers are asked for a way into a room because another has named them as its hub.
-const NAMED: usize = 3;
 
 /// Rooms that are being joined. Their hub may send events before it answers the join.
 #[derive(Default)]
@@ -149,58 +148,22 @@ impl Lm {
         draft: &Draft,
         via: &[OwnedServerName],
     ) -> Result<Appended, Refusal> {
-        let mut told: Option<Refusal> = None;
-        let mut servers: VecDeque<OwnedServerName> = self.candidates(room_id, via).await.into();
-        let (mut asked, mut named) = (BTreeSet::new(), 0);
-        while let Some(server) = servers.pop_front() {
-            if !asked.insert(server.clone()) {
-                continue;
-            }
+        let mut ways = self.ways(room_id, via).await;
+        while let Some(server) = ways.next() {
             lock(&join.asked).insert(server.clone());
             match self.join_through(&server, room_id, draft).await {
                 Ok(joined) => return Ok(joined),
                 Err(refusal) => {
                     tracing::info!(room = %room_id, %server, %refusal, "not joined through this server");
-                    let refusal = match refusal {
-                        // It was the hub, and says who is now. That one must prove it as every hub does.
-                        Refusal::WrongHub { hub, .. } if named < NAMED && ServerName::parse(&hub).is_ok() => {
-                            named += 1;
-                            servers
-                                .extend(ServerName::parse(&hub).ok().filter(|hub| *hub != self.context().server_name));
-                            Refusal::Remote { server: server.to_string(), problem: format!("{hub} keeps the log") }
-                        }
-                        refusal => refusal,
-                    };
-                    // The first that decides it is worth more than one that only could not be asked.
-                    if told.as_ref().is_none_or(|told| told.is_transient() && !refusal.is_transient()) {
-                        told = Some(refusal);
-                    }
+                    ways.refused(&server, refusal);
                 }
             }
         }
-        Err(told.unwrap_or_else(|| Refusal::NotFound(format!("a server through which {room_id} can be joined"))))
-    }
-
-    /// `via`, then the hub of a room that was known before, then the server that the room's ID names; each once and not
-    /// ourselves.
-    pub(super) async fn candidates(&self, room_id: &RoomId, via: &[OwnedServerName]) -> Vec<OwnedServerName> {
-        let known = self.find(room_id).await.ok().map(|(_, room)| room.facts.hub.clone());
-        let mut servers: Vec<OwnedServerName> = Vec::new();
-        for server in via.iter().map(|server| &**server).chain(known.as_deref()).chain(room_id.server_name()) {
-            if *server != self.context().server_name && !servers.iter().any(|known| known == server) {
-                servers.push(server.to_owned());
-            }
-        }
-        servers
+        Err(ways.end(&format!("{room_id} can be joined")))
     }
 
     async fn join_through(&self, server: &ServerName, room_id: &RoomId, draft: &Draft) -> Result<Appended, Refusal> {
-        let failed = |error: RemoteError| match error {
-            RemoteError::Status { errcode, hub_server: Some(hub), .. } if errcode == "M_WRONG_SERVER" => {
-                Refusal::WrongHub { hub: hub.to_string(), found: server.to_string() }
-            }
-            error => into_refusal(error, server),
-        };
+        let failed = |error: RemoteError| as_hub(error, server);
         let (_, template) = self.peers().make(server, "join", room_id, &draft.sender).await.map_err(failed)?;
         // What was taken part in by its log is a log for good: a graph cannot begin in its middle.
         let is_log = self.find(room_id).await.is_ok_and(|(_, room)| !room.facts.shared);
@@ -323,19 +286,19 @@ impl Lm {
         draft: &Draft,
         via: &[OwnedServerName],
     ) -> Result<(), Refusal> {
-        let mut last = Refusal::NotFound(format!("a server through which {room_id} can be left"));
-        for server in self.candidates(room_id, via).await {
+        let mut ways = self.ways(room_id, via).await;
+        while let Some(server) = ways.next() {
             match self.leave_through(&server, room_id, draft).await {
                 Ok(()) => return Ok(()),
-                Err(refusal) => last = refusal,
+                Err(refusal) => ways.refused(&server, refusal),
             }
         }
-        Err(last)
+        Err(ways.end(&format!("{room_id} can be left")))
     }
 
     /// By make_leave and send_leave; some hubs know neither and take a leave like any other event.
     async fn leave_through(&self, server: &ServerName, room_id: &RoomId, draft: &Draft) -> Result<(), Refusal> {
-        let failed = |error: RemoteError| into_refusal(error, server);
+        let failed = |error: RemoteError| as_hub(error, server);
         let facts =
             Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned(), shared: false };
         let lpdu = self.sign(&facts, draft)?;

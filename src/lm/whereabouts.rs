@@ -45,12 +45,8 @@ impl Lm {
     /// It may be that another server keeps a log than the one that is known here: asks the others in the room, and `who` first, who
     /// said so. Not more often than `every`.
     pub(super) fn seek_hub(&self, cell: &Arc<RoomCell>, who: Option<OwnedServerName>, every: Duration) {
-        {
-            let mut sought = lock(&cell.sought);
-            if sought.is_some_and(|at| at.elapsed() < every) {
-                return;
-            }
-            *sought = Some(Instant::now());
+        if !is_due(cell, every) {
+            return;
         }
         let (lm, cell) = (self.clone(), cell.clone());
         tokio::spawn(async move {
@@ -58,6 +54,18 @@ impl Lm {
                 tracing::info!(room = %cell.room_id, %refusal, "it was not found out who keeps a log now");
             }
         });
+    }
+
+    /// The same, and waits for what is found; the room as it is then.
+    pub(super) async fn seek_hub_now(
+        &self,
+        cell: &Arc<RoomCell>,
+        who: Option<OwnedServerName>,
+    ) -> Result<Arc<Snapshot>, Refusal> {
+        if is_due(cell, EVERY) {
+            self.find_hub(cell, who).boxed().await?;
+        }
+        Ok(cell.snapshot(&self.context().store).await?)
     }
 
     async fn find_hub(&self, cell: &Arc<RoomCell>, who: Option<OwnedServerName>) -> Result<(), Refusal> {
@@ -141,6 +149,16 @@ impl Lm {
         taking.fault(Fault::Moved, &head, &problem);
         taking.finish(Some(cell)).await.map(drop)
     }
+}
+
+/// Whether the hub of a room was last sought so long ago; if so it is from now on.
+fn is_due(cell: &RoomCell, every: Duration) -> bool {
+    let mut sought = lock(&cell.sought);
+    let due = sought.is_none_or(|at| at.elapsed() >= every);
+    if due {
+        *sought = Some(Instant::now());
+    }
+    due
 }
 
 /// The changes that lead on from a hub, each by the server that the one before named, in order. `current` is the one by which the

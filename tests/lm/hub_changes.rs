@@ -9,13 +9,14 @@ use axum::response::IntoResponse as _;
 use http::StatusCode;
 use isthmus::event::{Object, Redaction, reference_hash};
 use isthmus::refusal::Refusal;
+use isthmus::seam::Outgoing;
 use ruma::OwnedRoomId;
 use serde_json::{Value, json};
 
 use super::hub_transfer::{
     cut, hand_over, hub_at, hub_event, hurry, on, one_log, room_of, three, transfers, wait_for_hub,
 };
-use super::world::{Node, World, draft, ids, raw};
+use super::world::{Node, World, draft, ids, member, raw};
 
 /// Who gave a log back says again that it has it, to one that has come since then and has not heard of it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -192,4 +193,67 @@ async fn where_nobody_shows_who_keeps_a_log_now_that_is_said() {
     let complaint = tokio::time::timeout(Duration::from_secs(30), complained).await.unwrap();
     assert!(complaint.contains("a.example") && complaint.contains("c.example"), "{complaint}");
     assert_eq!(hub_at(&d, &room).await, "a.example");
+}
+
+/// Waits until the log at `node` ends a user's story so.
+async fn wait_for_membership(node: &Node, room: &ruma::RoomId, user: &ruma::UserId, membership: &str) {
+    let is_so = |log: &[isthmus::lm::Appended]| {
+        let last = log.iter().rev().find(|event| event.event.state_key.as_deref() == Some(user.as_str()));
+        last.is_some_and(|event| event.event.content()["membership"] == membership)
+    };
+    node.wait(room, membership, is_so).await;
+}
+
+/// What it knows of the room is old: it has not heard who keeps the log since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_left_before_a_log_was_handed_over_comes_to_the_hub_of_now_by_every_way() {
+    let (_world, [a, b, c]) = three().await;
+    let room = room_of(&a, &b, &c).await;
+    let carol = c.user("carol");
+    c.lm.leave(&room, &carol, &[]).await.unwrap();
+    wait_for_membership(&a, &room, &carol, "leave").await;
+    hand_over(&a, &room, "bot", &b).await.unwrap();
+    wait_for_hub(&a, &room, &b).await;
+    wait_for_hub(&b, &room, &b).await;
+    assert_eq!(hub_at(&c, &room).await, "a.example");
+    // Invited by the hub of now, for its own user and for a participant's.
+    for (node, user, guest, invites) in [(&b, "bob", "carol", 1), (&a, "bot", "dave", 2)] {
+        let draft = member(&node.user(user), &c.user(guest), "invite");
+        node.lm.invite(&room, Outgoing { draft, effect: None }).await.unwrap();
+        assert_eq!(c.watcher.invites.lock().unwrap().len(), invites);
+    }
+    // Declined, and asked for an invite, by way of the one that was the hub.
+    c.lm.leave(&room, &c.user("dave"), std::slice::from_ref(&a.name)).await.unwrap();
+    wait_for_membership(&b, &room, &c.user("dave"), "leave").await;
+    let knocks = draft(&b.user("bob"), "m.room.join_rules", Some(""), json!({ "join_rule": "knock" }));
+    b.send(&room, knocks).await.unwrap();
+    c.lm.knock(&room, &c.user("erin"), std::slice::from_ref(&a.name), Object::new()).await.unwrap();
+    wait_for_membership(&b, &room, &c.user("erin"), "knock").await;
+    c.lm.join(&room, &carol, std::slice::from_ref(&a.name), Object::new()).await.unwrap();
+    assert_eq!(hub_at(&c, &room).await, "b.example");
+    c.say(&room, "carol", "back again").await;
+    b.wait_for_body(&room, "back again").await;
+}
+
+/// It is in the room and has not heard of the change, since nothing reaches it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_participant_that_has_missed_a_change_of_the_hub_invites_through_the_hub_of_now() {
+    let servers = [("a.example", on()), ("b.example", on()), ("c.example", on()), ("d.example", on())];
+    let (_world, [a, b, c, d]) = World::handing_over(servers).await;
+    let levels = json!({ "users": { a.user("bot"): 100, c.user("carol"): 100 } });
+    let room = a.create_room_with("public", levels).await;
+    b.join(&room, "bob", &a).await;
+    c.join(&room, "carol", &a).await;
+    one_log(&[&a, &b, &c], &room, 0).await;
+    let away = cut(&c, "/send/");
+    hand_over(&a, &room, "bot", &b).await.unwrap();
+    wait_for_hub(&b, &room, &b).await;
+    assert_eq!(hub_at(&c, &room).await, "a.example");
+    let draft = member(&c.user("carol"), &d.user("dora"), "invite");
+    c.lm.invite(&room, Outgoing { draft, effect: None }).await.unwrap();
+    assert_eq!(d.watcher.invites.lock().unwrap()[0].target, d.user("dora"));
+    assert_eq!(hub_at(&c, &room).await, "b.example");
+    away.store(false, Ordering::SeqCst);
+    hurry(&[&a, &b]);
+    wait_for_membership(&c, &room, &d.user("dora"), "invite").await;
 }
