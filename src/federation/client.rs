@@ -111,6 +111,12 @@ impl RemoteError {
                 && (errcode == "M_UNRECOGNIZED" || (errcode.is_empty() && *status != StatusCode::BAD_REQUEST)))
     }
 
+    /// Whether the server is at work on another transaction of ours, and has not looked at this one: it is to be sent again as it is.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Self::Status { status, errcode, .. }
+            if *status == StatusCode::BAD_REQUEST && errcode == "M_BAD_STATE")
+    }
+
     /// As a refusal, with the server's name.
     pub fn into_refusal(self, server: &ServerName) -> Refusal {
         Refusal::Remote { server: server.to_string(), problem: self.to_string() }

@@ -469,7 +469,7 @@ pub(super) fn is_verdict(error: &RemoteError) -> bool {
         StatusCode::GATEWAY_TIMEOUT,
     ];
     match error {
-        RemoteError::Status { status, .. } => !away.contains(status),
+        RemoteError::Status { status, .. } => !away.contains(status) && !error.is_busy(),
         RemoteError::BadAnswer(_) => true,
         RemoteError::Unreachable(_) => false,
     }

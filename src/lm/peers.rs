@@ -13,6 +13,9 @@ use crate::identity::{Keyring, KeyringError};
 use crate::refusal::Refusal;
 use crate::seam::AliasTarget;
 
+/// How often a transaction is sent again, and after which pause, to a server that is at work on another one.
+const BUSY: usize = 5;
+const PAUSE: Duration = Duration::from_secs(1);
 const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
 /// Where servers that know of changes of the hub are asked about them (`docs/hub-transfer.md`).
 const HUB: &str = "/_matrix/federation/unstable/im.isthmus.hub";
@@ -82,11 +85,21 @@ impl Peers {
         self.named_held(server, "v3", &format!("send_{change}/{}", encode(lpdu_id)), call).await
     }
 
-    /// `PUT send` of one LPDU that no queue has, outside any room that is known here.
+    /// `PUT send` of one LPDU that no queue has, outside any room that is known here. A server that is at work on a transaction of
+    /// some queue's may have it wait.
     pub async fn transact(&self, server: &ServerName, lpdu_id: &EventId, lpdu: &Object) -> Result<Object, RemoteError> {
         let body = json!({ "pdus": [lpdu] }).as_object().cloned().unwrap_or_default();
+        let path = format!("send/{}", encode(lpdu_id));
         let call = |uri| Call::put(uri, body.clone());
-        self.named(server, "v2", &format!("send/{}", encode(lpdu_id)), call).await
+        let mut answer = self.named(server, "v2", &path, call).await;
+        for _ in 0..BUSY {
+            if !answer.as_ref().is_err_and(RemoteError::is_busy) {
+                break;
+            }
+            tokio::time::sleep(PAUSE).await;
+            answer = self.named(server, "v2", &path, call).await;
+        }
+        answer
     }
 
     /// The same by Matrix' `send`, of an event of a shared room.

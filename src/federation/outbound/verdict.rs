@@ -76,6 +76,7 @@ pub(super) fn is_refusal(error: &RemoteError) -> bool {
         RemoteError::Status { status, errcode, .. } => {
             is_about_content(*status)
                 && !error.is_unrecognized()
+                && !error.is_busy()
                 && (!errcode.is_empty() || *status == StatusCode::PAYLOAD_TOO_LARGE)
         }
         _ => false,
@@ -210,6 +211,9 @@ mod tests {
             (429, "M_LIMIT_EXCEEDED", 1, true, 1000, Retry),
             (401, "M_UNAUTHORIZED", 1, true, 1000, Retry),
             (404, "", 1, true, 1000, Retry),
+            // It is about another transaction.
+            (400, "M_BAD_STATE", 1, true, 1000, Retry),
+            (400, "M_BAD_STATE", 50, false, 1000, Retry),
             (404, "M_UNRECOGNIZED", 1, true, 1000, Retry),
             // A proxy's word on an event is not believed at once.
             (403, "", 50, false, 1, Retry),

@@ -314,6 +314,50 @@ async fn what_a_server_has_no_endpoint_for_holds_up_nothing_else() {
     .await;
 }
 
+/// As the draft has it of who gets a second transaction while it is at work on one.
+#[tokio::test]
+async fn a_transaction_for_which_a_server_has_no_time_is_sent_again_as_it_is() {
+    both_stores(|store| async move {
+        let (feeds, _) = one_log(&store, 1..4, &["a.example"]).await;
+        let lpdus = feed(FeedKind::Lpdus, "!a:eigen.example");
+        fill(&store, &feeds, &lpdus, 11..13, &["eigen.example"]).await;
+        let asked: Mutex<BTreeMap<OwnedServerName, usize>> = Mutex::default();
+        let mut world = World::new(&store, &feeds, move |destination, _, _| {
+            let mut asked = lock(&asked);
+            let asked = asked.entry(destination.to_owned()).or_default();
+            *asked += 1;
+            match *asked <= 2 {
+                true => Box::pin(std::future::ready(Err(RemoteError::Status {
+                    status: StatusCode::BAD_REQUEST,
+                    errcode: "M_BAD_STATE".to_owned(),
+                    error: "another transaction is in flight".to_owned(),
+                    retry_after: None,
+                    hub_server: None,
+                }))),
+                false => ok(),
+            }
+        });
+        world.queues.start().await.unwrap();
+        let mut seen: BTreeMap<OwnedServerName, Vec<(String, Vec<i64>)>> = BTreeMap::new();
+        for _ in 0..3 + 4 {
+            let next = world.next().await;
+            let transaction = (next.txn_id().to_owned(), next.numbers());
+            seen.entry(next.destination).or_default().push(transaction);
+        }
+        world.settled().await;
+        for (server, numbers) in [("a.example", vec![1, 2, 3]), ("eigen.example", vec![11])] {
+            let first = &seen[&name(server)][0];
+            assert_eq!(first.1, numbers);
+            assert!(seen[&name(server)][..3].iter().all(|again| again == first), "{seen:?}");
+        }
+        assert_eq!(seen[&name("eigen.example")][3].1, [12], "{seen:?}");
+        let told = lock(&feeds.told).clone();
+        assert!(told.iter().all(|(_, answer)| answer.is_empty()), "nobody is told of a refusal: {told:?}");
+        world.queues.stop().await;
+    })
+    .await;
+}
+
 /// Such a hub fetches something from the invited server first, and that is away.
 #[tokio::test]
 async fn an_invite_on_which_a_hub_fails_is_refused_soon() {
