@@ -234,9 +234,10 @@ fn parse(header: &str) -> Result<XMatrix, String> {
 }
 
 /// Puts quotes round bare values: the spec asks for leniency with `:` in bare values, which the grammar of HTTP does not
-/// have. A second challenge in the same header is refused, because the parser would not look at it.
+/// have. The draft's list of parameters has `signature` for what its example, as Matrix, has as `sig`. A second challenge in the same header is refused, because the parser would not look at it.
 fn quote_values(header: &str) -> Result<String, &'static str> {
     let (scheme, parameters) = header.trim().split_once(' ').ok_or("there is nothing after the scheme")?;
+    let is_named = |name: &str| name.eq_ignore_ascii_case("signature") && !parameters.contains("sig=");
     let mut quoted = format!("{scheme} ");
     let mut rest = parameters.trim_start();
     loop {
@@ -252,7 +253,7 @@ fn quote_values(header: &str) -> Result<String, &'static str> {
         let (value, tail) = after.split_at_checked(end).ok_or("a value does not end")?;
         let bare = !value.starts_with('"');
         let quote = if bare { "\"" } else { "" };
-        quoted.extend([name, "=", quote, value, quote]);
+        quoted.extend([if is_named(name) { "sig" } else { name }, "=", quote, value, quote]);
         rest = tail.trim_start();
         if rest.is_empty() {
             return Ok(quoted);
@@ -367,6 +368,9 @@ pub(super) mod tests {
             format!(r#"X-Matrix origin="localhost:3000",destination="localhost:3001",key="ed25519:1",sig="{SIG}""#),
             format!("X-Matrix origin=localhost:3000,destination=localhost:3001,key=ed25519:1,sig={SIG}"),
             format!(r#"x-matrix  origin=localhost:3000, destination="localhost:3001" , key="ed25519:1",sig="{SIG}==""#),
+            format!(
+                r#"X-Matrix signature="{SIG}",origin="localhost:3000",destination="localhost:3001",key="ed25519:1""#
+            ),
         ] {
             let claims = claims(server, &headers(&[&good])).unwrap();
             assert_eq!(claims.origin, "localhost:3000");
