@@ -1,8 +1,17 @@
 //! isthmus passes its own suite.
 
-use isthmus::conformance::{Options, Role, Unmet};
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::Duration;
 
-use super::world::{NOBODY, accept, examine, options, room_of, target};
+use isthmus::conformance::{Options, Role, Unmet};
+use reqwest::Method;
+use serde_json::json;
+
+use super::world::{NOBODY, SECOND, SUITE, accept, examine, options, room_of, target};
+use crate::support::testbed::certificates::Authority;
+use crate::support::testbed::gateway::Plan;
+use crate::support::world::{scratch, server};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn isthmus_passes_as_a_hub() {
@@ -16,6 +25,44 @@ async fn isthmus_passes_as_a_hub() {
     let rules =
         node.lm.state(&room).await.unwrap().get("m.room.join_rules", "").unwrap().content()["join_rule"].clone();
     assert_eq!(rules, "public", "all is as it was");
+}
+
+/// As a process, over TLS, with a Matrix room behind the room that is examined.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_gateway_that_admins_run_passes_as_a_hub() {
+    let directory = scratch("conformance");
+    let authority = Authority::new(&directory).unwrap();
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let suite = format!("http://{}", socket.local_addr().unwrap());
+    let mut plan = Plan::new(&directory.join("g"), Path::new(env!("CARGO_BIN_EXE_isthmus")), &authority).unwrap();
+    plan.resolve(SUITE, &suite);
+    plan.resolve(SECOND, &suite);
+    let gateway = plan.start().await.unwrap();
+    // The draft's own version; the others of these tests are of the peers'.
+    let portal = json!({ "kind": "create", "name": "Examined", "join_rule": "public", "lm_room_version": "I.1" });
+    let portal = gateway.admin(Method::POST, "/portals", Some(portal)).await.unwrap();
+    let power = json!({ "user_id": format!("@conformance:{SUITE}"), "level": 100, "side": "lm" });
+    let id = portal["portal_id"].as_str().unwrap();
+    gateway.admin(Method::PUT, &format!("/portals/{id}/power"), Some(power)).await.unwrap();
+    let options = Options {
+        target: server(&gateway.server_name),
+        url: None,
+        role: Role::Participant { room: portal["lm_room_id"].as_str().unwrap().try_into().unwrap() },
+        name: server(SUITE),
+        second: Some(server(SECOND)),
+        user: "conformance".to_owned(),
+        listen: "127.0.0.1:0".parse().unwrap(),
+        tls: None,
+        signing_key: None,
+        custom_ca: vec![authority.file.clone()],
+        allow_private_networks: true,
+        patience: Duration::from_secs(20),
+        limit: Duration::from_secs(20),
+        only: Vec::new(),
+    };
+    let report = examine(socket, options).await;
+    println!("{}", report.summary());
+    assert_eq!((report.failed(), report.skipped()), (Vec::new(), Vec::new()));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use isthmus::conformance::catalogue;
 
+use super::each_check_can_fail::passing_faults;
+
 const TABLE: &str = include_str!("../../docs/conformance.md");
 
 /// The rows of the table.
@@ -52,4 +54,14 @@ fn read(folder: &Path, code: &mut String) {
             code.push_str(&std::fs::read_to_string(&path).unwrap());
         }
     }
+}
+
+/// By a fault of its own, in the tests of the suite: named there, or one of many of a kind.
+#[test]
+fn every_check_is_made_to_fail() {
+    let tests = [include_str!("each_check_can_fail.rs"), include_str!("tls.rs")].concat();
+    let of_a_kind: BTreeSet<&str> = passing_faults().iter().map(|(id, _)| *id).collect();
+    let is_made_to = |id: &str| of_a_kind.contains(id) || tests.contains(&format!("\"{id}\""));
+    let never = catalogue().into_iter().map(|check| check.id).filter(|id| !is_made_to(id));
+    assert_eq!(never.collect::<Vec<_>>(), Vec::<&str>::new());
 }

@@ -486,6 +486,8 @@ async fn what_was_not_visible_to_a_server_is_served_redacted() {
             hub.send(&room, draft(&hub.user("bot"), "m.room.history_visibility", Some(""), content)).await.unwrap();
         }
         hub.say(&room, "bot", "before").await;
+        // Without the commits of before nobody could read what comes.
+        hub.send(&room, draft(&hub.user("bot"), "m.mls.commit", None, json!({ "commit": "x" }))).await.unwrap();
         let invite = Outgoing { draft: member(&hub.user("bot"), &alice, "invite"), effect: None };
         hub.lm.invite(&room, invite).await.unwrap();
         hub.say(&room, "bot", "invited").await;
@@ -502,6 +504,8 @@ async fn what_was_not_visible_to_a_server_is_served_redacted() {
         let messages: Vec<&Value> = pdus.iter().filter(|pdu| pdu["type"] == "m.room.message").collect();
         let seen: Vec<bool> = messages.iter().map(|pdu| pdu["content"].get("body").is_some()).collect();
         assert_eq!(seen, expected, "{visibility:?}");
+        let commit = pdus.iter().find(|pdu| pdu["type"] == "m.mls.commit").unwrap();
+        assert_eq!(commit["content"]["commit"], "x", "{visibility:?}");
         assert!(pdus.iter().filter(|pdu| pdu.get("state_key").is_some()).all(|pdu| pdu["content"] != json!({})));
         // One event alone is served in the same way, and its redacted form is signed as the whole is.
         let first = hub.log(&room).await.into_iter().find(|event| event.event.kind == "m.room.message").unwrap();
