@@ -345,7 +345,8 @@ impl Lm {
 
     /// As the target's server: checks an invite for one of our users and signs it.
     async fn countersign(&self, origin: &ServerName, body: &Object, event: Object) -> Result<Object, Refusal> {
-        let version = body.get("room_version").and_then(Value::as_str).unwrap_or_default();
+        let version = body.get("room_version").and_then(Value::as_str);
+        let version = version.ok_or_else(|| Refusal::malformed("room_version", "missing or no string"))?;
         let room_version = RoomVersion::parse(version)
             .filter(|version| version.family() == Family::Log)
             .ok_or_else(|| Refusal::IncompatibleRoomVersion(version.to_owned()))?;

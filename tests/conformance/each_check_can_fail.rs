@@ -196,7 +196,10 @@ pub fn passing_faults() -> Faults {
             _ => {}
         }
     }
-    for id in ["LM-M-003", "LM-M-004", "LM-M-005", "LM-M-006", "LM-M-007", "LM-M-008", "LM-M-022", "LM-M-032"] {
+    for id in [
+        "LM-M-003", "LM-M-004", "LM-M-005", "LM-M-006", "LM-M-007", "LM-M-008", "LM-M-022", "LM-M-024", "LM-M-025",
+        "LM-M-026", "LM-M-032",
+    ] {
         faults.push((id, OK));
     }
     for id in ["LM-M-016", "LM-M-017", "LM-M-018", "LM-M-019"] {
@@ -566,7 +569,7 @@ async fn a_participant_that_answers_wrongly_fails_at_that_check() {
     ];
     for id in [
         "LM-H-001", "LM-H-002", "LM-H-003", "LM-H-004", "LM-H-005", "LM-H-006", "LM-H-040", "LM-H-041", "LM-H-042",
-        "LM-H-043",
+        "LM-H-043", "LM-H-044", "LM-H-045", "LM-H-046", "LM-H-047",
     ] {
         faults.push((id, OK));
     }

@@ -16,7 +16,7 @@ use crate::conformance::ear::{Arrival, lock};
 use crate::conformance::hub::HubRoom;
 use crate::conformance::judge;
 use crate::conformance::report::{Outcome, ensure, fail, skip};
-use crate::conformance::session::{Endpoint, Session, VERSIONS, id_of, mark_of};
+use crate::conformance::session::{Endpoint, Session, VERSIONS, id_of, mark_of, sealed};
 use crate::conformance::wire::{Answer, Ask, authentication_problem, object, segment};
 use crate::conformance::{Check, Unmet};
 use crate::event::{Object, Redaction, VerifyKey, canonical_json, lpdu_hash, redact};
@@ -81,6 +81,10 @@ pub(super) fn checks() -> Vec<Check> {
         "LM-H-041", "int-api-make-leave", "make_leave at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_server(s, "make_leave");
         "LM-H-042", "int-api-make-knock", "make_knock at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_server(s, "make_knock");
         "LM-H-043", "int-api-get-state", "state at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_server(s, "state");
+        "LM-H-044", "int-api-get-state", "state_ids at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_server(s, "state_ids");
+        "LM-H-045", "int-api-send-join", "send_join at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_handshake(s, Endpoint::SendJoin, "join");
+        "LM-H-046", "int-api-send-leave", "send_leave at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_handshake(s, Endpoint::SendLeave, "leave");
+        "LM-H-047", "int-api-send-knock", "send_knock at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_handshake(s, Endpoint::SendKnock, "knock");
         "LM-H-050", "int-lpdu", "what the target's users say comes as LPDUs, rightly made", speaks;
         "LM-H-051", "int-transport-auth", "the target's requests are signed by it, for this server", authenticated;
         "LM-H-052", "int-api-send-txn", "the target's transactions have at most 50 PDUs and 100 EDUs", bounded;
@@ -289,6 +293,14 @@ async fn wrong_server(session: &Session, endpoint: &str) -> Outcome {
             Ask::get(format!("/_matrix/federation/v1/{endpoint}/{room}?event_id={}", segment(&id)))
         }
     };
+    session.ask(&session.first, ask).await?.is_error(400, "M_WRONG_SERVER")
+}
+
+async fn wrong_handshake(session: &Session, endpoint: Endpoint, membership: &str) -> Outcome {
+    the_join(session).await?;
+    let stranger = session.user_of(&session.first, "stranger")?;
+    let event = session.state(&stranger, "m.room.member", stranger.as_str(), json!({ "membership": membership }));
+    let ask = Ask::post(session.path(endpoint, &session.txn())?, Value::Object(sealed(event, &session.first)));
     session.ask(&session.first, ask).await?.is_error(400, "M_WRONG_SERVER")
 }
 

@@ -32,6 +32,9 @@ pub(super) fn before() -> Vec<Check> {
         "LM-M-006", "int-api-make-leave", "make_leave of an unknown room is 404 M_NOT_FOUND", |s, _| make_nowhere(s, "leave");
         "LM-M-007", "int-api-make-leave", "make_leave of a user who is not in the room is 403 M_FORBIDDEN", leave_of_stranger;
         "LM-M-008", "int-api-make-knock", "make_knock of an unknown room is 404 M_NOT_FOUND", |s, _| make_nowhere(s, "knock");
+        "LM-M-024", "int-api-send-join", "send_join into an unknown room is 404 M_NOT_FOUND", |s, _| send_nowhere(s, Endpoint::SendJoin, "join");
+        "LM-M-025", "int-api-send-leave", "send_leave of an unknown room is 404 M_NOT_FOUND", |s, _| send_nowhere(s, Endpoint::SendLeave, "leave");
+        "LM-M-026", "int-api-send-knock", "send_knock at an unknown room is 404 M_NOT_FOUND", |s, _| send_nowhere(s, Endpoint::SendKnock, "knock");
         "LM-M-010", "int-api-send-join", "a join is taken", join;
         "LM-M-011", "int-api-send-join", "the answer holds the join with what the hub adds, rightly hashed and signed", joined_event;
         "LM-M-012", "int-api-send-join", "the answer holds the state before the join, with the create event", joined_state;
@@ -98,6 +101,13 @@ async fn partial(session: &Session, change: &str) -> Outcome {
 async fn make_nowhere(session: &Session, change: &str) -> Outcome {
     let ask = session.make(change, NOWHERE, &session.user, &VERSIONS);
     session.ask(&session.first, ask).await?.is_error(404, "M_NOT_FOUND")
+}
+
+async fn send_nowhere(session: &Session, endpoint: Endpoint, membership: &str) -> Outcome {
+    let mut event =
+        session.state(&session.user, "m.room.member", session.user.as_str(), json!({ "membership": membership }));
+    event.insert("room_id".to_owned(), json!(NOWHERE));
+    handshake(session, endpoint, sealed(event, &session.first)).await?.is_error(404, "M_NOT_FOUND")
 }
 
 async fn incompatible(session: &Session, change: &str) -> Outcome {
