@@ -386,11 +386,17 @@ fn request(core: &Core, new: &NewPortal) -> Result<Request, Refusal> {
     })
 }
 
-fn check_alias(core: &Core, localpart: &str) -> Result<(), Refusal> {
+/// Refuses what is no localpart of an alias.
+fn check_form(localpart: &str) -> Result<(), Refusal> {
     let bad = localpart.is_empty() || localpart.len() > 200 || localpart.contains([':', '\u{0}']);
-    if bad {
-        return Err(Refusal::malformed("alias", format!("{localpart:?} is no localpart of an alias")));
+    match bad {
+        true => Err(Refusal::malformed("alias", format!("{localpart:?} is no localpart of an alias"))),
+        false => Ok(()),
     }
+}
+
+fn check_alias(core: &Core, localpart: &str) -> Result<(), Refusal> {
+    check_form(localpart)?;
     match core.registry.of_alias(localpart) {
         Some(entry) => Err(taken(localpart, entry.number)),
         None => Ok(()),

@@ -170,20 +170,20 @@ fn the_bot_is_invited_into_a_private_room_and_lm_users_come_in_by_invites() {
 fn a_room_with_conditions_lets_in_those_who_meet_them() {
     on_both(async |world| {
         let alice = world.user(world.b, &world.name("alice-lodge"), "Alice").await;
-        let [eve, mallory] = ["eve-club", "mallory-club"].map(|name| world.spoke.user(&world.name(name)).unwrap());
+        let [eve, mallory] = ["eve-lodge", "mallory-lodge"].map(|name| world.spoke.user(&world.name(name)).unwrap());
         let club = alice.create_room(json!({ "preset": "public_chat", "name": "The club" })).await.unwrap();
-        bridge(world, &club, "club").await;
+        bridge(world, &club, "lodge").await;
         let alias = |name: &str| format!("#{name}:{}", world.gateway.server_name);
-        world.spoke.join(&eve, &alias("club"), &[]).await.unwrap();
+        world.spoke.join(&eve, &alias("lodge"), &[]).await.unwrap();
         alice.wait_for_member(&club, &world.image_of(&eve), "join").await.unwrap();
 
         let rules = json!({ "join_rule": "restricted", "allow": [{ "type": "m.room_membership", "room_id": club }] });
         let rules = json!([{ "type": "m.room.join_rules", "state_key": "", "content": rules }]);
         let back = json!({ "preset": "private_chat", "name": "The back room", "initial_state": rules });
         let back = alice.create_room(back).await.unwrap();
-        let lm_room = bridge(world, &back, "back").await;
-        world.spoke.join(&mallory, &alias("back"), &[]).await.unwrap_err();
-        world.spoke.join(&eve, &alias("back"), &[]).await.unwrap();
+        let lm_room = bridge(world, &back, "lodge-back").await;
+        world.spoke.join(&mallory, &alias("lodge-back"), &[]).await.unwrap_err();
+        world.spoke.join(&eve, &alias("lodge-back"), &[]).await.unwrap();
         let member = alice.wait_for_member(&back, &world.image_of(&eve), "join").await.unwrap();
         assert_eq!(member["content"]["join_authorised_via_users_server"], alice.user_id.as_str());
         alice.send_text(&back, "among members").await.unwrap();

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use ruma::{OwnedServerName, RoomId};
 
-use super::{CREATING, Outcome, Place, add_alias, check_alias, in_task, lock};
+use super::{CREATING, Outcome, Place, Running, add_alias, check_form, in_task, lock};
 use crate::bridge::core::Core;
-use crate::bridge::portal::{Cause, Portal, PortalKind, Request};
+use crate::bridge::portal::{Cause, Portal, PortalKind, PortalState, Request};
 use crate::bridge::{access, ends};
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -50,16 +50,19 @@ async fn of_lm_room(
         return Err(Refusal::malformed("via", "names no other server"));
     };
     access::takes_part(&core.context.config.access, Side::Lm, hub)?;
-    if let Some(alias) = alias {
-        check_alias(core, alias)?;
-    }
+    // Whether another portal has it is told when this one begins: by now it may be this room's own.
+    alias.map_or(Ok(()), check_form)?;
     let request = Request { via: via.to_vec(), invited, ..Request::default() };
     let row = PortalRow {
         lm_room_id: Some(lm_room_id.to_owned()),
         lm_hub: hub.clone(),
         ..wanted(core, alias, &request, cause)?
     };
-    of_room(core, (Side::Lm, lm_room_id.to_owned()), PortalKind::FromLm, row).await
+    let place = (Side::Lm, lm_room_id.to_owned());
+    match of_room(core, place, PortalKind::FromLm, row) {
+        Some(outcome) => outcome.await,
+        None => made_meanwhile(known(core, Side::Lm, lm_room_id, alias, cause).await?, lm_room_id),
+    }
 }
 
 /// Joins a Matrix room that lives elsewhere and makes the LM room of it.
@@ -106,12 +109,14 @@ async fn of_matrix_room(
     if !servers.any(|server| access::takes_part(policy, Side::Matrix, server).is_ok()) {
         access::takes_part(policy, Side::Matrix, first)?;
     }
-    if let Some(alias) = alias {
-        check_alias(core, alias)?;
-    }
+    alias.map_or(Ok(()), check_form)?;
     let request = Request { via: via.to_vec(), invited, ..Request::default() };
     let row = PortalRow { matrix_room_id: Some(matrix_room_id.to_owned()), ..wanted(core, alias, &request, cause)? };
-    of_room(core, (Side::Matrix, matrix_room_id.to_owned()), PortalKind::FromMatrix, row).await
+    let place = (Side::Matrix, matrix_room_id.to_owned());
+    match of_room(core, place, PortalKind::FromMatrix, row) {
+        Some(outcome) => outcome.await,
+        None => made_meanwhile(known(core, Side::Matrix, matrix_room_id, alias, cause).await?, matrix_room_id),
+    }
 }
 
 /// The portal that a room has, which is not over. It has the alias from now on.
@@ -153,21 +158,25 @@ fn wanted(core: &Core, alias: Option<&str>, request: &Request, cause: &Cause) ->
     })
 }
 
-/// Makes a portal of a room that lives elsewhere, or waits for who makes it already.
-async fn of_room(core: &Arc<Core>, place: Place, kind: PortalKind, row: PortalRow) -> Outcome {
-    let outcome = {
-        let mut running = lock(core);
-        match running.get(&place) {
-            Some(outcome) => outcome.clone(),
-            None => {
-                let row = PortalRow { kind: kind.as_str().to_owned(), ..row };
-                let outcome = in_task(core, place.clone(), row);
-                running.insert(place, outcome.clone());
-                outcome
-            }
-        }
-    };
-    outcome.await
+/// Makes a portal of a room that lives elsewhere, or waits for who makes it already. None when it was made since it was looked last:
+/// who makes one is here until everybody sees what came of it.
+fn of_room(core: &Arc<Core>, place: Place, kind: PortalKind, row: PortalRow) -> Option<Running> {
+    let mut running = lock(core);
+    if let Some(outcome) = running.get(&place) {
+        return Some(outcome.clone());
+    }
+    let (side, room_id) = &place;
+    if core.registry.of_room(*side, room_id).is_some_and(|entry| entry.portal().state != PortalState::Ended) {
+        return None;
+    }
+    let row = PortalRow { kind: kind.as_str().to_owned(), ..row };
+    let outcome = in_task(core, place.clone(), row);
+    running.insert(place, outcome.clone());
+    Some(outcome)
+}
+
+fn made_meanwhile(portal: Option<Arc<Portal>>, room_id: &RoomId) -> Outcome {
+    portal.ok_or_else(|| Refusal::Internal(format!("the portal of {room_id} was made, and has ended, just now")))
 }
 
 /// The room that lives elsewhere, of a portal that is made of one.
