@@ -313,10 +313,9 @@ impl Lm {
                 Some(_) => {}
             }
         }
-        if let Some(asked) =
-            lock(&self.looks().rooms).entry(room_id.to_owned()).or_default().asked.replace(Instant::now())
-            && asked.elapsed() < self.looks().pace(EVERY)
-        {
+        // Not in the condition, where the lock would be held while `ask_after` takes it.
+        let asked = lock(&self.looks().rooms).entry(room_id.to_owned()).or_default().asked.replace(Instant::now());
+        if asked.is_some_and(|asked| asked.elapsed() < self.looks().pace(EVERY)) {
             self.ask_after(room_id, EVERY);
             return Ok(());
         }
@@ -500,10 +499,37 @@ fn millis(ms: i64) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use futures::FutureExt as _;
     use ruma::server_name;
 
+    use super::super::tests::World;
     use super::*;
+
+    #[test]
+    fn a_hub_that_was_asked_just_now_is_asked_later() {
+        let (tell, told) = mpsc::channel();
+        // Not on this thread: a lock that is taken twice would hold it for ever.
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let later = runtime.block_on(async {
+                let world = World::new().await;
+                world.copy_log().await;
+                let (looks, now) = (world.part.looks(), Instant::now());
+                {
+                    let mut rooms = lock(&looks.rooms);
+                    let room = rooms.entry(world.room.clone()).or_default();
+                    (room.asked, room.ask_at, room.at_work) = (Some(now), Some(now), true);
+                }
+                world.part.look_now(&world.room).await.unwrap();
+                lock(&looks.rooms).get(&world.room).and_then(|room| room.ask_at)
+            });
+            tell.send(later).unwrap();
+        });
+        let later = told.recv_timeout(Duration::from_secs(60)).expect("it is looked at without end");
+        assert!(later.is_some_and(|later| later > Instant::now()));
+    }
 
     #[tokio::test]
     async fn a_slow_hub_holds_up_its_own_rooms_alone() {

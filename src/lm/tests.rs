@@ -19,15 +19,15 @@ use crate::seam::{Alone, Draft, Outgoing, Raw, Received};
 const NOW: i64 = 1_704_067_200_000;
 
 /// A hub with a public room, and a participant with a user in it.
-struct World {
+pub(super) struct World {
     _directory: tempfile::TempDir,
     hub: Lm,
-    part: Lm,
-    room: OwnedRoomId,
+    pub(super) part: Lm,
+    pub(super) room: OwnedRoomId,
 }
 
 impl World {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let keys = Arc::new(KeysOf::default());
         let mut nodes = Vec::new();
@@ -85,7 +85,7 @@ impl World {
     }
 
     /// Gives the participant the hub's log, as if it had joined.
-    async fn copy_log(&self) {
+    pub(super) async fn copy_log(&self) {
         let log = self.hub.log(&self.room, Position(0), 100).await.unwrap();
         let facts =
             Facts { room_id: self.room.clone(), version: RoomVersion::Lm02, hub: self.name(&self.hub), shared: false };
