@@ -14,17 +14,26 @@ use crate::refusal::Refusal;
 const REASON_LIMIT: usize = 300;
 
 /// Has the ghost that `event` invites decline, because of `refusal`. Before that is recorded, so that a crash in between repeats
-/// both; what goes wrong here holds up nothing.
-pub(super) async fn decline(core: &Core, portal: &Portal, source: Side, event: &Event, refusal: &Refusal) {
-    let Some((ghost, "invite")) = event.membership() else { return };
+/// both, and so does a failure that may pass, which is the error here. Where the room's rules do not let the ghost decline the
+/// invite stays open.
+pub(super) async fn decline(
+    core: &Core,
+    portal: &Portal,
+    source: Side,
+    event: &Event,
+    refusal: &Refusal,
+) -> Result<(), Refusal> {
+    let Some((ghost, "invite")) = event.membership() else { return Ok(()) };
     if portal.is_one_room() {
-        return;
+        return Ok(());
     }
     match leave(core, portal, source, event, ghost, refusal).await {
-        Ok(()) => {}
+        Err(refusal) if refusal.is_transient() => Err(refusal),
         Err(refusal) => {
             tracing::warn!(portal = portal.portal_id, event = %event.event_id, %refusal, "an invite stays open");
+            Ok(())
         }
+        Ok(()) => Ok(()),
     }
 }
 

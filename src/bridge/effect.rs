@@ -266,7 +266,7 @@ pub(super) async fn sorted_out(
         })
         .collect();
     for (event, refusal) in &told {
-        decline(core, portal, source, event, refusal).await;
+        decline(core, portal, source, event, refusal).await?;
     }
     core.context
         .store

@@ -226,18 +226,29 @@ impl Inbox {
 
     /// Puts an item off that failed: a second, then twice as long each time.
     pub(super) fn failed(&mut self, seq: i64, now: i64, refusal: &Refusal) -> Duration {
-        let failures = self.failures(seq);
         let pause = match refusal {
-            Refusal::Budget { retry_after_ms, .. } => Duration::from_millis(*retry_after_ms),
-            _ => Duration::from_secs(1_u64.checked_shl(failures).unwrap_or(u64::MAX)),
+            Refusal::Budget { retry_after_ms, .. } => Duration::from_millis(*retry_after_ms).min(MAX_PAUSE),
+            _ => self.pause(seq),
         };
-        let pause = pause.min(MAX_PAUSE);
         if let Some(item) = self.get_mut(seq) {
             item.over_budget = matches!(refusal, Refusal::Budget { .. });
             item.retry_at = now.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
             item.failures = item.failures.saturating_add(1);
         }
         pause
+    }
+
+    /// Puts an item off of which it could not be recorded what became of it: that does not count as its failure.
+    pub(super) fn put_off(&mut self, seq: i64, now: i64) {
+        let pause = self.pause(seq);
+        if let Some(item) = self.get_mut(seq) {
+            item.retry_at = now.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// How long an item rests that has failed as often as this one.
+    fn pause(&self, seq: i64) -> Duration {
+        Duration::from_secs(1_u64.checked_shl(self.failures(seq)).unwrap_or(u64::MAX)).min(MAX_PAUSE)
     }
 }
 

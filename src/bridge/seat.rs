@@ -245,7 +245,7 @@ async fn lpdu_refused(core: &Arc<Core>, room_id: &RoomId, lpdu_id: &OwnedEventId
     let Some(event) = core.sides()?.rooms(Side::Matrix).event(&image.source).await? else { return Ok(()) };
     let error: String = error.chars().take(500).collect();
     let refusal = Refusal::Forbidden(format!("the hub {} refused it: {error}", portal.lm_hub));
-    decline(core, &portal, Side::Matrix, &event, &refusal).await;
+    decline(core, &portal, Side::Matrix, &event, &refusal).await?;
     record(core, &entry.portal(), &event, lpdu_id, &refusal).await?;
     core.notices.tell(core, &portal, Side::Matrix, &event, &refusal);
     if event.state_key.is_some() {

@@ -1,9 +1,16 @@
-//! Invites of users whose server does not answer: nobody is mute for that, and in the end the inviter is told.
+//! Invites of users whose server does not answer, or says no: nobody is mute for that, and in the end the inviter is told and the
+//! ghost declines.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::response::IntoResponse as _;
+use http::StatusCode;
 use isthmus::identity::Side;
 use serde_json::json;
+use tokio::sync::Semaphore;
 
-use super::world::{DEAD, World, draft, ghost, so};
+use super::world::{DEAD, Node, OTHER, World, draft, ghost, so};
 use crate::dag::OWN;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -76,5 +83,71 @@ async fn an_invite_that_no_server_answers_mutes_nobody_and_is_refused_in_the_end
     };
     for heard in [rounds(gateway.node.bodies(lm).await, &alices), rounds(gateway.matrix_bodies(matrix).await, &bobs)] {
         assert!(heard.is_sorted() && heard.len() > 5, "{heard:?}");
+    }
+}
+
+/// Has a server say no to each invite, when there is a permit for that; how often it was asked.
+fn declines(server: &Node) -> (Arc<AtomicUsize>, Arc<Semaphore>) {
+    let (asked, answers) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
+    let (count, permits) = (asked.clone(), answers.clone());
+    *server.meddler.lock().unwrap() = Some(Arc::new(move |request, next| {
+        let (count, permits) = (count.clone(), permits.clone());
+        Box::pin(async move {
+            if !request.uri().path().contains("/invite/") {
+                return next.run(request).await;
+            }
+            count.fetch_add(1, Ordering::SeqCst);
+            permits.acquire().await.unwrap().forget();
+            let no = json!({ "errcode": "M_FORBIDDEN", "error": "no visitors" });
+            (StatusCode::FORBIDDEN, axum::Json(no)).into_response()
+        })
+    }));
+    (asked, answers)
+}
+
+/// Others speak while it is asked, so that they pass the invite. What the ghost says when that cannot be written at first it says later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_ghost_of_who_says_no_declines_whatever_passed_the_invite_and_when_the_database_is_back() {
+    for fails in [false, true] {
+        let (world, gateway) = World::new(json!({})).await;
+        let other = world.other_server().await;
+        let (asked, answers) = declines(&other);
+        let portal = gateway.public_portal().await;
+        let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+        let alice = world.matrix_user("alice");
+        let mut view = world.matrix_join(&gateway, matrix, &alice).await.unwrap();
+        world.lm_join(lm, "bob").await.unwrap();
+        so("all members everywhere", || gateway.in_step(&portal)).await;
+        world.refresh(&gateway, &mut view).await;
+
+        let dave = format!("@lm_dave_{OTHER}:{OWN}");
+        let invite = json!({ "membership": "invite" });
+        world.matrix_send(&gateway, &mut view, &alice, "m.room.member", Some(&dave), invite).await;
+        so("the question", || async { asked.load(Ordering::SeqCst) == 1 }).await;
+        for body in ["one", "two"] {
+            world.matrix_say(&gateway, &mut view, &alice, body).await;
+            let said = (ghost(Side::Matrix, "alice"), body.to_owned());
+            so("what she says meanwhile", || async { gateway.node.bodies(lm).await.contains(&said) }).await;
+        }
+        let refusals = async || gateway.bridge.health(&portal.portal_id).await.unwrap().refusals.len();
+        if fails {
+            world.break_inserts("dag_outbox").await;
+            answers.add_permits(1);
+            so("another try, or none", || async {
+                world.advance(1_000);
+                asked.load(Ordering::SeqCst) > 1 || refusals().await > 0
+            })
+            .await;
+            assert_eq!(refusals().await, 0, "nothing is settled before the invite is declined");
+            world.mend_inserts("dag_outbox").await;
+        }
+        answers.add_permits(1);
+        so("the ghost declines, and says why", || async {
+            let member = gateway.matrix_member(matrix, &dave).await.unwrap();
+            let text = |key: &str| member.get(key).and_then(|value| value.as_str()).unwrap_or_default();
+            text("membership") == "leave" && text("reason").contains("no visitors")
+        })
+        .await;
+        so("the refusal", || async { refusals().await == 1 }).await;
     }
 }

@@ -343,8 +343,16 @@ impl Worker {
         }
     }
 
-    /// Records what became of an item; false when the rest must be looked at again.
+    /// Records what became of an item; false when the rest must be looked at again. What cannot be recorded is tried again.
     async fn finish(&mut self, portal: &Arc<Portal>, seq: i64, done: Done) -> Result<bool, Refusal> {
+        let recorded = self.record(portal, seq, done).await;
+        if recorded.is_err() {
+            self.inbox.put_off(seq, self.core.now_ms());
+        }
+        recorded
+    }
+
+    async fn record(&mut self, portal: &Arc<Portal>, seq: i64, done: Done) -> Result<bool, Refusal> {
         let now = self.core.now_ms();
         let done = match done {
             Done::Later(refusal) => {
@@ -379,8 +387,10 @@ impl Worker {
                 return Ok(false);
             }
             Done::Refused(refusal) => {
+                // Where others pass it, its content is not in memory.
+                self.inbox.complete(&self.core, self.source, seq).await?;
                 let Some(item) = self.inbox.get(seq) else { return Ok(false) };
-                decline(&self.core, portal, self.source, &item.event, &refusal).await;
+                decline(&self.core, portal, self.source, &item.event, &refusal).await?;
                 // Should this fail, it is still there to be tried again.
                 effect::refused(&self.core, portal, self.source, item, &refusal).await?;
                 let Some(item) = self.inbox.take(seq) else { return Ok(false) };
