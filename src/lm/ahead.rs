@@ -1,7 +1,7 @@
 //! What the gateway's users sent to a foreign hub and what has not come back yet, so that a user's next event is judged as if
 //! it had. The hub remains the judge: this only keeps events from it that cannot succeed.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use ruma::{EventId, OwnedEventId, OwnedUserId};
@@ -18,18 +18,9 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// How many events of a room are remembered.
 const REMEMBERED: usize = 1000;
 
-/// State events of our users on their way to the hub of one room, oldest first, and where in the queue those are that were sent to
-/// a server which is not the hub any more.
+/// State events of our users on their way to the hub of one room, oldest first, and whether that hub has said that it is not the hub.
 #[derive(Default)]
-pub(super) struct Ahead(VecDeque<Expected>, Misdirected);
-
-#[derive(Default)]
-struct Misdirected {
-    /// Until it is known who is the hub.
-    waiting: BTreeSet<i64>,
-    /// Since that is known.
-    again: BTreeSet<i64>,
-}
+pub(super) struct Ahead(VecDeque<Expected>, bool);
 
 /// A state event of a user of the gateway on its way to a foreign hub.
 #[derive(Debug, Clone)]
@@ -82,27 +73,19 @@ impl Ahead {
         self.add(lpdu_id, &Draft { sender, kind, state_key, content: content.clone(), origin_server_ts: 0 });
     }
 
-    /// Its hub has answered that it is not the hub: what is queued at these positions is sent again when it is known who is.
-    pub fn wrong_server(&mut self, positions: impl IntoIterator<Item = i64>) {
-        self.1.waiting.extend(positions);
-        while self.1.waiting.len() > REMEMBERED {
-            self.1.waiting.pop_first();
-        }
+    /// The hub has answered an LPDU that it is not the hub: that one, and all that is queued behind it, waits.
+    pub fn misdirected(&mut self) {
+        self.1 = true;
     }
 
-    /// It is known who is the hub now.
-    pub fn hub_changed(&mut self) {
-        self.1.again = std::mem::take(&mut self.1.waiting);
+    /// It is known who is the hub, or the one that is known is to be asked once more. Whether something waited for that.
+    pub fn go_on(&mut self) -> bool {
+        std::mem::take(&mut self.1)
     }
 
     /// Whether something waits for that.
     pub fn has_misdirected(&self) -> bool {
-        !self.1.waiting.is_empty()
-    }
-
-    /// Whether that was the answer, and the log has another hub since then.
-    pub fn is_wrong_server(&self, position: i64) -> bool {
-        self.1.again.contains(&position)
+        self.1
     }
 
     /// Whether nothing is on its way.

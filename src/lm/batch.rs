@@ -272,7 +272,6 @@ impl News {
         let cell = match cell {
             Some(cell) => {
                 if handed_over.is_some() {
-                    lock(&cell.ahead).hub_changed();
                     cell.forget_stays();
                 }
                 if somebody_moved {
@@ -283,7 +282,11 @@ impl News {
                     cell.forget_recent();
                 }
                 match handed_over {
-                    Some(_) => cell.publish_stranding(Arc::new(snapshot)),
+                    Some(_) => {
+                        cell.publish_stranding(Arc::new(snapshot));
+                        // After that: who waits for a word on who is the hub looks who is before, and after, it begins to wait.
+                        lock(&cell.ahead).go_on();
+                    }
                     None => cell.publish(Arc::new(snapshot)),
                 }
                 cell.clone()

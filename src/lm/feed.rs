@@ -40,6 +40,13 @@ impl FeedSource for Feeds {
         }
     }
 
+    async fn holds_back(&self, feed: &Feed, destination: &ServerName) -> Result<bool, StoreError> {
+        match feed.kind {
+            FeedKind::Lpdus => self.lm()?.holds_lpdus_back(&feed.room_id, destination).await,
+            _ => Ok(false),
+        }
+    }
+
     async fn already_delivered(
         &self,
         feed: &Feed,

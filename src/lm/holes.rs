@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt as _;
-use ruma::{OwnedEventId, RoomId};
+use ruma::{OwnedEventId, RoomId, UserId};
 use tokio::sync::Notify;
 
 use super::Lm;
@@ -19,6 +19,7 @@ use super::batch::Batch;
 use super::gaps::Filled;
 use super::intake::Taking;
 use super::rooms::{RoomCell, lock};
+use crate::event::Object;
 use crate::refusal::Refusal;
 use crate::store::StoreError;
 use crate::store::lm::{self as stored, Counts, Hole};
@@ -216,6 +217,29 @@ impl Lm {
         let problems = std::mem::take(&mut taking.waits.problems);
         taking.finish(Some(cell)).await?;
         Ok(problems)
+    }
+
+    /// Whether what our users sent may be in the log where some of it is missing here.
+    pub(super) async fn may_lack_ours(&self, cell: &RoomCell) -> Result<bool, Refusal> {
+        if !lock(&cell.missing).at_work {
+            return Ok(false);
+        }
+        let store = &self.context().store;
+        if stored::gap(store, &cell.room_id).await?.is_some() {
+            return Ok(true);
+        }
+        let own = self.context().server_name.as_str();
+        let is_ours = |hole: &Hole| match (&hole.overflow, &hole.json) {
+            (Some(overflow), _) => overflow.of.is_empty() || overflow.of == own,
+            // What waits for the keys of its sender's server is not ours.
+            (None, Some(json)) => serde_json::from_slice(json).is_ok_and(|event: Object| {
+                let sender = event.get("sender").and_then(|user| <&UserId>::try_from(user.as_str()?).ok());
+                sender.is_some_and(|user| user.server_name() == own)
+            }),
+            // What cannot be had, and was asked for in vain, is not waited for.
+            (None, None) => hole.place.is_none() && hole.tries <= LAST_TRY,
+        };
+        Ok(stored::holes(store, &cell.room_id, false).await?.iter().any(is_ours))
     }
 
     /// Whether the hub may know of events that would allow what seems forbidden here.

@@ -14,8 +14,8 @@ use super::actor::{Outcome, What};
 use super::batch::{Batch, Origin};
 use super::names;
 use super::room::{Facts, Snapshot, Subject};
-use super::rooms::RoomCell;
-use super::{Appended, Lm, NewRoom, Role, Sent};
+use super::rooms::{RoomCell, lock};
+use super::{Appended, Lm, NewRoom, Role, Sent, whereabouts};
 use crate::event::{
     Lpdu, Object, Redaction, VerifiedLpdu, VerifyKeys, event_id, parse_leniently, parse_object, reference_hash,
 };
@@ -62,17 +62,7 @@ impl Lm {
     /// participant they are signed and queued, in one transaction with their effects. Each fails alone, with its effect.
     /// What is sent here does not go into the bridge's inbox (an echo from a hub does).
     pub async fn send(&self, room_id: &RoomId, events: Vec<Outgoing>) -> Vec<Result<Sent, Refusal>> {
-        let found = async {
-            let (cell, snapshot) = self.find(room_id).await?;
-            if !cell.has_stranded() {
-                return Ok((cell, snapshot));
-            }
-            // What was said before goes first.
-            self.replace_stranded(&cell).await?;
-            let snapshot = cell.snapshot(&self.context().store).await?;
-            Ok((cell, snapshot))
-        };
-        let (cell, snapshot) = match found.await {
+        let (cell, snapshot) = match self.find_to_speak(room_id).await {
             Ok(found) => found,
             Err(refusal) => return events.iter().map(|_| Err(Refusal::clone(&refusal))).collect(),
         };
@@ -84,6 +74,21 @@ impl Lm {
                 self.send_to_new_hub(&cell, &hub, again, sent).await
             }
         }
+    }
+
+    /// A room into which one of our users says something, when what they said there before has gone first. Where that cannot be yet, it
+    /// waits in the queue for the hub, and what is queued after it waits behind it.
+    pub(super) async fn find_to_speak(&self, room_id: &RoomId) -> Result<(Arc<RoomCell>, Arc<Snapshot>), Refusal> {
+        let (cell, snapshot) = self.find(room_id).await?;
+        if lock(&cell.ahead).has_misdirected() {
+            self.seek_hub(&cell, None, whereabouts::EVERY);
+        }
+        if !cell.has_stranded() {
+            return Ok((cell, snapshot));
+        }
+        self.replace_stranded(&cell).await?;
+        let snapshot = cell.snapshot(&self.context().store).await?;
+        Ok((cell, snapshot))
     }
 
     /// What could not be queued for a hub, because another server took the log over in that moment, goes there.

@@ -104,11 +104,9 @@ impl Lm {
         }
         *lock(&cell.skipped) = std::mem::take(&mut taking.skipped);
         taking.finish(Some(cell)).await?;
-        if is_hub && lock(&cell.ahead).has_misdirected() {
-            // Who said that it was not the hub, perhaps before it knew, speaks as the hub.
-            lock(&cell.ahead).hub_changed();
-            cell.strand();
-            self.replace_in_background(cell);
+        if is_hub && lock(&cell.ahead).go_on() {
+            // Who said that it was not the hub speaks as the hub: perhaps it did not know yet, or this is of the time before.
+            self.send_on(&cell.room_id, origin);
         }
         Ok(results)
     }

@@ -88,7 +88,7 @@ impl Lm {
     /// the target's server, which signs; as participant through the hub.
     pub async fn invite(&self, room_id: &RoomId, invite: Outgoing) -> Result<Sent, Refusal> {
         let target = target_of(&invite.draft.kind, invite.draft.state_key.as_deref(), &invite.draft.content)?;
-        let (cell, room) = self.find(room_id).await?;
+        let (cell, room) = self.find_to_speak(room_id).await?;
         let server = target.server_name();
         let in_room = room.has_server(server) || *server == self.context().server_name;
         match self.role(&room) {

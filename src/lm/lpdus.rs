@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ruma::{OwnedEventId, RoomId, ServerName, UserId};
+use ruma::{OwnedEventId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::Value;
 
 use super::actor::template;
@@ -34,15 +34,17 @@ impl Lm {
         mut room: Arc<Snapshot>,
         events: Vec<Outgoing>,
     ) -> Vec<Result<Sent, Refusal>> {
+        // What judges them may be newer. For another hub they are not: who asked goes by this one.
+        let facts = room.facts.clone();
         let mut signed = Vec::with_capacity(events.len());
         for Outgoing { draft, effect } in events {
             signed.push(match self.may_send(cell, &mut room, &draft).await {
                 // At once: what comes after it may depend on it.
-                Ok(()) => self.sign_ahead(cell, &room.facts, &draft, room.redaction).map(|lpdu| (lpdu, effect)),
+                Ok(()) => self.sign_ahead(cell, &facts, &draft, room.redaction).map(|lpdu| (lpdu, effect)),
                 Err(refusal) => Err(refusal),
             });
         }
-        self.queue_lpdus(cell, &room.facts, signed).await
+        self.queue_lpdus(cell, &facts, signed).await
     }
 
     fn sign_ahead(&self, cell: &RoomCell, facts: &Facts, draft: &Draft, redaction: Redaction) -> Result<Lpdu, Refusal> {
@@ -190,6 +192,19 @@ impl Lm {
         Ok(found)
     }
 
+    /// Whether what is queued for the hub waits: what our users said before waits too, and nothing goes before it.
+    pub(super) async fn holds_lpdus_back(&self, room_id: &RoomId, hub: &ServerName) -> Result<bool, StoreError> {
+        let Some(cell) = self.rooms().find(room_id).await? else { return Ok(false) };
+        let room = cell.snapshot(&self.context().store).await?;
+        Ok(room.facts.hub == *hub && (cell.has_stranded() || lock(&cell.ahead).has_misdirected()))
+    }
+
+    /// What waited for the hub goes on.
+    pub(super) fn send_on(&self, room_id: &RoomId, hub: &ServerName) {
+        let feed = Feed { kind: FeedKind::Lpdus, room_id: room_id.to_owned() };
+        self.context().outbound.wake(&feed, &[hub.to_owned()]);
+    }
+
     /// Which of the LPDUs at `positions` are in the hub's log already. It is looked for to the end of the hub's log where
     /// the hub tells that end, as those do that know no transaction again. Others go by the draft, and take the same
     /// transaction once: of those what was not seen may be sent again.
@@ -292,28 +307,73 @@ impl Lm {
                 self.between().lpdu_refused(room_id, &lpdu.lpdu_id, &why).await?;
             }
         }
-        if let Some(cell) = self.rooms().find(room_id).await?.filter(|_| !left.is_empty()) {
-            tracing::info!(room = %room_id, %hub, events = left.len(), "the hub says that it is not the hub any more");
-            lock(&cell.ahead).wrong_server(left.iter().copied());
-            if cell.snapshot(store).await?.facts.hub != hub {
-                cell.strand();
-                self.replace_in_background(&cell);
-            } else {
-                self.seek_hub(&cell, Some(named.unwrap_or_else(|| hub.to_owned())), whereabouts::EVERY);
-            }
-        }
+        let misdirected = self.rooms().find(room_id).await?.filter(|_| !left.is_empty());
+        // What is replaced is not moved meanwhile.
+        let _replacing = match &misdirected {
+            Some(cell) => Some(cell.replacing.lock().await),
+            None => None,
+        };
         let is_taken = |position: &i64| !left.contains(position) && !refused_at.contains(position);
         let taken: Vec<i64> = positions.iter().copied().filter(is_taken).collect();
-        let (room, now) = (room_id.to_owned(), self.context().clock.now_ms());
+        let (feed, now) = (Feed { kind: FeedKind::Lpdus, room_id: room_id.to_owned() }, self.context().clock.now_ms());
+        let (ids, to, is_left) = (store.clone(), hub.to_owned(), !left.is_empty());
         let job = store.write(move |tx| {
             Box::pin(async move {
-                stored::forget_lpdus(tx, &room, &refused_at).await?;
-                stored::take_lpdus(tx, &room, &taken, now).await
+                stored::forget_lpdus(tx, &feed.room_id, &refused_at).await?;
+                stored::take_lpdus(tx, &feed.room_id, &taken, now).await?;
+                match is_left && stored::is_hub(tx, &feed.room_id, &to).await? {
+                    true => queue_again(tx, &ids, &feed, &to).await,
+                    false => Ok(()),
+                }
             })
         });
         job.await?;
+        if let Some(cell) = &misdirected {
+            tracing::info!(room = %room_id, %hub, events = left.len(), "the hub says that it is not the hub any more");
+            self.wrong_server(cell, hub, named).await?;
+        }
         self.expect_echo(room_id);
         Ok(())
+    }
+
+    /// A server to which LPDUs were sent says that it is not the hub: where another is known they are replaced, else it is looked for.
+    async fn wrong_server(
+        &self,
+        cell: &Arc<RoomCell>,
+        hub: &ServerName,
+        named: Option<OwnedServerName>,
+    ) -> Result<(), Refusal> {
+        let store = &self.context().store;
+        if cell.snapshot(store).await?.facts.hub == hub {
+            lock(&cell.ahead).misdirected();
+        }
+        if cell.snapshot(store).await?.facts.hub == hub {
+            self.seek_hub(cell, Some(named.unwrap_or_else(|| hub.to_owned())), whereabouts::EVERY);
+            return Ok(());
+        }
+        // Also where that became known just now: nothing waits for the search then.
+        lock(&cell.ahead).go_on();
+        cell.strand();
+        self.replace_in_background(cell);
+        Ok(())
+    }
+}
+
+/// Puts what a hub left to the end of the queue, and all that is behind it after that, so that the order stays.
+async fn queue_again(tx: &mut Tx, ids: &Store, feed: &Feed, hub: &ServerName) -> Result<(), StoreError> {
+    let mut last = None;
+    for from in stored::waiting_lpdus(tx, &feed.room_id).await? {
+        let to = ids.next_id();
+        if stored::requeue_lpdu(tx, &feed.room_id, from, to).await? {
+            if last.is_none() {
+                OutboundQueues::subscribe(tx, hub, feed, to.saturating_sub(1)).await?;
+            }
+            last = Some(to);
+        }
+    }
+    match last {
+        Some(last) => OutboundQueues::advance(tx, feed, last).await,
+        None => Ok(()),
     }
 }
 
@@ -331,7 +391,7 @@ pub(super) fn is_for(hub: &ServerName, lpdu: &[u8]) -> bool {
 struct Queueing {
     store: Store,
     feed: Feed,
-    hub: ruma::OwnedServerName,
+    hub: OwnedServerName,
     queue: Vec<(OwnedEventId, Vec<u8>, Option<EventEffect>)>,
 }
 

@@ -121,7 +121,7 @@ impl Lm {
     }
 
     async fn join_from_inside(&self, room_id: &RoomId, draft: &Draft) -> Result<Option<Inside>, Refusal> {
-        let (cell, room) = match self.find(room_id).await {
+        let (cell, room) = match self.find_to_speak(room_id).await {
             Ok(found) => found,
             Err(Refusal::UnknownRoom(_)) => return Ok(None),
             Err(refusal) => return Err(refusal),

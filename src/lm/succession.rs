@@ -152,35 +152,48 @@ impl Lm {
 
     /// What our users sent to a hub of before, and what is not in its log, goes to the hub of now. Its log ended with the event
     /// that handed it over, and what is before that is here: so nothing is sent twice (INV-5). Where some of that is still
-    /// missing nothing is done.
+    /// missing that may be ours, nothing is done, and what is queued for the hub of now waits too.
     pub(super) async fn replace_stranded(&self, cell: &Arc<RoomCell>) -> Result<(), Refusal> {
         if !cell.has_stranded() {
             return Ok(());
         }
         let _one_at_a_time = cell.replacing.lock().await;
-        if !cell.has_stranded() || lock(&cell.missing).is_any() {
+        if !cell.has_stranded() {
             return Ok(());
         }
         let stranded = cell.stranded();
-        self.replace_all(cell).await?;
+        let room = cell.snapshot(&self.context().store).await?;
+        // Who keeps the log has all that is before it.
+        if self.role(&room) != Role::Hub && self.may_lack_ours(cell).await? {
+            return Ok(());
+        }
+        self.replace_all(cell, &room.facts.hub).await?;
         cell.replaced(stranded);
+        self.send_on(&cell.room_id, &room.facts.hub);
         Ok(())
     }
 
-    async fn replace_all(&self, cell: &Arc<RoomCell>) -> Result<(), Refusal> {
+    async fn replace_all(&self, cell: &Arc<RoomCell>, hub: &ServerName) -> Result<(), Refusal> {
         let store = &self.context().store;
-        let room = cell.snapshot(store).await?;
-        let mut after = 0;
+        let feed = Feed { kind: FeedKind::Lpdus, room_id: cell.room_id.clone() };
+        // What may be on its way to the hub of now stays as it is.
+        let may_move = !self.context().outbound.is_on_its_way(hub, &feed).await?;
+        // What replaces them comes after this.
+        let end = store.next_id();
+        let (mut after, mut any) = (0, false);
         loop {
-            let rows = stored::lpdus_after(store, &cell.room_id, after, AT_ONCE).await?;
+            let mut rows = stored::lpdus_after(store, &cell.room_id, after, AT_ONCE).await?;
+            rows.retain(|row| row.position < end);
             let Some(last) = rows.last() else { return Ok(()) };
             after = last.position;
             let mut stranded = Vec::with_capacity(rows.len());
             for row in rows {
                 let lpdu: Object =
                     serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("LPDU", error))?;
-                let refused = lock(&cell.ahead).is_wrong_server(row.position);
-                if refused || hub_of_lpdu(&lpdu) != Some(room.facts.hub.as_str()) {
+                let is_stranded = hub_of_lpdu(&lpdu) != Some(hub.as_str());
+                any |= is_stranded;
+                // What is behind those goes behind what replaces them.
+                if is_stranded || (any && may_move) {
                     stranded.push((row, lpdu));
                 }
             }

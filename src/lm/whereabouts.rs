@@ -85,7 +85,13 @@ impl Lm {
         }
         let last = path.into_iter().next_back();
         let Some((hub, last)) = last.and_then(|last| Some((last.pdu.new_hub()?.to_owned(), last))) else {
-            return self.remark(cell, room, who).await;
+            let hub = room.facts.hub.clone();
+            let remarked = self.remark(cell, room, who).await;
+            if lock(&cell.ahead).go_on() {
+                // It may know more by now. If not, it says so again.
+                self.send_on(&cell.room_id, &hub);
+            }
+            return remarked;
         };
         if hub == self.context().server_name {
             // Whatever is here is not what was here when we agreed to it.

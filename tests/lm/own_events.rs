@@ -1,13 +1,18 @@
 //! What a participant's own users send: judged before it goes to the hub, judged by the hub, sent once whatever happens.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use isthmus::lm::Sent;
+use axum::body::to_bytes;
+use http::StatusCode;
+use isthmus::lm::{Sent, id_as_received};
 use isthmus::refusal::Refusal;
-use isthmus::seam::Outgoing;
-use serde_json::json;
+use isthmus::seam::{Outgoing, Raw};
+use serde::Deserialize;
+use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
+use super::log_hub::respond;
 use super::world::{Node, World, bodies, draft, member, message};
 
 /// Holds what others send to a server until permits are added.
@@ -105,4 +110,70 @@ async fn what_the_hub_has_just_allowed_is_not_refused_by_what_was_before() {
     part.wait(&room, "the levels", |log| log.len() >= 6).await;
     part.send(&room, topic).await.unwrap();
     hub.wait(&room, "the topic", |log| log.iter().any(|event| event.event.kind == "m.room.topic")).await;
+}
+
+/// Has a server say of each LPDU that it is not the hub, while the switch is on; how many such transactions there were.
+fn disclaims(node: &Node) -> (Arc<AtomicBool>, Arc<AtomicUsize>) {
+    #[derive(Deserialize)]
+    struct Transaction {
+        pdus: Vec<Raw>,
+    }
+    let (is_on, count) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicUsize::new(0)));
+    let (switch, counted) = (is_on.clone(), count.clone());
+    node.meddle(move |request, next| {
+        let (switch, counted) = (switch.clone(), counted.clone());
+        async move {
+            if !switch.load(Ordering::SeqCst) || !request.uri().path().contains("/send/") {
+                return next.run(request).await;
+            }
+            let body = to_bytes(request.into_body(), 1 << 20).await.unwrap();
+            let sent: Transaction = serde_json::from_slice(&body).unwrap();
+            let wrong = json!({ "errcode": "M_WRONG_SERVER", "error": "not the hub" });
+            let failed = sent.pdus.iter().map(|pdu| (id_as_received(pdu).unwrap().to_string(), wrong.clone()));
+            let failed: serde_json::Map<String, Value> = failed.collect();
+            counted.fetch_add(1, Ordering::SeqCst);
+            respond(StatusCode::OK, json!({ "failed_pdus": failed }))
+        }
+    });
+    (is_on, count)
+}
+
+/// What was left by a hub that said that it was none goes before what was said later, when it speaks as the hub or is asked again,
+/// and across restarts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_hub_left_is_sent_again_before_what_was_said_later() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    let (disclaims, count) = disclaims(&hub);
+    let disclaimed = async |more_than: usize| {
+        let waiting = async {
+            while count.load(Ordering::SeqCst) <= more_than {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(30), waiting).await.unwrap();
+    };
+    // Nobody shows another hub, so this one is asked once more.
+    part.say(&room, "alice", "1").await;
+    disclaimed(1).await;
+    disclaims.store(false, Ordering::SeqCst);
+    for body in ["2", "3"] {
+        part.say(&room, "alice", body).await;
+    }
+    hub.say(&room, "bot", "I am the hub").await;
+    let of_alice = async || hub.bodies(&room).await.into_iter().filter(|body| body.len() == 1).collect::<Vec<_>>();
+    hub.wait_for_body(&room, "3").await;
+    assert_eq!(of_alice().await, ["1", "2", "3"]);
+
+    // Of the next nothing is known after a restart but that it waits.
+    disclaims.store(true, Ordering::SeqCst);
+    let before = count.load(Ordering::SeqCst);
+    part.say(&room, "alice", "4").await;
+    disclaimed(before).await;
+    disclaims.store(false, Ordering::SeqCst);
+    let part = world.restart(part).await;
+    part.say(&room, "alice", "5").await;
+    hub.wait_for_body(&room, "5").await;
+    assert_eq!(of_alice().await, ["1", "2", "3", "4", "5"]);
 }

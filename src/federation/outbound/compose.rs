@@ -151,6 +151,9 @@ impl Composer<'_> {
         if sent >= cursor.target {
             return Ok(None);
         }
+        if source.holds_back(&feed, self.destination).await? {
+            return Ok(None);
+        }
         let limit = room.share();
         let found = source.read(&feed, self.destination, sent, Some(cursor.target), limit).await?;
         let mut part =

@@ -152,6 +152,13 @@ pub trait FeedSource: Send + Sync + 'static {
         limit: usize,
     ) -> Result<Vec<Delivery>, StoreError>;
 
+    /// Whether nothing more of a feed may be sent to a destination for now. What is on its way already is not held up, and when that is
+    /// over the queue is to be woken.
+    async fn holds_back(&self, feed: &Feed, destination: &ServerName) -> Result<bool, StoreError> {
+        let _ = (feed, destination);
+        Ok(false)
+    }
+
     /// Before a transaction whose fate is unknown is sent again: which of its positions are known to have arrived. For
     /// servers that are known to be idempotent, or feeds where that does no harm: none. So it is unless a source says otherwise:
     /// what is known by its ID is taken once, however often it comes.
