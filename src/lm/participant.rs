@@ -231,6 +231,12 @@ impl Lm {
             Some(cell) => Some(cell.intake.lock().await),
             None => None,
         };
+        if known.is_some()
+            && let Some(there) = self.event(&joined.pdu.event_id).await?
+        {
+            // The hub has sent what follows the join before its answer came, and what was missing before that is here with it.
+            return Ok(there);
+        }
         let batch = match &known {
             Some(cell) => Batch::new(cell.snapshot(&self.context().store).await?),
             None => Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft)),

@@ -2,6 +2,7 @@
 //! its last user is gone.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use axum::Json;
@@ -15,7 +16,7 @@ use ruma::{OwnedRoomId, OwnedUserId, RoomId};
 use serde_json::{Value, json};
 
 use super::http::{Answered, ask_signed};
-use super::world::{Node, World, bodies, member};
+use super::world::{Node, World, bodies, ids, member, message};
 
 const V2: &str = "/_matrix/federation/v2";
 
@@ -234,4 +235,42 @@ async fn a_server_reads_a_room_up_to_what_ended_its_membership() {
         let (status, answer): (u16, Value) = ask_signed(&third, &hub, &Method::GET, &uri, None).await;
         assert_eq!((status, answer["errcode"].as_str().unwrap()), (404, "M_NOT_FOUND"), "{uri}: {answer}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_join_that_comes_with_what_follows_it_before_it_is_answered_is_there_once() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let part = Arc::new(part);
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    part.lm.leave(&room, &part.user("alice"), &[]).await.unwrap();
+    let left =
+        |log: &[isthmus::lm::Appended]| log.last().unwrap().event.content().get("membership") == Some(&json!("leave"));
+    for node in [&hub, &*part] {
+        node.wait(&room, "the leave", left).await;
+    }
+    hub.say(&room, "bot", "while nobody listens").await;
+    // The answer comes after what was said since.
+    let (lm, bot, id, joining) = (hub.lm.clone(), hub.user("bot"), room.clone(), part.clone());
+    hub.meddle(move |request, next| {
+        let (lm, bot, id, joining) = (lm.clone(), bot.clone(), id.clone(), joining.clone());
+        async move {
+            let is_join = request.uri().path().contains("/send_join/");
+            let response = next.run(request).await;
+            if is_join {
+                let welcome = Outgoing { draft: message(&bot, "welcome"), effect: None };
+                lm.send(&id, vec![welcome]).await.pop().unwrap().unwrap();
+                joining.wait_for_body(&id, "welcome").await;
+            }
+            response
+        }
+    });
+    let joined = part.join(&room, "alice", &hub).await;
+    part.say(&room, "alice", "thank you").await;
+    hub.wait_for_body(&room, "thank you").await;
+    let log = part.wait_for_body(&room, "thank you").await;
+    assert_eq!(log.iter().filter(|one| one.event.event_id == joined.event.event_id).count(), 1);
+    let at_hub = ids(&hub.log(&room).await);
+    let place = at_hub.iter().position(|id| *id == joined.event.event_id).unwrap();
+    assert!(ids(&log).ends_with(&at_hub[place..]), "{:?}", bodies(&log));
 }
