@@ -195,9 +195,11 @@ impl Batch {
         self.replaced.push((event_id, before));
     }
 
-    /// Asks once for many which of these events are not in the store.
+    /// Asks once for many which of these events are not in the store. What a job before this one has staged is not there yet, and
+    /// is known all the same.
     pub async fn look_up(&mut self, ids: &[OwnedEventId]) -> Result<(), StoreError> {
-        let found = self.shared.events.get_many(ids).await?;
+        let ids: Vec<_> = ids.iter().filter(|id| !self.staged.contains_key(*id)).cloned().collect();
+        let found = self.shared.events.get_many(&ids).await?;
         self.absent.extend(ids.iter().filter(|id| !found.contains_key(*id)).cloned());
         Ok(())
     }

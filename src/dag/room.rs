@@ -397,6 +397,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_event_that_two_servers_bring_at_once_is_taken_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let dag = Dag::new(context(&directory).await, Arc::new(Alone));
+        let room_id = room_of(&dag).await;
+        let events = relayed(&dag, &room_id, vec![draft("m.one", "body")]).await;
+        let room = dag.shared.room(&room_id).await.unwrap();
+        // The room's task is busy until both wait for it, and so takes both together.
+        let (go, waiting) = oneshot::channel::<()>();
+        let busy = dag.shared.run(&room, |_| Box::pin(async { waiting.await.map_err(|_| closed()) }));
+        let release = async {
+            while room.permits.available_permits() > QUEUE - 3 {
+                tokio::task::yield_now().await;
+            }
+            go.send(()).unwrap();
+        };
+        let bring = |server: &'static str| {
+            let (dag, events) = (dag.clone(), events.clone());
+            async move { dag.receive(<&ServerName>::try_from(server).unwrap(), events).await.remove(0) }
+        };
+        let (busy, one, other, ()) = tokio::join!(busy, bring("one.example"), bring("other.example"), release);
+        busy.unwrap();
+        assert_eq!((&one.result, &other.result), (&Ok(()), &Ok(())));
+        let tips: Vec<_> = room.core().tips.iter().map(|tip| tip.event_id.clone()).collect();
+        assert_eq!(tips, [one.event_id.unwrap()]);
+        dag.shared.context.store.close().await;
+    }
+
+    #[tokio::test]
     async fn a_room_whose_memory_lags_behind_its_rows_is_loaded_again() {
         let directory = tempfile::tempdir().unwrap();
         let context = context(&directory).await;
