@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::actor::What;
 use super::batch::Origin;
 use super::handshake::stripped_state;
-use super::room::Facts;
+use super::room::{Facts, Snapshot};
 use super::ways::as_hub;
 use super::{Lm, Role};
 use crate::event::{Object, RoomVersion};
@@ -20,8 +20,8 @@ use crate::seam::Draft;
 const STRIPPED: usize = 100;
 
 impl Lm {
-    /// Knocks as `user`, by make_knock and send_knock through the servers `via`, or, when the gateway is in the room, by an LPDU,
-    /// waiting for its echo. Returns what the room shows of itself when the hub has accepted it.
+    /// Knocks as `user`, by make_knock and send_knock through the servers `via`, or, when the gateway is in the room, like anything that
+    /// is said there; as a participant by an LPDU, waiting for its echo. Returns what the room shows of itself when the hub has accepted it.
     pub async fn knock(
         &self,
         room_id: &RoomId,
@@ -33,7 +33,7 @@ impl Lm {
         content.insert("membership".to_owned(), json!("knock"));
         let draft = self.own_member(user, content);
         match self.find(room_id).await {
-            Ok((cell, room)) if self.role(&room) == Role::Hub => {
+            Ok((cell, room)) if self.appends(&room) => {
                 let outcome = self.append(&cell, vec![(What::Own(draft), Origin::default())]).await.pop();
                 outcome.ok_or_else(|| Refusal::Internal("no outcome".to_owned()))?.into_result()?;
                 Ok(stripped_state(&room))
@@ -44,6 +44,15 @@ impl Lm {
             }
             Ok(_) | Err(Refusal::UnknownRoom(_)) => self.knock_from_outside(room_id, &draft, via).await,
             Err(refusal) => Err(refusal),
+        }
+    }
+
+    /// Whether what a user of the gateway says is put into the room here: as the hub, or as a server of a shared room's graph.
+    fn appends(&self, room: &Snapshot) -> bool {
+        match self.role(room) {
+            Role::Hub => true,
+            Role::GraphServer { .. } => room.has_server(&self.context().server_name),
+            Role::Participant { .. } => false,
         }
     }
 
