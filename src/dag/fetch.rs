@@ -91,18 +91,44 @@ impl Shared {
             };
             outcomes
                 .extend(std::mem::take(&mut filling.outcomes).into_iter().filter(|(id, _)| is_one_of(&waiting, id)));
-            let closed = std::mem::take(&mut filling.closed);
-            drop(filling);
-            self.note_closed(room, origin, closed).await;
         }
         waiting.retain(|event| outcomes.get(&event.pdu().event_id).is_some_and(is_missing));
         if !waiting.is_empty() && room.core().has_server(origin) {
             let kept = self.keep_waiting(room, origin, &waiting, is_long).await?;
             if is_long {
                 outcomes.retain(|id, _| !kept.contains(id));
+                // There is no room for them to wait, and their server does not send them again.
+                waiting.retain(|event| !kept.contains(&event.pdu().event_id));
+                outcomes.extend(self.close_now(room, origin, waiting).await?);
             }
         }
         Ok(outcomes)
+    }
+
+    /// Takes events that cannot wait for what is before them with the state that their server says was there, where it says that; what
+    /// is missing is asked for later.
+    pub(super) async fn close_now(
+        self: &Arc<Self>,
+        room: &Arc<Room>,
+        origin: &ServerName,
+        events: Vec<Verified>,
+    ) -> Result<Outcomes, Refusal> {
+        if events.is_empty() {
+            return Ok(Outcomes::new());
+        }
+        let mut filling = Filling::new(self, room, origin, AT_ONCE);
+        filling.wait_for(events.clone(), &Outcomes::new());
+        let closing = async {
+            filling.take_connected().await?;
+            filling.drop_hopeless();
+            filling.bridge_gaps().await
+        };
+        // What was not closed in time is refused.
+        if let Ok(closed) = tokio::time::timeout(PATIENCE, Box::pin(closing)).await {
+            closed?;
+        }
+        let outcomes = std::mem::take(&mut filling.outcomes).into_iter();
+        Ok(outcomes.filter(|(id, _)| is_one_of(&events, id)).collect())
     }
 }
 
@@ -123,14 +149,6 @@ pub(super) enum Filled {
     Long,
 }
 
-/// An event that was taken with another server's word of the state before it.
-#[derive(Debug)]
-pub(super) struct Closed {
-    pub event_id: OwnedEventId,
-    /// How many of those that it follows are not here.
-    pub missing: usize,
-}
-
 pub(super) struct Filling<'a> {
     pub shared: &'a Arc<Shared>,
     pub room: &'a Arc<Room>,
@@ -145,7 +163,8 @@ pub(super) struct Filling<'a> {
     /// What is before the gateway came into the room, as far as it was named.
     pub before: HashSet<OwnedEventId>,
     pub outcomes: Outcomes,
-    pub closed: Vec<Closed>,
+    /// How many events were taken with the other server's word of the state before them.
+    closed: usize,
     /// What was in the way last.
     pub problem: String,
 }
@@ -162,7 +181,7 @@ impl<'a> Filling<'a> {
             waiting: HashMap::new(),
             before: HashSet::new(),
             outcomes: Outcomes::new(),
-            closed: Vec::new(),
+            closed: 0,
             problem: String::new(),
         }
     }
@@ -322,15 +341,15 @@ impl<'a> Filling<'a> {
                 return Ok(Filled::Done);
             }
             for (edge, missing) in edges {
-                if self.closed.len() >= self.bounds.edges {
+                if self.closed >= self.bounds.edges {
                     return Ok(Filled::Long);
                 }
                 let event_id = edge.pdu().event_id.clone();
-                match self.bridge_gap(edge).await {
+                match self.bridge_gap(edge, missing).await {
                     Ok(outcome) => {
                         self.waiting.remove(&event_id);
-                        self.outcomes.insert(event_id.clone(), Ok(outcome));
-                        self.closed.push(Closed { event_id, missing });
+                        self.outcomes.insert(event_id, Ok(outcome));
+                        self.closed = self.closed.saturating_add(1);
                     }
                     Err(refusal) => {
                         tracing::info!(room = %self.room.room_id, event = %event_id, error = %refusal, "gap stays open");
@@ -362,7 +381,9 @@ impl<'a> Filling<'a> {
         all.filter_map(edge).collect()
     }
 
-    async fn bridge_gap(&self, event: Verified) -> Result<Outcome, Refusal> {
+    /// Takes an event with the state before it as the other server gives it. In the same transaction it is written down that so many
+    /// of those that it follows are missing.
+    async fn bridge_gap(&self, event: Verified, missed: usize) -> Result<Outcome, Refusal> {
         let edge = event.pdu().event_id.clone();
         let room_id = segment(self.room.room_id.as_str());
         let uri = format!("/_matrix/federation/v1/state_ids/{room_id}?event_id={}", segment(edge.as_str()));
@@ -393,7 +414,9 @@ impl<'a> Filling<'a> {
             }
         }
         self.take_outliers(fetched, &all).await?;
-        self.shared
+        let note = (missed > 0).then(|| self.shared.notes_closed(&self.room.room_id, self.origin, missed));
+        let taken = self
+            .shared
             .run(self.room, move |batch| {
                 Box::pin(async move {
                     let (before, lost) = batch.state_of_given(&state).await?;
@@ -404,10 +427,18 @@ impl<'a> Filling<'a> {
                             "a gap is closed with a state of which some events cannot be had");
                     }
                     let event_id = event.pdu().event_id.clone();
-                    guarded(&event_id, batch.accept(event, &Source::Received, Some(before))).await
+                    let outcome = guarded(&event_id, batch.accept(event, &Source::Received, Some(before))).await?;
+                    if let (Outcome::Known(_), Some(note)) = (&outcome, note) {
+                        batch.add_effect(event_id, note);
+                    }
+                    Ok(outcome)
                 })
             })
-            .await
+            .await?;
+        if missed > 0 {
+            self.shared.attend(&self.room.room_id, false);
+        }
+        Ok(taken)
     }
 
     async fn is_known(&self, id: &OwnedEventId) -> Result<bool, Refusal> {

@@ -11,13 +11,14 @@ use futures::FutureExt as _;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, RoomId, ServerName};
 use tokio::sync::{Notify, Semaphore};
 
-use super::fetch::{Closed, Filling, LONG, is_missing};
+use super::fetch::{Filling, LONG, is_missing};
 use super::pdu::{Unverified, Verified};
 use super::room::Room;
 use super::walk::Walked;
 use super::{Dag, Shared};
 use crate::event::parse_object;
 use crate::refusal::Refusal;
+use crate::seam::EventEffect;
 use crate::store::StoreError;
 use crate::store::gaps::{self as stored, Bounds, Gap};
 
@@ -140,42 +141,31 @@ impl Shared {
         Ok(kept)
     }
 
-    /// Writes down what was taken with another server's word of the state.
-    pub(super) async fn note_closed(self: &Arc<Self>, room: &Arc<Room>, origin: &ServerName, closed: Vec<Closed>) {
+    /// Writes down, together with an event that is taken with another server's word of the state before it, that so many of those that
+    /// it follows are missing.
+    pub(super) fn notes_closed(&self, room_id: &RoomId, origin: &ServerName, missing: usize) -> EventEffect {
+        tracing::warn!(room = %room_id, server = %origin, missing, "a gap is closed with the state, and events are missing");
+        let (store, room_id, server) = (self.context.store.clone(), room_id.to_owned(), origin.to_owned());
         let now = self.context.clock.now_ms();
-        let gap = |closed: Closed| Gap {
-            event_id: closed.event_id,
-            server: origin.to_owned(),
-            json: None,
-            missing: i64::try_from(closed.missing).unwrap_or(i64::MAX),
-            noticed_ts: now,
-            tries: 0,
-            retry_at: again(now, 0),
-            last_error: "the server gave the state alone".to_owned(),
-        };
-        let rows: Vec<Gap> = closed.into_iter().filter(|closed| closed.missing > 0).map(gap).collect();
-        if rows.is_empty() {
-            return;
-        }
-        tracing::warn!(room = %room.room_id, server = %origin, edges = rows.len(),
-            "a gap is closed with the state, and events are missing");
-        let (store, room_id) = (self.context.store.clone(), room.room_id.clone());
-        let write = self.context.store.write(move |tx| {
+        EventEffect::new(move |tx, event_id| {
             Box::pin(async move {
-                for gap in &rows {
-                    stored::note_closed(&store, tx, &room_id, gap, BOUNDS).await?;
-                }
-                Ok(())
+                let gap = Gap {
+                    event_id,
+                    server,
+                    json: None,
+                    missing: i64::try_from(missing).unwrap_or(i64::MAX),
+                    noticed_ts: now,
+                    tries: 0,
+                    retry_at: again(now, 0),
+                    last_error: "the server gave the state alone".to_owned(),
+                };
+                stored::note_closed(&store, tx, &room_id, &gap, BOUNDS).await
             })
-        });
-        match write.await {
-            Ok(()) => self.attend(&room.room_id, false),
-            Err(error) => tracing::error!(room = %room.room_id, %error, "what is missing could not be written down"),
-        }
+        })
     }
 
     /// Sees to it that somebody looks after a room's gaps; after all of them when `all`.
-    fn attend(self: &Arc<Self>, room_id: &RoomId, all: bool) {
+    pub(super) fn attend(self: &Arc<Self>, room_id: &RoomId, all: bool) {
         let changed = Arc::new(Notify::new());
         {
             let mut rooms = lock(&self.gaps.rooms);
@@ -300,9 +290,7 @@ impl Shared {
         let mut filling = Filling::new(self, room, server, LONG);
         filling.wait_for(events, &HashMap::new());
         let filled = filling.fill().await;
-        let closed = std::mem::take(&mut filling.closed);
         let (outcomes, problem) = (std::mem::take(&mut filling.outcomes), std::mem::take(&mut filling.problem));
-        self.note_closed(room, server, closed).await;
         filled?;
         for id in ids {
             let verdict = match outcomes.get(&id) {

@@ -186,7 +186,11 @@ impl Dag {
             // What came before it has not come here yet.
             Outcome::Missing { .. } => {
                 let event_id = again.pdu().event_id.clone();
-                let mut outcomes = self.shared.accept_all(room, server, vec![again]).await?;
+                let mut outcomes = self.shared.accept_all(room, server, vec![again.clone()]).await?;
+                if !outcomes.contains_key(&event_id) {
+                    // That is too much for somebody to wait for it, who is in the room by that server's word.
+                    outcomes = self.shared.close_now(room, server, vec![again]).await?;
+                }
                 outcomes.remove(&event_id).ok_or_else(|| Refusal::Internal("no outcome".to_owned()))??
             }
             known => known,

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use isthmus::event::{Object, RoomVersion};
-use isthmus::store::gaps::{self, missing};
-use ruma::{OwnedEventId, OwnedRoomId};
+use isthmus::store::gaps::{self, Bounds, Gap, missing};
+use ruma::{OwnedEventId, OwnedRoomId, RoomId};
 use serde_json::json;
 
 use super::peer::{Peer, View};
@@ -347,4 +347,83 @@ async fn what_nobody_gives_now_is_tried_again_so_often_and_no_more() {
     let (next, event) = view.say(&peer, &peer.user("alice"), "next");
     assert_eq!(peer.put(&gateway.dag, &[&event]).await[0].result, Ok(()));
     assert_eq!(gateway.inbox(&room).await[1..], [said[0].0.clone(), said[1].0.clone(), next]);
+}
+
+/// Has so many events of a server wait in a room for a time that does not come.
+async fn wait_for_ever(gateway: &Gateway, room: &RoomId, server: &Peer, count: i64) {
+    let bounds = Bounds { of_server: count, of_server_in_all: 10 * count, of_room: count, closed: count };
+    let (store, room, server) = (gateway.context.store.clone(), room.to_owned(), server.name.clone());
+    let keep = gateway.context.store.write(move |tx| {
+        Box::pin(async move {
+            for number in 0..count {
+                let gap = Gap {
+                    event_id: format!("${number:0>43}").as_str().try_into().unwrap(),
+                    server: server.clone(),
+                    json: Some(b"{}".to_vec()),
+                    missing: 1,
+                    noticed_ts: NOW,
+                    tries: 0,
+                    retry_at: i64::MAX,
+                    last_error: String::new(),
+                };
+                assert!(gaps::keep(&store, tx, &room, &gap, &[], bounds).await?);
+            }
+            Ok(())
+        })
+    });
+    keep.await.unwrap();
+}
+
+#[tokio::test]
+async fn what_cannot_wait_for_a_long_gap_is_taken_with_the_state_before_it() {
+    let (peer, other) = (Peer::start("peer.example").await, Peer::start("other.example").await);
+    // Of its own server too many wait, or of all servers.
+    for (server, count) in [(&peer, 50), (&other, 200)] {
+        let gateway = Gateway::start(&[&peer]).await;
+        let (room, view, said) = said(&peer, &gateway, 1_200).await;
+        wait_for_ever(&gateway, &room, server, count).await;
+        let (last, event) = said.last().unwrap();
+        let state = view.state.values().cloned().collect();
+        peer.memory.states.lock().unwrap().insert(last.clone(), state);
+        assert_eq!(peer.put(&gateway.dag, &[event]).await[0].result, Ok(()));
+        assert!(gateway.dag.event(last).await.unwrap().is_some());
+        let row = missing(&gateway.context.store, Some(&room)).await.unwrap();
+        assert_eq!((row.count, row.waiting), (count + 1, count));
+        // Where its server does not say the state, it is refused by its ID.
+        let mut branch = View { tips: vec![said[1_150].0.clone()], ..view };
+        let (_, event) = branch.say(&peer, &peer.user("alice"), "beside");
+        let refused = peer.put(&gateway.dag, &[&event]).await.remove(0).result.unwrap_err();
+        assert!(refused.to_string().contains("missing prev_events"), "{refused}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_missing_before_an_event_is_written_down_with_the_event_or_it_is_not_taken() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let (room, view, said) = said(&peer, &gateway, 2).await;
+    let [(lost, _), (edge, event)] = &said[..] else { panic!("{said:?}") };
+    peer.memory.hidden.lock().unwrap().insert(lost.clone());
+    peer.memory.states.lock().unwrap().insert(edge.clone(), view.state.values().cloned().collect());
+    let refuse = async |sql: &'static str| {
+        let write = gateway.context.store.write(move |tx| {
+            Box::pin(async move {
+                sqlx::query(sql).execute(tx).await?;
+                Ok(())
+            })
+        });
+        write.await.unwrap();
+    };
+    refuse(
+        "CREATE TRIGGER test_full BEFORE INSERT ON dag_gaps WHEN NEW.json IS NULL \
+         BEGIN SELECT RAISE(ABORT, 'as if the disk were full'); END",
+    )
+    .await;
+    assert!(peer.put(&gateway.dag, &[event]).await[0].result.is_err());
+    assert!(gateway.dag.event(edge).await.unwrap().is_none(), "taken, and nobody would ask for what is missing");
+    refuse("DROP TRIGGER test_full").await;
+    assert_eq!(peer.put(&gateway.dag, &[event]).await[0].result, Ok(()));
+    assert!(gateway.dag.event(edge).await.unwrap().is_some());
+    let row = missing(&gateway.context.store, Some(&room)).await.unwrap();
+    assert_eq!((row.count, row.waiting), (1, 0));
 }

@@ -168,6 +168,33 @@ async fn a_join_that_meets_conditions_is_countersigned() {
 }
 
 #[tokio::test]
+async fn who_joins_through_another_server_does_not_wait_for_all_that_was_said_there() {
+    let peer = Arc::new(Peer::start("peer.example").await);
+    let gateway = Gateway::start(&[&peer]).await;
+    let version = RoomVersion::V10;
+    let rules = json!({ "join_rule": "restricted", "allow": [{ "type": "m.room_membership", "room_id": "!s:x" }] });
+    let spoil: Spoil = Box::new(move |peer, answer| {
+        if answer.get("state").is_some() {
+            let (id, signed) = peer.sign(version, answer["event"].clone());
+            answer["event"]["signatures"][peer.name.as_str()] = signed["signatures"][peer.name.as_str()].clone();
+            let state = answer["state"].as_array().unwrap().iter();
+            let state = state.map(|event| super::peer::id_of(version, event.as_object().unwrap())).collect();
+            peer.memory.states.lock().unwrap().insert(id, state);
+        }
+    });
+    let hosted = open(&peer, room_of(&peer, version, rules), spoil);
+    let room = hosted.view.lock().unwrap().room_id.clone();
+    gateway.dag.join(&room, std::slice::from_ref(&peer.name), &ghost("bob"), Object::new()).await.unwrap();
+    // More than is fetched while somebody waits.
+    for number in 0..1_200 {
+        hosted.view.lock().unwrap().say(&peer, &hosted.admin, &format!("{number}"));
+    }
+    let joined = gateway.dag.join(&room, &[], &ghost("carol"), Object::new()).await.unwrap();
+    assert_eq!(joined.through.as_deref(), Some(&*peer.name));
+    assert_eq!(gateway.membership(&room, &ghost("carol")).await.as_deref(), Some("join"));
+}
+
+#[tokio::test]
 async fn hostile_answers_to_a_join_are_refused_and_leave_nothing() {
     let peer = Arc::new(Peer::start("peer.example").await);
     let evil = Arc::new(Peer::start("evil.example").await);
