@@ -381,6 +381,11 @@ impl Memory {
         let signer = self.signer.lock().unwrap();
         let (name, key, version) = signer.as_ref()?;
         self.invite_states.lock().unwrap().push(body["invite_room_state"].clone());
+        if version.family() == Family::Log {
+            let mut event = Pdu::parse(object(body["event"].clone()), Redaction::GraphServer).ok()?;
+            event.countersign_by(name, key, Redaction::GraphServer);
+            return Some(json!({ "event": event.json }));
+        }
         let mut event = try_from_json_map(object(body["event"].clone())).unwrap();
         sign_event(name.as_str(), &Signer(key), &mut event, &rules(*version).redaction).unwrap();
         Some(json!({ "event": event }))

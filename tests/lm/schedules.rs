@@ -1,5 +1,5 @@
-//! Servers that come and go: schedules made of a seed, of messages, redactions, joins, leaves, kicks, links that are cut, answers that are
-//! lost and servers that are started again. Afterwards each log is its hub's, and nothing is missing or twice.
+//! Servers that come and go: schedules made of a seed, of messages, redactions, joins, leaves, kicks, invites, bans, knocks, links that are
+//! cut, answers that are lost and servers that are started again. Afterwards each log is its hub's, and nothing is missing or twice.
 //!
 //! `ISTHMUS_SEED=N cargo test schedules` runs the schedules of that seed. The schedule is the same each time; how the servers'
 //! tasks interleave is not.
@@ -28,7 +28,7 @@ use crate::support::between::Watcher;
 /// How long the servers may take to come into step after the schedule.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// How many steps a schedule has.
-const STEPS: usize = 50;
+const STEPS: usize = 60;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_1_inv_3_inv_5_two_servers_that_come_and_go_end_with_one_log() {
@@ -85,6 +85,7 @@ async fn run<const N: usize>(names: [&str; N], seed: u64, fault: Option<Fault>) 
         rooms: Vec::new(),
         watchers: Vec::new(),
         said: Vec::new(),
+        came: Vec::new(),
         doomed: Vec::new(),
         told: Vec::new(),
     };
@@ -182,9 +183,13 @@ impl Links {
 struct Said {
     room: usize,
     sender: OwnedUserId,
-    body: String,
-    /// The LPDU, of what was said to a hub elsewhere.
-    lpdu_id: Option<OwnedEventId>,
+    /// What it was.
+    what: String,
+    /// The event, or the LPDU of what was said to a hub elsewhere.
+    id: OwnedEventId,
+    is_lpdu: bool,
+    /// Whether it stands in a line with what else its sender says: a participant's invite goes to the hub by another way.
+    in_line: bool,
 }
 
 struct Schedule {
@@ -197,6 +202,8 @@ struct Schedule {
     /// Of the servers as they were before they were started again too.
     watchers: Vec<Arc<Watcher>>,
     said: Vec<Said>,
+    /// Who has joined, by which event, or has knocked.
+    came: Vec<(usize, OwnedUserId, Option<OwnedEventId>)>,
     /// What hubs said that may be redacted, with the room.
     doomed: Vec<(usize, OwnedEventId)>,
     /// What was done, for who reads a failure.
@@ -246,20 +253,15 @@ impl Schedule {
         let localpart = self.localpart();
         let user = self.node(node).user(localpart);
         match self.random.gen_range(0..100) {
-            0..54 => self.speak(room).await,
-            54..60 => self.redact(room).await,
-            60..72 => {
-                let joined = self.join(node, room, &user).await;
-                self.told.push(format!("{user} joins {room}: {joined}"));
+            0..46 => self.speak(room).await,
+            46..51 => self.redact(room).await,
+            51..60 => {
+                self.join(node, room, &user).await;
             }
-            72..78 if user.localpart() != "bot" => {
-                let left = self.send(node, room, member(&user, &user, "leave")).await.is_ok();
-                self.told.push(format!("{user} leaves {room}: {left}"));
-            }
-            78..82 if user.localpart() != "bot" && node != room => {
-                let bot = self.node(room).user("bot");
-                let kicked = self.send(room, room, member(&bot, &user, "leave")).await.is_ok();
-                self.told.push(format!("{user} is kicked from {room}: {kicked}"));
+            60..65 if user.localpart() != "bot" => self.say(node, room, member(&user, &user, "leave")).await,
+            65..82 => {
+                let user = self.node(node).user(["u0", "u1"][self.random.gen_range(0..2)]);
+                self.change_membership(node, room, &user).await;
             }
             82..90 => {
                 let other = self.pick();
@@ -298,10 +300,82 @@ impl Schedule {
         sent.map_err(|refusal| refusal.to_string())
     }
 
-    async fn join(&self, node: usize, room: usize, user: &OwnedUserId) -> bool {
+    /// The same, and notes what became of it.
+    async fn say(&mut self, node: usize, room: usize, draft: isthmus::seam::Draft) {
+        let sent = self.send(node, room, draft.clone()).await;
+        self.note(room, &draft, true, sent);
+    }
+
+    fn note(&mut self, room: usize, draft: &isthmus::seam::Draft, in_line: bool, sent: Result<Sent, String>) {
+        let sender = draft.sender.clone();
+        let what = match &draft.state_key {
+            Some(key) => format!("{sender}: {} {key} {}", draft.kind, draft.content["membership"]),
+            None => format!("{sender}: {}", draft.content["body"]),
+        };
+        self.told.push(format!("{what} in {room}: {:?}", sent.as_ref().map(drop)));
+        let (id, is_lpdu) = match sent {
+            Ok(Sent::Queued { lpdu_id }) => (lpdu_id, true),
+            Ok(Sent::Appended(appended)) => (appended.event.event_id.clone(), false),
+            Err(_) => return,
+        };
+        self.said.push(Said { room, sender, what, id, is_lpdu, in_line });
+    }
+
+    async fn join(&mut self, node: usize, room: usize, user: &OwnedUserId) -> bool {
         let via = [self.name(room)];
         let joining = self.node(node).lm.join(&self.rooms[room], user, &via, Object::new());
-        tokio::time::timeout(PATIENCE, joining).await.expect("a join ends").is_ok()
+        let joined = tokio::time::timeout(PATIENCE, joining).await.expect("a join ends");
+        self.told.push(format!("{user} joins {room}: {:?}", joined.as_ref().map(drop)));
+        let event = joined.map(|joined| self.came.push((room, user.clone(), Some(joined.event.event_id.clone()))));
+        event.is_ok()
+    }
+
+    /// A user is invited, kicked, banned or let in again, knocks, or does not want to come any more.
+    async fn change_membership(&mut self, node: usize, room: usize, user: &OwnedUserId) {
+        let (bot, via) = (self.node(room).user("bot"), [self.name(room)]);
+        match self.random.gen_range(0..12) {
+            0..3 => {
+                let by = if self.random.gen_bool(0.5) { room } else { self.pick() };
+                let inviter = if by == room { bot } else { self.node(by).user("u0") };
+                let draft = member(&inviter, user, "invite");
+                let invite = isthmus::seam::Outgoing { draft: draft.clone(), effect: None };
+                let inviting = self.node(by).lm.invite(&self.rooms[room], invite);
+                let sent = tokio::time::timeout(PATIENCE, inviting).await.expect("an invite ends");
+                self.note(room, &draft, by == room, sent.map_err(|refusal| refusal.to_string()));
+            }
+            3..5 => {
+                self.rule(room, "knock").await;
+                let knocking = self.node(node).lm.knock(&self.rooms[room], user, &via, Object::new());
+                let knocked = tokio::time::timeout(PATIENCE, knocking).await.expect("a knock ends");
+                self.told.push(format!("{user} knocks at {room}: {:?}", knocked.as_ref().map(drop)));
+                self.came.extend(knocked.is_ok().then(|| (room, user.clone(), None)));
+                // It is denied, or waits.
+                if self.random.gen_bool(0.5) && node != room {
+                    self.say(room, room, member(&bot, user, "leave")).await;
+                }
+                self.rule(room, "public").await;
+            }
+            5 => {
+                let leaving = self.node(node).lm.leave(&self.rooms[room], user, &via);
+                let left = tokio::time::timeout(PATIENCE, leaving).await.expect("a leave ends");
+                self.told.push(format!("{user} wants to be out of {room}: {left:?}"));
+            }
+            // Who is banned is let in again like this.
+            6..8 if node != room => self.say(room, room, member(&bot, user, "leave")).await,
+            8..10 if node != room => self.say(room, room, member(&bot, user, "ban")).await,
+            _ => {
+                let rule = ["public", "public", "knock", "invite"][self.random.gen_range(0..4)];
+                self.rule(room, rule).await;
+            }
+        }
+    }
+
+    /// The hub says who may join.
+    async fn rule(&mut self, room: usize, join_rule: &str) {
+        let bot = self.node(room).user("bot");
+        let rules = draft(&bot, "m.room.join_rules", Some(""), serde_json::json!({ "join_rule": join_rule }));
+        let ruled = self.send(room, room, rules).await.is_ok();
+        self.told.push(format!("{room} is {join_rule}: {ruled}"));
     }
 
     /// Every server says something in a room at once.
@@ -313,18 +387,12 @@ impl Schedule {
             let resident = if node == room { "bot" } else { "u0" };
             let localpart = if self.random.gen_bool(0.7) { resident } else { self.localpart() };
             let sender = self.node(node).user(localpart);
-            drafts.push((node, sender.clone(), format!("{number} {sender}")));
+            drafts.push((node, message(&sender, &format!("{number} {sender}"))));
         }
-        let sending = drafts.iter().map(|(node, sender, body)| self.send(*node, room, message(sender, body)));
+        let sending = drafts.iter().map(|(node, draft)| self.send(*node, room, draft.clone()));
         let sent = futures::future::join_all(sending).await;
-        for ((_, sender, body), sent) in drafts.into_iter().zip(sent) {
-            self.told.push(format!("{body} in {room}: {}", if sent.is_ok() { "taken" } else { "refused" }));
-            let Ok(sent) = sent else { continue };
-            let lpdu_id = match sent {
-                Sent::Queued { lpdu_id } => Some(lpdu_id),
-                Sent::Appended(_) => None,
-            };
-            self.said.push(Said { room, sender, body, lpdu_id });
+        for ((_, draft), sent) in drafts.into_iter().zip(sent) {
+            self.note(room, &draft, true, sent);
         }
     }
 
@@ -347,8 +415,14 @@ impl Schedule {
         self.heal();
         self.quiet().await;
         for hub in 0..self.nodes.len() {
+            self.rule(hub, "public").await;
             for part in (0..self.nodes.len()).filter(|part| *part != hub) {
                 let user = self.node(part).user("u0");
+                let is = self.node(hub).lm.state_event(&self.rooms[hub], "m.room.member", user.as_str()).await.unwrap();
+                if is.is_some_and(|event| event.content()["membership"] == "ban") {
+                    let bot = self.node(hub).user("bot");
+                    self.say(hub, hub, member(&bot, &user, "leave")).await;
+                }
                 assert!(self.join(part, hub, &user).await, "{user} cannot join {hub}: {:#?}", self.told);
             }
         }
@@ -375,6 +449,7 @@ impl Schedule {
 
     async fn check(&self) {
         assert!(self.said.len() > STEPS / 2, "hardly anybody said anything: {:#?}", self.told);
+        let mut memberships: BTreeMap<String, usize> = BTreeMap::new();
         for (hub, room) in self.rooms.iter().enumerate() {
             let log = self.node(hub).log(room).await;
             assert_dense(&log);
@@ -386,12 +461,16 @@ impl Schedule {
                 );
             }
             self.nothing_is_missing(hub, &log);
+            for event in log.iter().filter(|event| event.event.kind == "m.room.member") {
+                *memberships.entry(event.event.content()["membership"].to_string()).or_default() += 1;
+            }
             for (part, node) in self.nodes.iter().enumerate().filter(|(part, _)| *part != hub) {
                 same_log(&log, &node.as_ref().unwrap().log(room).await, &self.name(part));
                 let info = node.as_ref().unwrap().lm.room(room).await.unwrap().unwrap();
                 assert_eq!(info.complaints, Vec::<String>::new(), "{:#?}", self.told);
             }
         }
+        println!("{memberships:?}");
     }
 
     /// What was taken is in the log once and in its sender's order, or its sender was told that the hub would not have it.
@@ -401,25 +480,38 @@ impl Schedule {
             .iter()
             .flat_map(|watcher| watcher.refused.lock().unwrap().iter().map(|(id, _)| id.clone()).collect::<Vec<_>>())
             .collect();
-        let mut places: HashMap<&str, Vec<usize>> = HashMap::new();
+        let (mut places, mut bodies): (HashMap<&OwnedEventId, usize>, BTreeSet<(&OwnedUserId, &str)>) =
+            Default::default();
         for (place, event) in log.iter().enumerate() {
-            if let Some(body) = event.event.content().get("body").and_then(|body| body.as_str()) {
-                places.entry(body).or_default().push(place);
+            for id in [Some(&event.event.event_id), event.event.lpdu_id.as_ref()].into_iter().flatten() {
+                assert!(places.insert(id, place).is_none(), "{id} is twice in the log of {hub}");
+            }
+            let body = event.event.content().get("body").and_then(|body| body.as_str()).unwrap_or_default();
+            if body.starts_with(|first: char| first.is_ascii_digit()) {
+                assert!(bodies.insert((&event.event.sender, body)), "{body} is twice in the log of {hub}");
             }
         }
         let mut last: BTreeMap<&OwnedUserId, usize> = BTreeMap::new();
-        for said in self.said.iter().filter(|said| said.room == hub) {
-            match places.get(said.body.as_str()).map(Vec::as_slice) {
-                Some([place]) => {
-                    let before = last.insert(&said.sender, *place);
-                    assert!(before < Some(*place), "{} is out of its sender's order: {:#?}", said.body, self.told);
-                }
-                Some(several) => panic!("{} is at {several:?}", said.body),
-                None => {
-                    let told = said.lpdu_id.as_ref().is_some_and(|id| refused.contains(id));
-                    assert!(told, "{} in {hub} is lost: {:#?}", said.body, self.told);
-                }
+        for Said { sender, what, id, is_lpdu, in_line, .. } in self.said.iter().filter(|said| said.room == hub) {
+            let Some(place) = places.get(id).copied() else {
+                assert!(*is_lpdu && refused.contains(id), "{what} in {hub} is lost: {:#?}", self.told);
+                continue;
+            };
+            if *in_line {
+                let before = last.insert(sender, place);
+                assert!(before < Some(place), "{what} is out of its sender's order: {:#?}", self.told);
             }
+        }
+        for (_, user, event_id) in self.came.iter().filter(|(room, ..)| *room == hub) {
+            let is_it = |event: &Appended| match event_id {
+                Some(event_id) => event.event.event_id == *event_id,
+                None => {
+                    event.event.sender == *user
+                        && event.event.state_key.as_deref() == Some(user.as_str())
+                        && event.event.content()["membership"] == "knock"
+                }
+            };
+            assert!(log.iter().any(is_it), "{user} has come or knocked, and {hub} forgot it: {:#?}", self.told);
         }
     }
 }
