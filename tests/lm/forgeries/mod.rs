@@ -1,14 +1,16 @@
 //! No sequence of LPDUs, PDUs and forged requests gets an event of another server's user into a log. An adversary who owns the keys of
 //! two LM servers and of a graph server does what it likes, by a seed (`ISTHMUS_SEED=N`), against a hub and its participant, and as the
-//! hub of a room; servers that are honest talk in between. Afterwards every event of every honest server's log is one that its
-//! sender's server has really made: the test knows all that honest servers were asked to say.
+//! hub of a room, and in a shared room as a server of its graph; servers that are honest talk in between. Afterwards every event of every
+//! honest server's log, and of every graph, is one that its sender's server has really made: the test knows all that honest servers were
+//! asked to say.
 
 mod adversary;
 mod nearly_right;
+mod shared;
 
 use std::collections::BTreeSet;
 
-use isthmus::event::{Object, Redaction, VerifyKey, canonical_json, lpdu_hash, redact};
+use isthmus::event::{Object, Pdu, Redaction, VerifyKey, canonical_json, lpdu_hash, redact};
 use isthmus::lm::{Appended, Sent};
 use rand::Rng as _;
 use ruma::{OwnedEventId, OwnedUserId, RoomId};
@@ -22,6 +24,8 @@ const STEPS: usize = 120;
 /// With this begins what is said in events that are right but for one thing, and in those that are right.
 const AIMED: &str = "aimed";
 const RIGHT: &str = "right";
+/// What is said of an event of an honest server that it was not asked for.
+const UNASKED: &str = "not what its server was asked to say";
 
 /// What honest servers were asked to say.
 #[derive(Default)]
@@ -33,8 +37,7 @@ pub struct Genuine {
 }
 
 impl Genuine {
-    fn knows(&self, event: &Appended) -> bool {
-        let event = &event.event;
+    fn knows(&self, event: &Pdu) -> bool {
         let membership = event.content().get("membership").and_then(Value::as_str);
         let moves = |(user, wanted): &(OwnedUserId, &str)| {
             event.kind == "m.room.member"
@@ -67,20 +70,22 @@ impl Genuine {
 /// Those of a log's events that nobody has made who is said to have made them, and why.
 fn forgeries(log: &[Appended], servers: &[&Node], honest: &[&Node], genuine: &Genuine) -> Vec<String> {
     log.iter()
-        .filter_map(|event| Some(format!("{}: {:?}", forged(event, servers, honest, genuine)?, event.event.json)))
+        .filter_map(|event| {
+            Some(format!("{}: {:?}", forged(&event.event, servers, honest, genuine)?, event.event.json))
+        })
         .collect()
 }
 
-fn forged(event: &Appended, servers: &[&Node], honest: &[&Node], genuine: &Genuine) -> Option<&'static str> {
-    let body = event.event.content().get("body").and_then(Value::as_str);
+fn forged(event: &Pdu, servers: &[&Node], honest: &[&Node], genuine: &Genuine) -> Option<&'static str> {
+    let body = event.content().get("body").and_then(Value::as_str);
     if body.is_some_and(|body| body.starts_with(AIMED)) {
         return Some("wrong in one thing");
     }
-    let sender = event.event.sender.server_name();
+    let sender = event.sender.server_name();
     let Some(server) = servers.iter().find(|server| server.name == sender) else {
         return Some("of a server that is not there");
     };
-    let json = &event.event.json;
+    let json = &event.json;
     let mut signed = redact(json, Redaction::Draft);
     let signatures = signed.remove("signatures").unwrap_or_default();
     if json.contains_key("hub_server") {
@@ -101,7 +106,7 @@ fn forged(event: &Appended, servers: &[&Node], honest: &[&Node], genuine: &Genui
         return Some("not signed by its sender's server");
     }
     let is_honest = honest.iter().any(|honest| honest.name == server.name);
-    (is_honest && !genuine.knows(event)).then_some("not what its server was asked to say")
+    (is_honest && !genuine.knows(event)).then_some(UNASKED)
 }
 
 fn seeds(own: [u64; 2]) -> Vec<u64> {

@@ -13,6 +13,7 @@ impl Forger {
     pub fn nearly_right(&mut self, room: &RoomId, hub: &OwnedServerName) -> Option<(Object, OwnedServerName)> {
         match self.owned.iter().find(|owned| owned.name == *hub).cloned() {
             Some(hub) => Some((self.nearly_right_of_hub(room, &hub)?, hub.name)),
+            None if self.is_shared && self.random.gen_bool(0.6) => self.nearly_right_of_graph(room, hub),
             None => self.nearly_right_lpdu(room, hub),
         }
     }
@@ -56,6 +57,72 @@ impl Forger {
             }
         }
         Some((event, by.name))
+    }
+
+    /// As a server of a shared room's graph sends it.
+    fn nearly_right_of_graph(&mut self, room: &RoomId, hub: &OwnedServerName) -> Option<(Object, OwnedServerName)> {
+        let by = self.owned[2].clone();
+        let mut event = match self.random.gen_range(0..6) {
+            // Another's LPDU, as if this server were the hub, or had its signature.
+            0 if !self.found.is_empty() => {
+                let found = self.found.clone();
+                let mut event = self.pick(&found);
+                self.finish(&mut event)?;
+                if self.random.gen_bool(0.5) {
+                    let (key_id, wrong) = (self.honest.first()?.1.clone(), signature(&event, &by));
+                    sign(&mut event, hub, &key_id, &wrong);
+                }
+                event
+            }
+            // What another has said, with something else in it.
+            1 => {
+                let said: Vec<Object> =
+                    self.seen.iter().filter(|event| event["type"] == "m.room.message").cloned().collect();
+                let mut event = if said.is_empty() { return None } else { self.pick(&said) };
+                event.insert("content".to_owned(), json!({ "msgtype": "m.text", "body": AIMED }));
+                if self.random.gen_bool(0.5) {
+                    event["hashes"].as_object_mut()?.remove("sha256");
+                    let hash = content_hash(&event);
+                    event["hashes"].as_object_mut()?.insert("sha256".to_owned(), json!(hash));
+                }
+                event
+            }
+            // Right: its own.
+            2 => {
+                let mut event = self.whole(room, &format!("@grace:{}", by.name), RIGHT)?;
+                let right = signature(&event, &by);
+                sign(&mut event, &by.name, by.key.id(), &right);
+                return Some((event, by.name));
+            }
+            // Of another server's user, under that server's name, with what that has signed, or with no signature of it.
+            what => {
+                let (sender, server, key_id) = self.member()?;
+                let mut event = self.whole(room, &sender, AIMED)?;
+                let known = self.seen.iter().rev().find_map(|seen| seen["signatures"].get(server.as_str()).cloned());
+                match (what, known) {
+                    (3, _) => {
+                        let wrong = signature(&event, &by);
+                        sign(&mut event, &server, &key_id, &wrong);
+                    }
+                    (4, Some(known)) => drop(event.insert("signatures".to_owned(), json!({ server.as_str(): known }))),
+                    _ => {}
+                }
+                event
+            }
+        };
+        let right = signature(&event, &by);
+        sign(&mut event, &by.name, by.key.id(), &right);
+        Some((event, by.name))
+    }
+
+    /// A message that follows what was seen last, as its sender's own server makes it.
+    fn whole(&mut self, room: &RoomId, sender: &str, body: &str) -> Option<Object> {
+        let hub = self.owned[0].name.clone();
+        let mut event = self.lpdu(room, &hub, sender, body);
+        event.remove("hub_server");
+        event.remove("hashes");
+        self.finish(&mut event)?;
+        Some(event)
     }
 
     fn nearly_right_of_hub(&mut self, room: &RoomId, hub: &Owned) -> Option<Object> {
