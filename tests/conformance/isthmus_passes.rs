@@ -8,7 +8,7 @@ use isthmus::conformance::{Options, Role, Unmet};
 use reqwest::Method;
 use serde_json::json;
 
-use super::world::{NOBODY, SECOND, SUITE, accept, examine, options, room_of, target};
+use super::world::{NOBODY, SECOND, SUITE, accept, examine, options, room_of, shared_room_of, target, targets};
 use crate::support::testbed::certificates::Authority;
 use crate::support::testbed::gateway::Plan;
 use crate::support::world::{scratch, server};
@@ -63,6 +63,21 @@ async fn the_gateway_that_admins_run_passes_as_a_hub() {
     let report = examine(socket, options).await;
     println!("{}", report.summary());
     assert_eq!((report.failed(), report.skipped()), (Vec::new(), Vec::new()));
+}
+
+/// Its events are redacted by the graph servers' table, and so hashed and signed, and a knock names what graph servers judge it by
+/// (`docs/conformance.md`, deviations 15 and 18).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn isthmus_passes_as_the_hub_of_a_shared_room_but_for_what_graph_servers_need() {
+    let (_world, [node, graph], socket) = targets(["hub.example", "graph.example"]).await;
+    let room = shared_room_of(&node, &graph).await;
+    let report = examine(socket, options(&node, Role::Participant { room: room.clone() })).await;
+    println!("{}", report.summary());
+    assert_eq!(report.failed(), ["LM-R-020", "LM-E-013"]);
+    // There is no TLS on loopback.
+    assert_eq!(report.skipped(), ["LM-T-001", "LM-T-002", "LM-T-003"]);
+    graph.say(&room, "grace", "still here").await;
+    node.wait_for_body(&room, "still here").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
