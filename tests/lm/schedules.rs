@@ -260,7 +260,8 @@ impl Schedule {
             }
             60..65 if user.localpart() != "bot" => self.say(node, room, member(&user, &user, "leave")).await,
             65..82 => {
-                let user = self.node(node).user(["u0", "u1"][self.random.gen_range(0..2)]);
+                let name = ["u0", "u1"][self.random.gen_range(0..2)];
+                let user = self.node(node).user(name);
                 self.change_membership(node, room, &user).await;
             }
             82..90 => {
