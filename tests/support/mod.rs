@@ -1,6 +1,7 @@
 //! What the tests share: everything of `testbed/`, the small LM provider of the examples, and a bridge that bridges nothing.
 
 pub mod between;
+pub mod browser;
 #[path = "../../examples/lm_provider/provider/mod.rs"]
 pub mod provider;
 #[path = "../../testbed/mod.rs"]

@@ -2,6 +2,7 @@
 
 mod alias_join;
 mod bot;
+mod browser;
 mod created;
 mod crossing;
 mod directory;
