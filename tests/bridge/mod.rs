@@ -15,6 +15,7 @@ mod hub_transfer;
 mod invites;
 mod knocks;
 mod loops;
+mod mapping;
 mod media;
 mod poison;
 mod shared;

@@ -241,3 +241,86 @@ fn relations_and_redactions_point_to_the_images() {
         assert_eq!(redaction.await.unwrap().content()["redacts"], heard.event_id.as_str());
     });
 }
+
+/// A content without what the gateway says of it, and the event of which it is the image.
+fn image(content: &Value) -> (Value, Option<String>) {
+    let mut content = content.clone();
+    let source = content.as_object_mut().unwrap().remove("im.isthmus.source");
+    (content, source.and_then(|source| source["event_id"].as_str().map(str::to_owned)))
+}
+
+/// Something about a message and a user: an edit, an answer in its thread, a mention, a poll.
+fn about(event_id: &str, user_id: &str) -> [(&'static str, Value); 4] {
+    let text = |body: &str| json!([{ "body": body }]);
+    let link = format!("<a href=\"https://matrix.to/#/{user_id}\">you</a>");
+    [
+        (
+            "m.room.message",
+            json!({ "msgtype": "m.text", "body": "* better", "m.new_content": { "msgtype": "m.text", "body": "better" },
+                "m.relates_to": { "rel_type": "m.replace", "event_id": event_id } }),
+        ),
+        (
+            "m.room.message",
+            json!({ "msgtype": "m.text", "body": "in a thread", "m.relates_to": { "rel_type": "m.thread",
+                "event_id": event_id, "is_falling_back": true, "m.in_reply_to": { "event_id": event_id } } }),
+        ),
+        (
+            "m.room.message",
+            json!({ "msgtype": "m.text", "body": "you!", "format": "org.matrix.custom.html", "formatted_body": link,
+                "m.mentions": { "user_ids": [user_id] } }),
+        ),
+        (
+            "m.poll.start",
+            json!({ "m.text": text("Tea?"), "m.poll": { "kind": "m.disclosed", "max_selections": 1,
+                "question": { "m.text": text("Tea?") }, "answers": [{ "m.id": "yes", "m.text": text("Yes") }] } }),
+        ),
+    ]
+}
+
+/// A vote in a poll.
+fn vote(poll: &str) -> (&'static str, Value) {
+    let relates = json!({ "rel_type": "m.reference", "event_id": poll });
+    ("m.poll.response", json!({ "m.relates_to": relates, "m.selections": ["yes"] }))
+}
+
+#[test]
+fn edits_threads_mentions_and_polls_name_what_is_there() {
+    on_both(async |world| {
+        let portal = Portal::open(world, "threads").await;
+        let Portal { bob, lm_room, alice, room, .. } = &portal;
+        let (ghost, bobs_image) = (portal.alices_ghost(), world.image_of(bob));
+        // From Matrix: the event that comes of one that Alice sends, and that is as expected.
+        let from_matrix = async |(kind, content): (&str, Value), expected: Value| {
+            let id = alice.send(room, kind, content).await.unwrap();
+            let of = |event: &isthmus::event::Pdu| image(&Value::Object(event.content().clone()));
+            let is_it = |event: &isthmus::event::Pdu| of(event).1.as_deref() == Some(id.as_str());
+            let heard = world.hub.wait_for(lm_room, kind, is_it).await.unwrap();
+            assert_eq!((heard.kind.as_str(), of(&heard).0), (kind, expected));
+            (id, heard.event_id.to_string())
+        };
+        let root = alice.send_text(room, "Alice begins").await.unwrap();
+        let heard = world.hub.wait_for_text(lm_room, "Alice begins").await.unwrap();
+        let mut last = (String::new(), String::new());
+        for (near, (_, far)) in about(&root, &bobs_image).into_iter().zip(about(heard.event_id.as_str(), bob.as_str()))
+        {
+            last = from_matrix(near, far).await;
+        }
+        from_matrix(vote(&last.0), vote(&last.1).1).await;
+
+        // From LM.
+        let from_lm = async |(kind, content): (&str, Value), expected: Value| {
+            let id = world.hub.send(bob, lm_room, kind, None, content).unwrap();
+            let is_it = |event: &Value| image(&event["content"]).1.as_deref() == Some(id.as_str());
+            let seen = alice.wait_for(room, kind, is_it).await.unwrap();
+            assert_eq!((&seen["type"], image(&seen["content"]).0), (&json!(kind), expected));
+            (id.to_string(), seen["event_id"].as_str().unwrap().to_owned())
+        };
+        let root = world.hub.send_text(bob, lm_room, "Bob begins").unwrap();
+        let seen = alice.wait_for_text(room, "Bob begins").await.unwrap();
+        let seen = seen["event_id"].as_str().unwrap();
+        for (near, (_, far)) in about(root.as_str(), &ghost).into_iter().zip(about(seen, &alice.user_id)) {
+            last = from_lm(near, far).await;
+        }
+        from_lm(vote(&last.0), vote(&last.1).1).await;
+    });
+}

@@ -151,6 +151,14 @@ fn types_that_never_cross() {
         ("m.room.hub", Some(""), false),
         ("m.mls.commit", None, false),
         ("m.room.third_party_invite", Some("t"), false),
+        ("m.room.server_acl", Some(""), false),
+        ("m.room.tombstone", Some(""), false),
+        ("m.room.aliases", Some("h"), false),
+        ("m.room.canonical_alias", Some(""), false),
+        ("m.room.guest_access", Some(""), false),
+        ("m.room.pinned_events", Some(""), false),
+        ("m.space.child", Some("!x:h"), false),
+        ("m.call.member", Some("@a:h"), false),
         ("im.isthmus.anything", None, false),
     ] {
         assert_eq!(crosses(&event(kind, state_key, json!({}))).is_ok(), crossing, "{kind} {state_key:?}");
@@ -159,6 +167,14 @@ fn types_that_never_cross() {
     assert_eq!(crosses(&event(&long, None, json!({}))).unwrap_err().code(), "too_large");
     // What was redacted before it could cross stays where it is.
     assert_eq!(image("m.room.message", json!({})).unwrap_err().code(), "not_bridged");
+}
+
+#[test]
+fn every_type_with_a_rule_of_its_own_stands_in_the_documentation() {
+    let table = include_str!("../../../docs/mapping.md");
+    for kind in NEVER.into_iter().chain(MAPPED_STATE).chain([MEMBER]) {
+        assert!(table.contains(&format!("`{kind}`")), "{kind}");
+    }
 }
 
 #[test]
