@@ -19,6 +19,8 @@ const BROWSER: &str = "ISTHMUS_TEST_BROWSER";
 const WEB: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/web");
 /// Where messages are written.
 const COMPOSER: &str = ".MessageComposer textarea";
+/// How long one thing that is done or waited for may take; longer than the browser's own patience, so that it can say what was wrong.
+const PATIENCE: Duration = Duration::from_secs(200);
 
 /// A browser with the web client in it.
 pub struct Browser {
@@ -166,7 +168,7 @@ impl Browser {
 
     async fn act(&self, action: &str, at: &str, text: &str) -> Result<()> {
         let body = json!({ "action": action, "at": at, "text": text });
-        let answer = self.http.post(&self.url).json(&body).send().await?;
+        let answer = self.http.post(&self.url).timeout(PATIENCE).json(&body).send().await?;
         let status = answer.status();
         if status.is_success() {
             return Ok(());

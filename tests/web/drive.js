@@ -14,8 +14,8 @@ const { build } = require("esbuild");
 const { chromium } = require("playwright-core");
 
 const here = path.dirname(fileURLToPath(import.meta.url));
-// How long anything may take that is waited for, in milliseconds; less than who asks waits for the answer.
-const PATIENCE = 80_000;
+// How long anything may take that is waited for, in milliseconds.
+const PATIENCE = 180_000;
 // What keeps the browser from calling home.
 const FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync"];
