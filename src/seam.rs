@@ -128,8 +128,53 @@ pub struct Invite {
     pub sender: OwnedUserId,
     /// Who is invited: a user of this gateway.
     pub target: OwnedUserId,
+    /// The server that asks for the signature: one through which the room can be joined.
+    pub via: OwnedServerName,
+    /// The invite's content.
+    pub content: Object,
     /// The stripped state that came with it, not verified.
     pub stripped_state: Vec<Object>,
+}
+
+/// An invite of a user of this gateway into a room that the gateway is not in has ended: somebody there has taken it back.
+#[derive(Debug, Clone)]
+pub struct Uninvited {
+    /// On which side.
+    pub side: Side,
+    /// Into which room.
+    pub room_id: OwnedRoomId,
+    /// Who was invited.
+    pub target: OwnedUserId,
+    /// Who ended it; signed by that user's server.
+    pub sender: OwnedUserId,
+    /// The server that says so.
+    pub told_by: OwnedServerName,
+    /// The reason given.
+    pub reason: Option<String>,
+}
+
+impl Uninvited {
+    /// What a member event about a user of `own` ends, if it does.
+    pub fn of(
+        side: Side,
+        told_by: &ServerName,
+        own: &ServerName,
+        event: (&RoomId, &UserId, Option<&str>, &Object),
+    ) -> Option<Self> {
+        let (room_id, sender, state_key, content) = event;
+        let target = OwnedUserId::try_from(state_key?).ok()?;
+        let ends = matches!(content.get("membership")?.as_str()?, "leave" | "ban");
+        let by_others = target != *sender && sender.server_name() != own && target.server_name() == own;
+        let reason = content.get("reason").and_then(|reason| reason.as_str()).map(str::to_owned);
+        (ends && by_others).then(|| Self {
+            side,
+            room_id: room_id.to_owned(),
+            target,
+            sender: sender.to_owned(),
+            told_by: told_by.to_owned(),
+            reason,
+        })
+    }
 }
 
 /// Where an alias leads.
@@ -171,6 +216,17 @@ pub trait Between: Send + Sync + 'static {
     /// A foreign server's invite for a user of this gateway. Ok means that the invite is signed and taken; what follows
     /// from it follows later.
     async fn invited(&self, invite: Invite) -> Result<(), Refusal>;
+
+    /// On which side a room is that the gateway is not in and into which one of its users is invited. Called for every event of a
+    /// room that is not known: from memory.
+    fn invited_into(&self, _room_id: &RoomId) -> Option<Side> {
+        None
+    }
+
+    /// Such an invite has ended. What is said by somebody who cannot have ended it is to be ignored.
+    async fn uninvited(&self, _ended: Uninvited) -> Result<(), Refusal> {
+        Ok(())
+    }
 
     /// Where an alias of this gateway's name leads; `asked_by` is the server that asks, and `side` the one that it asks for
     /// when that is said. May make a portal.

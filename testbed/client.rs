@@ -382,6 +382,13 @@ impl Client {
     pub async fn wait_for_invite(&self) -> Result<String> {
         self.wait("an invite", |seen| seen.invites.keys().next().cloned()).await
     }
+
+    /// What is shown of a room that the user is invited into.
+    pub async fn invite_state(&self, room: &str) -> Vec<Value> {
+        let seen = self.seen.lock().await;
+        let shown = seen.invites.get(room).map(|invite| &invite["invite_state"]["events"]);
+        shown.and_then(Value::as_array).cloned().unwrap_or_default()
+    }
 }
 
 fn summary(seen: &Seen) -> String {

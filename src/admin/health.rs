@@ -257,7 +257,7 @@ impl Admin {
         METRICS.graph_missing_oldest_seconds.set(health.graph_missing.oldest_age_ms / 1000);
         METRICS.outbound_waiting.set(health.outbound.waiting);
         METRICS.outbound_failing.set(i64::try_from(health.outbound.failing.len()).unwrap_or(i64::MAX));
-        for state in ["creating", "active", "degraded", "suspended", "ending", "ended"] {
+        for state in ["creating", "pending", "active", "degraded", "suspended", "ending", "ended"] {
             let count = health.portals.get(state).copied().unwrap_or_default();
             METRICS.portals.with_label_values(&[state]).set(count);
         }

@@ -187,6 +187,9 @@ fn show(portal: &Portal, health: &Health) -> String {
     let mut lines = vec![line(portal), format!("LM hub: {}", portal.lm_hub)];
     lines.extend(portal.reason.as_ref().map(|reason| format!("because {reason}")));
     lines.push(format!("members: {} of Matrix, {} of LM", health.members.matrix.len(), health.members.lm.len()));
+    for invite in health.invitations.iter().take(REFUSALS) {
+        lines.push(format!("invited by {} and not there yet: {} ({})", invite.inviter, invite.user_id, invite.stage));
+    }
     for waiting in health.waiting.iter().filter(|waiting| waiting.count > 0) {
         lines.push(format!("waiting to cross from {}: {}", waiting.side, waiting.count));
     }

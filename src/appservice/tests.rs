@@ -236,6 +236,7 @@ impl Portals for FakePortals {
             lm_hub: "hub.example".try_into().unwrap(),
             alias: None,
             reason: None,
+            ghosts_alone: false,
         };
         let portal = Arc::new(portal);
         Ok(vec![portal; limit.min(2)])

@@ -26,6 +26,9 @@ pub(super) fn may_create(access: &Access, cause: &Cause) -> Result<(), Refusal> 
         Cause::MatrixInvite(user) => {
             return may_invite(access, user, "create_by_matrix_invite", &access.create_by_matrix_invite);
         }
+        Cause::GhostInvite(user) => {
+            return may_invite(access, user, "create_by_ghost_invite", &access.create_by_ghost_invite);
+        }
         Cause::Admin => true,
         Cause::Appservice => access.create_by_alias != CreateByAlias::Off,
         Cause::Server(_) => access.create_by_alias == CreateByAlias::Anyone,

@@ -1,9 +1,9 @@
-//! What operators do with portals: invites, power, announcements, health, and where an event is.
+//! What operators do with portals: invites, power, announcements, health.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ruma::{EventId, OwnedEventId, OwnedUserId, UserId};
+use ruma::{OwnedEventId, OwnedUserId, UserId};
 use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
@@ -16,14 +16,13 @@ use super::one_room;
 use super::portal::{Portal, PortalKind, PortalState, number_of};
 use super::power::{POWER_LEVELS, USER_LIMIT};
 use super::registry::Entry;
-use super::side::Event;
 use super::users::Who;
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::Outgoing;
-use crate::store::images::{self, ImageRow, RefusalRow};
-use crate::store::{gaps, inbox, lm, portals as stored};
+use crate::store::images::{self, RefusalRow};
+use crate::store::{gaps, inbox, invitations as invites, lm, portals as stored};
 
 /// How many refusals are shown.
 const REFUSALS: i64 = 50;
@@ -50,6 +49,8 @@ pub struct Health {
     pub paused: bool,
     /// Whether something has waited for more than ten minutes, or did not come back for that long from a hub that took it.
     pub overdue: bool,
+    /// Invites of ghosts into the room that lives elsewhere, of which nothing has come yet.
+    pub invitations: Vec<OpenInvite>,
     /// Members at home on each side.
     pub members: Members,
     /// The newest refusals.
@@ -57,6 +58,31 @@ pub struct Health {
     /// Of a room that LM servers and other homeservers share: state of which the log has something else than the room, and what is in
     /// the way of correcting it.
     pub uncorrected: Vec<Uncorrected>,
+}
+
+/// An invite of a ghost into a room that has no portal in use yet.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct OpenInvite {
+    /// Who is invited.
+    #[schema(value_type = String)]
+    pub user_id: OwnedUserId,
+    /// Who invites.
+    #[schema(value_type = String)]
+    pub inviter: OwnedUserId,
+    /// The invite.
+    #[schema(value_type = String)]
+    pub event_id: OwnedEventId,
+    /// What is next: `asked` (the user is to be invited), `open` (the user was invited), `entering` (the user is coming in), `refused` (it is
+    /// to be declined), `retracted` (the user's invite is to be taken back).
+    pub stage: &'static str,
+    /// Why it is refused or retracted.
+    pub reason: Option<String>,
+    /// When it came, in milliseconds.
+    pub since: i64,
+    /// Until when the user may answer, in milliseconds.
+    pub until: i64,
+    /// How often what is next has failed.
+    pub tries: i64,
 }
 
 /// State that the log of a shared room does not have as the room has it.
@@ -174,35 +200,6 @@ pub struct Refused {
     pub refused_ts: i64,
 }
 
-/// Where an event is on both sides, and why not.
-#[derive(Debug, Clone, Serialize)]
-pub struct Explanation {
-    /// The event.
-    pub event_id: OwnedEventId,
-    /// `matrix` or `lm`.
-    pub side: &'static str,
-    /// Its room.
-    pub room_id: ruma::OwnedRoomId,
-    /// Its sender.
-    pub sender: OwnedUserId,
-    /// Its type.
-    pub kind: String,
-    /// The portal of the room, when there is one; else the last that has ended, as long as its row is kept.
-    pub portal_id: Option<String>,
-    /// What has become of it, as one word: `image` (it is one), `crossed`, `pending`, `refused`, `waiting`, `local`
-    /// (nothing is to become of it), or `unknown` (what became of it is forgotten: its portal has ended, or it is so old that
-    /// the record of its refusal may be gone).
-    pub status: &'static str,
-    /// The event across: its image, or the source that it is the image of.
-    pub across: Option<OwnedEventId>,
-    /// What was left out on the way.
-    pub note: Option<String>,
-    /// Why it did not cross.
-    pub refusal: Option<Refused>,
-    /// When it was accepted, while it waits.
-    pub waiting_since: Option<i64>,
-}
-
 /// The portal with this ID, if it has not ended.
 pub(super) async fn entry(core: &Core, portal_id: &str) -> Result<Arc<Entry>, Refusal> {
     let found = number_of(portal_id).and_then(|number| core.registry.get(number));
@@ -253,6 +250,8 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
         lm::missing(store, Some(&portal.lm_room_id)).await?;
     let graph = gaps::missing(store, Some(&portal.matrix_room_id)).await?;
     let members = match portal.is_one_room() {
+        // Nobody is in it yet.
+        _ if portal.state == PortalState::Pending => Members::default(),
         true => one_room::members(core, &portal).await?,
         false => {
             let (matrix, lm) = (natives(core, &portal, Side::Matrix).await?, natives(core, &portal, Side::Lm).await?);
@@ -285,6 +284,7 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
             last_error: graph.last_error,
         },
         overdue: [since_matrix, since_lm, since_pending, since, since_taken, graph.since].into_iter().any(late),
+        invitations: invitations(core, &portal).await?,
         members,
         refusals: images::refusals(store, number, REFUSALS).await?.into_iter().map(Refused::from).collect(),
         uncorrected: match portal.is_one_room() && portal.state != PortalState::Ended {
@@ -292,6 +292,22 @@ pub(super) async fn health(core: &Core, portal_id: &str) -> Result<Health, Refus
             false => Vec::new(),
         },
     })
+}
+
+async fn invitations(core: &Core, portal: &Portal) -> Result<Vec<OpenInvite>, Refusal> {
+    let Some(side) = portal.elsewhere().filter(|_| portal.state != PortalState::Ended) else { return Ok(Vec::new()) };
+    let open = invites::of_room(&core.context.store, side, portal.room(side)).await?;
+    let shown = open.into_iter().map(|row| OpenInvite {
+        user_id: row.user,
+        inviter: row.inviter,
+        event_id: row.event_id,
+        stage: row.stage.as_str(),
+        reason: row.reason,
+        since: row.made_ts,
+        until: row.expires_ts,
+        tries: row.tries,
+    });
+    Ok(shown.collect())
 }
 
 async fn hub_faults(core: &Core, portal: &Portal) -> Result<HubFaults, Refusal> {
@@ -398,59 +414,6 @@ async fn grant(core: &Core, portal: &Portal, side: Side, user: &UserId, level: i
     };
     users.insert(user.to_string(), json!(level.clamp(-USER_LIMIT, USER_LIMIT)));
     core.send(portal, side, core.draft(core.users.bot(), POWER_LEVELS, Some(""), content)).await.map(drop)
-}
-
-/// Where an event is on both sides, and why not.
-pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Explanation>, Refusal> {
-    let store = &core.context.store;
-    for side in [Side::Matrix, Side::Lm] {
-        let Some(event) = core.sides()?.rooms(side).event(event_id).await? else { continue };
-        let id = [event_id.to_owned()];
-        let image = images::of_sources(store, side, &id).await?.remove(event_id);
-        let source = images::of_images(store, side.other(), &id).await?.remove(event_id);
-        let refusal = images::refusal(store, side, event_id).await?;
-        let waiting_since = inbox::waits(store, side, event_id).await?;
-        let open = core.registry.of_room(side, &event.room_id).map(|entry| entry.number);
-        let ended = match open {
-            Some(_) => None,
-            None => stored::last_ended_of(store, side, &event.room_id).await?,
-        };
-        let status = match (&image, &source, &refusal, waiting_since) {
-            (Some(ImageRow { pending: true, .. }), ..) => "pending",
-            (Some(_), ..) => "crossed",
-            (None, Some(_), ..) => "image",
-            (None, None, _, Some(_)) => "waiting",
-            (None, None, Some(_), None) => "refused",
-            // With the portal its mappings are forgotten.
-            (None, None, None, None) if ended.is_some() => "unknown",
-            (None, None, None, None) if may_be_forgotten(core, open, &event).await? => "unknown",
-            (None, None, None, None) => "local",
-        };
-        let note = image.as_ref().and_then(|row| row.note.clone());
-        return Ok(Some(Explanation {
-            event_id: event.event_id,
-            side: side.as_str(),
-            portal_id: open.or(ended).map(|number| format!("p{number}")),
-            room_id: event.room_id,
-            sender: event.sender,
-            kind: event.kind,
-            status,
-            across: image.map(|row| row.image).or(source.map(|row| row.source)),
-            note,
-            refusal: refusal.map(Refused::from),
-            waiting_since,
-        }));
-    }
-    Ok(None)
-}
-
-/// Whether an event of which nothing is known may have been refused, and the record of that removed.
-async fn may_be_forgotten(core: &Core, portal: Option<i64>, event: &Event) -> Result<bool, Refusal> {
-    // What the gateway's own users say was never refused here.
-    let own = event.sender.server_name() == core.context.server_name;
-    let Some(portal) = portal.filter(|_| !own) else { return Ok(false) };
-    let gone_until = images::refusals_gone_until(&core.context.store, portal).await?;
-    Ok(gone_until.is_some_and(|until| event.origin_server_ts <= until))
 }
 
 impl From<RefusalRow> for Refused {

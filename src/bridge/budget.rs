@@ -199,6 +199,8 @@ mod tests {
             ghosts_per_hour: 0,
             backlog: 0,
             portals_per_hour: 0,
+            open_invites_per_user: 0,
+            open_invites_per_server: 0,
             edus_per_second: 0,
         }
     }

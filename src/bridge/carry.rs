@@ -31,6 +31,8 @@ pub(super) struct Case<'a> {
     /// Whether the bot invites into the room across whom its own room has let in. Else that room decides for itself, and what its
     /// state says beyond what crosses is left alone.
     pub(super) lets_in: bool,
+    /// Whether the bot is in the room across.
+    pub(super) bot_is_there: bool,
     /// Whether who joins the room across is asked about here.
     pub(super) asks: bool,
     /// Who those are in the room across to whom it gives power, where what crosses changes that.
@@ -266,7 +268,11 @@ fn removed(membership: &str, by: &UserId, user: &UserId) -> bool {
 
 /// The bot's invite for a ghost that could not join without one.
 pub(super) fn invited_first(case: &Case<'_>, ghost: &UserId) -> Vec<Before> {
-    if !case.lets_in || is_public(case.far) || matches!(case.membership_there(ghost), "invite" | "join") {
+    if !case.lets_in
+        || !case.bot_is_there
+        || is_public(case.far)
+        || matches!(case.membership_there(ghost), "invite" | "join")
+    {
         return Vec::new();
     }
     let mut content = Object::new();

@@ -14,6 +14,7 @@ use super::ephemeral::Ephemeral;
 use super::gate::Joining;
 use super::notice::Notices;
 use super::pause::Pauses;
+use super::pending::Pending;
 use super::portal::{Portal, PortalState};
 use super::registry::{Entry, Registry};
 use super::repair::Repairs;
@@ -46,6 +47,7 @@ pub(super) struct Core {
     pub(super) budgets: Budgets,
     pub(super) pauses: Pauses,
     pub(super) ephemeral: Ephemeral,
+    pub(super) pending: Pending,
     pub(super) stop: CancellationToken,
     pub(super) tasks: TaskTracker,
     sides: OnceLock<Sides>,
@@ -69,6 +71,7 @@ impl Core {
             budgets: Budgets::default(),
             pauses: Pauses::default(),
             ephemeral: Ephemeral::default(),
+            pending: Pending::default(),
             acls: acl::acls(context.config.caches.rooms),
             context,
         }

@@ -13,12 +13,14 @@ use futures::future::{BoxFuture, Shared};
 use ruma::OwnedRoomId;
 
 use self::elsewhere::place_of;
-pub(super) use self::elsewhere::{portal_from_lm, portal_from_matrix, portal_of_invite, portal_of_lm_invite};
+pub(super) use self::elsewhere::{
+    may_be_elsewhere, portal_from_lm, portal_from_matrix, portal_of_ghost_invite, portal_of_invite, portal_of_lm_invite,
+};
 use super::core::Core;
-use super::portal::{NewPortal, Portal, PortalKind, Request};
+use super::portal::{NewPortal, Portal, PortalKind, PortalState, Request};
 use super::rooms;
 use super::space::{LookedAt, make_space, one_more_of};
-use super::{from_lm, from_matrix, repair};
+use super::{from_lm, from_matrix, pending, repair};
 use crate::config::EncryptionPolicy;
 use crate::event::{Family, RoomVersion};
 use crate::identity::Side;
@@ -192,6 +194,7 @@ async fn make(core: &Arc<Core>, row: PortalRow) -> Made {
     // In boxes, here and below: futures inside each other get too deep for the compiler.
     let making = AssertUnwindSafe(Box::pin(async {
         match row.kind.as_str() {
+            _ if Request::of(&row).ghosts_alone => pending::make(core, &mut row).await,
             "from_lm" => from_lm::make(core, &mut row).await,
             "from_matrix" => from_matrix::make(core, &mut row).await,
             "shared" => make_shared(core, &mut row).await,
@@ -292,16 +295,15 @@ pub(super) async fn save(core: &Core, row: &mut PortalRow, change: impl FnOnce(&
 }
 
 async fn activate(core: &Arc<Core>, row: PortalRow) -> Result<Arc<Portal>, Refusal> {
-    let aliases: Vec<String> = row
-        .alias
-        .clone()
-        .into_iter()
-        .chain(row.lm_room_id.as_deref().filter(|_| row.kind == "from_lm").and_then(super::alias::of_room))
-        .collect();
-    let row = PortalRow { state: "active".to_owned(), ..row };
+    let is_pending = Request::of(&row).ghosts_alone;
+    // Where nobody has come in yet nobody is led.
+    let by_room = row.lm_room_id.as_deref().filter(|_| row.kind == "from_lm" && !is_pending);
+    let aliases: Vec<String> = row.alias.clone().into_iter().chain(by_room.and_then(super::alias::of_room)).collect();
+    let state = if is_pending { PortalState::Pending } else { PortalState::Active };
+    let row = PortalRow { state: state.as_str().to_owned(), ..row };
     let portal = Portal::from_row(&row, &core.context.server_name)?
         .ok_or_else(|| Refusal::Internal("a room of the portal is missing".to_owned()))?;
-    let (stored, listed) = (row.clone(), portal.may_be_listed());
+    let (stored, listed) = (row.clone(), portal.may_be_listed() && !is_pending);
     let write = core.context.store.write(move |tx| {
         Box::pin(async move {
             portals::update(tx, &stored).await?;
@@ -323,7 +325,7 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Result<Arc<Portal>, Refus
     for alias in &aliases {
         core.registry.set_alias(alias, row.number);
     }
-    if !entry.portal().is_one_room() {
+    if !entry.portal().is_one_room() && !is_pending {
         for side in [Side::Matrix, Side::Lm] {
             core.call_entry(&entry, side);
         }
@@ -383,6 +385,7 @@ fn request(core: &Core, new: &NewPortal) -> Result<Request, Refusal> {
         lm_room_version: version(new.lm_room_version, Family::Log)?,
         via: Vec::new(),
         invited: false,
+        ghosts_alone: false,
     })
 }
 

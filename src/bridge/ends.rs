@@ -11,12 +11,12 @@ use ruma::{OwnedRoomId, OwnedServerName, RoomId, UserId};
 use super::acl::{self, SERVER_ACL};
 use super::carry::ENCRYPTION;
 use super::core::Core;
-use super::notice::{say, text};
+use super::notice::{say, speaker, text};
 use super::portal::{Cause, Portal, PortalKind, PortalState};
 use super::registry::Entry;
 use super::side::{Event, MEMBER, State};
 use super::users::Who;
-use super::{create, from_matrix, repair};
+use super::{create, from_matrix, pending, repair};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -115,6 +115,7 @@ pub(super) fn at_start(core: &Arc<Core>) {
 /// Does what is due by now.
 pub(super) async fn due(core: &Arc<Core>) -> Result<(), Refusal> {
     let store = &core.context.store;
+    pending::due(core).await?;
     for number in portals::to_be_left(store, core.now_ms()).await? {
         if let Some(entry) = core.registry.get(number) {
             let portal = entry.portal();
@@ -143,6 +144,8 @@ pub(super) async fn due(core: &Arc<Core>) -> Result<(), Refusal> {
         match core.registry.get(number) {
             // A task is at it.
             Some(entry) if entry.portal().state == PortalState::Ending => {}
+            // By its invites it is known how long it stays.
+            Some(entry) if entry.portal().state == PortalState::Pending => seen(core, number).await?,
             Some(entry) if entry.portal().state != PortalState::Ended && !was_used(core, &entry.portal()).await? => {
                 ended(&entry, end(core, &entry, "nobody has used it").await);
             }
@@ -157,7 +160,8 @@ pub(super) fn may_end(portal: &Portal, side: Side, event: &Event, bot: &UserId) 
     let is_out = |user: &UserId, membership: &str| {
         let empties =
             portal.kind == PortalKind::FromMatrix && side == Side::Matrix && user.server_name() != bot.server_name();
-        (*user == *bot && membership != "join") || (empties && matches!(membership, "leave" | "ban"))
+        let is_last = portal.has_ghosts_alone(side) && user.server_name() == bot.server_name();
+        ((*user == *bot || is_last) && membership != "join") || (empties && matches!(membership, "leave" | "ban"))
     };
     event.membership().is_some_and(|(user, membership)| is_out(&user, membership))
         || (event.state_key.as_deref() == Some("")
@@ -201,7 +205,15 @@ pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool
     let keys = [&keys[..], &[(MEMBER.to_owned(), bot.to_string())]].concat();
     for side in [Side::Matrix, Side::Lm] {
         let state = core.sides()?.rooms(side).pick(portal.room(side), &keys).await?;
-        if state.membership(bot) != "join" {
+        if portal.has_ghosts_alone(side) {
+            if speaker(core, &portal, side).await?.is_none() {
+                let whose = if side == Side::Matrix { "LM" } else { "Matrix" };
+                let reason = format!("nobody of {whose} is in {} any more", portal.room(side));
+                let (core, entry) = (core.clone(), entry.clone());
+                core.clone().spawn(async move { ended(&entry, end(&core, &entry, &reason).await) });
+                return Ok(true);
+            }
+        } else if state.membership(bot) != "join" {
             let reason = match state.member(bot) {
                 Some(out) if out.sender != bot => bot_is_out(out.sender, out.membership(), bot),
                 _ => format!("{bot} is not in {} any more", portal.room(side)),
@@ -224,7 +236,8 @@ pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool
             core.clone().spawn(async move { ended(&entry, end(&core, &entry, &reason).await) });
             return Ok(true);
         }
-        let tombstone = state.get(TOMBSTONE, "").filter(|_| replaced_by_others(&portal) == Some(side));
+        // The gateway's own rooms are replaced by nobody else.
+        let tombstone = state.get(TOMBSTONE, "").filter(|_| portal.elsewhere() == Some(side));
         if let Some(tombstone) = tombstone {
             let replacement = tombstone.content.get("replacement_room").and_then(|room| room.as_str());
             let replacement = replacement.and_then(|room| RoomId::parse(room).ok());
@@ -247,15 +260,6 @@ pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool
             .await?;
     }
     Ok(false)
-}
-
-/// The side whose room others replace; the gateway's own rooms are replaced by nobody else.
-fn replaced_by_others(portal: &Portal) -> Option<Side> {
-    match portal.kind {
-        PortalKind::FromLm => Some(Side::Lm),
-        PortalKind::FromMatrix => Some(Side::Matrix),
-        PortalKind::Created | PortalKind::Shared => None,
-    }
 }
 
 /// Whether nobody but the gateway's users is in the Matrix room.
@@ -284,7 +288,7 @@ async fn replace(
     mut via: Vec<OwnedServerName>,
 ) -> Result<(), Refusal> {
     let portal = entry.portal();
-    let Some(side) = replaced_by_others(&portal) else { return Ok(()) };
+    let Some(side) = portal.elsewhere() else { return Ok(()) };
     let what = match side {
         Side::Lm => "the LM room",
         Side::Matrix => "the Matrix room",
@@ -378,6 +382,7 @@ async fn finish(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<(), Refusal> {
         return Ok(());
     }
     let reason = portal.reason.as_deref().unwrap_or("it was asked for");
+    pending::close(core, &portal).await?;
     for side in portal.sides().iter().copied() {
         if is_in(core, &portal, side).await? {
             let body = match portal.is_one_room() {
@@ -429,23 +434,30 @@ async fn write_down(core: &Core, entry: &Entry, portal: &Portal) -> Result<(), R
 }
 
 async fn is_in(core: &Core, portal: &Portal, side: Side) -> Result<bool, Refusal> {
-    let bot = (MEMBER.to_owned(), core.users.bot().to_string());
-    let state = core.sides()?.rooms(side).pick(portal.room(side), &[bot]).await?;
-    Ok(state.membership(core.users.bot()) == "join")
+    Ok(speaker(core, portal, side).await?.is_some())
 }
 
 /// Has the ghosts of a side leave its room; and with `bot` the bot after them, when it has taken back its invites.
 async fn leave(core: &Arc<Core>, portal: &Portal, side: Side, bot: bool) -> Result<(), Refusal> {
     let rooms = core.sides()?.rooms(side);
     let room_id = portal.room(side);
-    let state = rooms.state(room_id).await?;
+    let state = match rooms.state(room_id).await {
+        // Ghosts were invited there, and nobody came.
+        Err(Refusal::UnknownRoom(_)) if portal.has_ghosts_alone(side) => return Ok(()),
+        state => state?,
+    };
     let mut drafts = Vec::new();
     for user in ghosts(core, side, &state).await? {
         drafts.push(core.member(&user, &user, "leave"));
     }
     let own = core.users.bot();
     if bot && state.membership(own) == "join" {
-        let invited = state.members().into_iter().filter(|entry| entry.membership() == "invite" && entry.sender == own);
+        // Of a room that is the gateway's own nobody else takes back what ghosts have offered.
+        let is_own = |sender: &UserId| {
+            sender == own || (portal.elsewhere() != Some(side) && *sender.server_name() == core.context.server_name)
+        };
+        let invited =
+            state.members().into_iter().filter(|entry| entry.membership() == "invite" && is_own(entry.sender));
         for entry in invited {
             let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
             if user.server_name() != core.context.server_name {

@@ -130,7 +130,7 @@ async fn join(core: &Core, room_id: &OwnedRoomId, request: &Request) -> Result<S
 }
 
 /// An LM room says in its first event how it is encrypted; one that Matrix servers share, also later and as they do.
-fn refuse_encrypted(core: &Core, state: &State, is_shared: bool) -> Result<(), Refusal> {
+pub(super) fn refuse_encrypted(core: &Core, state: &State, is_shared: bool) -> Result<(), Refusal> {
     let EncryptionPolicy::Refuse = core.context.config.portals.encryption;
     if let Some(encryption) = state.content(ENCRYPTION).filter(|_| is_shared) {
         return Err(Refusal::Encryption(encrypted(encryption)));

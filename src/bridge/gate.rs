@@ -9,12 +9,12 @@ use ruma::{OwnedRoomId, OwnedUserId, UserId};
 
 use super::carry::{is_public, stranger};
 use super::core::Core;
-use super::portal::Portal;
+use super::portal::{Portal, PortalState};
 use super::registry::Entry;
 use super::side::{Event, MEMBER, State};
 use super::translate::member_content;
 use super::users::Who;
-use super::{access, acl, loops, repair};
+use super::{access, acl, loops, pending, repair};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::lm::Appended;
@@ -40,6 +40,9 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
         return Ok(());
     }
     let portal = entry.portal();
+    if portal.state == PortalState::Pending {
+        return pending::gate(core, &entry, handshake).await;
+    }
     if !portal.state.carries() {
         let reason = portal.reason.as_deref().unwrap_or("no reason is recorded");
         return Err(Refusal::Forbidden(format!("the portal of this room is {}: {reason}", portal.state.as_str())));
@@ -284,7 +287,9 @@ async fn join_at_hub(core: &Arc<Core>, entry: &Arc<Entry>, ghost: &UserId, conte
         return Ok(());
     }
     let spared = Spared::new(core, portal.lm_room_id.clone(), ghost.to_owned());
-    if needs_invite(&state, ghost) || (leaves && !is_public(&state)) {
+    // Who is not let in by the bot needs somebody's invite, or the hub refuses the join.
+    let lets_in = !portal.ghosts_alone || state.membership(core.users.bot()) == "join";
+    if lets_in && (needs_invite(&state, ghost) || (leaves && !is_public(&state))) {
         let draft = core.member(core.users.bot(), ghost, "invite");
         core.send(&portal, Side::Lm, draft).await?;
     }
@@ -358,7 +363,7 @@ pub(super) fn is_stray(core: &Core, portal: &Portal, event: &Event) -> bool {
 
 /// Looks a while later whether the join or knock for which the ghost has done the same has come; repair makes the ghost leave if a
 /// join has not.
-fn look_back(core: &Arc<Core>, entry: &Arc<Entry>, spared: Spared) {
+pub(super) fn look_back(core: &Arc<Core>, entry: &Arc<Entry>, spared: Spared) {
     let (inner, entry) = (core.clone(), entry.clone());
     core.spawn(async move {
         tokio::time::sleep(LOOK_BACK).await;
@@ -371,13 +376,13 @@ fn look_back(core: &Arc<Core>, entry: &Arc<Entry>, spared: Spared) {
 pub(super) type Joining = HashMap<(OwnedRoomId, OwnedUserId), usize>;
 
 /// Keeps repair from a ghost as long as it lives.
-struct Spared {
+pub(super) struct Spared {
     core: Arc<Core>,
     key: (OwnedRoomId, OwnedUserId),
 }
 
 impl Spared {
-    fn new(core: &Arc<Core>, room_id: OwnedRoomId, ghost: OwnedUserId) -> Self {
+    pub(super) fn new(core: &Arc<Core>, room_id: OwnedRoomId, ghost: OwnedUserId) -> Self {
         let key = (room_id, ghost);
         spare(&mut core.joining.lock().unwrap_or_else(PoisonError::into_inner), &key);
         Self { core: core.clone(), key }

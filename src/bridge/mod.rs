@@ -4,7 +4,8 @@
 //! An accepted event waits in `inbox`, is put in order by `linearize`, `carry` (with `member` and `translate`, all pure)
 //! says what becomes of it, and `worker` does that with the writes of `effect`. `gate` asks the other side before anybody
 //! joins; `plan` and `repair` bring the two states in step again; `create` makes portals, as far as there is `space`
-//! (`from_lm` and `from_matrix`, with `populate` and `history`, of rooms that exist already), and `ends` ends them. Typing, receipts and presence go by `ephemeral`, with nothing stored.
+//! (`from_lm` and `from_matrix`, with `populate` and `history`, of rooms that exist already; `pending` those of rooms into which ghosts
+//! are invited), and `ends` ends them. Typing, receipts and presence go by `ephemeral`, with nothing stored.
 
 mod access;
 mod acl;
@@ -18,6 +19,7 @@ mod decline;
 mod effect;
 mod ends;
 mod ephemeral;
+mod explain;
 mod from_lm;
 mod from_matrix;
 mod gate;
@@ -32,6 +34,7 @@ mod member;
 mod notice;
 mod one_room;
 mod pause;
+mod pending;
 mod plan;
 mod populate;
 mod portal;
@@ -52,11 +55,13 @@ use std::sync::Arc;
 
 use ruma::{EventId, OwnedEventId, OwnedServerName, OwnedUserId, UserId};
 
-pub use self::admin::{Explanation, Health, HubFault, HubFaults, Members, Refused, Uncorrected, Waiting};
+pub use self::admin::{Health, HubFault, HubFaults, Members, OpenInvite, Refused, Uncorrected, Waiting};
 pub use self::alias::{lm_alias, of_alias};
 use self::core::Core;
 pub use self::ends::{GHOSTS_STAY_MS, UNUSED_MS};
+pub use self::explain::Explanation;
 pub use self::listed::Listed;
+pub use self::pending::PENDING_MS;
 pub use self::portal::{Cause, NewPortal, Portal, PortalKind, PortalState};
 use self::seat::Seat;
 use self::side::Sides;
@@ -117,6 +122,7 @@ impl Bridge {
         for (localpart, number) in portals::aliases(&core.context.store).await? {
             core.registry.set_alias(&localpart, number);
         }
+        pending::load(core).await?;
         core.set_sides(Sides { lm, dag });
         Ok(Loaded { making })
     }
@@ -129,6 +135,7 @@ impl Bridge {
         }
         repair::at_start(core);
         create::resume(core, loaded.making);
+        pending::at_start(core);
         ends::at_start(core);
         core.spawn(ephemeral::run(core.clone()));
         Ok(())
@@ -264,7 +271,7 @@ impl Bridge {
 
     /// Where an event is on both sides, and why not; none when it is on neither.
     pub async fn explain(&self, event_id: &EventId) -> Result<Option<Explanation>, Refusal> {
-        admin::explain(&self.core, event_id).await
+        explain::explain(&self.core, event_id).await
     }
 
     /// Compares the two states of a portal and sends what brings them together. Returns how many repairs were sent.
@@ -276,7 +283,7 @@ impl Bridge {
     /// How many repairs it would take now: none when the two states are in step (INV-4), or will not be any more.
     pub async fn out_of_step(&self, portal_id: &str) -> Result<usize, Refusal> {
         match admin::known(&self.core, portal_id).await? {
-            portal if portal.state == PortalState::Ended => Ok(0),
+            portal if matches!(portal.state, PortalState::Ended | PortalState::Pending) => Ok(0),
             portal if portal.is_one_room() => one_room::out_of_step(&self.core, &portal).await,
             portal => Ok(repair::fixes(&self.core, &portal).await?.len()),
         }

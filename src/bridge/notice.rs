@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ruma::OwnedUserId;
+use ruma::{OwnedUserId, UserId};
 use serde_json::json;
 
 use super::core::Core;
@@ -163,14 +163,45 @@ pub(super) fn text(msgtype: &str, body: &str) -> Object {
     content
 }
 
-/// The bot says something in one room of a portal.
+/// The bot says something in one room of a portal; where ghosts alone are, one of them does, in the gateway's name.
 pub(super) async fn say(
     core: &Core,
     portal: &Portal,
     side: Side,
-    content: Object,
+    mut content: Object,
 ) -> Result<ruma::OwnedEventId, Refusal> {
-    core.send(portal, side, core.draft(core.users.bot(), "m.room.message", None, content)).await
+    let bot = core.users.bot();
+    let speaker = match portal.has_ghosts_alone(side) {
+        false => bot.clone(),
+        true => {
+            let nobody = || Refusal::Forbidden(format!("nobody of the gateway is in {}", portal.room(side)));
+            speaker(core, portal, side).await?.ok_or_else(nobody)?
+        }
+    };
+    if speaker != *bot
+        && let Some(body) = content.get("body").and_then(|body| body.as_str())
+    {
+        let body = format!("[{}] {body}", core.context.server_name);
+        content.insert("body".to_owned(), body.into());
+    }
+    core.send(portal, side, core.draft(&speaker, "m.room.message", None, content)).await
+}
+
+/// Who speaks for the gateway in one room of a portal: the bot, or a ghost where ghosts may be alone; none when nobody is there.
+pub(super) async fn speaker(core: &Core, portal: &Portal, side: Side) -> Result<Option<OwnedUserId>, Refusal> {
+    let (rooms, room_id, bot) = (core.sides()?.rooms(side), portal.room(side), core.users.bot());
+    let own = [(MEMBER.to_owned(), bot.to_string())];
+    // A room that ghosts were only invited into is not known here.
+    match rooms.pick(room_id, &own).await {
+        Ok(state) if state.membership(bot) == "join" => return Ok(Some(bot.clone())),
+        Ok(_) if portal.has_ghosts_alone(side) => {}
+        Ok(_) | Err(Refusal::UnknownRoom(_)) => return Ok(None),
+        Err(refusal) => return Err(refusal),
+    }
+    let state = rooms.state(room_id).await?;
+    let joined = state.members().into_iter().filter(|entry| entry.membership() == "join");
+    let mut own = joined.filter_map(|entry| <&UserId>::try_from(entry.state_key).ok());
+    Ok(own.find(|user| *user.server_name() == core.context.server_name).map(ToOwned::to_owned))
 }
 
 #[cfg(test)]

@@ -20,6 +20,8 @@ pub(super) struct Plan<'a> {
     pub(super) authority: Side,
     /// Whether the room that leads is one that the gateway made, in which it says who may be.
     pub(super) owns_leading: bool,
+    /// Whether the bot lets ghosts into that room by inviting them.
+    pub(super) lets_in: bool,
     pub(super) leading: &'a State,
     pub(super) following: &'a State,
     pub(super) leading_users: &'a Known,
@@ -214,8 +216,7 @@ impl Plan<'_> {
     /// A ghost's join on `side`, as the image of `source`, a join across.
     fn join(&self, side: Side, source: &Entry<'_>, ghost: &UserId, mut before: Vec<Draft>) -> Fix {
         let state = if side == self.authority { self.leading } else { self.following };
-        let lets_in = side != self.authority || self.owns_leading || self.authority == Side::Lm;
-        if lets_in && !is_public(state) && state.membership(ghost) != "invite" {
+        if (side != self.authority || self.lets_in) && !is_public(state) && state.membership(ghost) != "invite" {
             before.push(self.member(self.bot, ghost, "invite"));
         }
         let content = member_content(source.content, "join", self.media(side));

@@ -47,7 +47,10 @@ pub(super) async fn join_ghosts(
     for entry in state.members() {
         let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
         let Some(Who::Native { ghost }) = known.get(user) else { continue };
-        if entry.membership() != "join" || there.membership(ghost) == "join" {
+        let content = member_content(entry.content, "join", core.media(home.other()));
+        let is_there = there.membership(ghost) == "join";
+        let is_same = || there.member(ghost).is_some_and(|there| carry::same(there.content, &content));
+        if entry.membership() != "join" || (is_there && is_same()) {
             continue;
         }
         let server = user.server_name();
@@ -56,16 +59,17 @@ pub(super) async fn join_ghosts(
         {
             continue;
         }
-        if core.budgets.ghost(&core.context.config.budgets, portal.number(), server, core.now_ms(), false).is_err() {
+        if !is_there
+            && core.budgets.ghost(&core.context.config.budgets, portal.number(), server, core.now_ms(), false).is_err()
+        {
             // Who is left out comes by repair, as the budget allows.
             continue;
         }
-        if !public && there.membership(ghost) != "invite" {
+        if !public && !matches!(there.membership(ghost), "invite" | "join") {
             let draft = core.member(core.users.bot(), ghost, "invite");
             outgoing.push(Outgoing { draft, effect: None });
         }
         let effect = effect::joined(core, portal, home, entry.event_id.to_owned()).await?;
-        let content = member_content(entry.content, "join", core.media(home.other()));
         let draft = core.draft(ghost, MEMBER, Some(ghost.as_str()), content);
         outgoing.push(Outgoing { draft, effect });
         done += 1;

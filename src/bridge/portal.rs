@@ -42,6 +42,8 @@ impl PortalKind {
 /// How a portal is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PortalState {
+    /// A ghost is invited into a room that the gateway is not in, and its user into the room across: nobody has come in yet.
+    Pending,
     /// Events cross.
     Active,
     /// Events cross, but the two states cannot be brought together.
@@ -58,6 +60,7 @@ impl PortalState {
     /// As in the store and the admin API.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Pending => "pending",
             Self::Active => "active",
             Self::Degraded => "degraded",
             Self::Suspended => "suspended",
@@ -68,8 +71,8 @@ impl PortalState {
 
     /// The state that is written like this.
     pub fn parse(text: &str) -> Option<Self> {
-        let mut all = [Self::Active, Self::Degraded, Self::Suspended, Self::Ending, Self::Ended].into_iter();
-        all.find(|state| state.as_str() == text)
+        let all = [Self::Pending, Self::Active, Self::Degraded, Self::Suspended, Self::Ending, Self::Ended];
+        all.into_iter().find(|state| state.as_str() == text)
     }
 
     /// Whether events cross.
@@ -79,7 +82,7 @@ impl PortalState {
 
     /// Whether one that nobody uses may be ended for another.
     pub(super) fn may_give_way(self) -> bool {
-        self.carries() || self == Self::Suspended
+        self.carries() || matches!(self, Self::Suspended | Self::Pending)
     }
 }
 
@@ -102,9 +105,25 @@ pub struct Portal {
     pub alias: Option<String>,
     /// Why it is not active.
     pub reason: Option<String>,
+    /// Whether the gateway came into the room that lives elsewhere by an invite of a ghost, so that its bot need not be there.
+    pub ghosts_alone: bool,
 }
 
 impl Portal {
+    /// The side whose room others have made.
+    pub fn elsewhere(&self) -> Option<Side> {
+        match self.kind {
+            PortalKind::FromLm => Some(Side::Lm),
+            PortalKind::FromMatrix => Some(Side::Matrix),
+            PortalKind::Created | PortalKind::Shared => None,
+        }
+    }
+
+    /// Whether ghosts may be in its room on a side without the bot.
+    pub(super) fn has_ghosts_alone(&self, side: Side) -> bool {
+        self.ghosts_alone && self.elsewhere() == Some(side)
+    }
+
     /// Whether both sides are the same room.
     pub fn is_one_room(&self) -> bool {
         self.kind == PortalKind::Shared
@@ -171,6 +190,7 @@ impl Portal {
             lm_hub: row.lm_hub.clone(),
             alias: row.alias.clone().or(by_room).map(|localpart| format!("#{localpart}:{server_name}")),
             reason: row.reason.clone(),
+            ghosts_alone: Request::of(row).ghosts_alone,
         }))
     }
 }
@@ -207,6 +227,16 @@ pub(super) struct Request {
     /// Whether the bot was invited, of which the room may hear a moment later.
     #[serde(default)]
     pub(super) invited: bool,
+    /// Whether a ghost was invited, and not the bot: the portal is pending until the ghost's user comes.
+    #[serde(default)]
+    pub(super) ghosts_alone: bool,
+}
+
+impl Request {
+    /// What was asked for with a portal.
+    pub(super) fn of(row: &PortalRow) -> Self {
+        serde_json::from_slice(&row.request).unwrap_or_default()
+    }
 }
 
 /// Who has a portal made.
@@ -220,6 +250,8 @@ pub enum Cause {
     Invite(OwnedUserId),
     /// A Matrix user who invites it.
     MatrixInvite(OwnedUserId),
+    /// A user of either side who invites a ghost.
+    GhostInvite(OwnedUserId),
     /// An admin.
     Admin,
 }

@@ -22,6 +22,8 @@ pub(super) struct Entry {
     pub(super) from_lm: Direction,
     /// Whether a task tries again and again to end it.
     pub(super) is_ending: AtomicBool,
+    /// Held while somebody comes into a room that nobody is in yet.
+    pub(super) opening: tokio::sync::Mutex<()>,
 }
 
 impl Entry {
@@ -107,7 +109,11 @@ impl Registry {
     /// Whether what is accepted in a room waits for the bridge.
     pub(super) fn watches(&self, side: Side, room_id: &RoomId) -> bool {
         match self.rooms.load().get(&(side, room_id.to_owned())) {
-            Some(Watch::Portal(entry)) => entry.portal.load().state.carries(),
+            Some(Watch::Portal(entry)) => {
+                let state = entry.portal.load().state;
+                // What comes between a ghost's join and its user's is kept.
+                state.carries() || state == PortalState::Pending
+            }
             Some(Watch::Making) => true,
             None => false,
         }
@@ -179,6 +185,7 @@ impl Registry {
             None => {
                 let entry = Arc::new(Entry {
                     is_ending: AtomicBool::default(),
+                    opening: tokio::sync::Mutex::default(),
                     number,
                     portal: ArcSwap::from_pointee(portal),
                     from_matrix: Direction::default(),
@@ -240,6 +247,7 @@ mod tests {
             lm_hub: server_name!("g").to_owned(),
             alias: None,
             reason: None,
+            ghosts_alone: false,
         }
     }
 

@@ -284,6 +284,8 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
     let fixes = plan::plan(&Plan {
         authority,
         owns_leading: portal.kind == PortalKind::Created,
+        lets_in: portal.lets_in(authority)
+            && (!portal.has_ghosts_alone(authority) || leading.membership(core.users.bot()) == "join"),
         leading: &leading,
         following: &following,
         leading_users: &leading_users,

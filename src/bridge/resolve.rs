@@ -129,10 +129,12 @@ pub(super) async fn portal(core: &Arc<Core>, localpart: &str, cause: &Cause) -> 
     };
     match core.registry.of_room(Side::Lm, &room_id) {
         // What a hub says of a name holds as long as it says so: a row for each name would be for it to fill the store with.
-        Some(entry) if !matches!(entry.portal().state, PortalState::Ending | PortalState::Ended) => {
+        Some(entry)
+            if !matches!(entry.portal().state, PortalState::Pending | PortalState::Ending | PortalState::Ended) =>
+        {
             return Ok(entry.portal());
         }
-        Some(_) => {}
+        Some(_) => may_create.clone()?,
         None => {
             may_create.clone()?;
             space::room_for_one_more(core).await?;

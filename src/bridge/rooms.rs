@@ -117,6 +117,58 @@ pub(super) fn lm_of_matrix(core: &Core, state: &State, users: &Known) -> lm::New
     lm::NewRoom { creator: bot.clone(), version: RoomVersion::Lm02, initial_state: mapped.collect() }
 }
 
+/// The LM room of a pending portal, hubbed here: what is shown of the Matrix room, and nobody in it yet but the bot.
+pub(super) fn provisional_log(core: &Core, shown: &[(String, Object)], inviter: &UserId) -> lm::NewRoom {
+    let bot = core.users.bot();
+    let initial_state = provisional(core, Side::Lm, shown, inviter, Some((bot, BOT_LEVEL)));
+    lm::NewRoom { creator: bot.clone(), version: RoomVersion::Lm02, initial_state }
+}
+
+/// The Matrix room of a pending portal. Clients leave the bot out of what they call a room without a name (MSC4171).
+pub(super) fn provisional_graph(
+    core: &Core,
+    shown: &[(String, Object)],
+    inviter: &UserId,
+) -> Result<dag::NewRoom, Refusal> {
+    let (version, bot) = (matrix_version(core, &Request::default())?, core.users.bot());
+    let mut initial_state = provisional(core, Side::Matrix, shown, inviter, bot_in_graph(core, version));
+    initial_state.push(draft(core, "io.element.functional_members", json!({ "service_members": [bot] })));
+    Ok(dag::NewRoom { creator: bot.clone(), version, initial_state })
+}
+
+fn provisional(
+    core: &Core,
+    to: Side,
+    shown: &[(String, Object)],
+    inviter: &UserId,
+    bot: Option<(&UserId, i64)>,
+) -> Vec<Draft> {
+    let mut levels = levels(to, bot);
+    // Who invites may take that back.
+    let users = levels.entry("users").or_insert_with(|| json!({}));
+    if let Some(users) = users.as_object_mut() {
+        users.insert(inviter.to_string(), json!(50));
+    }
+    let rules = StateRules {
+        creator: None,
+        across: &|_| None,
+        to,
+        bot: None,
+        sovereigns: &[],
+        limit: USER_LIMIT,
+        asks: false,
+        media: Some(core.media(to)),
+    };
+    let shown = shown.iter().filter(|(kind, _)| kind != POWER_LEVELS && MAPPED_STATE.contains(&kind.as_str()));
+    let shown = shown.filter_map(|(kind, content)| Some((kind.as_str(), state_content(kind, Some(content), &rules)?)));
+    let fixed = [
+        (POWER_LEVELS, levels),
+        ("m.room.join_rules", Object::from_iter([("join_rule".to_owned(), json!("invite"))])),
+        ("m.room.history_visibility", Object::from_iter([("history_visibility".to_owned(), json!("shared"))])),
+    ];
+    fixed.into_iter().chain(shown).map(|(kind, content)| draft(core, kind, Value::Object(content))).collect()
+}
+
 /// The version of a Matrix room that is to be made.
 fn matrix_version(core: &Core, request: &Request) -> Result<RoomVersion, Refusal> {
     let wanted = request.matrix_room_version.as_ref().unwrap_or(&core.context.config.portals.matrix_room_version);

@@ -8,14 +8,16 @@ use ruma::{OwnedEventId, RoomId, ServerName, UserId};
 
 use super::core::Core;
 use super::decline::decline;
+use super::notice::speaker;
 use super::portal::{Cause, Portal, PortalKind, PortalState};
+use super::registry::Entry;
 use super::side::Event;
 use super::users::Who;
-use super::{access, create, effect, ends, gate, repair, resolve, space};
+use super::{access, create, effect, ends, from_matrix, gate, pending, repair, resolve, space};
 use crate::event::Edu;
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::seam::{AliasTarget, Between, EventEffect, Handshake, Invite, Profile};
+use crate::seam::{AliasTarget, Between, EventEffect, Handshake, Invite, Profile, Uninvited};
 use crate::store::{images, portals};
 
 /// How long after an invite into a Matrix room the bot follows it.
@@ -41,6 +43,9 @@ impl Between for Seat {
 
     fn accepted(&self, side: Side, room_id: &RoomId) {
         self.0.call(side, room_id);
+        if let Some(entry) = self.0.registry.of_room(side, room_id) {
+            pending::look_at(&self.0, &entry);
+        }
         self.0.ephemeral.look_at(&self.0, side, room_id);
     }
 
@@ -50,6 +55,14 @@ impl Between for Seat {
 
     async fn invited(&self, invite: Invite) -> Result<(), Refusal> {
         invited(&self.0, &invite).await
+    }
+
+    fn invited_into(&self, room_id: &RoomId) -> Option<Side> {
+        self.0.pending.side_of(room_id)
+    }
+
+    async fn uninvited(&self, ended: Uninvited) -> Result<(), Refusal> {
+        pending::uninvited(&self.0, &ended).await
     }
 
     async fn alias(
@@ -127,14 +140,11 @@ async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
     let policy = &core.context.config.access;
     match who {
         Who::Ghost { user } => match core.registry.of_room(invite.side, &invite.room_id) {
-            Some(_) => {
+            Some(entry) if is_carried(core, invite, &entry).await? => {
                 access::takes_part(policy, invite.side, invite.sender.server_name())?;
                 access::takes_part(policy, invite.side.other(), user.server_name())
             }
-            None => Err(Refusal::Forbidden(format!(
-                "{} is not connected with a room of {user}, and invites into such rooms are not supported yet",
-                invite.room_id
-            ))),
+            _ => pending::invited(core, invite, &user).await,
         },
         Who::Bot if invite.side == Side::Lm => {
             let encrypted = invite.stripped_state.iter().any(|event| {
@@ -169,6 +179,19 @@ async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
     }
 }
 
+/// Whether an invite comes by its room itself as well, and is carried over then; not where the gateway is not in the room.
+async fn is_carried(core: &Core, invite: &Invite, entry: &Entry) -> Result<bool, Refusal> {
+    let portal = entry.portal();
+    if portal.elsewhere() != Some(invite.side) {
+        return Ok(true);
+    }
+    Ok(match portal.state {
+        PortalState::Pending | PortalState::Ending | PortalState::Ended => false,
+        _ if portal.has_ghosts_alone(invite.side) => speaker(core, &portal, invite.side).await?.is_some(),
+        _ => true,
+    })
+}
+
 /// The bot is invited into a Matrix room: it makes a portal of it.
 async fn bot_invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
     let policy = &core.context.config.access;
@@ -200,12 +223,21 @@ async fn bot_invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
     core.spawn(async move {
         // The inviting server has its invite when it is signed. Who is in a public room before that makes it fail there.
         tokio::time::sleep(AFTER_INVITE).await;
-        let made = match making.registry.of_room(Side::Matrix, &room_id) {
-            // It was sent out, and is asked back.
-            Some(entry) if entry.portal().state == PortalState::Suspended => ends::resume(&making, &entry).await,
-            _ => create::portal_of_invite(&making, &room_id, &via, &cause).await,
+        let made = async {
+            match making.registry.of_room(Side::Matrix, &room_id) {
+                // It was sent out, and is asked back.
+                Some(entry) if entry.portal().state == PortalState::Suspended => ends::resume(&making, &entry).await,
+                // Ghosts alone were there, and now somebody wants the bot as well.
+                Some(entry) if entry.portal().state.carries() => {
+                    let dag = &making.sides()?.dag;
+                    dag.join(&room_id, &via, making.users.bot(), from_matrix::bot_content())
+                        .await
+                        .map(|_| entry.portal())
+                }
+                _ => create::portal_of_invite(&making, &room_id, &via, &cause).await,
+            }
         };
-        if let Err(refusal) = made {
+        if let Err(refusal) = made.await {
             tracing::warn!(room = %room_id, %refusal, "no portal was made of the room that the bot was invited to");
         }
     });

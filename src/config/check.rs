@@ -184,6 +184,7 @@ fn access(config: &Config) -> Result<(), Problem> {
     for (key, patterns) in [
         ("access.create_by_invite", &access.create_by_invite),
         ("access.create_by_matrix_invite", &access.create_by_matrix_invite),
+        ("access.create_by_ghost_invite", &access.create_by_ghost_invite),
     ] {
         if let Some(pattern) = patterns.iter().find(is_wrong) {
             let problem = format!(

@@ -95,6 +95,9 @@ server_name = "{server_name}"
 # The same for Matrix: servers whose users, and single users ("@alice:example.org") who, make a portal of their Matrix room, with
 # an LM room hubbed here, by inviting the bot to it.
 # create_by_matrix_invite = []
+# Who, of either side, makes a portal of their room by inviting users of the other side into it, as for a direct chat: servers, and
+# single users. It is made when the invited user accepts.
+# create_by_ghost_invite = ["*"]
 # Users who may ask the Synapse's bot for the portals and have it invite into them, and whose portals stay.
 # admins = []
 # How many portals there may be. Where there are as many, the oldest that nobody uses gives way, but no admin's.
@@ -138,6 +141,9 @@ server_name = "{server_name}"
 # backlog = 20000
 # Portals of one LM server's rooms that are made in an hour by naming aliases, or by inviting the gateway's bot.
 # portals_per_hour = 60
+# How many invites into rooms without a portal may wait for their answer, of one user and of all users of one server.
+# open_invites_per_user = 50
+# open_invites_per_server = 1000
 # What one server says a second besides events (typing, receipts, presence, messages for devices), in all rooms together; a server
 # that was quiet may say that of a minute at once. What is over is dropped.
 # edus_per_second = 100

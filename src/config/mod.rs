@@ -145,6 +145,8 @@ pub struct Access {
     pub create_by_invite: Vec<String>,
     /// The same for Matrix servers and users, who make a portal of a Matrix room.
     pub create_by_matrix_invite: Vec<String>,
+    /// Servers whose users, and users who, of either side, make a portal of their room by inviting users of the other side into it.
+    pub create_by_ghost_invite: Vec<String>,
     /// Who may ask the Synapse's bot for the portals and have it invite into them, and whose portals stay.
     pub admins: Vec<OwnedUserId>,
     /// How many portals there may be; where there are as many, the oldest that nobody uses gives way, but no admin's.
@@ -215,8 +217,13 @@ pub struct Budgets {
     pub ghosts_per_hour: u32,
     /// Events of a foreign hub that may wait in a portal; with more, the hub is told to wait.
     pub backlog: u32,
-    /// Portals of one LM server's rooms that are made in an hour by naming aliases, or by inviting the gateway's bot.
+    /// Portals that are made in an hour of one LM server's rooms by naming aliases, or because one server's users invite the gateway's bot or
+    /// a user of the other side.
     pub portals_per_hour: u32,
+    /// Invites of one user into rooms without a portal that nobody has answered yet.
+    pub open_invites_per_user: u32,
+    /// The same of all users of one server.
+    pub open_invites_per_server: u32,
     /// EDUs of one server a second, in all rooms together; what is over is dropped.
     pub edus_per_second: u32,
 }
@@ -315,6 +322,7 @@ impl Default for Access {
             create_by_alias: CreateByAlias::Appservice,
             create_by_invite: Vec::new(),
             create_by_matrix_invite: Vec::new(),
+            create_by_ghost_invite: vec!["*".to_owned()],
             admins: Vec::new(),
             max_portals: 10_000,
         }
@@ -346,6 +354,8 @@ impl Default for Budgets {
             ghosts_per_hour: 5_000,
             backlog: 20_000,
             portals_per_hour: 60,
+            open_invites_per_user: 50,
+            open_invites_per_server: 1_000,
             edus_per_second: 100,
         }
     }

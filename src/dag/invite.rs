@@ -18,8 +18,8 @@ use crate::event::{Family, Object, RoomVersion};
 use crate::federation::Call;
 use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::seam::{Invite, Outgoing};
-use crate::store::dag::{InviteRow, put_invite};
+use crate::seam::{Invite, Outgoing, Uninvited};
+use crate::store::dag::{InviteRow, invite as find_invite, put_invite};
 
 /// What an invited user's server is told of the room.
 /// <https://spec.matrix.org/v1.16/client-server-api/#stripped-state>
@@ -146,6 +146,7 @@ impl Dag {
             }
         }
         let pdu = event.into_pdu();
+        let content = serde_json::from_str(pdu.content.get()).unwrap_or_default();
         let stripped = match body.remove("invite_room_state") {
             Some(Value::Array(state)) => state,
             _ => Vec::new(),
@@ -158,6 +159,8 @@ impl Dag {
             event_id: event_id.to_owned(),
             sender: pdu.sender.clone(),
             target: target.clone(),
+            via: origin.to_owned(),
+            content,
             stripped_state: stripped.collect(),
         };
         self.shared.between.invited(invite).await?;
@@ -176,6 +179,40 @@ impl Dag {
             write.await?;
         }
         Ok(json!({ "event": signed }))
+    }
+}
+
+impl Dag {
+    /// An event of a room that the gateway is not in: perhaps somebody takes an invite of one of its users back. Nothing of the room's
+    /// state is known, so that is believed of those alone who could not but say so: it follows the invite that was signed here.
+    pub(super) async fn outside_event(&self, origin: &ServerName, object: Object) -> Result<(), Refusal> {
+        let context = &self.shared.context;
+        let text = |key: &str| object.get(key).and_then(Value::as_str);
+        let (room_id, target) = (text("room_id").unwrap_or_default(), text("state_key").unwrap_or_default());
+        let (Ok(room_id), Ok(target)) = (RoomId::parse(room_id), UserId::parse(target)) else { return Ok(()) };
+        if self.shared.between.invited_into(&room_id) != Some(Side::Matrix) {
+            return Ok(());
+        }
+        let invite = find_invite(&context.store, &room_id, &target).await?;
+        let Some(version) = invite.as_ref().and_then(|invite| RoomVersion::parse(&invite.version)) else {
+            return Ok(());
+        };
+        let invite: Object = invite.and_then(|invite| serde_json::from_slice(&invite.json).ok()).unwrap_or_default();
+        let invite = Unverified::from_object(invite, version)?;
+        let event = Unverified::from_object(object, version)?;
+        if event.pdu().kind != TimelineEventType::RoomMember
+            || !event.pdu().auth_events.contains(&invite.pdu().event_id)
+        {
+            return Ok(());
+        }
+        let event = self.shared.verify(event).await?;
+        let pdu = event.pdu();
+        let content: Object = serde_json::from_str(pdu.content.get()).unwrap_or_default();
+        let said = (&*room_id, &*pdu.sender, pdu.state_key.as_deref(), &content);
+        match Uninvited::of(Side::Matrix, origin, &context.server_name, said) {
+            Some(ended) => self.shared.between.uninvited(ended).await,
+            None => Ok(()),
+        }
     }
 }
 

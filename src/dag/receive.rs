@@ -67,7 +67,10 @@ impl Dag {
         let dropped = || Intake::Done(Received { event_id: None, result: Ok(()) });
         let Some(room_id) = object.get("room_id").and_then(Value::as_str) else { return Ok(dropped()) };
         let room_id = <&RoomId>::try_from(room_id).map_err(|_| Refusal::malformed("room_id", room_id))?;
-        let Some(room) = self.resident_soon(room_id).await? else { return Ok(dropped()) };
+        let Some(room) = self.resident_soon(room_id).await? else {
+            self.outside_event(origin, object).await?;
+            return Ok(dropped());
+        };
         if room.core().linear.contains(origin) {
             // It has nothing that could be asked for, and what it sends its hub finishes.
             let event_id = id_as_received(raw, room.version);

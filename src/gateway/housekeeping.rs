@@ -21,6 +21,7 @@ const LONGEST: Longest = Longest {
     appservice: appservice::LONGEST_PAUSE_MS,
     ghosts_leave: bridge::GHOSTS_STAY_MS,
     unused: bridge::UNUSED_MS,
+    invitations: bridge::PENDING_MS,
 };
 /// After how many days the keys of a server are forgotten with which no room is shared any more. What it signed and is in a
 /// room here was checked long ago; when it says something again its keys are fetched again.

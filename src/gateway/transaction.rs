@@ -265,7 +265,11 @@ async fn way_of(state: &Federation, pdu: &RawValue) -> Result<Way, Refusal> {
         Place::Shared if peek.auth_events.is_some() || peek.prev_events.is_some() => Side::Matrix,
         Place::Shared => Side::Lm,
     };
-    Ok(place_of(state, room_id).await?.map_or(Way::Nowhere, |place| Way::To(side(place))))
+    match place_of(state, room_id).await? {
+        Some(place) => Ok(Way::To(side(place))),
+        // Somebody may take an invite back.
+        None => Ok(state.between.invited_into(room_id).map_or(Way::Nowhere, Way::To)),
+    }
 }
 
 /// The ID by which the sender of what goes nowhere knows it, where that is not too long to be parsed.

@@ -213,13 +213,20 @@ impl Lm {
             // Events of rooms that the gateway is not in are dropped, but not those of a room that is being joined: nothing of
             // it is stored yet, so they are to be sent again (INV-6).
             Err(Refusal::UnknownRoom(_)) => {
-                return all(match self.joining().keep(origin, room_id, &objects) {
+                let count = objects.len();
+                let result = match self.joining().keep(origin, room_id, &objects) {
                     true => Err(Refusal::Internal(format!("{room_id} is being joined"))),
-                    false => Ok(()),
-                });
+                    false => self.outside_events(origin, room_id, objects).await,
+                };
+                return (0..count).map(|_| received(None, result.clone())).collect();
             }
             Err(refusal) => return all(Err(refusal)),
         };
+        if self.between().invited_into(room_id) == Some(Side::Lm)
+            && let Err(refusal) = self.outside_events(origin, room_id, objects.clone()).await
+        {
+            return all(Err(refusal));
+        }
         match self.role(&snapshot) {
             Role::Hub if snapshot.was_handed_over() => self.take_finished(origin, &cell, objects).await,
             Role::Hub => self.receive_lpdus(origin, &cell, &snapshot.facts, objects).await,

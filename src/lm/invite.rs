@@ -21,7 +21,7 @@ use crate::event::{Family, Object, Pdu, Redaction, RoomVersion, VerifiedLpdu, re
 use crate::federation::RemoteError;
 use crate::identity::{Side, Validity};
 use crate::refusal::Refusal;
-use crate::seam::{Draft, EventEffect, Invite, Outgoing, write_effects};
+use crate::seam::{Draft, EventEffect, Invite, Outgoing, Uninvited, write_effects};
 
 /// How often an invite is built anew because the log has moved, before appends wait for it.
 const TRIES: usize = 3;
@@ -376,6 +376,8 @@ impl Lm {
             event_id: pdu.event_id.clone(),
             sender: pdu.sender.clone(),
             target,
+            via: origin.to_owned(),
+            content: pdu.content().clone(),
             stripped_state,
         };
         self.between().invited(invite).await?;
@@ -387,6 +389,33 @@ impl Lm {
 /// Whether an event is a participant's, for the hub, and names this server as that.
 fn is_for_hub(event: &Object, own: &ServerName) -> bool {
     event.get("hub_server").and_then(Value::as_str) == Some(own.as_str()) && !event.contains_key("prev_events")
+}
+
+impl Lm {
+    /// Finished events of a room that the gateway is not in: perhaps somebody takes an invite of one of its users back. The room's hub
+    /// has signed it, if it is the server that asked for the invite, which is for the bridge to see.
+    pub(super) async fn outside_events(
+        &self,
+        origin: &ServerName,
+        room_id: &RoomId,
+        objects: Vec<Object>,
+    ) -> Result<(), Refusal> {
+        if self.between().invited_into(room_id) != Some(Side::Lm) {
+            return Ok(());
+        }
+        for finished in self.check_finished(objects, Redaction::Draft).await.into_iter().flatten() {
+            let pdu = &finished.pdu;
+            let hub = pdu.hub_server.as_deref().unwrap_or(pdu.sender.server_name());
+            if finished.redacted.is_some() || pdu.kind != "m.room.member" || hub != origin || pdu.room_id != *room_id {
+                continue;
+            }
+            let said = (room_id, &*pdu.sender, pdu.state_key.as_deref(), pdu.content());
+            if let Some(ended) = Uninvited::of(Side::Lm, origin, &self.context().server_name, said) {
+                self.between().uninvited(ended).await?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The inviter knows in which version the room is, and says it.

@@ -272,9 +272,21 @@ impl Lm {
 
     /// Leaves a room, or rejects an invite to one that the gateway is not in, through the hub.
     pub async fn leave(&self, room_id: &RoomId, user: &UserId, via: &[OwnedServerName]) -> Result<(), Refusal> {
+        self.leave_because(room_id, user, via, None).await
+    }
+
+    /// The same, saying why.
+    pub async fn leave_because(
+        &self,
+        room_id: &RoomId,
+        user: &UserId,
+        via: &[OwnedServerName],
+        reason: Option<&str>,
+    ) -> Result<(), Refusal> {
         self.is_own(user)?;
         let mut content = Object::new();
         content.insert("membership".to_owned(), json!("leave"));
+        content.extend(reason.map(|reason| ("reason".to_owned(), json!(reason))));
         let draft = self.own_member(user, content);
         match self.find(room_id).await {
             Ok((_, room)) if room.has_server(&self.context().server_name) => {

@@ -11,6 +11,7 @@ pub mod ghosts;
 mod ids;
 pub mod images;
 pub mod inbox;
+pub mod invitations;
 pub mod lm;
 pub mod media;
 pub mod outbound;

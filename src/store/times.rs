@@ -14,6 +14,8 @@ pub struct Longest {
     pub ghosts_leave: i64,
     /// The end of a portal that nobody uses.
     pub unused: i64,
+    /// The end of an invite that nobody answers.
+    pub invitations: i64,
 }
 
 /// Brings what is in the future back to `now_ms`. Returns how many rows.
@@ -47,6 +49,13 @@ pub async fn bring_back(store: &Store, now_ms: i64, longest: Longest) -> Result<
                     longest.unused,
                     longest.unused,
                 ),
+                ("UPDATE bridge_invitations SET retry_ts = $2 WHERE retry_ts > $1", 0, 0),
+                ("UPDATE bridge_invitations SET stage_ts = $2 WHERE stage_ts > $1", 0, 0),
+                (
+                    "UPDATE bridge_invitations SET expires_ts = $2 WHERE expires_ts > $1",
+                    longest.invitations,
+                    longest.invitations,
+                ),
             ];
             let mut brought = 0_u64;
             for (sql, latest, instead) in rows {
@@ -75,7 +84,8 @@ mod tests {
     use super::*;
     use crate::store::testing::both_stores;
 
-    const LONGEST: Longest = Longest { holes: &[2, 10, 100], appservice: 50, ghosts_leave: 60, unused: 70 };
+    const LONGEST: Longest =
+        Longest { holes: &[2, 10, 100], appservice: 50, ghosts_leave: 60, unused: 70, invitations: 80 };
     const NOW: i64 = 1_000;
 
     async fn run(store: &Store, sql: String) {

@@ -338,6 +338,8 @@ async fn a_hub_that_lets_the_bot_in_a_moment_after_the_invite_gets_its_portal() 
         event_id: "$not_written_down_yet".try_into().unwrap(),
         sender: hubert.clone(),
         target: gateway.bot(),
+        via: LM.try_into().unwrap(),
+        content: Default::default(),
         stripped_state: Vec::new(),
     };
     gateway.bridge.between().invited(invite).await.unwrap();

@@ -17,29 +17,29 @@ use crate::dag::VERSIONS;
 
 const HOUR: i64 = 3_600_000;
 
-fn user(name: &str) -> OwnedUserId {
+pub(super) fn user(name: &str) -> OwnedUserId {
     UserId::parse(format!("@{name}:{OTHER}")).unwrap()
 }
 
 /// The ghost in logs of a user of the homeserver.
-fn image(name: &str) -> String {
+pub(super) fn image(name: &str) -> String {
     format!("@mx_{name}_{OTHER}:{}", crate::dag::OWN)
 }
 
-fn via() -> Vec<OwnedServerName> {
+pub(super) fn via() -> Vec<OwnedServerName> {
     vec![OTHER.try_into().unwrap()]
 }
 
 /// A homeserver: a graph side with the routes of a server, whose users are only those whom a test speaks for.
-struct Home(Gateway);
+pub(super) struct Home(pub(super) Gateway);
 
 impl Home {
-    async fn start(world: &World) -> Self {
+    pub(super) async fn start(world: &World) -> Self {
         Self(world.other_gateway().await)
     }
 
     /// A room of alice's.
-    async fn room(&self, version: RoomVersion, join_rule: Value, more: Vec<Draft>) -> OwnedRoomId {
+    pub(super) async fn room(&self, version: RoomVersion, join_rule: Value, more: Vec<Draft>) -> OwnedRoomId {
         let alice = user("alice");
         let rules = draft(&alice, "m.room.join_rules", Some(""), join_rule);
         let name = draft(&alice, "m.room.name", Some(""), json!({ "name": "Tea" }));
@@ -47,34 +47,41 @@ impl Home {
         self.0.dag.create_room(NewRoom { creator: alice, version, initial_state }).await.unwrap()
     }
 
-    async fn public(&self, version: RoomVersion) -> OwnedRoomId {
+    pub(super) async fn public(&self, version: RoomVersion) -> OwnedRoomId {
         self.room(version, json!({ "join_rule": "public" }), Vec::new()).await
     }
 
-    async fn try_send(&self, room: &RoomId, draft: Draft) -> Result<OwnedEventId, Refusal> {
+    pub(super) async fn try_send(&self, room: &RoomId, draft: Draft) -> Result<OwnedEventId, Refusal> {
         let sent = self.0.dag.send(room, vec![Outgoing { draft, effect: None }]).await.remove(0);
         sent.map(|event| event.event_id.clone())
     }
 
-    async fn send(&self, room: &RoomId, by: &str, kind: &str, state_key: Option<&str>, content: Value) -> OwnedEventId {
+    pub(super) async fn send(
+        &self,
+        room: &RoomId,
+        by: &str,
+        kind: &str,
+        state_key: Option<&str>,
+        content: Value,
+    ) -> OwnedEventId {
         self.try_send(room, draft(&user(by), kind, state_key, content)).await.unwrap()
     }
 
-    async fn say(&self, room: &RoomId, by: &str, body: &str) -> OwnedEventId {
+    pub(super) async fn say(&self, room: &RoomId, by: &str, body: &str) -> OwnedEventId {
         self.try_send(room, message(&user(by), body)).await.unwrap()
     }
 
-    async fn member(&self, room: &RoomId, by: &str, target: &str, membership: &str) {
+    pub(super) async fn member(&self, room: &RoomId, by: &str, target: &str, membership: &str) {
         self.send(room, by, "m.room.member", Some(target), json!({ "membership": membership })).await;
     }
 
-    async fn join(&self, room: &RoomId, name: &str) {
+    pub(super) async fn join(&self, room: &RoomId, name: &str) {
         let content = json!({ "membership": "join", "displayname": name.to_uppercase() });
         self.send(room, name, "m.room.member", Some(user(name).as_str()), content).await;
     }
 
     /// Gives these levels, and leaves the others as they are.
-    async fn empower(&self, room: &RoomId, levels: &[(&str, i64)]) {
+    pub(super) async fn empower(&self, room: &RoomId, levels: &[(&str, i64)]) {
         let mut content = Value::Object(self.0.matrix_state(room, "m.room.power_levels").await.unwrap());
         for (user, level) in levels {
             content["users"][user] = json!(level);
@@ -82,12 +89,12 @@ impl Home {
         self.send(room, "alice", "m.room.power_levels", Some(""), content).await;
     }
 
-    async fn membership(&self, room: &RoomId, user: &str) -> String {
+    pub(super) async fn membership(&self, room: &RoomId, user: &str) -> String {
         let content = self.0.matrix_member(room, user).await.unwrap_or_default();
         content.get("membership").and_then(Value::as_str).unwrap_or("leave").to_owned()
     }
 
-    async fn invite(&self, room: &RoomId, target: &str) -> Result<(), Refusal> {
+    pub(super) async fn invite(&self, room: &RoomId, target: &str) -> Result<(), Refusal> {
         let draft = draft(&user("alice"), "m.room.member", Some(target), json!({ "membership": "invite" }));
         self.0.dag.invite(room, Outgoing { draft, effect: None }).await.map(drop)
     }
@@ -97,12 +104,12 @@ async fn portal(gateway: &Gateway, room: &RoomId) -> Arc<Portal> {
     gateway.bridge.portal_from_matrix(room, &via(), None, Cause::Admin).await.unwrap()
 }
 
-async fn is_state(gateway: &Gateway, portal: &Portal, state: PortalState) -> bool {
+pub(super) async fn is_state(gateway: &Gateway, portal: &Portal, state: PortalState) -> bool {
     gateway.bridge.portal(&portal.portal_id).await.unwrap().is_some_and(|portal| portal.state == state)
 }
 
 /// Waits until a member is like this in the log.
-async fn in_log(gateway: &Gateway, room: &RoomId, user: &str, membership: &str) {
+pub(super) async fn in_log(gateway: &Gateway, room: &RoomId, user: &str, membership: &str) {
     so(&format!("{user} to be {membership} in the log"), || async {
         gateway.node.membership(room, user).await == membership
     })
@@ -110,7 +117,7 @@ async fn in_log(gateway: &Gateway, room: &RoomId, user: &str, membership: &str) 
 }
 
 /// Waits until a member is like this at the homeserver.
-async fn at_home(home: &Home, room: &RoomId, user: &str, membership: &str) {
+pub(super) async fn at_home(home: &Home, room: &RoomId, user: &str, membership: &str) {
     so(&format!("{user} to be {membership} in the graph"), || async {
         home.membership(room, user).await == membership
     })

@@ -3,6 +3,8 @@
 mod budgets;
 mod clock;
 mod created;
+mod direct;
+mod direct_to_matrix;
 mod doors;
 mod edus;
 mod encrypted;

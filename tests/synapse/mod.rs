@@ -5,6 +5,7 @@ mod bot;
 mod browser;
 mod created;
 mod crossing;
+mod direct;
 mod directory;
 mod eigen;
 mod ends;

@@ -88,7 +88,7 @@ pub(super) struct Portal {
     portal_id: String,
     /// `created`, `from_lm`, `from_matrix` or `shared`: then both rooms are the same.
     kind: &'static str,
-    /// `active`, `degraded`, `suspended`, `ending` or `ended`.
+    /// `pending` (a ghost is invited, and nobody has come yet), `active`, `degraded`, `suspended`, `ending` or `ended`.
     state: &'static str,
     /// The Matrix room.
     #[schema(value_type = String)]

@@ -85,6 +85,7 @@ impl Setting {
             source: Side::Matrix,
             authority: self.authority,
             lets_in: true,
+            bot_is_there: true,
             asks: false,
             far_users: &Known::new(),
             near: &near(),

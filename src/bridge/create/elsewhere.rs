@@ -7,9 +7,10 @@ use ruma::{OwnedServerName, RoomId};
 use super::{CREATING, Outcome, Place, Running, add_alias, check_form, in_task, lock};
 use crate::bridge::core::Core;
 use crate::bridge::portal::{Cause, Portal, PortalKind, PortalState, Request};
-use crate::bridge::{access, ends};
+use crate::bridge::{access, ends, pending};
 use crate::identity::Side;
 use crate::refusal::Refusal;
+use crate::store::invitations::Invitation;
 use crate::store::portals::PortalRow;
 
 /// Joins an LM room at its hub and makes the Matrix room of it.
@@ -99,9 +100,7 @@ async fn of_matrix_room(
     }
     let policy = &core.context.config.access;
     access::may_create(policy, cause)?;
-    if core.sides()?.lm.room(matrix_room_id).await?.is_some() {
-        return Err(Refusal::malformed("room_id", format!("{matrix_room_id} is an LM room, not a Matrix room")));
-    }
+    may_be_elsewhere(core, Side::Matrix, matrix_room_id).await?;
     let mut servers = via.iter().map(|server| &**server).chain(matrix_room_id.server_name());
     let Some(first) = servers.clone().find(|server| *server != core.context.server_name) else {
         return Err(Refusal::malformed("via", "names no other server"));
@@ -119,6 +118,39 @@ async fn of_matrix_room(
     }
 }
 
+/// Makes a pending portal of a room into which a ghost is invited.
+pub(in crate::bridge) async fn portal_of_ghost_invite(core: &Arc<Core>, invite: &Invitation) -> Outcome {
+    let cause = Cause::GhostInvite(invite.inviter.clone());
+    access::may_create(&core.context.config.access, &cause)?;
+    may_be_elsewhere(core, invite.side, &invite.room_id).await?;
+    let request = Request { via: vec![invite.via.clone()], ghosts_alone: true, ..Request::default() };
+    let row = wanted(core, None, &request, &cause)?;
+    let room_id = Some(invite.room_id.clone());
+    let (kind, row) = match invite.side {
+        Side::Lm => (PortalKind::FromLm, PortalRow { lm_room_id: room_id, lm_hub: invite.via.clone(), ..row }),
+        Side::Matrix => (PortalKind::FromMatrix, PortalRow { matrix_room_id: room_id, ..row }),
+    };
+    match of_room(core, (invite.side, invite.room_id.clone()), kind, row) {
+        Some(outcome) => outcome.await,
+        None => {
+            let is_of_use = |portal: &Arc<Portal>| portal.state == PortalState::Pending || portal.state.carries();
+            let portal = core.registry.of_room(invite.side, &invite.room_id).map(|entry| entry.portal());
+            made_meanwhile(portal.filter(is_of_use), &invite.room_id)
+        }
+    }
+}
+
+/// Refuses what cannot be a room of a side that lives elsewhere.
+pub(in crate::bridge) async fn may_be_elsewhere(core: &Core, side: Side, room_id: &RoomId) -> Result<(), Refusal> {
+    match side {
+        Side::Lm => may_be_of_log(core, room_id).await,
+        Side::Matrix if core.sides()?.lm.room(room_id).await?.is_some() => {
+            Err(Refusal::malformed("room_id", format!("{room_id} is an LM room, not a Matrix room")))
+        }
+        Side::Matrix => Ok(()),
+    }
+}
+
 /// The portal that a room has, which is not over. It has the alias from now on.
 async fn known(
     core: &Arc<Core>,
@@ -128,6 +160,10 @@ async fn known(
     cause: &Cause,
 ) -> Result<Option<Arc<Portal>>, Refusal> {
     let Some(entry) = core.registry.of_room(side, room_id) else { return Ok(None) };
+    if entry.portal().state == PortalState::Pending {
+        access::may_create(&core.context.config.access, cause)?;
+        pending::make_way(core, &entry).await?;
+    }
     if ends::over(core, &entry).await? {
         return Ok(None);
     }
@@ -205,7 +241,7 @@ async fn may_be_of_log(core: &Core, room_id: &RoomId) -> Result<(), Refusal> {
 fn unused_until(core: &Core, cause: &Cause) -> Option<i64> {
     let unused = match cause {
         Cause::Admin => return None,
-        Cause::Invite(_) | Cause::MatrixInvite(_) => ends::UNUSED_MS,
+        Cause::Invite(_) | Cause::MatrixInvite(_) | Cause::GhostInvite(_) => ends::UNUSED_MS,
         Cause::Appservice | Cause::Server(_) => ends::UNUSED_ALIAS_MS,
     };
     Some(core.now_ms().saturating_add(unused))

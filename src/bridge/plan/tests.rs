@@ -58,6 +58,7 @@ fn fixes(leading: &[(&str, &str, &str, Value)], following: &[(&str, &str, &str, 
     plan(&Plan {
         authority: Side::Matrix,
         owns_leading: true,
+        lets_in: true,
         leading: &leading,
         following: &following,
         leading_users: &users(Side::Matrix),

@@ -77,6 +77,7 @@ impl Worker {
             source: self.source,
             authority: portal.authority(),
             lets_in: portal.lets_in(far),
+            bot_is_there: !portal.has_ghosts_alone(far) || far_state.membership(core.users.bot()) == "join",
             asks: !portal.lets_in(self.source),
             far_users: &far_users,
             near: &near_state,
