@@ -261,7 +261,7 @@ impl Entering {
         let past = async {
             Ok(match self.side {
                 Side::Matrix => {
-                    let past = sides.dag.past(room_id, &self.ghost, &[self.row.via.clone()], limit).await?;
+                    let past = sides.dag.past(room_id, &self.ghost, std::slice::from_ref(&self.row.via), limit).await?;
                     past.iter().map(|event| Event::from(&**event)).collect()
                 }
                 Side::Lm => sides.lm.past(room_id, &self.ghost, limit).await?.iter().map(Event::from).collect(),
