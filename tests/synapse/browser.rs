@@ -94,7 +94,12 @@ fn a_web_client_is_let_in_by_an_invite_of_an_lm_user_and_pictures_are_seen() {
         let world = world().await;
         let (bob, lm_room) = world.lm_room("balcony");
         let bot: OwnedUserId = format!("@isthmus:{}", world.gateway.server_name).try_into().unwrap();
-        world.hub.invite(&bob, &lm_room, &bot).await.unwrap();
+        // The bot may be in the room before its hub has put the invite there.
+        let invited = world.hub.invite(&bob, &lm_room, &bot).await;
+        assert!(
+            invited.as_ref().err().is_none_or(|error| error.to_string().contains("(join) cannot make")),
+            "{invited:?}"
+        );
         world.hub.wait_for_member(&lm_room, bot.as_str(), "join").await.unwrap();
         let alice = world.user(world.a, "alice-balcony", "Alice").await;
         browser.log_in(&world.a.client_url, "alice-balcony", "secret").await.unwrap();
