@@ -160,8 +160,9 @@ pub(super) fn may_end(portal: &Portal, side: Side, event: &Event, bot: &UserId) 
     let is_out = |user: &UserId, membership: &str| {
         let empties =
             portal.kind == PortalKind::FromMatrix && side == Side::Matrix && user.server_name() != bot.server_name();
-        let is_last = portal.has_ghosts_alone(side) && user.server_name() == bot.server_name();
-        ((*user == *bot || is_last) && membership != "join") || (empties && matches!(membership, "leave" | "ban"))
+        // A ghost that leaves by itself, or whose user has left across: what the gateway sends does not come by here.
+        let is_last = portal.ghosts_alone && (user.server_name() == bot.server_name()) == portal.has_ghosts_alone(side);
+        (*user == *bot && membership != "join") || ((empties || is_last) && matches!(membership, "leave" | "ban"))
     };
     event.membership().is_some_and(|(user, membership)| is_out(&user, membership))
         || (event.state_key.as_deref() == Some("")

@@ -113,10 +113,20 @@ async fn a_matrix_user_begins_a_direct_chat_with_an_lm_user() {
         so("both states in step", || gateway.in_step(&portal)).await;
         assert!(gateway.bridge.health(&portal.portal_id).await.unwrap().invitations.is_empty());
 
-        // When he goes his ghost goes too.
+        // When he goes nobody of LM is left, and nothing dangles.
         let leave = json!({ "membership": "leave" });
         world.lm_send(lm, draft(&bob, "m.room.member", Some(bob.as_str()), leave)).await;
         at_home(&home, &room, &bobs_ghost, "leave").await;
+        let ended = portal_of(&gateway, &room, PortalState::Ended).await;
+        assert!(ended.reason.as_ref().unwrap().contains("nobody of LM"), "{ended:?}");
+        // And alice may ask him again.
+        invite(&home, &room, &bobs_ghost).await.unwrap();
+        let again = pending(&gateway, &room, bob.as_str()).await;
+        world.lm_join(&again.lm_room_id, "bob").await.unwrap();
+        at_home(&home, &room, &bobs_ghost, "join").await;
+        home.say(&room, "alice", "again").await;
+        let said = (image("alice"), "again".to_owned());
+        so("alice again", || async { world.server.bodies(&again.lm_room_id).await.contains(&said) }).await;
     }
 }
 

@@ -63,9 +63,10 @@ fn a_direct_chat_of_a_synapses_user_reaches_an_lm_user() {
         assert_eq!(alice.wait_for_text(&room, "hello Alice").await.unwrap()["sender"], image.as_str());
         assert_eq!(world.spoke.complaints(&lm_room), [""; 0]);
 
-        // Eve goes, and Alice sees it.
+        // Eve goes, and both know that nothing is left of it.
         world.spoke.leave(&eve, &lm_room).await.unwrap();
         alice.wait_for_member(&room, &image, "leave").await.unwrap();
+        portal(world, &room, "ended").await;
     });
 }
 
