@@ -108,6 +108,7 @@ impl Dag {
         if versions.is_some_and(|versions| !versions.iter().any(|version| version == room.version.as_str())) {
             return Err(Refusal::IncompatibleRoomVersion(room.version.as_str().to_owned()));
         }
+        self.shared.context.asked.settled(room_id, user_id).await;
         let draft = Draft {
             sender: user_id.to_owned(),
             kind: "m.room.member".to_owned(),
@@ -167,6 +168,7 @@ impl Dag {
         let event = self.shared.verify(event).await?;
         let content: Object = serde_json::from_str(event.pdu().content.get()).unwrap_or_default();
         let user_id = event.pdu().sender.clone();
+        self.shared.context.asked.settled(room_id, &user_id).await;
         let mut trial = Batch::new(self.shared.clone(), &room);
         trial.accept(event.clone(), &Source::Received, None).await?.accepted()?;
         self.gate(&room, &user_id, membership, Stage::Send, content).await?;

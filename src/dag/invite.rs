@@ -39,17 +39,18 @@ impl Dag {
     /// Invites a user of another server: the target's server is asked and signs, then the event is stored and sent.
     pub async fn invite(&self, room_id: &RoomId, invite: Outgoing) -> Result<Arc<GraphEvent>, Refusal> {
         let target = invite.draft.state_key.as_deref().and_then(|user| <&UserId>::try_from(user).ok());
-        let server = target.map(|user| user.server_name().to_owned());
-        let server = server.ok_or_else(|| Refusal::malformed("state_key", "not a user ID"))?;
+        let target = target.ok_or_else(|| Refusal::malformed("state_key", "not a user ID"))?.to_owned();
+        let server = target.server_name();
         let room = self.resident(room_id).await?;
-        if server == self.shared.context.server_name {
+        if *server == self.shared.context.server_name {
             return self.send_one(&room, invite).await;
         }
+        let _asking = self.shared.context.asked.begin(room_id, &target);
         // Built and checked on what is committed now, without holding the room up while the other server is asked.
         let mut batch = Batch::new(self.shared.clone(), &room);
         let event = batch.build(&invite.draft).await?;
         batch.accept(event.clone(), &Source::Own, None).await?.accepted()?;
-        let signed = self.ask_to_sign(&room, &server, event.pdu()).await?;
+        let signed = self.ask_to_sign(&room, server, event.pdu()).await?;
         let effect = invite.effect;
         let stored = self
             .shared

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ruma::OwnedServerName;
 
-use super::{Client, OutboundQueues};
+use super::{Asked, Client, OutboundQueues};
 use crate::clock::SharedClock;
 use crate::config::Config;
 use crate::identity::{Keyring, MediaNames, SigningKey};
@@ -27,6 +27,8 @@ pub struct Context {
     pub client: Client,
     /// Events on their way to other servers.
     pub outbound: OutboundQueues,
+    /// Invites that other servers are asked to sign.
+    pub asked: Asked,
     /// How media of one side are called on the other.
     pub media: MediaNames,
     /// The configuration.
@@ -49,6 +51,7 @@ impl Context {
         let keyring = Keyring::new(own.clone(), key.clone(), keys, store.clone(), clock.clone());
         Self {
             outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
+            asked: Asked::default(),
             media: MediaNames::new(own.clone(), &[7; 32]),
             config: Arc::new(serde_json::from_value(serde_json::json!({ "server_name": own })).unwrap()),
             server_name: own,

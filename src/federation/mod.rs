@@ -1,6 +1,7 @@
 //! What both sides share of federation: discovery, the dialler, X-Matrix, the HTTP client, outbound queues, limits.
 
 mod answers;
+mod asked;
 mod askers;
 mod client;
 mod connector;
@@ -22,6 +23,7 @@ mod well_known;
 mod x_matrix;
 
 pub use self::answers::HeldAnswer;
+pub use self::asked::{Asked, Asking};
 pub use self::askers::{Asker, Askers};
 pub use self::client::{Call, Client, ClientOptions, RemoteError};
 pub use self::context::Context;

@@ -38,7 +38,7 @@ use crate::clock::{SharedClock, SystemClock};
 use crate::config::Config;
 use crate::dag::Dag;
 use crate::event::VerifyKey;
-use crate::federation::{Client, ClientOptions, Context, OutboundQueues};
+use crate::federation::{Asked, Client, ClientOptions, Context, OutboundQueues};
 use crate::identity::{Keyring, MediaNames, SigningKey, SigningKeyError, Trust};
 use crate::lm::Lm;
 use crate::refusal::Refusal;
@@ -125,7 +125,18 @@ async fn context_on(store: Store, config: Config, clock: SharedClock) -> Result<
     let mut fresh = [0; 32];
     OsRng.fill_bytes(&mut fresh);
     let media = MediaNames::new(server_name.clone(), &store::media::secret(&store, fresh).await?);
-    Ok(Context { server_name, signing_key, keyring, store, clock, client, outbound, media, config: Arc::new(config) })
+    Ok(Context {
+        server_name,
+        signing_key,
+        keyring,
+        store,
+        clock,
+        client,
+        outbound,
+        asked: Asked::default(),
+        media,
+        config: Arc::new(config),
+    })
 }
 
 /// A gateway that runs.

@@ -28,7 +28,7 @@ impl Lm {
         user_id: &UserId,
         versions: &[String],
     ) -> Result<Value, Refusal> {
-        self.invited_meanwhile(room_id, user_id).await;
+        self.context().asked.settled(room_id, user_id).await;
         let room = self.hubbed(room_id).await?;
         supported(&room, versions)?;
         let content = self.may_make(origin, &room, user_id, Membership::Join)?;
@@ -67,7 +67,7 @@ impl Lm {
 
     /// `GET make_leave`
     pub async fn make_leave(&self, origin: &ServerName, room_id: &RoomId, user_id: &UserId) -> Result<Value, Refusal> {
-        self.invited_meanwhile(room_id, user_id).await;
+        self.context().asked.settled(room_id, user_id).await;
         let room = self.hubbed(room_id).await?;
         let content = self.may_make(origin, &room, user_id, Membership::Leave)?;
         Ok(self.template(&room, user_id, content))
@@ -151,7 +151,7 @@ impl Lm {
         let room = self.hubbed(&room_id).await?;
         let lpdu = self.verify_one(origin, &room.facts, body).await?;
         is_what_was_made(&lpdu, expected)?;
-        self.invited_meanwhile(&room_id, &lpdu.sender).await;
+        self.context().asked.settled(&room_id, &lpdu.sender).await;
         let cell = self.rooms().find(&room_id).await?.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))?;
         if matches!(expected, Membership::Join | Membership::Knock) {
             self.pass_gate(&cell, &lpdu, expected).await?;

@@ -1,21 +1,20 @@
 //! Invites. The hub builds the event on the end of its log and has the target's server sign it; as the target's server the
 //! gateway checks and signs.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::StatusCode;
-use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
+use ruma::{OwnedRoomId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 use super::actor::{Item, Job, Outcome, What};
 use super::batch::Origin;
 use super::handshake::stripped_state;
 use super::participant::{into_refusal, passed_on};
 use super::room::Snapshot;
-use super::rooms::{RoomCell, lock};
+use super::rooms::RoomCell;
 use super::{Appended, Lm, Role, Sent};
 use crate::event::{Family, Object, Pdu, Redaction, RoomVersion, VerifiedLpdu, redact, verify_object};
 use crate::federation::RemoteError;
@@ -29,8 +28,6 @@ const TRIES: usize = 3;
 const DISTRUST: Duration = Duration::from_secs(3600);
 /// How often appends in one room may be made to wait.
 const BETWEEN_HOLDS: Duration = Duration::from_secs(60);
-/// How long an invited user's answer waits for the invite to be in the log.
-const ANSWER_WAITS: Duration = Duration::from_secs(5);
 /// How many events of stripped state are read.
 const STRIPPED: usize = 100;
 
@@ -38,41 +35,13 @@ const STRIPPED: usize = 100;
 pub(super) struct Invites {
     distrusted: moka::future::Cache<OwnedServerName, ()>,
     held: moka::future::Cache<OwnedRoomId, ()>,
-    /// Who is being asked to sign an invite: how many times, of each room and user.
-    asking: Mutex<HashMap<(OwnedRoomId, OwnedUserId), watch::Sender<usize>>>,
-}
-
-/// An invite that its target's server is asked about, until it is in the log or will not be.
-struct Asking<'a> {
-    invites: &'a Invites,
-    key: (OwnedRoomId, OwnedUserId),
-}
-
-impl Drop for Asking<'_> {
-    fn drop(&mut self) {
-        let mut asking = lock(&self.invites.asking);
-        if let Some(count) = asking.get(&self.key) {
-            count.send_modify(|count| *count = count.saturating_sub(1));
-            if *count.borrow() == 0 {
-                asking.remove(&self.key);
-            }
-        }
-    }
 }
 
 impl Invites {
     pub fn new() -> Self {
         let distrusted = moka::future::Cache::builder().max_capacity(10_000).time_to_live(DISTRUST);
         let held = moka::future::Cache::builder().max_capacity(10_000).time_to_live(BETWEEN_HOLDS);
-        Self { distrusted: distrusted.build(), held: held.build(), asking: Mutex::default() }
-    }
-
-    fn ask(&self, room_id: &RoomId, user: OwnedUserId) -> Asking<'_> {
-        let key = (room_id.to_owned(), user);
-        lock(&self.asking).entry(key.clone()).or_insert_with(|| watch::Sender::new(0)).send_modify(|count| {
-            *count = count.saturating_add(1);
-        });
-        Asking { invites: self, key }
+        Self { distrusted: distrusted.build(), held: held.build() }
     }
 }
 
@@ -197,18 +166,6 @@ impl Lm {
         self.invite_through(cell, &target, Source::Lpdu(lpdu), None).await
     }
 
-    /// Waits until no invite of a user is on its way into the log: the invited server may answer it before the hub has
-    /// put it there. Not for long, since that server may be waiting for our answer before it signs.
-    pub(super) async fn invited_meanwhile(&self, room_id: &RoomId, user: &UserId) {
-        let asking = &self.inner.invites.asking;
-        let key = (room_id.to_owned(), user.to_owned());
-        let Some(mut count) = lock(asking).get(&key).map(watch::Sender::subscribe) else { return };
-        if tokio::time::timeout(ANSWER_WAITS, count.wait_for(|count| *count == 0)).await.is_err() {
-            // Once is enough.
-            lock(asking).remove(&key);
-        }
-    }
-
     /// Builds an invite on the end of the log, has the target's server sign it, and appends it if the log has not moved.
     async fn invite_through(
         &self,
@@ -220,7 +177,7 @@ impl Lm {
         // What forbids it before the target's server was asked is the inviter's fault.
         let room = cell.snapshot(&self.context().store).await?;
         let was_in = room.membership(target.as_str()) == Some("join");
-        let _asking = self.inner.invites.ask(&cell.room_id, target.to_owned());
+        let _asking = self.context().asked.begin(&cell.room_id, target);
         let invited = self.ask_and_append(cell, target.server_name(), source, effect).await;
         let Err(Refusal::LmRule { rule, problem }) = invited else { return invited };
         let room = cell.snapshot(&self.context().store).await?;

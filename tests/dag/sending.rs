@@ -1,6 +1,6 @@
 //! Events of the gateway's own users, and what other servers are sent of them.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use isthmus::event::RoomVersion;
 use isthmus::federation::{Feed, FeedKind, FeedSource as _};
@@ -163,6 +163,37 @@ async fn invites_are_signed_by_the_target_and_withdrawn_over_federation() {
     let refused = gateway.dag.invite(&room, Outgoing { draft: invite, effect: None }).await.unwrap_err();
     assert_eq!(refused.code(), "remote");
     assert_eq!(gateway.membership(&room, &silent.user("x")).await, None);
+}
+
+/// Their server shows it to them while it signs, and they may be quicker than the signature.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn who_answers_an_invite_before_its_signature_is_here_is_not_turned_away() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    peer.signs_invites(RoomVersion::V11);
+    let room = gateway.room(RoomVersion::V11, "invite").await;
+    let alice = peer.user("alice");
+    let answered = Arc::new(Mutex::new(None));
+    let (dag, name, keeps) = (gateway.dag.clone(), peer.name.clone(), answered.clone());
+    let (of, by) = (room.clone(), alice.clone());
+    *peer.memory.meddler.lock().unwrap() = Some(Box::new(move |path, _| {
+        if path.starts_with("v2/invite/") {
+            let (dag, name, of, by) = (dag.clone(), name.clone(), of.clone(), by.clone());
+            let join = async move { dag.make_join(&name, &of, &by, &["11".to_owned()]).await };
+            *keeps.lock().unwrap() = Some(tokio::spawn(join));
+            // Long enough for a refusal.
+            tokio::task::block_in_place(|| std::thread::sleep(std::time::Duration::from_millis(300)));
+        }
+        None
+    }));
+    let invite = state("m.room.member", alice.as_str(), json!({ "membership": "invite" }));
+    gateway.dag.invite(&room, Outgoing { draft: invite, effect: None }).await.unwrap();
+    let answered = answered.lock().unwrap().take().unwrap();
+    let template = answered.await.unwrap().unwrap();
+    assert_eq!(template["event"]["content"]["membership"], "join");
+    // Of whom nobody is asked, nobody waits.
+    let refused = gateway.dag.make_join(&peer.name, &room, &peer.user("eve"), &["11".to_owned()]).await.unwrap_err();
+    assert_eq!(refused.code(), "matrix_rule");
 }
 
 #[tokio::test]
