@@ -5,7 +5,7 @@ mod edus;
 mod failing;
 mod order;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use futures::future::BoxFuture;

@@ -293,6 +293,9 @@ impl<'a> Worker<'a> {
                     tracing::debug!(server = %self.destination, %error, "trying again without EDUs");
                     self.slot.edus().failed(Instant::now(), true);
                     transaction.uncertain = true;
+                    // That answer is for that transaction, and without EDUs it is another one: the same ID may get the same answer.
+                    (transaction.txn_id, transaction.composed_ts) = self.composer().txn_id();
+                    self.keep(Vec::new(), Some(&transaction)).await?;
                     return Ok(Some(transaction));
                 }
                 self.refused(transaction, events, is_invite, error).await
