@@ -166,7 +166,14 @@ impl Portal {
             }
             Self::TransferHub { portal_id, server, force } => {
                 let path = format!("/portals/{}/hub", segment(&portal_id));
-                print(&api.call(Method::POST, &path, Some(json!({ "server": server, "force": force }))).await?)
+                let done = api.call(Method::POST, &path, Some(json!({ "server": server, "force": force }))).await?;
+                if done.get("taken") == Some(&Value::Bool(false)) {
+                    eprintln!(
+                        "{server} does not say yet that it keeps the log. Do not stop this gateway for good before it does \
+                         (`isthmus portal show` at {server} says so under `lm_hub`)."
+                    );
+                }
+                print(&done)
             }
             Self::Invite { portal_id, user_id, side } => {
                 let path = format!("/portals/{}/invite", segment(&portal_id));

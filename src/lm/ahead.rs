@@ -20,7 +20,15 @@ const REMEMBERED: usize = 1000;
 
 /// State events of our users on their way to the hub of one room, oldest first, and whether that hub has said that it is not the hub.
 #[derive(Default)]
-pub(super) struct Ahead(VecDeque<Expected>, bool);
+pub(super) struct Ahead(VecDeque<Expected>, Misdirected);
+
+#[derive(Default)]
+struct Misdirected {
+    /// Whether something waits because of it.
+    waits: bool,
+    /// Since when the hub says so.
+    since: Option<Instant>,
+}
 
 /// A state event of a user of the gateway on its way to a foreign hub.
 #[derive(Debug, Clone)]
@@ -75,17 +83,28 @@ impl Ahead {
 
     /// The hub has answered an LPDU that it is not the hub: that one, and all that is queued behind it, waits.
     pub fn misdirected(&mut self) {
-        self.1 = true;
+        self.1.waits = true;
+        self.1.since.get_or_insert_with(Instant::now);
     }
 
     /// It is known who is the hub, or the one that is known is to be asked once more. Whether something waited for that.
     pub fn go_on(&mut self) -> bool {
-        std::mem::take(&mut self.1)
+        std::mem::take(&mut self.1.waits)
     }
 
     /// Whether something waits for that.
     pub fn has_misdirected(&self) -> bool {
-        self.1
+        self.1.waits
+    }
+
+    /// The hub has answered as the hub.
+    pub fn directed(&mut self) {
+        self.1.since = None;
+    }
+
+    /// For how long the hub has said that it is not the hub, if something waits because of that.
+    pub fn misdirected_for(&self) -> Option<Duration> {
+        self.1.since.filter(|_| self.1.waits).map(|since| since.elapsed())
     }
 
     /// Whether nothing is on its way.

@@ -20,7 +20,7 @@ use crate::guard::{fails_on, guarded_now, trip};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{EffectsOf, EventEffect, write_effects_until_one_fails};
-use crate::store::lm::{self as stored, Complaint, NewEvent, RoomRow};
+use crate::store::lm::{self as stored, Asked, Complaint, NewEvent, RoomRow};
 use crate::store::{Store, StoreError, Tx, inbox};
 
 /// Where an event comes from, as far as it matters for what is written with it.
@@ -56,6 +56,8 @@ pub(super) struct Batch {
     /// A room that is to be made.
     new_room: bool,
     complaints: Vec<Complaint>,
+    /// Events of it that came as redaction leaves them.
+    blanks: Vec<Asked>,
     /// What the current state has for a type and state key whatever the log's last event is, and how many events it came after.
     replaced: Vec<(usize, Slotted)>,
     /// Of a room whose log follows a graph: what is redacted, and by what.
@@ -78,8 +80,8 @@ pub(super) struct Committed {
 impl Batch {
     pub fn new(before: Arc<Snapshot>) -> Self {
         let after = (*before).clone();
-        let (entries, complaints, replaced, redacted) = Default::default();
-        Self { before, after, entries, new_room: false, complaints, replaced, redacted }
+        let (entries, complaints, blanks, replaced, redacted) = Default::default();
+        Self { before, after, entries, new_room: false, complaints, blanks, replaced, redacted }
     }
 
     /// A room that is made together with its first events.
@@ -135,6 +137,16 @@ impl Batch {
         self.complaints.push(complaint);
     }
 
+    /// Records that an event came as redaction leaves it, to be asked about when all of the log is here.
+    pub fn note_blank(&mut self, pdu: &Pdu) {
+        self.blanks.push((pdu.event_id.clone(), pdu.sender.clone()));
+    }
+
+    /// Whether events came so.
+    pub fn has_blanks(&self) -> bool {
+        !self.blanks.is_empty()
+    }
+
     pub fn is_empty(&self) -> bool {
         let nothing = self.entries.is_empty() && self.complaints.is_empty() && self.replaced.is_empty();
         nothing && self.redacted.is_empty() && self.after.redaction == self.before.redaction
@@ -147,7 +159,7 @@ impl Batch {
         let room_id = self.after.facts.room_id.clone();
         let is_hub = self.before.facts.hub == lm.context().server_name;
         let events: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
-        let (complaints, redaction) = (self.complaints.clone(), self.after.redaction);
+        let (complaints, blanks, redaction) = (self.complaints.clone(), self.blanks.clone(), self.after.redaction);
         let refusal = match AssertUnwindSafe(self.write(lm, cell)).catch_unwind().await {
             Ok(Err(StoreError::Panicked)) | Err(_) => {
                 let known_as = |event: &'_ Arc<Pdu>| event.lpdu_id.clone().unwrap_or_else(|| event.event_id.clone());
@@ -165,7 +177,7 @@ impl Batch {
         let committed = each_alone(lm, cell, events).await?;
         // What else was in it: verdicts on other events, and how the hub redacts.
         let mut rest = Batch::new(cell.snapshot(&lm.context().store).await?);
-        (rest.complaints, rest.after.redaction) = (complaints, redaction);
+        (rest.complaints, rest.blanks, rest.after.redaction) = (complaints, blanks, redaction);
         rest.write(lm, Some(cell)).await?;
         Ok(committed)
     }
@@ -207,6 +219,7 @@ impl Batch {
             entries: self.entries,
             new_room: self.new_room,
             complaints: self.complaints,
+            blanks: self.blanks,
             replaced: self.replaced.into_iter().map(|(_, slot)| slot).collect(),
             redacted: self.redacted,
         }
@@ -402,6 +415,7 @@ pub(super) struct Job {
     entries: Vec<Entry>,
     new_room: bool,
     complaints: Vec<Complaint>,
+    blanks: Vec<Asked>,
     replaced: Vec<Slotted>,
     redacted: Vec<(OwnedEventId, OwnedEventId)>,
 }
@@ -441,6 +455,9 @@ impl Job {
         }
         for complaint in &self.complaints {
             stored::complain(tx, &room_id, complaint, self.now_ms).await?;
+        }
+        for blank in &self.blanks {
+            stored::note_blank(tx, &room_id, blank, self.now_ms).await?;
         }
         if self.entries.is_empty() {
             stored::replace_state(tx, &room_id, &self.replaced).await?;

@@ -78,6 +78,8 @@ impl Lm {
             return Ok(late);
         }
         let redaction = room.redaction;
+        // What the hub sends on to somebody else, by mistake: nobody waits for a verdict of ours.
+        let astray: Vec<bool> = objects.iter().map(is_lpdu).collect();
         let checked = self.check_finished(objects, redaction).await;
         if !is_hub && !checked.iter().flatten().any(|event| is_announcement(event, origin, &room)) {
             let why = || Refusal::WrongOrigin { origin: origin.to_string(), expected: room.facts.hub.to_string() };
@@ -94,7 +96,11 @@ impl Lm {
         let asked_for = coming.flat_map(|pdu| pdu.prev_events.iter().chain([&pdu.event_id])).cloned();
         taking.look_up(asked_for.collect()).await?;
         let mut results = Vec::with_capacity(checked.len());
-        for event in checked {
+        for (event, astray) in checked.into_iter().zip(astray) {
+            if astray {
+                results.push(received(None, Ok(())));
+                continue;
+            }
             let event_id = match &event {
                 Ok(event) => Some(event.pdu.event_id.clone()),
                 Err(bad) => bad.event_id().cloned(),
@@ -126,14 +132,14 @@ impl Lm {
         let mut results = Vec::with_capacity(objects.len());
         for object in objects {
             results.push(match Lpdu::parse(object) {
-                Ok(lpdu) => received(Some(lpdu.lpdu_id.clone()), self.misdirected(&room, &lpdu).await),
+                Ok(lpdu) => received(Some(lpdu.lpdu_id.clone()), self.misdirected(cell, &room, &lpdu).await),
                 Err(refusal) => received(None, Err(refusal)),
             });
         }
         results
     }
 
-    async fn misdirected(&self, room: &Snapshot, lpdu: &Lpdu) -> Result<(), Refusal> {
+    async fn misdirected(&self, cell: &Arc<RoomCell>, room: &Snapshot, lpdu: &Lpdu) -> Result<(), Refusal> {
         let facts = &room.facts;
         // It was taken when we kept the log, and comes again.
         if self.event_of_lpdu(&lpdu.lpdu_id).await?.is_some_and(|there| there.event.room_id == facts.room_id) {
@@ -143,9 +149,8 @@ impl Lm {
         // Whoever takes us for the hub of before is told so, also when the log has gone on since.
         let gave = self.changes(&facts.room_id, room).await?.iter().any(|change| is_of(change, &found));
         if !gave && self.context().config.hub_transfer.accepts(&facts.hub, &facts.room_id) {
-            // Its sender may know before us that we are the hub: as long as we are not, it keeps it.
-            let server = facts.hub.clone();
-            return Err(Refusal::Internal(format!("{found} is not the hub of {} yet: {server} is", facts.room_id)));
+            // Its sender may know before us that we are the hub, and can show it.
+            self.seek_hub(cell, Some(lpdu.sender.server_name().to_owned()), whereabouts::EVERY);
         }
         Err(Refusal::WrongHub { hub: facts.hub.to_string(), found })
     }
@@ -176,6 +181,11 @@ impl Lm {
 
 fn is_finished(object: &Object) -> bool {
     object.contains_key("auth_events") || object.contains_key("prev_events")
+}
+
+/// Whether it is for a hub to finish.
+fn is_lpdu(object: &Object) -> bool {
+    !is_finished(object) && object.contains_key("hub_server")
 }
 
 /// Whether it is an LPDU that this server is to finish.
@@ -387,6 +397,9 @@ impl<'a> Taking<'a> {
         }
         if let Some(why) = redacted.filter(|_| !copy || pdu.sender.server_name() == self.lm.context().server_name) {
             self.fault(Fault::Rewritten, &pdu.event_id, &format!("taken redacted: {why}"));
+        } else if copy && self.room().has_server(&self.lm.context().server_name) && !self.room().says_shared() {
+            // Nothing of it was hidden from this gateway: something in the log redacts it, or the hub leaves out what was said.
+            self.batch.note_blank(&pdu);
         }
         if self.forks(&pdu).await? {
             // The log forks at the hub. Both branches are facts there; they stand here in the order in which they came.

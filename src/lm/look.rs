@@ -2,10 +2,13 @@
 //! them did not arrive is found by the hub's order alone, so its log is looked over. A hub that goes back does not know any more
 //! what it gave before: nothing is sent to it until it does. What it took and did not put into its log is sent again.
 //!
-//! That is looked for at the start, after an outage of the hub, after its log forked, and when an LPDU that it took does not
-//! come back.
+//! A hub that gives events without their content, which nothing redacts, keeps from its participants what was said.
+//!
+//! That is looked for at the start, after an outage of the hub, after its log forked, when an LPDU that it took does not
+//! come back, and when an event came without its content.
 
 mod again;
+mod blanks;
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
@@ -164,8 +167,8 @@ impl Lm {
         let store = &self.context().store;
         self.looks().began_ts.store(self.context().clock.now_ms(), Ordering::Relaxed);
         let known = stored::looks(store).await?;
-        let taken = stored::rooms_with_taken(store).await?;
-        let mut soon = taken;
+        let mut soon = stored::rooms_with_taken(store).await?;
+        soon.extend(stored::rooms_with_blanks(store).await?);
         {
             let mut rooms = lock(&self.looks().rooms);
             for (room_id, look) in known {
@@ -196,6 +199,11 @@ impl Lm {
     pub(super) fn came_to_another_hub(&self, room_id: &RoomId) {
         lock(&self.looks().rooms).entry(room_id.to_owned()).or_default().asked = None;
         self.ask_after(room_id, SOON);
+    }
+
+    /// Something came without its content: what redacts it is in the hub's log, and is to be here when all of that is.
+    pub(super) fn saw_blanks(&self, room_id: &RoomId) {
+        self.ask_after(room_id, SETTLED);
     }
 
     /// The hub's log forks, or has got more.
@@ -348,6 +356,7 @@ impl Lm {
     /// be done again.
     async fn look(&self, cell: &Arc<RoomCell>) -> Result<bool, Refusal> {
         let store = &self.context().store;
+        let began = self.context().clock.now_ms();
         let room = cell.snapshot(store).await?;
         let hub = room.facts.hub.clone();
         let end = self.end_of_log(&room).await?;
@@ -398,6 +407,7 @@ impl Lm {
             (true, true) => Certainty::SilentSince(heard_ts),
             (false, _) => Certainty::Partial,
         };
+        self.ask_about_blanks(cell, certainty, began).await?;
         self.send_again(cell, &hub, certainty, was_lost).await?;
         if was_lost || newest.is_some() {
             let known = self.looks().known(&cell.room_id);

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::actor::template;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
-use super::{Appended, Coming, Lm, Sent, whereabouts};
+use super::{Appended, Coming, Lm, Sent};
 use crate::event::{Lpdu, Object, Redaction, canonical_json};
 use crate::federation::{Delivery, Feed, FeedKind, OutboundQueues};
 use crate::refusal::Refusal;
@@ -307,7 +307,11 @@ impl Lm {
                 self.between().lpdu_refused(room_id, &lpdu.lpdu_id, &why).await?;
             }
         }
-        let misdirected = self.rooms().find(room_id).await?.filter(|_| !left.is_empty());
+        let cell = self.rooms().find(room_id).await?;
+        if let Some(cell) = cell.as_ref().filter(|_| left.is_empty()) {
+            lock(&cell.ahead).directed();
+        }
+        let misdirected = cell.filter(|_| !left.is_empty());
         // What is replaced is not moved meanwhile.
         let _replacing = match &misdirected {
             Some(cell) => Some(cell.replacing.lock().await),
@@ -348,7 +352,7 @@ impl Lm {
             lock(&cell.ahead).misdirected();
         }
         if cell.snapshot(store).await?.facts.hub == hub {
-            self.seek_hub(cell, Some(named.unwrap_or_else(|| hub.to_owned())), whereabouts::EVERY);
+            self.seek_hub_in_time(cell, named.unwrap_or_else(|| hub.to_owned()));
             return Ok(());
         }
         // Also where that became known just now: nothing waits for the search then.

@@ -14,6 +14,7 @@
 mod actor;
 mod ahead;
 mod batch;
+mod chain;
 mod feed;
 mod finished;
 mod gaps;

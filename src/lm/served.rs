@@ -3,9 +3,7 @@
 //! not exist, unless all the world may read it. What it sees without
 //! its contents says [`super::visibility`]; state is always seen whole.
 
-use std::collections::BTreeSet;
-
-use ruma::{EventId, OwnedEventId, RoomId, ServerName};
+use ruma::{EventId, RoomId, ServerName};
 use serde_json::{Value, json};
 
 use super::room::Snapshot;
@@ -17,10 +15,6 @@ use crate::store::lm::{self as stored, EventRow};
 
 /// How many events one backfill answers with at most.
 const BACKFILL: i64 = 100;
-/// How many events an auth chain is followed through.
-const AUTH_CHAIN: usize = 20_000;
-/// And how far back: each change of a user's name stands on the one before it.
-const AUTH_DEPTH: usize = 500;
 
 /// How far a server sees a log.
 #[derive(Debug, Clone, Copy)]
@@ -157,38 +151,6 @@ impl Lm {
             _ => Err(Refusal::NotFound(format!("event {event_id} in {}", room.facts.room_id))),
         }
     }
-
-    /// The events that allow `events`, those that allow these, and so on, in the order of the log.
-    pub(super) async fn auth_chain(&self, events: &[EventRow]) -> Result<Vec<EventRow>, Refusal> {
-        let mut seen: BTreeSet<OwnedEventId> = BTreeSet::new();
-        let mut wanted = auth_events(events);
-        let mut chain: Vec<EventRow> = Vec::new();
-        for _ in 0..AUTH_DEPTH {
-            if wanted.is_empty() || chain.len() >= AUTH_CHAIN {
-                break;
-            }
-            seen.extend(wanted.iter().cloned());
-            let ids: Vec<&EventId> = wanted.iter().map(|id| &**id).collect();
-            let found = stored::events_by_id(&self.context().store, &ids).await?;
-            wanted = auth_events(&found).difference(&seen).cloned().collect();
-            chain.extend(found);
-        }
-        chain.sort_by_key(|event| event.position);
-        Ok(chain)
-    }
-}
-
-fn auth_events(events: &[EventRow]) -> BTreeSet<OwnedEventId> {
-    #[derive(serde::Deserialize)]
-    struct AuthEvents {
-        #[serde(default)]
-        auth_events: Vec<OwnedEventId>,
-    }
-    events
-        .iter()
-        .filter_map(|event| serde_json::from_slice::<AuthEvents>(&event.json).ok())
-        .flat_map(|event| event.auth_events)
-        .collect()
 }
 
 pub(super) fn to_value(event: &EventRow) -> Result<Value, Refusal> {

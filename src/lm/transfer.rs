@@ -29,6 +29,9 @@ const TRIES: usize = 3;
 const ASK: Duration = Duration::from_secs(5);
 const ASK_AT_ONCE: usize = 16;
 const ASK_ALL: usize = 500;
+/// How long the hub waits until the server that it gave the log says that it keeps it, and how long it leaves it alone at first.
+const TAKES: Duration = Duration::from_secs(5);
+const ASKS_AGAIN: Duration = Duration::from_millis(100);
 /// How long the hub waits for what we lack of its log.
 const CATCH_UP: Duration = Duration::from_secs(4);
 
@@ -40,6 +43,9 @@ pub struct HandedOver {
     /// Its place in the log, the last that was this gateway's to give.
     #[serde(skip)]
     pub position: Position,
+    /// Whether that server has said since that it keeps the log. Until it does nobody appends: this gateway must not go away for good, though
+    /// any server that has the event can give it too.
+    pub taken: bool,
     /// The servers in the room of which it is not known that they know of changes of the hub.
     pub unaware: Vec<OwnedServerName>,
 }
@@ -97,7 +103,21 @@ impl Lm {
         }
         let (event_id, position) = self.ask_and_hand_over(&cell, server, &draft).await?;
         tracing::info!(room = %room_id, %server, event = %event_id, "handed the log over");
-        Ok(HandedOver { event_id, position, unaware })
+        let taken = tokio::time::timeout(TAKES, self.is_taken(room_id, server)).await.is_ok();
+        Ok(HandedOver { event_id, position, taken, unaware })
+    }
+
+    /// Waits until a server says that it keeps a log.
+    async fn is_taken(&self, room_id: &RoomId, server: &ServerName) {
+        let mut pause = ASKS_AGAIN;
+        loop {
+            let answer = self.peers().ready(server, room_id).await.unwrap_or_default();
+            if answer.get("hub_server").and_then(Value::as_str) == Some(server.as_str()) {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = pause.saturating_mul(2);
+        }
     }
 
     /// The other servers in a room that do not answer as those do that know of changes of the hub.
@@ -277,7 +297,7 @@ impl Lm {
 }
 
 /// What of the log is not here, of which everything is needed.
-fn missing(cell: &RoomCell, room: &Snapshot, pdu: &Pdu) -> Option<Refusal> {
+pub(super) fn missing(cell: &RoomCell, room: &Snapshot, pdu: &Pdu) -> Option<Refusal> {
     if lock(&cell.missing).is_any() {
         return Some(Refusal::Forbidden("a part of the log is missing here, and is being asked for".to_owned()));
     }

@@ -419,7 +419,11 @@ impl Taking<'_> {
         if !noted.is_empty() {
             lm.note_holes(&room_id, noted).await?;
         }
+        let has_blanks = self.batch.has_blanks();
         let committed = self.batch.commit(&lm, cell).await?;
+        if has_blanks {
+            lm.saw_blanks(&room_id);
+        }
         if !looks && (forked || !committed.appended.is_empty()) {
             lm.saw(&room_id, forked).await?;
         }

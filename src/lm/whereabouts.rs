@@ -17,6 +17,7 @@ use super::room::Snapshot;
 use super::rooms::{RoomCell, lock};
 use super::rules::HUB_EVENT;
 use super::served::to_values;
+use super::transfer::missing;
 use super::{Lm, Role};
 use crate::event::{Object, Pdu};
 use crate::refusal::Refusal;
@@ -29,6 +30,8 @@ const ASK: Duration = Duration::from_secs(5);
 const CHANGES: usize = 50;
 /// How much time is between two searches for the hub of a room.
 pub(super) const EVERY: Duration = Duration::from_secs(60);
+/// How long a hub to which a log was given may not know of it.
+const HEARS: Duration = Duration::from_secs(90);
 /// The same where nobody has said that the hub is another.
 pub(super) const SELDOM: Duration = Duration::from_secs(600);
 
@@ -39,7 +42,7 @@ impl Lm {
             return Ok(Vec::new());
         }
         let limit = i64::try_from(CHANGES).unwrap_or(i64::MAX);
-        to_values(&stored::last_of_kind(&self.context().store, room_id, HUB_EVENT, limit).await?)
+        to_values(&stored::stood_before(&self.context().store, room_id, (HUB_EVENT, ""), i64::MAX, limit).await?)
     }
 
     /// It may be that another server keeps a log than the one that is known here: asks the others in the room, and `who` first, who
@@ -52,6 +55,32 @@ impl Lm {
         tokio::spawn(async move {
             if let Err(refusal) = lm.find_hub(&cell, who).boxed().await {
                 tracing::info!(room = %cell.room_id, %refusal, "it was not found out who keeps a log now");
+            }
+        });
+    }
+
+    /// The same, as soon as it is due: who says that it is not the hub gets what waits once more after each search.
+    pub(super) fn seek_hub_in_time(&self, cell: &Arc<RoomCell>, who: OwnedServerName) {
+        let left = {
+            let mut sought = lock(&cell.sought);
+            let now = Instant::now();
+            let due = sought.map_or(now, |at| at + self.looks().pace(EVERY));
+            if sought.is_some_and(|at| at > now) {
+                // Somebody waits for that already.
+                return;
+            }
+            *sought = Some(due.max(now));
+            due.saturating_duration_since(now)
+        };
+        let (lm, cell) = (self.clone(), cell.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(left).await;
+            if !lock(&cell.ahead).has_misdirected() || lm.context().store.reader().is_closed() {
+                return;
+            }
+            if let Err(refusal) = lm.find_hub(&cell, Some(who.clone())).boxed().await {
+                tracing::info!(room = %cell.room_id, %refusal, "it was not found out who keeps a log now");
+                lm.seek_hub_in_time(&cell, who);
             }
         });
     }
@@ -93,9 +122,11 @@ impl Lm {
             }
             return remarked;
         };
-        if hub == self.context().server_name {
+        if hub == self.context().server_name
+            && let Some(missing) = missing(cell, &room, &last.pdu)
+        {
             // Whatever is here is not what was here when we agreed to it.
-            return Err(Refusal::Forbidden(format!("{} gave us this log, of which we know nothing", last.pdu.sender)));
+            return Err(Refusal::Forbidden(format!("{} gave us this log, but {missing}", last.pdu.sender)));
         }
         tracing::info!(room = %cell.room_id, from = %room.facts.hub, %hub, "a log was handed on while we were away");
         let mut taking = Taking::begin(self, cell, room).await?;
@@ -134,7 +165,7 @@ impl Lm {
         found
     }
 
-    /// Nobody shows another hub. Where the one that is known has said that it is not the hub, that is written down: what any
+    /// Nobody shows another hub than the one that is known. Where that one that is known has said that it is not the hub, that is written down: what any
     /// other server says without showing it is nothing.
     async fn remark(
         &self,
@@ -142,9 +173,12 @@ impl Lm {
         room: Arc<Snapshot>,
         who: Option<OwnedServerName>,
     ) -> Result<(), Refusal> {
-        let Some(head) = room.last_id().cloned().filter(|_| lock(&cell.ahead).has_misdirected()) else {
+        let refuses = lock(&cell.ahead).misdirected_for();
+        let Some((head, refuses)) = room.last_id().cloned().zip(refuses) else { return Ok(()) };
+        // It was given the log by a server that it takes for the hub still: it has not heard of that, and finds out now.
+        if room.was_handed_over() && refuses < HEARS {
             return Ok(());
-        };
+        }
         let named = who.filter(|who| *who != room.facts.hub).map_or_else(String::new, |who| format!(" but {who}"));
         let problem = format!(
             "{} says that it does not keep this room's log any more{named}, and no server in the room shows by what event it was \

@@ -38,6 +38,7 @@ async fn hc_37_inv_1_a_hub_that_comes_back_with_a_shorter_log_is_found_out_and_n
     assert_eq!(bodies(&log)[1..4], ["forgotten 0", "forgotten 1", "forgotten 2"]);
     let complaints = part.lm.room(&room).await.unwrap().unwrap().complaints;
     assert!(complaints.iter().any(|said| said.contains("not the end of the log")), "{complaints:?}");
+    assert!(part.fault_kinds(&room).await.contains(&"forked".to_owned()));
 }
 
 /// What a template says of the version is worth nothing: the room's first event says it.

@@ -103,7 +103,7 @@ async fn hc_41_an_event_that_the_rules_forbid_is_not_taken_and_complained_of() {
         assert_eq!(give(&part, &hub, &event.json).await.result, Ok(()));
     }
     assert_eq!(bodies(&part.log(&room).await), Vec::<String>::new());
-    assert_eq!(complaints(&part, &room).await.len(), 4);
+    assert_eq!(part.fault_kinds(&room).await, ["forbidden"; 4]);
     // What follows is taken, though it stands on what was not.
     hub.say(&room, "bot", "honest").await;
     part.wait_for_body(&room, "honest").await;
@@ -132,12 +132,53 @@ async fn hc_30_a_hub_that_changes_what_it_finishes_is_found_out() {
     let taken = part.log(&room).await.pop().unwrap();
     assert_eq!(taken.event.lpdu_id.as_ref(), Some(&lpdu.lpdu_id));
     assert_eq!(taken.event.content(), &Object::new(), "only the redacted copy is kept");
-    assert_eq!(complaints(&part, &room).await.len(), 1);
+    assert_eq!(part.fault_kinds(&room).await, ["rewritten"]);
     // A field that the hub adds, changed after it signed.
     let mut tampered = echo.json.clone();
     tampered["prev_events"] = json!([]);
     let refused = give(&part, &hub, &tampered).await;
     assert!(matches!(refused.result, Err(Refusal::BadSignature { .. })), "{refused:?}");
+}
+
+/// What a redaction redacts is given so by every hub; what nothing redacts is kept from the participants.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_30_a_hub_that_leaves_out_what_was_said_is_found_out() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let room = room_of(&hub, &part).await;
+    third.join(&room, "carol", &hub).await;
+    let known = hub.log(&room).await.len();
+    part.wait(&room, "the join", |log| log.len() == known).await;
+    part.lm.hasten_looks(50);
+    part.meddle(|request, next| async move {
+        match request.uri().path().contains("/send/") {
+            true => axum::response::IntoResponse::into_response(http::StatusCode::SERVICE_UNAVAILABLE),
+            false => next.run(request).await,
+        }
+    });
+    for body in ["redacted", "blanked", "left"] {
+        third.say(&room, "carol", body).await;
+        hub.wait_for_body(&room, body).await;
+    }
+    let said = hub.log(&room).await[known].event.event_id.clone();
+    hub.send(&room, draft(&hub.user("bot"), "m.room.redaction", None, json!({ "redacts": said }))).await.unwrap();
+    let log = hub.log(&room).await;
+    assert_eq!(log.len(), known + 4);
+    for (place, event) in log.iter().enumerate().skip(known) {
+        let json = match place - known {
+            0 | 1 => isthmus::event::redact(&event.event.json, isthmus::event::Redaction::Draft),
+            _ => event.event.json.clone(),
+        };
+        assert_eq!(give(&part, &hub, &json).await.result, Ok(()));
+    }
+    let found = async {
+        while part.fault_kinds(&room).await.is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), found).await.unwrap();
+    let (_, faults) = isthmus::store::lm::faults(&part.context.store, &room, 10).await.unwrap();
+    let found: Vec<_> = faults.iter().map(|fault| (fault.kind.as_str(), fault.event_id.as_str())).collect();
+    assert_eq!(found, [("rewritten", log[known + 1].event.event_id.as_str())]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -179,7 +220,7 @@ async fn hc_32_a_fork_is_taken_in_the_order_in_which_it_came_and_complained_of()
         assert_eq!(give(&part, &hub, &pdu.json).await.result, Ok(()));
     }
     assert_eq!(bodies(&part.log(&room).await), ["one", "two"]);
-    assert_eq!(complaints(&part, &room).await.len(), 1);
+    assert_eq!(part.fault_kinds(&room).await, ["forked"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -374,6 +415,7 @@ async fn the_state_that_comes_with_a_join_obeys_the_rules() {
                 complaints.iter().any(|complaint| complaint.contains(forbidden.event_id.as_str())),
                 "{complaints:?}"
             );
+            assert_eq!(part.fault_kinds(&room).await, ["forbidden"]);
         }
     }
 }
@@ -488,4 +530,5 @@ async fn the_state_that_is_taken_instead_of_what_is_missing_obeys_the_rules() {
         assert!(!ids(&log).contains(&event.event_id));
     }
     assert_eq!(bodies(&log), ["after"]);
+    assert_eq!(part.fault_kinds(&room).await, ["forbidden", "forbidden", "forbidden", "forbidden", "skipped"]);
 }

@@ -193,6 +193,65 @@ async fn where_nobody_shows_who_keeps_a_log_now_that_is_said() {
     let complaint = tokio::time::timeout(Duration::from_secs(30), complained).await.unwrap();
     assert!(complaint.contains("a.example") && complaint.contains("c.example"), "{complaint}");
     assert_eq!(hub_at(&d, &room).await, "a.example");
+    assert_eq!(d.fault_kinds(&room).await, ["moved"]);
+}
+
+/// The server that is to keep the log has signed for it, and the event comes to everybody but to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_has_not_heard_that_it_is_one_learns_it_of_those_who_have() {
+    let (_world, [a, b, c]) = three().await;
+    let room = room_of(&a, &b, &c).await;
+    let other = b.create_room("public").await;
+    c.join(&other, "carol", &b).await;
+    one_log(&[&a, &b, &c], &room, 0).await;
+    b.meddle(|request, next| async move {
+        let by = request.headers().get("authorization").and_then(|header| header.to_str().ok()).unwrap_or_default();
+        if by.contains("origin=\"a.example\"") && request.uri().path().contains("/send/") {
+            return http::StatusCode::BAD_GATEWAY.into_response();
+        }
+        next.run(request).await
+    });
+    let given = hand_over(&a, &room, "bot", &b).await.unwrap();
+    assert!(!given.taken, "it does not know");
+    wait_for_hub(&c, &room, &b).await;
+    // And the hub before is gone.
+    let _gone = cut(&a, "/");
+    assert_eq!(hub_at(&b, &room).await, "a.example");
+    c.say(&room, "carol", "is anybody there?").await;
+    c.say(&other, "carol", "not held up").await;
+    b.wait_for_body(&other, "not held up").await;
+    wait_for_hub(&b, &room, &b).await;
+    let log = c.wait_for_body(&room, "is anybody there?").await;
+    b.say(&room, "bob", "yes").await;
+    c.wait_for_body(&room, "yes").await;
+    assert_eq!(ids(&b.log(&room).await)[..log.len()], ids(&log));
+    assert_eq!(c.fault_kinds(&room).await, [""; 0]);
+}
+
+/// It says so once, and is the hub all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_5_what_a_hub_left_because_it_was_none_it_is_given_again_though_nobody_speaks() {
+    let (_world, [a, b, _c]) = three().await;
+    let room = a.create_room("public").await;
+    b.join(&room, "bob", &a).await;
+    b.lm.hasten_looks(50);
+    let left = Arc::new(AtomicUsize::new(0));
+    let count = left.clone();
+    a.meddle(move |request, next| {
+        let is_none = request.uri().path().contains("/send/") && count.load(Ordering::SeqCst) < 3;
+        let count = count.clone();
+        async move {
+            if !is_none {
+                return next.run(request).await;
+            }
+            count.fetch_add(1, Ordering::SeqCst);
+            let body = json!({ "errcode": "M_WRONG_SERVER", "error": "not the hub", "hub_server": "b.example" });
+            (StatusCode::BAD_REQUEST, axum::Json(body)).into_response()
+        }
+    });
+    b.say(&room, "bob", "to whom?").await;
+    a.wait_for_body(&room, "to whom?").await;
+    assert_eq!(left.load(Ordering::SeqCst), 3);
 }
 
 /// Waits until the log at `node` ends a user's story so.

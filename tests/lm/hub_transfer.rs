@@ -127,6 +127,7 @@ async fn a_log_is_handed_over_and_back_and_everybody_goes_on() {
     one_log(&[&a, &b, &c], &room, 1).await;
     let given = hand_over(&a, &room, "bot", &b).await.unwrap();
     assert_eq!(given.unaware, [] as [&str; 0]);
+    assert!(given.taken);
     assert_eq!(hub_at(&a, &room).await, "b.example");
     for node in [&b, &c] {
         wait_for_hub(node, &room, &b).await;

@@ -9,7 +9,7 @@ use axum::Json;
 use axum::response::IntoResponse as _;
 use http::{Method, StatusCode};
 use isthmus::event::Object;
-use isthmus::lm::Sent;
+use isthmus::lm::{Position, Sent};
 use isthmus::refusal::Refusal;
 use isthmus::seam::Outgoing;
 use ruma::{OwnedRoomId, OwnedUserId, RoomId};
@@ -273,4 +273,40 @@ async fn a_join_that_comes_with_what_follows_it_before_it_is_answered_is_there_o
     let at_hub = ids(&hub.log(&room).await);
     let place = at_hub.iter().position(|id| *id == joined.event.event_id).unwrap();
     assert!(ids(&log).ends_with(&at_hub[place..]), "{:?}", bodies(&log));
+}
+
+/// Each change of a name stands on the one before it, so that a chain gets as long as somebody's whims.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_auth_chain_is_whole_however_often_somebody_changed_their_name() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    let bot = hub.user("bot");
+    for changes in 0..3 {
+        let names = (0..400).map(|number| {
+            let mut draft = member(&bot, &bot, "join");
+            draft.content.insert("displayname".to_owned(), json!(format!("{changes} {number}")));
+            Outgoing { draft, effect: None }
+        });
+        assert!(hub.lm.send(&room, names.collect()).await.iter().all(Result::is_ok));
+    }
+    part.join(&room, "alice", &hub).await;
+    let mut log = Vec::new();
+    while let Some(more) =
+        Some(hub.lm.log(&room, Position(log.len() as i64), 1000).await.unwrap()).filter(|it| !it.is_empty())
+    {
+        log.extend(more);
+    }
+    let answer = hub.lm.get_state(&part.name, &room, None, true).await.unwrap();
+    let named = |list: &str| -> BTreeSet<String> { serde_json::from_value(answer[list].clone()).unwrap() };
+    let (mut expected, mut wanted) = (BTreeSet::new(), named("pdu_ids"));
+    for event in log.iter().rev().filter(|event| event.event.state_key.is_some()) {
+        if wanted.contains(event.event.event_id.as_str()) {
+            for allows in &event.event.auth_events {
+                wanted.insert(allows.to_string());
+                expected.insert(allows.to_string());
+            }
+        }
+    }
+    assert!(expected.len() > 1_200);
+    assert_eq!(named("auth_chain_ids"), expected);
 }

@@ -284,6 +284,14 @@ impl Node {
         self.wait(room_id, body, |log| bodies(log).iter().any(|found| found == body)).await
     }
 
+    /// The kinds of faults of a room's hub that are on record, sorted.
+    pub async fn fault_kinds(&self, room_id: &RoomId) -> Vec<String> {
+        let (_, found) = isthmus::store::lm::faults(&self.context.store, room_id, 100).await.unwrap();
+        let mut kinds: Vec<String> = found.into_iter().map(|fault| fault.kind).collect();
+        kinds.sort();
+        kinds
+    }
+
     /// A correctly signed LPDU of this server, whoever its sender is.
     pub fn lpdu(&self, room_id: &RoomId, hub: &ServerName, draft: &Draft) -> Lpdu {
         let mut template = Object::new();

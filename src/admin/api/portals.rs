@@ -398,6 +398,8 @@ pub(super) struct HandedOver {
     /// The server that keeps the log now.
     #[schema(value_type = String)]
     lm_hub: OwnedServerName,
+    /// Whether that server has said since that it does. Until then the gateway must not be stopped for good.
+    taken: bool,
     /// The servers in the room that do not show that they know of changes of the hub.
     #[schema(value_type = Vec<String>)]
     unaware: Vec<OwnedServerName>,
@@ -414,7 +416,8 @@ pub(super) async fn hand_over(
     Body(HandOver { server, force }): Body<HandOver>,
 ) -> Result<Json<HandedOver>, Refusal> {
     let done = admin.bridge.hand_over(&portal_id, &server, force).await?;
-    Ok(Json(HandedOver { event_id: done.event_id.to_string(), lm_hub: server, unaware: done.unaware }))
+    let (event_id, taken) = (done.event_id.to_string(), done.taken);
+    Ok(Json(HandedOver { event_id, lm_hub: server, taken, unaware: done.unaware }))
 }
 
 #[derive(Serialize, ToSchema)]

@@ -1,6 +1,7 @@
 //! Rooms of the linear side: the log, the current state, which servers were in a room when, LPDUs on their way to a hub,
 //! what is missing of foreign hubs' logs, what was redacted, and complaints about hubs.
 
+mod blanks;
 mod holes;
 mod looks;
 mod read;
@@ -11,6 +12,7 @@ mod write;
 
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
+pub use self::blanks::{blanks, forget_blanks, note_blank, rooms_with_blanks};
 pub use self::holes::{
     Counts, Hole, Missing, Overflow, close_holes, close_overflow, count_holes, forget_holes, hasten_overflows, holes,
     missing, next_try, note_holes, put_off_holes, rooms_with_holes,
@@ -20,9 +22,9 @@ pub use self::looks::{
     requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus, taken_since, waiting_lpdus,
 };
 pub use self::read::{
-    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, last_of_kind, lpdus_after,
-    positions_of_lpdus, queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now,
-    state_of_kind_before, stays,
+    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,
+    queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now, state_of_kind_before, stays,
+    stood_before,
 };
 pub use self::redactions::{Asked, By, redact, redacted, redacted_now, target};
 pub use self::staged::{

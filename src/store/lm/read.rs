@@ -112,19 +112,21 @@ pub async fn state_of_kind_before(
     rows.iter().map(event_row).collect()
 }
 
-/// The last state events of a type with an empty state key, in order.
-pub async fn last_of_kind(
+/// The newest state events of a type and state key before a position, in order.
+pub async fn stood_before(
     store: &Store,
     room_id: &RoomId,
-    kind: &str,
+    (kind, state_key): (&str, &str),
+    position: i64,
     limit: i64,
 ) -> Result<Vec<EventRow>, StoreError> {
     let sql = "SELECT room_id, position, event_id, json FROM lm_events \
-               WHERE room_id = $1 AND kind = $2 AND state_key = $3 ORDER BY position DESC LIMIT $4";
+               WHERE room_id = $1 AND kind = $2 AND state_key = $3 AND position < $4 ORDER BY position DESC LIMIT $5";
     let rows = sqlx::query(sql)
         .bind(room_id.as_str())
         .bind(text::encode(kind).into_owned())
-        .bind("")
+        .bind(text::encode(state_key).into_owned())
+        .bind(position)
         .bind(limit)
         .fetch_all(store.reader())
         .await?;
