@@ -65,6 +65,10 @@ pub struct Pdu {
     pub raw: Box<RawValue>,
 }
 
+/// How many events one of a shared room may name, as in every graph. <https://spec.matrix.org/v1.16/rooms/v11/#event-format-1>
+const MAX_PREV_EVENTS: usize = 20;
+const MAX_AUTH_EVENTS: usize = 10;
+
 /// A PDU whose form is right, and of which nothing else is proved.
 #[derive(Debug, Clone)]
 pub struct Unverified {
@@ -137,12 +141,20 @@ impl Unverified {
         Ok(Self { pdu, form: Form::Graph(json) })
     }
 
-    /// An event of a shared room. One with floats is none, as in other graphs: graph servers drop it, and what followed it here
-    /// would be lost on them.
+    /// An event of a shared room. One with floats is none, as in other graphs, nor one that names more events than Matrix lets it: graph
+    /// servers drop these, and what followed them here would be lost on them.
     fn linear(object: Object, version: RoomVersion) -> Result<Self, Refusal> {
         let event = event::Pdu::parse(object, REDACTION)?;
         event.json.values().try_for_each(check_numbers)?;
         let pdu = Pdu::of_linear(&event, version)?;
+        for (field, named, limit) in [
+            ("prev_events", pdu.prev_events.len(), MAX_PREV_EVENTS),
+            ("auth_events", pdu.auth_events.len(), MAX_AUTH_EVENTS),
+        ] {
+            if named > limit {
+                return Err(Refusal::malformed(field, format!("{named} events, at most {limit} may be named")));
+            }
+        }
         if pdu.prev_events.is_empty() && pdu.kind != TimelineEventType::RoomCreate {
             return Err(Refusal::malformed("prev_events", "empty"));
         }
@@ -463,5 +475,24 @@ mod tests {
             }
         }
         assert!(finished >= 4);
+    }
+
+    /// Graph servers drop it, and would miss all that follows it.
+    #[test]
+    fn hc_18_an_event_of_a_shared_room_names_no_more_events_than_graph_servers_take() {
+        let recorded = include_str!("../../tests/vectors/dual-stack-synapse-events.json");
+        let recorded: Value = serde_json::from_str(recorded).unwrap();
+        let version = RoomVersion::parse(recorded["room_version"].as_str().unwrap()).unwrap();
+        let event = recorded["events"].as_array().unwrap().last().unwrap()["pdu"].as_object().unwrap();
+        for (field, most) in [("prev_events", 20), ("auth_events", 10)] {
+            for (count, fits) in [(most, true), (most + 1, false)] {
+                let mut event = event.clone();
+                let named: Vec<String> = (0..count).map(|n| format!("${n:a>43}")).collect();
+                event.insert(field.to_owned(), named.into());
+                let read = Unverified::from_object(event, version);
+                assert_eq!(read.is_ok(), fits, "{count} {field}");
+                assert!(fits || read.unwrap_err().to_string().contains(field));
+            }
+        }
     }
 }
