@@ -29,7 +29,7 @@ const RETRY_MS: i64 = 30_000;
 /// … up to this.
 const LONGEST_RETRY_MS: i64 = 15 * 60_000;
 /// A server is asked again for a key that it did not publish after this time at the earliest …
-const REFETCH_MS: i64 = 60_000;
+const REFETCH_MS: i64 = 10_000;
 /// … or after this, when it names the key itself. An answer of this age says what keys a server has now.
 const FRESH_MS: i64 = 3_000;
 /// For how long our own answer is valid.

@@ -229,7 +229,7 @@ async fn hc_10_a_stampede_fetches_once_and_a_dead_server_is_left_alone() {
         let asked = (0..1000).map(|_| ring.keys_for(hub(), &wanted, Validity::Now));
         assert!(futures::future::join_all(asked).await.iter().all(|keys| keys.as_ref().unwrap().len() == 1));
         assert_eq!(servers.fetches(), 1);
-        // A key ID that the server does not have makes it be asked again once a minute, not more.
+        // A key ID that the server does not have makes it be asked again, but not for each request.
         clock.advance(REFETCH_MS);
         for _ in 0..10 {
             assert!(!has(&ring, "ed25519:nobody", Validity::Now).await);
