@@ -217,17 +217,21 @@ impl Session {
     /// Finds out under which name each endpoint answers.
     pub async fn learn_names(&self) {
         for endpoint in Endpoint::ALL {
-            let mut found = None;
+            let (mut found, mut silent) = (None, None);
             for (stable, uri) in
                 [(true, endpoint.stable(endpoint.trial_rest())), (false, endpoint.unstable(endpoint.trial_rest()))]
             {
-                let answer = self.ask(&self.first, endpoint.trial(uri)).await;
-                if answer.is_ok_and(|answer| !answer.is_unrecognized()) {
-                    found = Some(stable);
-                    break;
+                match self.ask(&self.first, endpoint.trial(uri)).await {
+                    Ok(answer) if answer.is_unrecognized() => {}
+                    Ok(_) => {
+                        found = Some(stable);
+                        break;
+                    }
+                    // It may be there, and not like what it was tried with.
+                    Err(_) => silent = silent.or(Some(stable)),
                 }
             }
-            lock(&self.notes).names.insert(endpoint, found);
+            lock(&self.notes).names.insert(endpoint, found.or(silent));
         }
     }
 
