@@ -151,3 +151,45 @@ async fn the_ghost_of_who_says_no_declines_whatever_passed_the_invite_and_when_t
         so("the refusal", || async { refusals().await == 1 }).await;
     }
 }
+
+/// In a portal: who is asked says no at home, and the ghost says so across.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_declines_an_invite_into_a_portal_declines_on_the_other_side_too() {
+    let (world, gateway) = World::new(json!({})).await;
+    let (portal, mut view) = world.portal_of_two(&gateway).await;
+    let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
+    world.refresh(&gateway, &mut view).await;
+    let (alice, bob) = (world.matrix_user("alice"), world.lm_user("bob"));
+    let invite = json!({ "membership": "invite" });
+    let in_log = async |user: &str, membership: &str| {
+        so(&format!("{user} to be {membership} in the log"), || async {
+            gateway.node.membership(lm, user).await == membership
+        })
+        .await;
+    };
+    let in_graph = async |user: &str, membership: &str| {
+        so(&format!("{user} to be {membership} in the graph"), || async {
+            gateway.matrix_member(matrix, user).await.is_some_and(|content| content["membership"] == membership)
+        })
+        .await;
+    };
+
+    let (dave, daves_ghost) = (world.lm_user("dave"), ghost(Side::Lm, "dave"));
+    world.matrix_send(&gateway, &mut view, &alice, "m.room.member", Some(&daves_ghost), invite.clone()).await;
+    in_log(dave.as_str(), "invite").await;
+    so("the invite at dave's server", || async { world.server.membership(lm, dave.as_str()).await == "invite" }).await;
+    world.server.lm.leave_because(lm, &dave, &[OWN.try_into().unwrap()], Some("not today")).await.unwrap();
+    in_graph(&daves_ghost, "leave").await;
+    assert_eq!(gateway.matrix_member(matrix, &daves_ghost).await.unwrap()["reason"], "not today");
+
+    let (carol, carols_ghost) = (world.matrix_user("carol"), ghost(Side::Matrix, "carol"));
+    let version = gateway.dag.room(matrix).await.unwrap().unwrap().version;
+    world.peer.signs_invites(version);
+    world.lm_send_unjudged(lm, draft(&bob, "m.room.member", Some(&carols_ghost), invite)).await;
+    in_graph(carol.as_str(), "invite").await;
+    let made = gateway.dag.make_leave(&world.peer.name, matrix, &carol).await.unwrap();
+    let (id, event) = world.peer.sign(version, made["event"].clone());
+    gateway.dag.send_leave(&world.peer.name, matrix, &id, event).await.unwrap();
+    in_log(&carols_ghost, "leave").await;
+    assert!(gateway.bridge.health(&portal.portal_id).await.unwrap().refusals.is_empty());
+}
