@@ -179,13 +179,16 @@ pub async fn unfinished(store: &Store) -> Result<Vec<CursorKey>, StoreError> {
         .collect()
 }
 
-/// How many events wait for each destination for which any do.
+/// How many events wait for each destination for which any do. LPDUs are counted, since their positions are taken from what the whole
+/// store shares, and far apart; all other feeds have one event at each position.
 pub async fn waiting(store: &Store) -> Result<Vec<(String, i64)>, StoreError> {
     let rows = sqlx::query(
-        "SELECT c.destination AS destination, CAST(SUM(CASE WHEN c.ends_at < f.head THEN c.ends_at ELSE f.head END \
-         - c.sent) AS BIGINT) AS waiting FROM outbound_cursors c \
+        "SELECT w.destination AS destination, CAST(SUM(CASE WHEN w.kind = 'lpdus' THEN (SELECT COUNT(*) FROM lm_lpdu_queue q \
+         WHERE q.room_id = w.room_id AND q.position > w.sent AND q.position <= w.until) ELSE w.until - w.sent END) AS BIGINT) \
+         AS waiting FROM (SELECT c.destination, c.kind, c.room_id, c.sent, \
+         CASE WHEN c.ends_at < f.head THEN c.ends_at ELSE f.head END AS until FROM outbound_cursors c \
          JOIN outbound_feeds f ON f.kind = c.kind AND f.room_id = c.room_id \
-         WHERE c.sent < f.head AND (c.ends_at IS NULL OR c.sent < c.ends_at) GROUP BY c.destination",
+         WHERE c.sent < f.head AND (c.ends_at IS NULL OR c.sent < c.ends_at)) w GROUP BY w.destination",
     )
     .fetch_all(store.reader())
     .await?;
@@ -309,4 +312,45 @@ pub async fn record_failure(tx: &mut Tx, row: &FailureRow) -> Result<(), StoreEr
 pub async fn forget_failure(tx: &mut Tx, destination: &str) -> Result<(), StoreError> {
     sqlx::query("DELETE FROM outbound_destinations WHERE destination = $1").bind(destination).execute(tx).await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use ruma::{EventId, RoomId};
+
+    use super::*;
+    use crate::store::lm::queue_lpdu;
+    use crate::store::testing::both_stores;
+
+    #[tokio::test]
+    async fn what_waits_is_counted_however_far_apart_its_positions_are() {
+        both_stores(|store| async move {
+            let write = store.write(|tx| {
+                Box::pin(async move {
+                    let room_id = RoomId::parse("!a:hub").unwrap();
+                    let key = |kind: &str, room_id: &str| CursorKey {
+                        destination: "hub".to_owned(),
+                        kind: kind.to_owned(),
+                        room_id: room_id.to_owned(),
+                    };
+                    subscribe(tx, &key("lpdus", "!a:hub"), 4).await?;
+                    // The first has been sent, and waits for its echo.
+                    for position in [4, 9, 2_000_000] {
+                        let lpdu_id = EventId::parse(format!("$e{position}")).unwrap();
+                        queue_lpdu(tx, &room_id, position, &lpdu_id, b"{}").await?;
+                    }
+                    advance(tx, "lpdus", "!a:hub", 2_000_000).await?;
+                    subscribe(tx, &key("log", "!b:g"), 2).await?;
+                    advance(tx, "log", "!b:g", 5).await?;
+                    // It gets nothing after its end.
+                    subscribe(tx, &key("log", "!c:g"), 2).await?;
+                    advance(tx, "log", "!c:g", 9).await?;
+                    end(tx, &key("log", "!c:g"), 3).await
+                })
+            });
+            write.await.unwrap();
+            assert_eq!(waiting(&store).await.unwrap(), [("hub".to_owned(), 2 + 3 + 1)]);
+        })
+        .await;
+    }
 }

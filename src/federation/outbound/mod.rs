@@ -195,7 +195,7 @@ pub trait FeedSource: Send + Sync + 'static {
 pub struct QueueStatus {
     /// The destination.
     pub destination: OwnedServerName,
-    /// How many events wait, as far as the heads of its feeds tell.
+    /// How many events wait.
     pub waiting: i64,
     /// Failures in a row.
     pub failures: i64,
