@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use super::actor::{Item, Job, Outcome, What};
 use super::batch::Origin;
 use super::handshake::stripped_state;
-use super::participant::{into_refusal, passed_on};
+use super::participant::{into_refusal, of_own_invite, passed_on};
 use super::room::Snapshot;
 use super::rooms::RoomCell;
 use super::{Appended, Lm, Role, Sent};
@@ -218,7 +218,7 @@ impl Lm {
         };
         let answer = self.have_signed(server, &room, &pdu).await;
         let signed = answer.map_err(|error| match source {
-            Source::Own(_) => into_refusal(error, server),
+            Source::Own(_) => of_own_invite(error, server),
             // The participant is told what the target's server says.
             Source::Lpdu(_) => passed_on(error, server),
         })?;

@@ -419,6 +419,21 @@ pub(super) fn into_refusal(error: RemoteError, server: &ServerName) -> Refusal {
     error.into_verdict(server)
 }
 
+/// What an invited server answered, for the gateway's own user who invites: a 400 with an error is a verdict too, since the same request
+/// gets the same answer again.
+pub(super) fn of_own_invite(error: RemoteError, server: &ServerName) -> Refusal {
+    // These say what may be otherwise a moment later, or that it was the wrong endpoint, or are told in other words.
+    const OTHERS: [&str; 5] = ["", "M_UNRECOGNIZED", "M_BAD_STATE", "M_LIMIT_EXCEEDED", "M_INCOMPATIBLE_ROOM_VERSION"];
+    match &error {
+        RemoteError::Status { status, errcode, .. }
+            if *status == http::StatusCode::BAD_REQUEST && !OTHERS.contains(&errcode.as_str()) =>
+        {
+            passed_on(error, server)
+        }
+        _ => into_refusal(error, server),
+    }
+}
+
 /// What a third server answered, for the server that wanted it asked: as it came where it is a verdict.
 pub(super) fn passed_on(error: RemoteError, server: &ServerName) -> Refusal {
     // Of these two the asker would think that they are about its own request.

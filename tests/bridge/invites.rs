@@ -86,8 +86,8 @@ async fn an_invite_that_no_server_answers_mutes_nobody_and_is_refused_in_the_end
     }
 }
 
-/// Has a server say no to each invite, when there is a permit for that; how often it was asked.
-fn declines(server: &Node) -> (Arc<AtomicUsize>, Arc<Semaphore>) {
+/// Has a server say no to each invite, in this way, when there is a permit for that; how often it was asked.
+fn declines(server: &Node, (status, errcode): (StatusCode, &'static str)) -> (Arc<AtomicUsize>, Arc<Semaphore>) {
     let (asked, answers) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
     let (count, permits) = (asked.clone(), answers.clone());
     *server.meddler.lock().unwrap() = Some(Arc::new(move |request, next| {
@@ -98,8 +98,8 @@ fn declines(server: &Node) -> (Arc<AtomicUsize>, Arc<Semaphore>) {
             }
             count.fetch_add(1, Ordering::SeqCst);
             permits.acquire().await.unwrap().forget();
-            let no = json!({ "errcode": "M_FORBIDDEN", "error": "no visitors" });
-            (StatusCode::FORBIDDEN, axum::Json(no)).into_response()
+            let no = json!({ "errcode": errcode, "error": "no visitors" });
+            (status, axum::Json(no)).into_response()
         })
     }));
     (asked, answers)
@@ -108,10 +108,13 @@ fn declines(server: &Node) -> (Arc<AtomicUsize>, Arc<Semaphore>) {
 /// Others speak while it is asked, so that they pass the invite. What the ghost says when that cannot be written at first it says later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_ghost_of_who_says_no_declines_whatever_passed_the_invite_and_when_the_database_is_back() {
-    for fails in [false, true] {
+    let forbidden = (StatusCode::FORBIDDEN, "M_FORBIDDEN");
+    // As servers answer that take no second invite into a room in which their user was.
+    let unknown = (StatusCode::BAD_REQUEST, "M_UNKNOWN");
+    for (fails, no) in [(false, forbidden), (true, forbidden), (false, unknown)] {
         let (world, gateway) = World::new(json!({})).await;
         let other = world.other_server().await;
-        let (asked, answers) = declines(&other);
+        let (asked, answers) = declines(&other, no);
         let portal = gateway.public_portal().await;
         let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
         let alice = world.matrix_user("alice");
