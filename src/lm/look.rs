@@ -5,10 +5,11 @@
 //! A hub that gives events without their content, which nothing redacts, keeps from its participants what was said.
 //!
 //! That is looked for at the start, after an outage of the hub, after its log forked, when an LPDU that it took does not
-//! come back, and when an event came without its content.
+//! come back, and when an event came without its content. Of who has left the hub may say nothing any more: then its state shows the leave.
 
 mod again;
 mod blanks;
+mod left;
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
@@ -359,8 +360,15 @@ impl Lm {
         let began = self.context().clock.now_ms();
         let room = cell.snapshot(store).await?;
         let hub = room.facts.hub.clone();
-        let end = self.end_of_log(&room).await?;
+        let mut end = self.end_of_log(&room).await?;
         let Some(head) = room.last_id().cloned() else { return Ok(true) };
+        if end.is_none() {
+            end = self.own_leaves(&room, &head).await?;
+            if end.is_none() && self.all_leave(cell, &room) {
+                // What it says to who has left proves nothing; the leaves may be on their way.
+                return Ok(true);
+            }
+        }
         let was_lost = self.looks().is_lost(&cell.room_id);
         let known = match &end {
             Some(ends) if ends.contains(&head) => true,
@@ -397,6 +405,11 @@ impl Lm {
                 }
             }
             taking.finish(Some(cell)).await?;
+        }
+        if !cell.snapshot(store).await?.has_server(&self.context().server_name) {
+            // The next look puts away what is left.
+            self.ask_after(&cell.room_id, SOON);
+            return Ok(true);
         }
         if was_lost {
             tracing::info!(room = %cell.room_id, %hub, "the hub knows the end of its log again");

@@ -336,8 +336,7 @@ impl Lm {
             tracing::info!(room = %room_id, %hub, events = left.len(), "the hub says that it is not the hub any more");
             self.wrong_server(cell, hub, named).await?;
         }
-        self.expect_echo(room_id);
-        Ok(())
+        self.expect_taken(room_id).await
     }
 
     /// A server to which LPDUs were sent says that it is not the hub: where another is known they are replaced, else it is looked for.

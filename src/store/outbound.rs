@@ -316,9 +316,10 @@ pub async fn forget_failure(tx: &mut Tx, destination: &str) -> Result<(), StoreE
 
 #[cfg(test)]
 mod tests {
-    use ruma::{EventId, RoomId};
+    use ruma::RoomId;
 
     use super::*;
+    use crate::event::event_id;
     use crate::store::lm::queue_lpdu;
     use crate::store::testing::both_stores;
 
@@ -336,7 +337,7 @@ mod tests {
                     subscribe(tx, &key("lpdus", "!a:hub"), 4).await?;
                     // The first has been sent, and waits for its echo.
                     for position in [4, 9, 2_000_000] {
-                        let lpdu_id = EventId::parse(format!("$e{position}")).unwrap();
+                        let lpdu_id = event_id(&format!("$e{position}")).unwrap();
                         queue_lpdu(tx, &room_id, position, &lpdu_id, b"{}").await?;
                     }
                     advance(tx, "lpdus", "!a:hub", 2_000_000).await?;

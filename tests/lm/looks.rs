@@ -9,12 +9,13 @@ use axum::extract::Request;
 use http::StatusCode;
 use isthmus::event::{Completion, Object, Pdu};
 use isthmus::lm::Appended;
+use isthmus::seam::Outgoing;
 use isthmus::store::lm::{faults, lost_since, taken_since};
 use ruma::{OwnedEventId, RoomId};
 use serde_json::{Value, json};
 
 use super::log_hub::{Manners, respond};
-use super::world::{Node, World, bodies, draft, raw};
+use super::world::{Node, World, bodies, draft, ids, member, raw};
 
 /// How much faster all is looked after.
 const HASTE: u32 = 20;
@@ -352,4 +353,73 @@ async fn hc_36_what_a_hub_does_in_the_wrong_order_or_without_links_is_taken_and_
     assert_eq!(kinds, ["reordered"]);
     let taken = bodies(&part.log(&room).await);
     assert_eq!(taken, ["right", "incomplete", "unlinked", "first", "second", "one", "two", "three", "four"]);
+}
+
+/// Has a hub give the state of its rooms to everybody; how many transactions with leaves it got.
+fn shows_its_state(hub: &Node) -> Arc<AtomicUsize> {
+    let (lm, leaves) = (hub.lm.clone(), Arc::new(AtomicUsize::new(0)));
+    let count = leaves.clone();
+    hub.meddle(move |request, next| {
+        let (lm, leaves) = (lm.clone(), count.clone());
+        async move {
+            let path = request.uri().path().to_owned();
+            if let Some((_, room)) = path.split_once("/v1/state/") {
+                let room = room.replace("%21", "!").replace("%3A", ":");
+                let state = lm.state(&RoomId::parse(room).unwrap()).await.unwrap();
+                let pdus: Vec<Object> = state.iter().map(|(_, _, event)| event.json.clone()).collect();
+                return respond(StatusCode::OK, json!({ "pdus": pdus, "auth_chain": [] }));
+            }
+            let (parts, body) = request.into_parts();
+            let body = to_bytes(body, 1 << 20).await.unwrap();
+            if path.contains("/send/") && String::from_utf8_lossy(&body).contains(r#""membership":"leave""#) {
+                leaves.fetch_add(1, Ordering::SeqCst);
+            }
+            next.run(Request::from_parts(parts, body.into())).await
+        }
+    });
+    leaves
+}
+
+/// As hubs do that send events to those alone who are in the room after them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_left_is_out_though_the_hub_does_not_say_so() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("invite").await;
+    let users = ["alice", "carol"].map(|name| part.user(name));
+    for user in &users {
+        let invite = Outgoing { draft: member(&hub.user("bot"), user, "invite"), effect: None };
+        hub.lm.invite(&room, invite).await.unwrap();
+        part.join(&room, user.localpart(), &hub).await;
+    }
+    let leaves = shows_its_state(&hub);
+    part.meddle(|request, next| async move {
+        let (parts, body) = request.into_parts();
+        let body = to_bytes(body, 1 << 20).await.unwrap();
+        let text = String::from_utf8_lossy(&body);
+        if text.contains(r#""membership":"leave""#) && text.contains("@alice") {
+            return respond(StatusCode::OK, json!({}));
+        }
+        next.run(Request::from_parts(parts, body.into())).await
+    });
+    part.lm.hasten_looks(HASTE);
+    for user in users.iter().rev() {
+        part.send(&room, member(user, user, "leave")).await.unwrap();
+    }
+    let is_out = |log: &[Appended], user: &ruma::UserId| {
+        log.iter().any(|event| {
+            event.event.state_key.as_deref() == Some(user.as_str())
+                && event.event.content().get("membership") == Some(&json!("leave"))
+        })
+    };
+    let log = part.wait(&room, "both leaves", |log| users.iter().all(|user| is_out(log, user))).await;
+    assert_eq!(ids(&log).last(), ids(&hub.log(&room).await).last());
+    assert_eq!(leaves.load(Ordering::SeqCst), 2, "each was said once");
+    // There is nothing to wait for any more, and a new invite is a new invite.
+    let invite = Outgoing { draft: member(&hub.user("bot"), &users[0], "invite"), effect: None };
+    hub.lm.invite(&room, invite).await.unwrap();
+    part.meddle(|request, next| next.run(request));
+    part.join(&room, "alice", &hub).await;
+    part.say(&room, "alice", "back").await;
+    hub.wait_for_body(&room, "back").await;
+    assert_eq!(taken_since(&part.context.store, &room).await.unwrap(), None);
 }
