@@ -4,6 +4,7 @@ mod connections;
 pub(crate) mod descriptors;
 mod devices;
 mod edus;
+mod greeting;
 mod handshakes;
 mod housekeeping;
 mod listen;
@@ -202,6 +203,7 @@ impl Gateway {
         let chores = CancellationToken::new();
         tokio::spawn(chores.clone().run_until_cancelled_owned(housekeeping::run(context.clone())));
         tokio::spawn(chores.clone().run_until_cancelled_owned(housekeeping::watch_clock(context.clone())));
+        tokio::spawn(chores.clone().run_until_cancelled_owned(greeting::run(context.clone())));
         Ok(Self { context, bridge, appservice, public, admin, chores })
     }
 
