@@ -217,6 +217,11 @@ pub trait Between: Send + Sync + 'static {
     /// from it follows later.
     async fn invited(&self, invite: Invite) -> Result<(), Refusal>;
 
+    /// Whether a user of this gateway is somebody on a side: its bot, or who stands for somebody of the other side.
+    async fn is_user(&self, _side: Side, _user_id: &UserId) -> Result<bool, Refusal> {
+        Ok(true)
+    }
+
     /// On which side a room is that the gateway is not in and into which one of its users is invited. Called for every event of a
     /// room that is not known: from memory.
     fn invited_into(&self, _room_id: &RoomId) -> Option<Side> {

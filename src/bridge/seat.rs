@@ -57,6 +57,11 @@ impl Between for Seat {
         invited(&self.0, &invite).await
     }
 
+    async fn is_user(&self, side: Side, user_id: &UserId) -> Result<bool, Refusal> {
+        let who = self.0.users.who(&self.0.context.store, side, user_id).await?;
+        Ok(matches!(who, Who::Ghost { .. } | Who::Bot))
+    }
+
     fn invited_into(&self, room_id: &RoomId) -> Option<Side> {
         self.0.pending.side_of(room_id)
     }

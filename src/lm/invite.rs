@@ -158,6 +158,10 @@ impl Lm {
             return Ok(appended);
         }
         let server = target.server_name();
+        if *server == self.context().server_name && !self.between().is_user(Side::Lm, &target).await? {
+            // As the invited server says where another one is the hub.
+            return Err(Refusal::NotFound(format!("the user {target}")));
+        }
         if room.has_server(server) || *server == self.context().server_name {
             let from = Origin { foreign: true, ..Origin::default() };
             let outcome = self.append(cell, vec![(What::Lpdu(lpdu), from)]).await.pop();

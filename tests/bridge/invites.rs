@@ -6,11 +6,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use axum::response::IntoResponse as _;
 use http::StatusCode;
+use isthmus::event::Lpdu;
+use isthmus::federation::Call;
 use isthmus::identity::Side;
 use serde_json::json;
 use tokio::sync::Semaphore;
 
-use super::world::{DEAD, Node, OTHER, World, draft, ghost, so};
+use super::world::{DEAD, Node, OTHER, World, draft, ghost, object, so};
 use crate::dag::OWN;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -195,4 +197,31 @@ async fn who_declines_an_invite_into_a_portal_declines_on_the_other_side_too() {
     gateway.dag.send_leave(&world.peer.name, matrix, &id, event).await.unwrap();
     in_log(&carols_ghost, "leave").await;
     assert!(gateway.bridge.health(&portal.portal_id).await.unwrap().refusals.is_empty());
+}
+
+/// The gateway is the hub and the invited server in one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_39_nobody_is_invited_who_cannot_exist() {
+    let (world, gateway) = World::new(json!({})).await;
+    let (portal, _view) = world.portal_of_two(&gateway).await;
+    let lm = &portal.lm_room_id;
+    let bob = world.lm_user("bob");
+    let (hub, context) = (ruma::OwnedServerName::try_from(OWN).unwrap(), &world.server.context);
+    let version = "org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+    let invite = async |user: &str| {
+        let event = json!({
+            "type": "m.room.member", "state_key": user, "content": { "membership": "invite" }, "room_id": lm,
+            "sender": bob, "origin_server_ts": context.clock.now_ms(),
+        });
+        let lpdu = Lpdu::build(object(event), &hub, &context.server_name, &context.signing_key).unwrap();
+        let body = json!({ "event": lpdu.json, "room_version": version, "invite_room_state": [] });
+        let uri = format!("/_matrix/federation/unstable/{version}/invite/{}", lpdu.lpdu_id);
+        context.client.call(&hub, Call::post(uri, object(body)), false).await
+    };
+    for nobody in [format!("@nobody:{OWN}"), format!("@mx_:{OWN}"), ghost(Side::Lm, "dave")] {
+        let refused = invite(&nobody).await.unwrap_err().to_string();
+        assert!(refused.starts_with("404") && refused.contains("M_NOT_FOUND"), "{nobody}: {refused}");
+        assert!(gateway.node.state(lm, "m.room.member", &nobody).await.is_none(), "{nobody}");
+    }
+    invite(&ghost(Side::Matrix, "carol")).await.unwrap();
 }
