@@ -93,7 +93,19 @@ impl Shared {
                 .extend(std::mem::take(&mut filling.outcomes).into_iter().filter(|(id, _)| is_one_of(&waiting, id)));
         }
         waiting.retain(|event| outcomes.get(&event.pdu().event_id).is_some_and(is_missing));
-        if !waiting.is_empty() && room.core().has_server(origin) {
+        if !waiting.is_empty() && !room.core().has_server(origin) {
+            // Nothing of it stays here, so it is not tried again either when what is missing has come.
+            for event in waiting {
+                let event_id = event.pdu().event_id.clone();
+                if let Some(Ok(outcome)) = outcomes.get(&event_id)
+                    && let Err(missing) = outcome.accepted()
+                {
+                    let problem =
+                        "has nobody in the room, as far as is known here, and what its event follows is missing";
+                    outcomes.insert(event_id, Err(Refusal::Forbidden(format!("{origin} {problem}: {missing}"))));
+                }
+            }
+        } else if !waiting.is_empty() {
             let kept = self.keep_waiting(room, origin, &waiting, is_long).await?;
             if is_long {
                 outcomes.retain(|id, _| !kept.contains(id));

@@ -398,6 +398,24 @@ async fn what_cannot_wait_for_a_long_gap_is_taken_with_the_state_before_it() {
 }
 
 #[tokio::test]
+async fn who_has_nobody_in_the_room_is_told_that_an_event_does_not_wait_for_what_is_before_it() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let (room, _, said) = said(&peer, &gateway, 2).await;
+    peer.memory.hidden.lock().unwrap().insert(said[0].0.clone());
+    let kick = state("m.room.member", peer.user("alice").as_str(), json!({ "membership": "leave" }));
+    gateway.send(&room, kick).await.unwrap();
+    // Its server has not heard of that.
+    let (last, event) = &said[1];
+    let refused = peer.put(&gateway.dag, &[event]).await.remove(0).result.unwrap_err().to_string();
+    for said in ["peer.example has nobody in the room", "missing prev_events", said[0].0.as_str()] {
+        assert!(refused.contains(said), "{refused}");
+    }
+    assert!(gateway.dag.event(last).await.unwrap().is_none());
+    assert_eq!(missing(&gateway.context.store, None).await.unwrap().count, 0);
+}
+
+#[tokio::test]
 async fn what_is_missing_before_an_event_is_written_down_with_the_event_or_it_is_not_taken() {
     let peer = Peer::start("peer.example").await;
     let gateway = Gateway::start(&[&peer]).await;

@@ -5,13 +5,108 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use isthmus::event::{Object, Redaction, RoomVersion, VerifyKeys};
 use isthmus::lm::Appended;
 use isthmus::seam::{LogOrigin, NewLog};
-use ruma::{OwnedEventId, OwnedServerName, RoomId};
+use ruma::{OwnedEventId, OwnedServerName, OwnedUserId, RoomId, UserId};
 use serde_json::Value;
 
+use super::{GRAPH, HUB, PARTS, Schedule};
 use crate::dag::shared::fake::Log;
+use crate::lm::schedules::{same_log, stay_began};
 use crate::lm::world::Node;
 
 type Key = (String, String);
+
+impl Schedule {
+    pub(super) async fn check(&self) {
+        let (hub, room) = (self.node(HUB), &self.room);
+        let log = hub.log(room).await;
+        ancestors_come_first(hub, &log, 0).await;
+        each_passes_at_its_place(hub, room, &self.keys).await;
+        self.nothing_is_missing(&log).await;
+        for part in PARTS {
+            let node = self.node(part);
+            same_log(&log, &node.log(room).await, &node.name);
+        }
+        let graph = self.node(GRAPH);
+        let of_graph = graph.log(room).await;
+        // Its log begins with the state of then, and what is before that may come to be known later.
+        let began = stay_began(&of_graph, &graph.name).expect("somebody of it is in the room");
+        ancestors_come_first(graph, &of_graph, began).await;
+        one_graph(hub, graph, room).await;
+        let left = in_step(hub, room).await;
+        assert_eq!(left, [], "{:#?}", self.told);
+        self.home_has_all(&log, &of_graph);
+    }
+
+    /// What was taken is in the log once, or it is known why it is not: the hub refused it, or the graph had decided otherwise.
+    async fn nothing_is_missing(&self, log: &[Appended]) {
+        assert_dense_enough(log);
+        let mut by_id: HashMap<&OwnedEventId, usize> = HashMap::new();
+        let mut by_body: BTreeSet<(&UserId, &str)> = BTreeSet::new();
+        for (place, one) in log.iter().enumerate() {
+            for id in [Some(&one.event.event_id), one.event.lpdu_id.as_ref()].into_iter().flatten() {
+                assert!(by_id.insert(id, place).is_none(), "{id} is in the log twice");
+            }
+            if let Some(body) = one.event.content().get("body").and_then(Value::as_str) {
+                assert!(by_body.insert((&one.event.sender, body)), "{body} is in the log twice: {:#?}", self.told);
+            }
+        }
+        let refused: BTreeSet<OwnedEventId> = self
+            .watchers
+            .iter()
+            .flat_map(|watcher| watcher.refused.lock().unwrap().clone())
+            .map(|(id, _)| id)
+            .collect();
+        let (mut last, mut missing): (BTreeMap<&OwnedUserId, usize>, usize) = Default::default();
+        for said in &self.said {
+            let Some(place) = by_id.get(&said.id) else {
+                missing += 1;
+                let why = match said.is_lpdu {
+                    true => refused.contains(&said.id).then(|| "refused".to_owned()),
+                    false => self.verdict(&said.id).await,
+                };
+                assert!(why.is_some(), "{} {} is lost: {:#?}", said.what, said.id, self.told);
+                println!("{} {}: {why:?}", said.sender, said.what);
+                continue;
+            };
+            if !said.in_line {
+                continue;
+            }
+            let before = last.insert(&said.sender, *place);
+            assert!(before < Some(*place), "{} is out of its sender's order: {:#?}", said.what, self.told);
+        }
+        assert!(missing * 2 < self.said.len(), "{missing} of {} are not there: {:#?}", self.said.len(), self.told);
+        for id in &self.home.taken {
+            let is_there = by_id.contains_key(id) || self.verdict(id).await.is_some();
+            assert!(is_there, "{id} of {} is lost: {:#?}", self.home.peer.name, self.told);
+        }
+    }
+
+    /// Why the hub did not take an event that it has into the room.
+    async fn verdict(&self, id: &OwnedEventId) -> Option<String> {
+        // Of servers with nobody in the room it keeps nothing, and says so.
+        if let Some(why) = self.refused.lock().unwrap().get(id) {
+            return Some(why.clone());
+        }
+        let rows = isthmus::store::dag::events(&self.node(HUB).context.store, std::slice::from_ref(id)).await.unwrap();
+        rows.into_iter().next().filter(|row| row.status != 0)?.reason
+    }
+
+    /// The test's homeserver was sent all of its last stay. Each server of the graph sends what its own users do, to those who are in
+    /// the room as far as it knows by then, and the hub what comes by the log as well. So what GRAPH said goes by GRAPH's log: there a
+    /// homeserver may come later than at the hub, and what was said before it is asked for by whoever misses it.
+    fn home_has_all(&self, log: &[Appended], of_graph: &[Appended]) {
+        let (name, graph) = (&self.home.peer.name, &self.node(GRAPH).name);
+        let got = self.home.got.lock().unwrap();
+        for (log, by_graph) in [(log, false), (of_graph, true)] {
+            let began = stay_began(log, name).expect("somebody of it is in the room");
+            let sent_by = |one: &&Appended| (one.event.sender.server_name() == *graph) == by_graph;
+            for one in log[began..].iter().filter(sent_by).filter(|one| one.event.sender.server_name() != *name) {
+                let id = &one.event.event_id;
+                assert!(got.contains(id), "{name} was not sent {id} {:?}: {:#?}", one.event.content(), self.told);
+            }
+        }
+    }
+}
 
 async fn log_of(node: &Node, room: &RoomId, hub: &OwnedServerName) -> Log {
     let events = node.log(room).await.into_iter().map(|appended| (appended.event, LogOrigin::default())).collect();
@@ -21,7 +116,7 @@ async fn log_of(node: &Node, room: &RoomId, hub: &OwnedServerName) -> Log {
 }
 
 /// INV-2: of two events an ancestor comes first, also where what is between them is not in the log; of the events from a place on.
-pub async fn ancestors_come_first(node: &Node, log: &[Appended], from: usize) {
+async fn ancestors_come_first(node: &Node, log: &[Appended], from: usize) {
     let places: HashMap<_, _> =
         log.iter().enumerate().map(|(place, one)| (one.event.event_id.clone(), place)).collect();
     for (place, one) in log.iter().enumerate().skip(from) {
@@ -44,7 +139,7 @@ pub async fn ancestors_come_first(node: &Node, log: &[Appended], from: usize) {
 }
 
 /// INV-3: at each place of the hub's log the rules have the event that is there, and those have signed it who must.
-pub async fn each_passes_at_its_place(hub: &Node, room: &RoomId, keys: &VerifyKeys) {
+async fn each_passes_at_its_place(hub: &Node, room: &RoomId, keys: &VerifyKeys) {
     let log = log_of(hub, room, &hub.name).await;
     log.assert_sound();
     for (event, _) in &log.events {
@@ -61,7 +156,7 @@ fn means(key: &Key, content: &Object) -> Value {
 }
 
 /// INV-4: the log's state is the graph's, or the graph says why not. Of a member only the membership counts.
-pub async fn in_step(hub: &Node, room: &RoomId) -> Vec<(Key, String)> {
+async fn in_step(hub: &Node, room: &RoomId) -> Vec<(Key, String)> {
     let left = hub.dag.uncorrected(room).await.unwrap();
     let excused: BTreeSet<&Key> = left.iter().map(|(key, _)| key).collect();
     let (log, graph) = (log_of(hub, room, &hub.name).await, hub.dag.state(room).await.unwrap());
@@ -87,7 +182,7 @@ pub async fn in_step(hub: &Node, room: &RoomId) -> Vec<(Key, String)> {
 }
 
 /// What the graph comes to is the same at two graph servers, and at the one that is not the hub the log's state too.
-pub async fn one_graph(hub: &Node, other: &Node, room: &RoomId) {
+async fn one_graph(hub: &Node, other: &Node, room: &RoomId) {
     let ids = async |node: &Node| -> BTreeMap<Key, OwnedEventId> {
         let state = node.dag.state(room).await.unwrap();
         state.iter().map(|(key, event)| (key.clone(), event.event_id.clone())).collect()
@@ -98,4 +193,10 @@ pub async fn one_graph(hub: &Node, other: &Node, room: &RoomId) {
     let log: BTreeMap<Key, OwnedEventId> =
         log.iter().map(|(kind, key, event)| ((kind.to_owned(), key.to_owned()), event.event_id.clone())).collect();
     assert_eq!(log, there, "the state of {}'s log and graph", other.name);
+}
+
+/// INV-1: positions are dense. (What each event follows is the graph's.)
+#[track_caller]
+fn assert_dense_enough(log: &[Appended]) {
+    assert!(log.iter().enumerate().all(|(index, one)| usize::try_from(one.position.0) == Ok(index)));
 }

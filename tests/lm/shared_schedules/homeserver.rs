@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::dag::peer::{Peer, View, id_of};
 use crate::lm::schedules::Links;
+use crate::lm::shared::unrecognized;
 use crate::lm::world::{Node, raw};
 
 pub struct Homeserver {
@@ -34,6 +35,10 @@ impl Homeserver {
         *peer.front.lock().unwrap() = Some(Arc::new(move |request: Request, next| {
             let (links, memory, kept, name) = (links.clone(), memory.clone(), kept.clone(), name.clone());
             Box::pin(async move {
+                if request.uri().path().contains("/invite/") && !request.uri().path().contains("/v2/invite/") {
+                    // It knows Matrix' endpoints alone.
+                    return unrecognized();
+                }
                 if !request.uri().path().contains("/send/") {
                     return links.pass(&name, request, next).await;
                 }
@@ -51,6 +56,7 @@ impl Homeserver {
                 response
             })
         }));
+        peer.signs_invites(RoomVersion::Lm02);
         let view = peer.join_at(&hub.dag, room, &peer.user("u0")).await.unwrap();
         Self { peer, view, got, waiting: Vec::new(), taken: HashSet::new() }
     }
