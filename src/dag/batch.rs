@@ -332,6 +332,8 @@ impl Batch {
         let row = room.row(&core);
         let feed = Feed { kind: FeedKind::Graph, room_id: room_id.clone() };
         let has_news = !changes.outbox.is_empty();
+        // Whose window is opened or closed asks where it is, also when nothing is said: what was said while it was closed is passed over.
+        let is_asked = has_news || !changes.windows.is_empty();
         let mut to_wake: BTreeSet<OwnedServerName> = once.iter().map(|(server, _)| server.clone()).collect();
         to_wake.extend(changes.windows.iter().map(|(server, ..)| server.clone()));
         // Of a shared room the bridge is told by its log.
@@ -404,7 +406,7 @@ impl Batch {
             // It may be committed all the same: then queues and bridge find it, and what was redacted is not read from memory.
             Err(_) => shared.events.forget(redacted.iter().map(|event| &event.pdu.event_id)).await,
         }
-        if has_news {
+        if is_asked {
             let feed = Feed { kind: FeedKind::Graph, room_id: room_id.clone() };
             shared.context.outbound.wake(&feed, &to_wake.into_iter().collect::<Vec<_>>());
         }

@@ -1,12 +1,14 @@
 //! Events of the gateway's own users, and what other servers are sent of them.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use isthmus::event::RoomVersion;
 use isthmus::federation::{Feed, FeedKind, FeedSource as _};
 use isthmus::store::StoreError;
 use ruma::RoomId;
 use serde_json::json;
+use tokio::sync::Notify;
 
 use super::peer::Peer;
 use super::*;
@@ -194,6 +196,49 @@ async fn who_answers_an_invite_before_its_signature_is_here_is_not_turned_away()
     // Of whom nobody is asked, nobody waits.
     let refused = gateway.dag.make_join(&peer.name, &room, &peer.user("eve"), &["11".to_owned()]).await.unwrap_err();
     assert_eq!(refused.code(), "matrix_rule");
+}
+
+#[tokio::test]
+async fn who_comes_back_while_something_is_on_its_way_is_owed_nothing_of_the_time_between() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    gateway.context.outbound.start().await.unwrap();
+    let room = gateway.room(RoomVersion::V11, "public").await;
+    let alice = peer.user("alice");
+    let mut view = peer.join(&gateway, &room, &alice).await.unwrap();
+    let (came, let_in) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (comes, waits) = (came.clone(), let_in.clone());
+    *peer.front.lock().unwrap() = Some(Arc::new(move |request: axum::extract::Request, next| {
+        let (comes, waits) = (comes.clone(), waits.clone());
+        Box::pin(async move {
+            if request.uri().path().contains("/send/") {
+                comes.notify_one();
+                waits.notified().await;
+            }
+            next.run(request).await
+        })
+    }));
+    view.tips = vec![gateway.send(&room, message(&bot(), "while it is there")).await.unwrap()];
+    came.notified().await;
+    for (membership, said) in [("leave", Some("while it is away")), ("join", None)] {
+        let content = json!({ "membership": membership });
+        let (_, event) = view.add(&peer, &alice, "m.room.member", Some(alice.as_str()), content);
+        assert_eq!(peer.put(&gateway.dag, &[&event]).await[0].result, Ok(()));
+        assert_eq!(gateway.membership(&room, &alice).await.as_deref(), Some(membership));
+        if let Some(said) = said {
+            view.tips = vec![gateway.send(&room, message(&bot(), said)).await.unwrap()];
+        }
+    }
+    let_in.notify_one();
+    let owed = async || gateway.context.outbound.status().await.unwrap().iter().any(|queue| queue.waiting > 0);
+    let settled = async {
+        while owed().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_secs(30), settled).await.is_ok(), "something waits for ever");
+    let asked = peer.memory.asked.lock().unwrap();
+    assert_eq!(asked.iter().filter(|asked| asked.contains("/send/")).count(), 1, "{asked:?}");
 }
 
 #[tokio::test]

@@ -47,7 +47,6 @@ impl Schedule {
         self.quiet().await;
         let all: Vec<OwnedUserId> =
             (1..=NAMES.len()).map(|server| UserId::parse(format!("@u0:{}", self.name(server))).unwrap()).collect();
-        self.send(vec![(HUB, draft(&bot, "m.room.join_rules", Some(""), json!({ "join_rule": "public" })))]).await;
         // Also of whom the hub says that they are in: their server may have lost the answer to their join.
         self.bring_in(&all, true).await;
         self.fork().await;
@@ -69,6 +68,24 @@ impl Schedule {
         panic!("somebody is thrown out again and again: {:#?}", self.told);
     }
 
+    /// Has everybody may come in. Of two branches the one wins in which who has the lower level has said it, however old that is, so what
+    /// comes late can close the room again.
+    async fn open(&mut self) {
+        for _ in 0..ROUNDS {
+            let state = self.node(HUB).dag.state(&self.room).await.unwrap();
+            let rule = state.get(&("m.room.join_rules".to_owned(), String::new()));
+            if rule.is_some_and(|event| event.content["join_rule"] == "public") {
+                return;
+            }
+            self.told.push(format!("the room is not open, by {:?}", rule.map(|event| &event.event_id)));
+            self.clock.0.fetch_add(61_000, Ordering::SeqCst);
+            let bot = self.node(HUB).user("bot");
+            self.send(vec![(HUB, draft(&bot, "m.room.join_rules", Some(""), json!({ "join_rule": "public" })))]).await;
+            self.quiet().await;
+        }
+        panic!("the room is closed again and again: {:#?}", self.told);
+    }
+
     /// Whoever is out of the room comes in, or everybody; whether somebody was out.
     async fn bring_in(&mut self, all: &[OwnedUserId], everybody: bool) -> bool {
         let mut was_out = false;
@@ -86,6 +103,7 @@ impl Schedule {
                 self.send(vec![(HUB, member(&bot, user, "leave"))]).await;
             }
             self.quiet().await;
+            self.open().await;
             if server < NAMES.len() {
                 if let Err(why) = self.join(server, user).await {
                     panic!("{user} cannot join: {why} {:#?}", self.told);
