@@ -49,7 +49,9 @@ impl Schedule {
             (1..=NAMES.len()).map(|server| UserId::parse(format!("@u0:{}", self.name(server))).unwrap()).collect();
         // Also of whom the hub says that they are in: their server may have lost the answer to their join.
         self.bring_in(&all, true).await;
+        self.open().await;
         self.fork().await;
+        self.open().await;
         self.come_in_a_gap().await;
         for _ in 0..ROUNDS {
             // Each with all that is there before it, so that nothing is left that only one of them goes by.
