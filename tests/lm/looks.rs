@@ -420,6 +420,6 @@ async fn who_has_left_is_out_though_the_hub_does_not_say_so() {
     part.meddle(|request, next| next.run(request));
     part.join(&room, "alice", &hub).await;
     part.say(&room, "alice", "back").await;
-    hub.wait_for_body(&room, "back").await;
+    part.wait_for_body(&room, "back").await;
     assert_eq!(taken_since(&part.context.store, &room).await.unwrap(), None);
 }
