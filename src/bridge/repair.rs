@@ -116,14 +116,24 @@ pub(super) fn soon(core: &Arc<Core>, entry: &Arc<Entry>) {
     let (core, entry) = (core.clone(), entry.clone());
     core.clone().spawn(async move {
         tokio::time::sleep(SOON).await;
-        for _ in 0..QUEUES_TRIES {
-            if queues_are_empty(&core, &entry.portal()).await.unwrap_or(false) {
-                break;
+        let mut tries = QUEUES_TRIES;
+        let done = loop {
+            tries = tries.saturating_sub(1);
+            if queues_are_empty(&core, &entry.portal()).await.unwrap_or(false) || tries == 0 {
+                core.repairs.started(entry.number);
+                match bring_together(&core, &entry, tries == 0).await {
+                    Ok(None) if core.repairs.plan(entry.number) => {}
+                    // It is planned again by others.
+                    Ok(None) => return,
+                    Ok(Some(done)) => break Ok(done),
+                    Err(refusal) => break Err(refusal),
+                }
             }
             tokio::time::sleep(QUEUES_EVERY).await;
-        }
-        core.repairs.started(entry.number);
-        match run(&core, &entry).await {
+        };
+        match done {
+            // What was sent may have met something that came meanwhile.
+            Ok(Done { sent: 1.., .. }) => soon(&core, &entry),
             Ok(Done { is_all: true, .. }) => core.repairs.is_done(entry.number),
             Ok(_) => later(&core, &entry),
             Err(refusal) => {
@@ -182,15 +192,29 @@ pub(super) struct Done {
     is_all: bool,
 }
 
-/// Compares both states and sends what brings them together.
+/// Compares both states at once and sends what brings them together; if anything was sent, they are soon compared again.
 pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<Done, Refusal> {
+    let done = bring_together(core, entry, true).await?.unwrap_or(Done { sent: 0, is_all: false });
+    if done.sent > 0 {
+        soon(core, entry);
+    }
+    Ok(done)
+}
+
+/// Compares both states and sends what brings them together. Nothing is done, and none returned, when one of them has something that
+/// is still to cross, unless `in_haste`: what would be sent then may undo that on the one side before it is done on the other.
+async fn bring_together(core: &Arc<Core>, entry: &Arc<Entry>, in_haste: bool) -> Result<Option<Done>, Refusal> {
     let _from_matrix = entry.from_matrix.making.lock().await;
     let _from_lm = entry.from_lm.making.lock().await;
     let portal = entry.portal();
     if !portal.state.carries() || ends::look_at(core, entry).await? {
-        return Ok(Done { sent: 0, is_all: true });
+        return Ok(Some(Done { sent: 0, is_all: true }));
     }
     let Comparison { fixes, ghosts } = compare(core, &portal).await?;
+    // Nothing crosses while this is under way, so that all that the states have has crossed when nothing waits now.
+    if !in_haste && !fixes.is_empty() && !queues_are_empty(core, &portal).await? {
+        return Ok(None);
+    }
     if !fixes.is_empty() && !ghosts.is_empty() {
         let store = &core.context.store;
         store.write(move |tx| Box::pin(async move { ghosts::remember(tx, &ghosts).await })).await?;
@@ -237,7 +261,7 @@ pub(super) async fn run(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<Done, Re
     if sent > 0 {
         tracing::info!(portal = portal.portal_id, sent, "repaired");
     }
-    Ok(Done { sent, is_all })
+    Ok(Some(Done { sent, is_all }))
 }
 
 /// Whether something in the place of a repair is on its way to a foreign hub already.
