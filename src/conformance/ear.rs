@@ -1,4 +1,5 @@
-//! The suite's own server: serves its keys, takes transactions and invites, and keeps everything that comes for the checks to look at.
+//! The suite's own server: serves its keys, takes transactions and invites, and keeps everything that comes from the examined server
+//! for the checks to look at.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use axum_server::tls_rustls::RustlsConfig;
 use http::{StatusCode, header};
 use percent_encoding::percent_decode_str;
 use ruma::OwnedServerName;
+use ruma::api::federation::authentication::XMatrix;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -69,6 +71,8 @@ pub(super) struct Manners {
 /// The listener's state.
 pub(super) struct Ear {
     pub identities: Vec<Arc<Identity>>,
+    /// The server that is examined.
+    target: OwnedServerName,
     pub manners: Mutex<Manners>,
     /// The room that the suite is the hub of.
     pub room: Mutex<Option<HubRoom>>,
@@ -83,9 +87,10 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Ear {
-    pub fn new(identities: Vec<Arc<Identity>>, clock: SharedClock) -> Arc<Self> {
+    pub fn new(identities: Vec<Arc<Identity>>, target: OwnedServerName, clock: SharedClock) -> Arc<Self> {
         Arc::new(Self {
             identities,
+            target,
             manners: Mutex::default(),
             room: Mutex::default(),
             arrivals: Mutex::default(),
@@ -100,7 +105,7 @@ impl Ear {
         self.gave_keys.load(Ordering::Relaxed)
     }
 
-    /// Everything that came, in the order in which it came.
+    /// Everything that came from the target, in the order in which it came.
     pub fn arrivals(&self) -> Vec<Arrival> {
         lock(&self.arrivals).clone()
     }
@@ -135,6 +140,12 @@ impl Ear {
         found.or_else(|| self.identities.first()).cloned()
     }
 
+    /// Whether a server that is not examined says that a request is its own. One that nobody says to have sent is the target's.
+    fn is_of_another(&self, authorization: &[String]) -> bool {
+        let claimed: Vec<XMatrix> = authorization.iter().filter_map(|header| XMatrix::parse(header).ok()).collect();
+        !claimed.is_empty() && claimed.iter().all(|claimed| claimed.origin != self.target)
+    }
+
     async fn answer(self: Arc<Self>, request: Request) -> Response {
         let (head, body) = request.into_parts();
         let text = |name| head.headers.get(name).and_then(|value: &http::HeaderValue| value.to_str().ok());
@@ -155,6 +166,13 @@ impl Ear {
         }
         let Ok(bytes) = to_bytes(body, BODY_LIMIT).await else { return json_answer(413, error("M_TOO_LARGE")) };
         let (endpoint, segments) = name_of(head.uri.path());
+        if self.is_of_another(&authorization) {
+            // Whoever still has something for a server of the suite's name is thanked, so that it does not come again.
+            return match endpoint.as_str() {
+                "send" => json_answer(200, json!({ "failed_pdus": {} })),
+                _ => json_answer(403, error("M_FORBIDDEN")),
+            };
+        }
         let place = {
             let mut arrivals = lock(&self.arrivals);
             if arrivals.len() >= KEPT {

@@ -201,7 +201,7 @@ async fn begin(
         None => None,
     };
     let run: String = (0..6).map(|_| char::from(rand::rngs::OsRng.gen_range(b'a'..=b'z'))).collect();
-    let ear = Ear::new(std::iter::once(first.clone()).chain(second.clone()).collect(), clock.clone());
+    let ear = Ear::new(std::iter::once(first.clone()).chain(second.clone()).collect(), target.clone(), clock.clone());
     let listening = Listening::open(ear.clone(), socket, tls).await.context("the suite cannot listen")?;
     let (room, invitee) = match role {
         Role::Participant { room } => (room, None),

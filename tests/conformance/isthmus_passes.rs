@@ -2,9 +2,11 @@
 
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
-use isthmus::conformance::{Options, Role, Unmet};
+use isthmus::clock::SystemClock;
+use isthmus::conformance::{Options, Role, Unmet, run_on};
 use reqwest::Method;
 use serde_json::json;
 
@@ -97,6 +99,44 @@ async fn who_does_not_find_the_suite_is_told_so_once() {
         why.partition(|(_, why)| why.contains("has not asked the suite for the keys"));
     assert!(told.len() > 200, "{told:?}");
     assert!(other.iter().all(|(id, _)| id.starts_with("LM-T-00")), "{other:?}");
+}
+
+/// What a server that is not examined still has for the suite's name counts neither for nor against the one that is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_other_servers_send_is_not_held_against_the_target() {
+    let (_world, node, socket) = target("hub.example").await;
+    let address = socket.local_addr().unwrap();
+    let room = room_of(&node, "public").await;
+    // The socket takes it from now on; it is answered when the suite listens.
+    let (next, mut rows) = tokio::sync::mpsc::unbounded_channel();
+    next.send(()).unwrap();
+    let in_room = room.clone();
+    let strays = tokio::spawn(async move {
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let mut count = 0;
+        while rows.recv().await.is_some() {
+            count += 1;
+            // Too many events, of which each lacks all that one has, always in the same transaction, and a signature of nobody.
+            let event = json!({ "room_id": in_room, "type": "m.room.message", "n": count, "content": {} });
+            let header = format!(r#"X-Matrix origin="stray.example",destination="{SUITE}",key="ed25519:1",sig="AAAA""#);
+            let request = client
+                .put(format!("http://{address}/_matrix/federation/v1/send/same"))
+                .header("host", SUITE)
+                .header("authorization", header)
+                .json(&json!({ "pdus": vec![event; 51] }));
+            // At the end of the run nobody listens any more.
+            drop(request.send().await);
+        }
+    });
+    let options = Options { only: vec!["LM-E".to_owned()], ..options(&node, Role::Participant { room }) };
+    let report = run_on(socket, options, Arc::new(SystemClock), |_| {
+        let _ = next.send(());
+    })
+    .await
+    .unwrap();
+    assert_eq!(report.failed(), Vec::<&str>::new());
+    assert_eq!(report.skipped(), Vec::<&str>::new());
+    strays.abort();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
