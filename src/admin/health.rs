@@ -21,6 +21,10 @@ use crate::store::{StoreError, gaps, lm};
 const LONGEST_WAIT: i64 = 10 * 60 * 1000;
 /// How long a hub that can be reached may take to send an event back, in milliseconds.
 const LONGEST_ECHO: i64 = 60 * 60 * 1000;
+/// For how long a server that answers may take nothing of what it gets, in milliseconds.
+const LONGEST_REFUSAL: i64 = 5 * 60 * 1000;
+/// How many of such servers and rooms are named among the problems.
+const REFUSALS_NAMED: usize = 10;
 /// How long the store may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// For how long a write that failed is a problem.
@@ -171,6 +175,8 @@ pub struct Held {
     pub feed: String,
     /// How often the event was tried.
     pub tries: u32,
+    /// Since when the server has taken nothing of this, in milliseconds since the epoch.
+    pub since: i64,
     /// When it is tried again, in milliseconds since the epoch.
     pub retry_at: i64,
     /// What happened last.
@@ -185,6 +191,7 @@ impl Held {
             room_id: held.feed.room_id.to_string(),
             feed: held.feed.kind.as_str().to_owned(),
             tries: held.tries,
+            since: held.since,
             retry_at: held.retry_at,
             error: held.error.clone(),
         })
@@ -200,6 +207,10 @@ pub struct Failing {
     pub waiting: i64,
     /// Failures in a row.
     pub failures: i64,
+    /// Since when it has taken nothing, in milliseconds since the epoch; 0 when that is not known.
+    pub since: i64,
+    /// Whether it answers, and does not take what it gets. Where it does so for minutes, that is a problem.
+    pub answers: bool,
     /// When it is tried again, in milliseconds since the epoch.
     pub retry_at: i64,
     /// What happened last.
@@ -382,10 +393,18 @@ fn judge(findings: Findings) -> Health {
         let ago = ago.as_secs();
         problems.push(format!("{ago} s ago a file of media could not be kept, and so not be read: {error}"));
     }
+    let mut refusals = queues.iter().flat_map(|queue| refusals(queue, findings.now_ms));
+    problems.extend(refusals.by_ref().take(REFUSALS_NAMED));
+    let others = refusals.count();
+    if others > 0 {
+        problems.push(format!("{others} more servers or rooms are like these: `/servers` has them all"));
+    }
     let failing = queues.iter().filter(|queue| queue.failures > 0).take(LISTED).map(|queue| Failing {
         server: queue.destination.to_string(),
         waiting: queue.waiting,
         failures: queue.failures,
+        since: queue.since,
+        answers: queue.answers,
         retry_at: queue.retry_at,
         error: queue.last_error.clone(),
     });
@@ -416,6 +435,29 @@ fn judge(findings: Findings) -> Health {
         media: findings.media,
         portals: store.portals.into_iter().collect(),
     }
+}
+
+/// What a server that is there takes nothing of, for minutes already. One that is away is no problem of anybody here.
+fn refusals(queue: &QueueStatus, now_ms: i64) -> impl Iterator<Item = String> {
+    let QueueStatus { destination, waiting, .. } = queue;
+    let lasts = move |since: i64| {
+        let lasting = now_ms.saturating_sub(since);
+        (since > 0 && lasting >= LONGEST_REFUSAL).then_some(lasting / 60_000)
+    };
+    let minutes = lasts(queue.since).filter(|_| queue.answers && *waiting > 0);
+    let whole = minutes.map(|minutes| {
+        let error = queue.last_error.as_deref().unwrap_or_default();
+        format!(
+            "{destination} answers, and has taken nothing for {minutes} minutes ({error}); {waiting} events wait for it"
+        )
+    });
+    let rooms = queue.held.iter().filter_map(move |held| {
+        let (minutes, room, error) = (lasts(held.since)?, &held.feed.room_id, &held.error);
+        Some(format!(
+            "{destination} has taken nothing of {room} for {minutes} minutes ({error}); {waiting} events wait for it"
+        ))
+    });
+    whole.into_iter().chain(rooms)
 }
 
 #[cfg(test)]
@@ -511,20 +553,62 @@ mod tests {
         }
     }
 
+    fn held(room_id: &str, since: i64) -> HeldFeed {
+        let feed = Feed { kind: FeedKind::Log, room_id: room_id.try_into().unwrap() };
+        HeldFeed { feed, tries: 2, since, retry_at: 6, error: "500".to_owned() }
+    }
+
+    #[test]
+    fn a_server_that_answers_and_takes_nothing_for_minutes_is_a_problem() {
+        let queue = |since: i64, answers: bool, waiting: i64| QueueStatus {
+            waiting,
+            failures: 9,
+            since,
+            answers,
+            last_error: Some("500 M_UNKNOWN: no".to_owned()),
+            ..QueueStatus::of("hub.example".try_into().unwrap())
+        };
+        let of = |queue: QueueStatus| judge(Findings { queues: Ok(vec![queue]), ..good() });
+        let long_ago = 10_000_000 - 7 * 60_000;
+        let health = of(queue(long_ago, true, 20));
+        assert_eq!(
+            health.problems,
+            ["hub.example answers, and has taken nothing for 7 minutes (500 M_UNKNOWN: no); 20 events wait for it"]
+        );
+        assert!(health.status == Status::Degraded && health.outbound.failing[0].since == long_ago, "{health:?}");
+        // Not at once, not when it is away, not when nothing waits, and not since nobody knows when.
+        for queue in [
+            queue(10_000_000 - LONGEST_REFUSAL + 1, true, 20),
+            queue(long_ago, false, 20),
+            queue(long_ago, true, 0),
+            queue(0, true, 20),
+        ] {
+            assert!(of(queue.clone()).ok, "{queue:?}");
+        }
+        // The same of single rooms, while others go on; of many not each is named.
+        let rooms = (0..12).map(|n| held(&format!("!r{n}:g.example"), long_ago)).collect();
+        let some = QueueStatus { waiting: 3, held: rooms, ..QueueStatus::of("hub.example".try_into().unwrap()) };
+        let problems = of(some).problems;
+        assert_eq!(
+            problems[0],
+            "hub.example has taken nothing of !r0:g.example for 7 minutes (500); 3 events wait for it"
+        );
+        assert_eq!(
+            (problems.len(), &*problems[10]),
+            (11, "2 more servers or rooms are like these: `/servers` has them all")
+        );
+    }
+
     #[test]
     fn a_dead_destination_is_shown_and_is_no_problem() {
         let queue = QueueStatus {
-            destination: "dead.example".try_into().unwrap(),
             waiting: 7,
             failures: 3,
+            since: 1,
             retry_at: 5,
             last_error: Some("refused".to_owned()),
-            held: vec![HeldFeed {
-                feed: Feed { kind: FeedKind::Log, room_id: "!r:g.example".try_into().unwrap() },
-                tries: 2,
-                retry_at: 6,
-                error: "500".to_owned(),
-            }],
+            held: vec![held("!r:g.example", 10_000_000 - LONGEST_REFUSAL + 1)],
+            ..QueueStatus::of("dead.example".try_into().unwrap())
         };
         let waits_for_it = Overview { echo_oldest_ts: Some(1), ..Overview::default() };
         let health = judge(Findings { queues: Ok(vec![queue]), store: Ok(waits_for_it), ..good() });

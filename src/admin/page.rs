@@ -67,6 +67,8 @@ mod tests {
             server: "s".to_owned(),
             waiting: 1,
             failures: 1,
+            since: 0,
+            answers: true,
             retry_at: 0,
             error: Some("<script>alert(\"&\")".to_owned()),
         };
@@ -75,6 +77,7 @@ mod tests {
             room_id: "!r".to_owned(),
             feed: "log".to_owned(),
             tries: 2,
+            since: 0,
             retry_at: 0,
             error: "<script>".to_owned(),
         };

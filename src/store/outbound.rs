@@ -72,6 +72,10 @@ pub struct FailureRow {
     pub retry_at: i64,
     /// The last failure.
     pub last_error: String,
+    /// Since when it has taken nothing, in milliseconds; 0 when that is not known.
+    pub since_ts: i64,
+    /// Whether the last failure was an answer.
+    pub answers: bool,
 }
 
 /// The feed is for the destination from the event after `after` on. Where it is already, it goes on where it is, and an end
@@ -267,7 +271,8 @@ pub async fn arrived(tx: &mut Tx, destination: &str, parts: &[PartRow]) -> Resul
 /// The destination's failures, if it fails.
 pub async fn failure(store: &Store, destination: &str) -> Result<Option<FailureRow>, StoreError> {
     let row = sqlx::query(
-        "SELECT destination, failures, retry_at, last_error FROM outbound_destinations WHERE destination = $1",
+        "SELECT destination, failures, retry_at, last_error, since_ts, answers FROM outbound_destinations \
+         WHERE destination = $1",
     )
     .bind(destination)
     .fetch_optional(store.reader())
@@ -277,9 +282,10 @@ pub async fn failure(store: &Store, destination: &str) -> Result<Option<FailureR
 
 /// All destinations that fail.
 pub async fn failures(store: &Store) -> Result<Vec<FailureRow>, StoreError> {
-    let rows = sqlx::query("SELECT destination, failures, retry_at, last_error FROM outbound_destinations")
-        .fetch_all(store.reader())
-        .await?;
+    let rows =
+        sqlx::query("SELECT destination, failures, retry_at, last_error, since_ts, answers FROM outbound_destinations")
+            .fetch_all(store.reader())
+            .await?;
     rows.into_iter().map(read_failure).collect()
 }
 
@@ -289,20 +295,25 @@ fn read_failure(row: sqlx::any::AnyRow) -> Result<FailureRow, StoreError> {
         failures: row.try_get("failures")?,
         retry_at: row.try_get("retry_at")?,
         last_error: text::decode(row.try_get("last_error")?),
+        since_ts: row.try_get("since_ts")?,
+        answers: row.try_get::<i64, _>("answers")? != 0,
     })
 }
 
 /// The destination has failed.
 pub async fn record_failure(tx: &mut Tx, row: &FailureRow) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO outbound_destinations (destination, failures, retry_at, last_error) VALUES ($1, $2, $3, $4) \
-         ON CONFLICT (destination) DO UPDATE SET failures = excluded.failures, retry_at = excluded.retry_at, \
-         last_error = excluded.last_error",
+        "INSERT INTO outbound_destinations (destination, failures, retry_at, last_error, since_ts, answers) \
+         VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (destination) DO UPDATE SET failures = excluded.failures, \
+         retry_at = excluded.retry_at, last_error = excluded.last_error, since_ts = excluded.since_ts, \
+         answers = excluded.answers",
     )
     .bind(row.destination.as_str())
     .bind(row.failures)
     .bind(row.retry_at)
     .bind(text::encode(&row.last_error).as_ref())
+    .bind(row.since_ts)
+    .bind(i64::from(row.answers))
     .execute(tx)
     .await?;
     Ok(())

@@ -39,6 +39,10 @@ pub(super) struct Server {
     waiting: i64,
     /// Failures in a row.
     failures: i64,
+    /// Since when it has taken nothing, in milliseconds since the epoch; 0 when it does, or when that is not known.
+    since: i64,
+    /// Whether it answered the last transaction, and did not take it.
+    answers: bool,
     /// When it is tried again, in milliseconds since the epoch; 0 when now.
     retry_at: i64,
     /// The last failure.
@@ -70,6 +74,8 @@ pub(super) async fn list(State(admin): State<Admin>) -> Result<Json<Servers>, Re
             reachable: queue.as_ref().is_none_or(|queue| queue.failures == 0),
             waiting: queue.as_ref().map_or(0, |queue| queue.waiting),
             failures: queue.as_ref().map_or(0, |queue| queue.failures),
+            since: queue.as_ref().map_or(0, |queue| queue.since),
+            answers: queue.as_ref().is_some_and(|queue| queue.answers),
             retry_at: queue.as_ref().map_or(0, |queue| queue.retry_at),
             held: queue.iter().flat_map(Held::of).collect(),
             error: queue.and_then(|queue| queue.last_error),

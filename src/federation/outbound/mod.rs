@@ -201,10 +201,30 @@ pub struct QueueStatus {
     pub failures: i64,
     /// When it is tried again, ms; 0 when now.
     pub retry_at: i64,
+    /// Since when it has taken nothing, ms; 0 when it does, or when that is not known.
+    pub since: i64,
+    /// Whether the last failure was an answer: it is there, and does not take what it gets.
+    pub answers: bool,
     /// The last failure.
     pub last_error: Option<String>,
     /// Of the rooms of which something waits alone, while others go on: what it waits for.
     pub held: Vec<HeldFeed>,
+}
+
+impl QueueStatus {
+    /// Of a destination for which nothing waits, and that does not fail.
+    pub fn of(destination: OwnedServerName) -> Self {
+        Self {
+            destination,
+            waiting: 0,
+            failures: 0,
+            retry_at: 0,
+            since: 0,
+            answers: false,
+            last_error: None,
+            held: Vec::new(),
+        }
+    }
 }
 
 /// A feed that waits because its destination fails on an event of it, and on nothing else.
@@ -214,6 +234,8 @@ pub struct HeldFeed {
     pub feed: Feed,
     /// How often that event was tried.
     pub tries: u32,
+    /// Since when nothing of the feed was taken, ms.
+    pub since: i64,
     /// When it is tried again, ms.
     pub retry_at: i64,
     /// How it failed last.
@@ -423,22 +445,13 @@ impl OutboundQueues {
         let mut queues = HashMap::new();
         for (destination, waiting) in rows::waiting(store).await? {
             let destination = parse_destination(destination)?;
-            queues.insert(
-                destination.clone(),
-                QueueStatus { destination, waiting, failures: 0, retry_at: 0, last_error: None, held: Vec::new() },
-            );
+            queues.insert(destination.clone(), QueueStatus { waiting, ..QueueStatus::of(destination) });
         }
         for row in rows::failures(store).await? {
             let destination = parse_destination(row.destination)?;
-            let queue = queues.entry(destination.clone()).or_insert(QueueStatus {
-                destination,
-                waiting: 0,
-                failures: 0,
-                retry_at: 0,
-                last_error: None,
-                held: Vec::new(),
-            });
+            let queue = queues.entry(destination.clone()).or_insert_with(|| QueueStatus::of(destination));
             (queue.failures, queue.retry_at, queue.last_error) = (row.failures, row.retry_at, Some(row.last_error));
+            (queue.since, queue.answers) = (row.since_ts, row.answers);
         }
         for (destination, slot) in lock(&self.handle.shared.slots).iter() {
             if let Some(queue) = queues.get_mut(destination) {

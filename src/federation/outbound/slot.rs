@@ -24,6 +24,8 @@ pub(super) struct Slot {
     dirty: Mutex<Dirty>,
     places: Mutex<HashMap<Feed, i64>>,
     held: Mutex<BTreeMap<Feed, HeldFeed>>,
+    /// The feeds of which the destination takes nothing, and since when, also when single events of them are given up.
+    refused: Mutex<BTreeMap<Feed, i64>>,
     edus: Mutex<Waiting>,
     news: Notify,
     was_heard: AtomicBool,
@@ -99,10 +101,21 @@ impl Slot {
         places.insert(feed.clone(), place);
     }
 
-    /// The destination failed on an event of a feed, which is left alone for a while.
-    pub(super) fn hold(&self, feed: &Feed, tries: u32, retry_at: i64, error: String) {
-        let held = HeldFeed { feed: feed.clone(), tries, retry_at, error };
-        lock(&self.held).insert(feed.clone(), held);
+    /// The destination failed on an event of a feed, which is left alone for a while. It did so before where it has taken nothing else.
+    pub(super) fn hold(&self, mut held: HeldFeed) {
+        held.since = *lock(&self.refused).entry(held.feed.clone()).or_insert(held.since);
+        lock(&self.held).insert(held.feed.clone(), held);
+    }
+
+    /// The destination has taken something of these feeds, or has said that it does not want it.
+    pub(super) fn takes<'a>(&self, feeds: impl IntoIterator<Item = &'a Feed>) {
+        let mut refused = lock(&self.refused);
+        if refused.is_empty() {
+            return;
+        }
+        for feed in feeds {
+            refused.remove(feed);
+        }
     }
 
     /// It is not any more: the event has arrived, or was given up.

@@ -100,6 +100,15 @@ pub(super) fn has_no_endpoint(error: &RemoteError) -> bool {
     error.is_unrecognized() && has_errcode(error)
 }
 
+/// Whether the destination answered itself, rather than a proxy in front of one that is away.
+pub(super) fn answers(error: &RemoteError) -> bool {
+    match error {
+        RemoteError::Status { status, .. } => has_errcode(error) || !status.is_server_error() || is_own_error(*status),
+        RemoteError::BadAnswer(_) => true,
+        RemoteError::Unreachable(_) => false,
+    }
+}
+
 fn has_errcode(error: &RemoteError) -> bool {
     matches!(error, RemoteError::Status { errcode, .. } if !errcode.is_empty())
 }
@@ -168,6 +177,22 @@ mod tests {
         let late = judge(&after(lasting));
         assert!(soon == late || (soon, late) == (Verdict::Retry, Verdict::GiveUp), "{soon:?} {late:?}");
         late
+    }
+
+    #[test]
+    fn a_proxy_before_a_server_that_is_away_is_not_its_answer() {
+        let said = |status: u16, errcode: &str| {
+            answers(&RemoteError::Status {
+                status: StatusCode::from_u16(status).unwrap(),
+                errcode: errcode.to_owned(),
+                error: String::new(),
+                retry_after: None,
+                hub_server: None,
+            })
+        };
+        assert!([(500, ""), (503, "M_UNKNOWN"), (401, ""), (429, ""), (404, "")].into_iter().all(|(a, b)| said(a, b)));
+        assert!(![502, 503, 504].into_iter().any(|status| said(status, "")));
+        assert!(!answers(&RemoteError::Unreachable("gone".to_owned())));
     }
 
     #[test]

@@ -41,6 +41,10 @@ pub(super) struct Worker<'a> {
     slot: &'a Slot,
     stop: &'a CancellationToken,
     failures: i64,
+    /// Since when the destination has taken nothing, in milliseconds; 0 when it does, or when that is not known.
+    since: i64,
+    /// Whether it answered when something was sent to it last.
+    answers: bool,
     /// How often the transaction was answered in a way that may be about its events, and since when.
     tries: u32,
     tried_since: Option<Instant>,
@@ -81,6 +85,8 @@ impl<'a> Worker<'a> {
             slot,
             stop,
             failures: 0,
+            since: 0,
+            answers: false,
             tries: 0,
             tried_since: None,
             singles: 0,
@@ -154,7 +160,7 @@ impl<'a> Worker<'a> {
     async fn resume(&mut self) -> Result<Option<Transaction>, StoreError> {
         let name = self.destination.as_str();
         if let Some(failure) = rows::failure(&self.shared.store, name).await? {
-            self.failures = failure.failures;
+            (self.failures, self.since, self.answers) = (failure.failures, failure.since_ts, failure.answers);
             let left = still_alone(failure.retry_at, self.shared.clock.now_ms(), failure.failures);
             if !left.is_zero() {
                 self.slot.edus().silence(Instant::now(), left);
@@ -393,14 +399,20 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// The transaction is done with; this is kept together with what comes next.
+    /// The destination has said what becomes of the transaction.
     fn arrived(&mut self, transaction: &Transaction) {
+        self.slot.takes(transaction.parts.iter().map(|part| &part.feed));
+        self.done_with(transaction);
+    }
+
+    /// The transaction is done with; this is kept together with what comes next.
+    fn done_with(&mut self, transaction: &Transaction) {
         if self.failures > 0 {
             tracing::info!(server = %self.destination, failures = self.failures, "the destination is back");
             self.recovered = true;
             self.composer().tell_back();
         }
-        (self.failures, self.tries, self.tried_since) = (0, 0, None);
+        (self.failures, self.since, self.tries, self.tried_since) = (0, 0, 0, None);
         match transaction.edus.is_empty() {
             true => self.slot.edus().is_back(),
             false => self.slot.edus().arrived(),

@@ -84,6 +84,8 @@ async fn a_destination_that_is_heard_of_is_tried_at_once() {
             failures: 16,
             retry_at: hours,
             last_error: "away".to_owned(),
+            since_ts: hours - 1,
+            answers: false,
         };
         store.write(move |tx| Box::pin(async move { rows::record_failure(tx, &row).await })).await.unwrap();
         let mut world = World::new(&store, &feeds, |_, _, _| ok());
@@ -98,6 +100,73 @@ async fn a_destination_that_is_heard_of_is_tried_at_once() {
         world.queues.stop().await;
     })
     .await;
+}
+
+/// One that is there and refuses is told apart from one that is away, and since when it is so stays as it was until something is taken.
+#[tokio::test]
+async fn since_when_a_destination_takes_nothing_is_known_and_whether_it_answers() {
+    both_stores(|store| async move {
+        let (feeds, _) = one_log(&store, 1..3, &["fails.example", "gone.example"]).await;
+        let mends = Arc::new(AtomicBool::new(false));
+        let is_well = mends.clone();
+        let world = World::new(&store, &feeds, move |destination, _, _| match destination.as_str() {
+            _ if is_well.load(Ordering::SeqCst) => ok(),
+            "fails.example" => status(500),
+            _ => unreachable(),
+        });
+        let begin = SystemClock.now_ms();
+        world.queues.start().await.unwrap();
+        let failed = async |times: i64| {
+            let failed = async {
+                loop {
+                    let queues = world.queues.status().await.unwrap();
+                    if queues.iter().filter(|queue| queue.failures >= times).count() == 2 {
+                        return queues;
+                    }
+                    for queue in queues {
+                        world.queues.retry(&queue.destination);
+                    }
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            tokio::time::timeout(WAIT, failed).await.unwrap()
+        };
+        let first = failed(1).await;
+        let again = failed(2).await;
+        for (queue, answers) in again.iter().zip([true, false]) {
+            assert_eq!((queue.answers, queue.waiting), (answers, 2), "{queue:?}");
+            let before = first.iter().find(|before| before.destination == queue.destination).unwrap();
+            assert!(queue.since >= begin && queue.since == before.since, "{queue:?}, before {before:?}");
+        }
+        mends.store(true, Ordering::SeqCst);
+        for queue in again {
+            world.queues.retry(&queue.destination);
+        }
+        world.settled().await;
+        world.queues.stop().await;
+    })
+    .await;
+}
+
+/// A server that stops at the first event that it does not like is tried with each, and each is given up. It has taken nothing all the while.
+#[test]
+fn since_when_nothing_of_a_room_is_taken_is_no_matter_of_single_events() {
+    let slot = Slot::default();
+    let room = feed(FeedKind::Log, "!a:g.example");
+    let held = |since| HeldFeed { feed: room.clone(), tries: 1, since, retry_at: since + 1, error: "500".to_owned() };
+    let since = || slot.held().first().map(|held| held.since);
+    slot.hold(held(10));
+    slot.hold(held(20));
+    assert_eq!(since(), Some(10));
+    // The event is given up, and the next one fares no better.
+    slot.release([&room]);
+    assert_eq!(since(), None);
+    slot.hold(held(30));
+    assert_eq!(since(), Some(10));
+    slot.takes([&room]);
+    slot.release([&room]);
+    slot.hold(held(40));
+    assert_eq!(since(), Some(40));
 }
 
 #[tokio::test]

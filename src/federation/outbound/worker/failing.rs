@@ -14,9 +14,9 @@ use crate::federation::RemoteError;
 use crate::federation::outbound::compose::{Part, Transaction, part_rows};
 use crate::federation::outbound::slot::News;
 use crate::federation::outbound::verdict::{
-    Failure, Verdict, asked_for, backoff, has_no_endpoint, judge, may_be_about_events,
+    Failure, Verdict, answers, asked_for, backoff, has_no_endpoint, judge, may_be_about_events,
 };
-use crate::federation::outbound::{Feed, FeedKind};
+use crate::federation::outbound::{Feed, FeedKind, HeldFeed};
 use crate::identity::Side;
 use crate::store::StoreError;
 use crate::store::outbound::{self as rows, FailureRow};
@@ -36,6 +36,7 @@ impl Worker<'_> {
         is_invite: bool,
         error: RemoteError,
     ) -> Result<Option<Transaction>, StoreError> {
+        self.answers = answers(&error);
         if has_no_endpoint(&error) {
             return self.has_no_endpoint(transaction, &error).await;
         }
@@ -72,7 +73,10 @@ impl Worker<'_> {
                     return self.failed(transaction, refusal.to_string(), Duration::ZERO).await;
                 }
                 self.singles = self.singles.saturating_sub(events);
-                self.arrived(&transaction);
+                match verdict {
+                    Verdict::GiveUp => self.done_with(&transaction),
+                    _ => self.arrived(&transaction),
+                }
                 Ok(None)
             }
         }
@@ -145,8 +149,10 @@ impl Worker<'_> {
                 continue;
             }
             tracing::info!(server = %self.destination, room = %part.feed.room_id, tries = self.tries, ?delay, %error, "a room is left alone for a while");
-            let again = self.shared.clock.now_ms().saturating_add(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX));
-            self.slot.hold(&part.feed, self.tries, again, error.to_string().chars().take(500).collect());
+            let now = self.shared.clock.now_ms();
+            let again = now.saturating_add(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX));
+            let error = error.to_string().chars().take(500).collect();
+            self.slot.hold(HeldFeed { feed: part.feed.clone(), tries: self.tries, since: now, retry_at: again, error });
             let parked = Parked { until: Some(Instant::now() + delay), tries: self.tries, since: self.tried_since };
             self.parked.insert(part.feed, parked);
         }
@@ -205,6 +211,9 @@ impl Worker<'_> {
         problem: String,
         asked: Duration,
     ) -> Result<Option<Transaction>, StoreError> {
+        if self.failures == 0 {
+            self.since = self.shared.clock.now_ms();
+        }
         self.failures = self.failures.saturating_add(1);
         let delay = backoff(self.failures, rand::rngs::OsRng.r#gen()).max(asked);
         let row = FailureRow {
@@ -212,6 +221,8 @@ impl Worker<'_> {
             failures: self.failures,
             retry_at: self.shared.clock.now_ms().saturating_add(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)),
             last_error: problem.chars().take(500).collect(),
+            since_ts: self.since,
+            answers: self.answers,
         };
         tracing::info!(server = %self.destination, failures = self.failures, ?delay, problem, "a destination fails");
         self.shared.store.write(move |tx| Box::pin(async move { rows::record_failure(tx, &row).await })).await?;
