@@ -21,6 +21,8 @@ use crate::store::{StoreError, gaps, lm};
 const LONGEST_WAIT: i64 = 10 * 60 * 1000;
 /// How long a hub that can be reached may take to send an event back, in milliseconds.
 const LONGEST_ECHO: i64 = 60 * 60 * 1000;
+/// For how long a hub must have made no fault for its faults to be over, in milliseconds.
+const FAULTS_PASS: i64 = 10 * 60 * 1000;
 /// For how long a server that answers may take nothing of what it gets, in milliseconds.
 const LONGEST_REFUSAL: i64 = 5 * 60 * 1000;
 /// How many of such servers and rooms are named among the problems.
@@ -41,6 +43,9 @@ pub struct Health {
     pub status: Status,
     /// What is wrong, each in a sentence.
     pub problems: Vec<String>,
+    /// What was wrong in the last hour and is over, each in a sentence.
+    #[serde(default)]
+    pub past: Vec<String>,
     /// The gateway's server name.
     #[schema(value_type = String)]
     pub server_name: OwnedServerName,
@@ -129,6 +134,9 @@ pub struct HubFaults {
     pub count: i64,
     /// In how many rooms.
     pub rooms: i64,
+    /// When the last of them was noticed, in milliseconds since the epoch.
+    #[serde(default)]
+    pub last_ts: Option<i64>,
     /// How many rooms' hubs do not know the log's end as it is here now.
     pub lost: i64,
 }
@@ -289,6 +297,7 @@ fn as_text(health: &Health) -> String {
         false => vec![format!("{}: something is wrong.", health.server_name)],
     };
     lines.extend(health.problems.iter().cloned());
+    lines.extend(health.past.iter().map(|past| format!("over by now: {past}")));
     let portals: Vec<String> = health.portals.iter().map(|(state, count)| format!("{count} {state}")).collect();
     if !portals.is_empty() {
         lines.push(format!("portals: {}", portals.join(", ")));
@@ -304,7 +313,7 @@ fn as_text(health: &Health) -> String {
 }
 
 fn judge(findings: Findings) -> Health {
-    let mut problems = Vec::new();
+    let (mut problems, mut past) = (Vec::new(), Vec::new());
     let store = findings.store.unwrap_or_else(|error| {
         problems.push(format!("the store does not answer: {error}"));
         Overview::default()
@@ -365,7 +374,7 @@ fn judge(findings: Findings) -> Health {
              {waiting} of them wait for these: `isthmus portal show` says where"
         ));
     }
-    let lm::Faults { count, rooms: faulty, lost } = store.faults;
+    let lm::Faults { count, rooms: faulty, last_ts, lost } = store.faults;
     if lost > 0 {
         problems.push(format!(
             "the hubs of {lost} rooms do not know what they gave before, and nothing is sent to them: \
@@ -373,8 +382,13 @@ fn judge(findings: Findings) -> Health {
         ));
     }
     if count > 0 {
-        problems.push(format!(
-            "foreign hubs misbehaved {count} times in the last hour, in {faulty} rooms: `isthmus portal show` says how"
+        // What such a fault leaves behind, as what is missing, is told by itself.
+        let ago = findings.now_ms.saturating_sub(last_ts.unwrap_or_default()).max(0);
+        let is_over = ago >= FAULTS_PASS;
+        let when = if is_over { format!(", the last time {} minutes ago", ago / 60_000) } else { String::new() };
+        let told = if is_over { &mut past } else { &mut problems };
+        told.push(format!(
+            "foreign hubs misbehaved {count} times in the last hour, in {faulty} rooms{when}: `isthmus portal show` says how"
         ));
     }
     let uncorrected = findings.uncorrected;
@@ -416,6 +430,7 @@ fn judge(findings: Findings) -> Health {
             (false, true) => Status::Ok,
         },
         problems,
+        past,
         server_name: findings.server_name,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         homeserver: findings.homeserver,
@@ -423,7 +438,7 @@ fn judge(findings: Findings) -> Health {
         echoes,
         missing,
         graph_missing,
-        hub_faults: HubFaults { count, rooms: faulty, lost },
+        hub_faults: HubFaults { count, rooms: faulty, last_ts, lost },
         uncorrected,
         catching_up: CatchingUp { rooms, fetched, taken },
         events_of_unknown_rooms: METRICS.events_of_unknown_rooms.get(),
@@ -508,8 +523,12 @@ mod tests {
         };
         let gap = Overview { graph_missing: gap, ..Overview::default() };
         let holes = Overview { missing: holes, ..Overview::default() };
-        let forked = Overview { faults: lm::Faults { count: 57, rooms: 2, lost: 0 }, ..Overview::default() };
-        let forgot = Overview { faults: lm::Faults { count: 0, rooms: 0, lost: 1 }, ..Overview::default() };
+        let forked = Overview {
+            faults: lm::Faults { count: 57, rooms: 2, last_ts: Some(9_990_000), lost: 0 },
+            ..Overview::default()
+        };
+        let forgot =
+            Overview { faults: lm::Faults { count: 0, rooms: 0, last_ts: None, lost: 1 }, ..Overview::default() };
         let down = HomeserverStatus { error: Some("502".to_owned()), ..HomeserverStatus::default() };
         let failing = 5;
         let cases = [
@@ -551,6 +570,23 @@ mod tests {
             assert!(!health.ok && health.status == status && health.problems.len() == 1, "{health:?}");
             assert!(health.problems[0].contains(problem), "{health:?}");
         }
+    }
+
+    /// A burst of them, that is, after which the hub's log went on.
+    #[test]
+    fn faults_of_hubs_that_are_over_are_told_and_are_no_problem() {
+        let at = |last_ts: i64| {
+            let faults = lm::Faults { count: 59, rooms: 1, last_ts: Some(last_ts), lost: 0 };
+            judge(Findings { store: Ok(Overview { faults, ..Overview::default() }), ..good() })
+        };
+        let now = at(10_000_000 - FAULTS_PASS + 1);
+        assert!(now.status == Status::Degraded && now.past.is_empty(), "{now:?}");
+        let over = at(10_000_000 - FAULTS_PASS);
+        assert!(over.ok && over.problems.is_empty() && over.hub_faults.count == 59, "{over:?}");
+        let told = "foreign hubs misbehaved 59 times in the last hour, in 1 rooms, the last time 10 minutes ago";
+        assert!(over.past[0].starts_with(told) && as_text(&over).contains(&format!("over by now: {told}")), "{over:?}");
+        // A clock that was set back does not make it old.
+        assert!(!at(20_000_000).ok);
     }
 
     fn held(room_id: &str, since: i64) -> HeldFeed {

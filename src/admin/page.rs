@@ -22,6 +22,9 @@ pub(super) fn render(health: &Health) -> String {
     for problem in &health.problems {
         row("problem", problem);
     }
+    for past in &health.past {
+        row("over by now", past);
+    }
     if let Some(homeserver) = &health.homeserver {
         row("homeserver", if homeserver.reachable { "reachable" } else { "not reachable" });
     }
@@ -85,6 +88,7 @@ mod tests {
             ok: true,
             status: Status::Ok,
             problems: Vec::new(),
+            past: vec!["a fault".to_owned()],
             server_name: "g.example".try_into().unwrap(),
             version: "1".to_owned(),
             homeserver: None,
@@ -102,6 +106,7 @@ mod tests {
         });
         assert!(page.contains("&lt;script&gt;alert(&quot;&amp;&quot;)") && !page.contains("<script"), "{page}");
         assert!(page.contains("<td>!r waits there for one event, 2 failures in a row: &lt;script&gt;</td>"), "{page}");
+        assert!(page.contains("<th>over by now</th><td>a fault</td>"), "{page}");
         assert!(page.contains("<th>portals, active</th><td>3</td>"), "{page}");
     }
 }

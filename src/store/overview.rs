@@ -7,7 +7,7 @@ use ruma::ServerName;
 use super::lm::{Faults, Missing};
 use super::{Store, StoreError};
 
-/// For how long a fault of a hub is a problem, in milliseconds.
+/// For how long a fault of a hub is shown, in milliseconds.
 const FAULTS_FOR_MS: i64 = 3_600_000;
 
 /// How much of the bridge waits, and how many portals there are.

@@ -93,6 +93,8 @@ pub struct Faults {
     pub count: i64,
     /// In how many rooms.
     pub rooms: i64,
+    /// When the last of them was noticed, in milliseconds.
+    pub last_ts: Option<i64>,
     /// How many rooms' hubs do not know the end of the log as it is here.
     pub lost: i64,
 }
@@ -293,15 +295,15 @@ pub async fn faults(store: &Store, room_id: &RoomId, limit: i64) -> Result<(i64,
 
 /// The faults of all hubs that were noticed since a time.
 pub async fn faults_since(store: &Store, since: i64) -> Result<Faults, StoreError> {
-    let (count, rooms): (i64, i64) = sqlx::query_as(
-        "SELECT COUNT(*), COUNT(DISTINCT room_id) FROM lm_complaints WHERE fault <> '' AND noticed_ts >= $1",
+    let (count, rooms, last_ts): (i64, i64, Option<i64>) = sqlx::query_as(
+        "SELECT COUNT(*), COUNT(DISTINCT room_id), MAX(noticed_ts) FROM lm_complaints WHERE fault <> '' AND noticed_ts >= $1",
     )
     .bind(since)
     .fetch_one(store.reader())
     .await?;
     let (lost,): (i64,) =
         sqlx::query_as("SELECT COUNT(*) FROM lm_looks WHERE lost_ts <> 0").fetch_one(store.reader()).await?;
-    Ok(Faults { count, rooms, lost })
+    Ok(Faults { count, rooms, last_ts, lost })
 }
 
 #[cfg(test)]
