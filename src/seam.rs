@@ -84,6 +84,15 @@ impl Membership {
     pub fn parse(text: &str) -> Option<Self> {
         [Self::Join, Self::Leave, Self::Invite, Self::Knock, Self::Ban].into_iter().find(|m| m.as_str() == text)
     }
+
+    /// Whether nothing but an invite would allow a user whose membership is `current` to change it to this one.
+    pub fn needs_invite(self, current: Option<&str>, join_rule: &str) -> bool {
+        match self {
+            Self::Join => matches!(current, None | Some("leave" | "knock")) && matches!(join_rule, "invite" | "knock"),
+            Self::Leave => matches!(current, None | Some("leave")),
+            _ => false,
+        }
+    }
 }
 
 /// How far a handshake is.

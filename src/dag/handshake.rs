@@ -109,6 +109,7 @@ impl Dag {
             return Err(Refusal::IncompatibleRoomVersion(room.version.as_str().to_owned()));
         }
         self.shared.context.asked.settled(room_id, user_id).await;
+        self.invite_comes(&room, user_id, membership).await?;
         let draft = Draft {
             sender: user_id.to_owned(),
             kind: "m.room.member".to_owned(),
@@ -130,6 +131,27 @@ impl Dag {
         self.gate(&room, user_id, membership, Stage::Make, Object::new()).await?;
         let event = serde_json::to_value(&template).map_err(|error| Refusal::Internal(error.to_string()))?;
         Ok(json!({ "room_version": room.version.as_str(), "event": event }))
+    }
+
+    /// Waits for an invite that another server of the room may have made, where it alone lets a user come in, or decline it.
+    async fn invite_comes(&self, room: &Room, user_id: &UserId, membership: Membership) -> Result<(), Refusal> {
+        let own = &self.shared.context.server_name;
+        let core = room.core();
+        let has_others = core.graph_servers().any(|server| server != own) && !core.has_server(user_id.server_name());
+        if !has_others || !matches!(membership, Membership::Join | Membership::Leave) {
+            return Ok(());
+        }
+        let member = self.state_event(&room.room_id, "m.room.member", user_id.as_str()).await?;
+        let current = member.as_ref().and_then(|event| event.content.get("membership")?.as_str());
+        let rules = self.state_event(&room.room_id, "m.room.join_rules", "").await?;
+        let rule = rules.as_ref().and_then(|event| event.content.get("join_rule")?.as_str()).unwrap_or("invite");
+        if !membership.needs_invite(current, rule) {
+            return Ok(());
+        }
+        let of_user = || room.core().current.get("m.room.member", user_id.as_str()).cloned();
+        let before = core.current.get("m.room.member", user_id.as_str());
+        self.shared.context.asked.comes(&room.changes, || of_user().as_ref() != before).await;
+        Ok(())
     }
 
     /// The refusal of a join that another server of the room might authorise, for a user whom nothing but the conditions
@@ -169,6 +191,7 @@ impl Dag {
         let content: Object = serde_json::from_str(event.pdu().content.get()).unwrap_or_default();
         let user_id = event.pdu().sender.clone();
         self.shared.context.asked.settled(room_id, &user_id).await;
+        self.invite_comes(&room, &user_id, membership).await?;
         let mut trial = Batch::new(self.shared.clone(), &room);
         trial.accept(event.clone(), &Source::Received, None).await?.accepted()?;
         self.gate(&room, &user_id, membership, Stage::Send, content).await?;

@@ -12,7 +12,7 @@ use futures::future::BoxFuture;
 use imbl::{OrdMap, OrdSet};
 use ruma::room_version_rules::RoomVersionRules;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName};
-use tokio::sync::{OnceCell, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, OnceCell, Semaphore, mpsc, oneshot};
 
 use super::Shared;
 use super::actor::{self, End, Jobs, Work};
@@ -107,6 +107,8 @@ pub struct Room {
     pub filling: tokio::sync::Mutex<()>,
     /// What was taken of auth events that came alone; none before it was asked for.
     pub outliers: tokio::sync::Mutex<Option<Outliers>>,
+    /// Told with each change.
+    pub changes: Notify,
     core: ArcSwap<Core>,
     jobs: mpsc::UnboundedSender<Box<dyn Work>>,
     permits: Arc<Semaphore>,
@@ -120,6 +122,7 @@ impl Room {
 
     pub(super) fn set_core(&self, core: Core) {
         self.core.store(Arc::new(core));
+        self.changes.notify_waiters();
     }
 
     /// Its row with `core`.
@@ -236,6 +239,7 @@ impl Shared {
             rules,
             filling: tokio::sync::Mutex::default(),
             outliers: tokio::sync::Mutex::default(),
+            changes: Notify::new(),
             core: ArcSwap::from_pointee(core),
             jobs,
             permits: Arc::new(Semaphore::new(QUEUE)),

@@ -1,19 +1,33 @@
-//! Invites on their way: those that another server is asked to sign.
+//! Invites on their way: those that another server is asked to sign, and those that another server has made.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ruma::{OwnedRoomId, OwnedUserId, RoomId, UserId};
-use tokio::sync::watch;
+use tokio::sync::{Notify, Semaphore, watch};
 
 /// How long an invited user's answer waits for the invite to be in the room.
 const ANSWER_WAITS: Duration = Duration::from_secs(5);
 
+/// How long who answers an invite waits for it to come from the server that has made it.
+const INVITE_COMES: Duration = Duration::from_secs(3);
+/// How many may wait so at once: those who ask need not have been invited.
+const HOPEFUL: usize = 64;
+
 /// The invites that their targets' servers are being asked about, how many of each room and user. A server may show an invite to its
 /// user while it signs, and that user may answer before the signature is here: the answer waits. Clones share it.
-#[derive(Clone, Default)]
-pub struct Asked(Arc<Mutex<Counts>>);
+#[derive(Clone)]
+pub struct Asked {
+    counts: Arc<Mutex<Counts>>,
+    hopeful: Arc<Semaphore>,
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        Self { counts: Arc::default(), hopeful: Arc::new(Semaphore::new(HOPEFUL)) }
+    }
+}
 
 type Counts = HashMap<(OwnedRoomId, OwnedUserId), watch::Sender<usize>>;
 
@@ -25,7 +39,7 @@ pub struct Asking {
 
 impl Asked {
     fn lock(&self) -> MutexGuard<'_, Counts> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Says that an invite is on its way until what this gives is dropped.
@@ -46,6 +60,25 @@ impl Asked {
             // Once is enough.
             self.lock().remove(&key);
         }
+    }
+
+    /// Waits a moment for an invite that another server of the room may have made: its user hears of it before this server does, and may
+    /// answer at once. `is_there` is asked with each of `changes` of the room.
+    pub async fn comes(&self, changes: &Notify, is_there: impl Fn() -> bool) {
+        let Ok(_hopeful) = self.hopeful.try_acquire() else { return };
+        let coming = async {
+            loop {
+                let changed = changes.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                if is_there() {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        // Then there is none, or it is too late.
+        let _ = tokio::time::timeout(INVITE_COMES, coming).await;
     }
 }
 

@@ -28,7 +28,7 @@ impl Lm {
         user_id: &UserId,
         versions: &[String],
     ) -> Result<Value, Refusal> {
-        self.context().asked.settled(room_id, user_id).await;
+        self.invite_settled(room_id, user_id, Membership::Join).await?;
         let room = self.hubbed(room_id).await?;
         supported(&room, versions)?;
         let content = self.may_make(origin, &room, user_id, Membership::Join)?;
@@ -67,7 +67,7 @@ impl Lm {
 
     /// `GET make_leave`
     pub async fn make_leave(&self, origin: &ServerName, room_id: &RoomId, user_id: &UserId) -> Result<Value, Refusal> {
-        self.context().asked.settled(room_id, user_id).await;
+        self.invite_settled(room_id, user_id, Membership::Leave).await?;
         let room = self.hubbed(room_id).await?;
         let content = self.may_make(origin, &room, user_id, Membership::Leave)?;
         Ok(self.template(&room, user_id, content))
@@ -99,6 +99,27 @@ impl Lm {
         let appended = self.take(origin, body, Membership::Knock).await?;
         let room = self.hubbed(&appended.event.room_id).await?;
         Ok(json!({ "stripped_state": stripped_state(&room) }))
+    }
+
+    /// Waits while an invite is on its way that a user answers: one that the user's server signs, or, in a shared room, one that a server
+    /// of its graph has made.
+    async fn invite_settled(&self, room_id: &RoomId, user_id: &UserId, membership: Membership) -> Result<(), Refusal> {
+        let asked = &self.context().asked;
+        asked.settled(room_id, user_id).await;
+        let room = self.hubbed(room_id).await?;
+        let current = room.membership(user_id.as_str());
+        let rules = room.state_event("m.room.join_rules", "");
+        let rule = rules.and_then(|event| event.content().get("join_rule")?.as_str()).unwrap_or("invite");
+        if !room.facts.shared || room.has_server(user_id.server_name()) || !membership.needs_invite(current, rule) {
+            return Ok(());
+        }
+        let (_, by_graph) = self.servers_by_part(room_id).await?;
+        let cell = self.rooms().find(room_id).await?;
+        if let Some(cell) = cell.filter(|_| by_graph.iter().any(|server| *server != room.facts.hub)) {
+            let now = || cell.in_memory().and_then(|room| room.membership(user_id.as_str()).map(str::to_owned));
+            asked.comes(&cell.changes, || now().as_deref() != current).await;
+        }
+        Ok(())
     }
 
     /// Whether a user may change its membership; the content of the event that would do it.
@@ -151,7 +172,7 @@ impl Lm {
         let room = self.hubbed(&room_id).await?;
         let lpdu = self.verify_one(origin, &room.facts, body).await?;
         is_what_was_made(&lpdu, expected)?;
-        self.context().asked.settled(&room_id, &lpdu.sender).await;
+        self.invite_settled(&room_id, &lpdu.sender, expected).await?;
         let cell = self.rooms().find(&room_id).await?.ok_or_else(|| Refusal::UnknownRoom(room_id.to_string()))?;
         if matches!(expected, Membership::Join | Membership::Knock) {
             self.pass_gate(&cell, &lpdu, expected).await?;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use bytes::Bytes;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, RoomId, ServerName};
-use tokio::sync::{OnceCell, mpsc, oneshot};
+use tokio::sync::{Notify, OnceCell, mpsc, oneshot};
 
 use super::Appended;
 use super::actor::Job;
@@ -40,6 +40,8 @@ pub(super) struct RoomCell {
     pub room_id: OwnedRoomId,
     /// None until it is loaded, and after a write whose fate is unknown.
     snapshot: RwLock<Option<Arc<Snapshot>>>,
+    /// Told with each change.
+    pub changes: Notify,
     load: tokio::sync::Mutex<()>,
     /// Whether it was ever loaded from the store.
     is_loaded: AtomicBool,
@@ -126,6 +128,7 @@ impl RoomCell {
         Self {
             room_id,
             snapshot: RwLock::default(),
+            changes: Notify::new(),
             load: tokio::sync::Mutex::default(),
             is_loaded: AtomicBool::default(),
             reading: AtomicU64::default(),
@@ -224,13 +227,15 @@ impl RoomCell {
         }
     }
 
-    fn in_memory(&self) -> Option<Arc<Snapshot>> {
+    /// The same, where it need not be read.
+    pub fn in_memory(&self) -> Option<Arc<Snapshot>> {
         self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What was committed. Only the appender calls this.
     pub fn publish(&self, snapshot: Arc<Snapshot>) {
         *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = Some(snapshot);
+        self.changes.notify_waiters();
     }
 
     /// The same where another server keeps the log from now on: whoever sees that sees too that what was on its way to the one

@@ -10,6 +10,7 @@ use isthmus::lm::Role;
 use isthmus::seam::Outgoing;
 use ruma::RoomId;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use super::log_hub::respond;
 use super::shared::{does_lm_alone, in_step, is_of_matrix_alone, keys_of_lm_alone, shared_room, unrecognized};
@@ -197,5 +198,57 @@ async fn a_graph_server_of_a_shared_room_invites_users_of_servers_that_are_not_i
     assert_eq!(count(&asked, |_, path| path.contains("/v1/send/")), 0);
     hub.send(&room, member(&hub.user("bot"), &dave, "leave")).await.unwrap();
     so_often(&asked, "the invite was withdrawn", 1, |_, path| path.contains("/v1/send/")).await;
+    in_step(&hub, &room).await;
+}
+
+/// Has what graph.example says arrive only half a second after somebody has come for a template, or when that was refused.
+fn hears_late(hub: &Node) {
+    let (came, refused) = (watch::Sender::new(false), watch::Sender::new(false));
+    hub.meddle(move |request, next| {
+        let (came, refused) = (came.clone(), refused.clone());
+        async move {
+            let path = request.uri().path();
+            let origin =
+                request.headers().get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default();
+            if path.contains("/make_") {
+                came.send_replace(true);
+                let response = next.run(request).await;
+                refused.send_replace(!response.status().is_success());
+                return response;
+            }
+            if path.contains("/send/") && origin.contains("graph.example") {
+                let (mut comes, mut refuses) = (came.subscribe(), refused.subscribe());
+                comes.wait_for(|came| *came).await.unwrap();
+                let _ = tokio::time::timeout(Duration::from_millis(500), refuses.wait_for(|refused| *refused)).await;
+            }
+            next.run(request).await
+        }
+    });
+}
+
+/// The invited server signs before anybody else has the invite, and its user may be quicker than what is on its way to the hub.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_was_invited_by_a_graph_server_may_answer_before_the_hub_has_heard_of_it() {
+    let names = ["hub.example", "graph.example", "third.example", "other.example", "away.example"];
+    let (_world, [hub, graph, third, other, away]) = World::new(names).await;
+    does_lm_alone(&third);
+    does_lm_alone(&away);
+    let room = shared_room(&hub, "invite").await;
+    hub.lm.invite(&room, invite(&hub, "bot", &graph.user("grace"))).await.unwrap();
+    graph.join(&room, "grace", &hub).await;
+    for (node, name) in [(&third, "carol"), (&other, "gwen")] {
+        hears_late(&hub);
+        graph.lm.invite(&room, invite(&graph, "grace", &node.user(name))).await.unwrap();
+        node.join(&room, name, &hub).await;
+    }
+    hears_late(&hub);
+    let dora = away.user("dora");
+    graph.lm.invite(&room, invite(&graph, "grace", &dora)).await.unwrap();
+    away.lm.leave(&room, &dora, std::slice::from_ref(&hub.name)).await.unwrap();
+    hub.wait(&room, "the invite to be declined", |log| {
+        let of_dora = log.iter().filter(|one| one.event.state_key.as_deref() == Some(dora.as_str()));
+        of_dora.filter_map(|one| one.event.content().get("membership")).eq([&json!("invite"), &json!("leave")])
+    })
+    .await;
     in_step(&hub, &room).await;
 }
