@@ -18,6 +18,7 @@ use rand::{Rng as _, SeedableRng as _};
 use ruma::{OwnedRoomId, OwnedServerName, RoomId};
 use serde_json::{Value, json};
 
+use super::RIGHT;
 use crate::lm::http::ask;
 use crate::lm::world::{Node, message};
 
@@ -109,8 +110,30 @@ impl<'a> Adversary<'a> {
     }
 
     /// An event that is right but for one thing, from whom it must come.
-    async fn aim(&mut self, Target { to, hub, room }: Target<'_>) {
-        let Some((event, by)) = self.forger.lock().unwrap().nearly_right(room, &hub.name) else { return };
+    async fn aim(&mut self, target: Target<'_>) {
+        let nearly_right = self.forger.lock().unwrap().nearly_right(target.room, &target.hub.name);
+        if let Some((event, by)) = nearly_right {
+            self.deliver(event, by, target).await;
+        }
+    }
+
+    /// One of those that lack nothing: what is made as these are, is taken when it is right.
+    pub async fn do_right(&mut self, target: Target<'_>) {
+        let right = {
+            let mut forger = self.forger.lock().unwrap();
+            let is_right = |event: &Object| {
+                let body = event.get("content").and_then(|content| content.get("body")?.as_str());
+                body.is_some_and(|body| body.starts_with(RIGHT))
+            };
+            let made = std::iter::from_fn(|| Some(forger.nearly_right(target.room, &target.hub.name)));
+            made.take(1_000).flatten().find(|(event, _)| is_right(event))
+        };
+        let (event, by) = right.expect("none was right");
+        self.count += 1;
+        self.deliver(event, by, target).await;
+    }
+
+    async fn deliver(&mut self, event: Object, by: OwnedServerName, Target { to, .. }: Target<'_>) {
         self.aimed += 1;
         let node = self.servers.into_iter().find(|node| node.name == by).unwrap();
         let (id, event) = (format!("aimed{}", self.count), Value::Object(event));

@@ -192,6 +192,8 @@ async fn no_hub_gets_an_event_of_another_servers_user_into_the_logs_of_its_parti
         let mut adversary = Adversary::new([evil, worse, graph], &honest, seed);
         adversary.lie_about_keys();
         adversary.lie_in_answers(&room);
+        adversary.look(&part.log(&room).await);
+        adversary.do_right(Target { to: part, hub: evil, room: &room }).await;
         for step in 0..STEPS {
             match adversary.random.gen_range(0..10) {
                 0 => genuine.say(hub, &room, "henry", &format!("henry {step}")).await,

@@ -58,6 +58,8 @@ async fn no_sequence_of_requests_gets_an_event_of_another_servers_user_into_a_sh
             let kept = part.lpdu(&room, &hub.name, &message(&part.user("alice"), &format!("{AIMED} {number}")));
             adversary.finds(kept.json);
         }
+        adversary.look(&hub.log(&room).await);
+        adversary.do_right(Target { to: hub, hub, room: &room }).await;
         let (mut taken, mut has_come) = (0, false);
         for step in 0..STEPS {
             match adversary.random.gen_range(0..10) {
