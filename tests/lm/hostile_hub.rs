@@ -1,6 +1,6 @@
 //! What a participant takes from a hub that misbehaves: what is forged or not allowed is not taken, and is remembered.
 
-use isthmus::event::{Completion, Object, Pdu};
+use isthmus::event::{Completion, Lpdu, Object, Pdu, VerifyKey, VerifyKeys};
 use isthmus::identity::SigningKey;
 use isthmus::lm::Appended;
 use isthmus::refusal::Refusal;
@@ -418,6 +418,96 @@ async fn the_state_that_comes_with_a_join_obeys_the_rules() {
             assert_eq!(part.fault_kinds(&room).await, ["forbidden"]);
         }
     }
+}
+
+/// What a join is answered with is that join, and one that the state which comes with it allows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_join_is_the_one_that_was_sent_and_is_allowed_by_the_state_that_comes_with_it() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let via = std::slice::from_ref(&hub.name);
+    let alice = part.user("alice");
+    // Another's join, which is right in itself.
+    let room = hub.create_room("public").await;
+    let other = json!(third.join(&room, "carol", &hub).await.event.json);
+    change_join(&hub, move |answer| answer["event"] = other.clone());
+    let refusal = part.lm.join(&room, &alice, via, Object::new()).await.map(drop).unwrap_err();
+    assert!(refusal.to_string().contains("was answered with another event"), "{refusal}");
+    assert!(part.lm.room(&room).await.unwrap().is_none(), "nothing of it is believed");
+    // The hub's own rules, by which nobody comes in without an invite.
+    let room = hub.create_room("public").await;
+    let log = hub.log(&room).await;
+    let closed = draft(&hub.user("bot"), "m.room.join_rules", Some(""), json!({ "join_rule": "invite" }));
+    let closed = finished(&hub, &room, &log, &closed, &["m.room.create", "m.room.power_levels", "m.room.member"]);
+    let closed = json!(closed.json);
+    change_join(&hub, move |answer| {
+        let state = answer["state"].as_array_mut().unwrap();
+        state.retain(|event| event["type"] != "m.room.join_rules");
+        state.push(closed.clone());
+    });
+    let refusal = part.lm.join(&room, &alice, via, Object::new()).await.map(drop).unwrap_err();
+    assert!(matches!(refusal, Refusal::LmRule { .. }), "{refusal}");
+    assert!(part.lm.room(&room).await.unwrap().is_none(), "nothing of it is believed");
+}
+
+/// Who keeps a log is proved by who made the room, and by each hub that gave it on: whoever is in the room cannot say that it is the hub.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_room_is_not_joined_at_a_server_that_has_made_itself_the_hub() {
+    let (_world, [hub, evil, part]) = World::new(["hub.example", "evil.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    evil.join(&room, "eve", &hub).await;
+    let log = hub.log(&room).await;
+    let change = draft(&evil.user("eve"), "m.room.hub", Some(""), json!({ "hub_server": evil.name }));
+    let change = finished(&evil, &room, &log, &change, &["m.room.create", "m.room.power_levels", "m.room.member"]);
+    let mut state: Vec<Value> = log.iter().map(|event| json!(event.event.json)).collect();
+    state.push(json!(change.json));
+    let alice = part.user("alice");
+    let keys = VerifyKey::from_base64(&part.context.signing_key.public_base64()).unwrap();
+    let keys = [(part.context.signing_key.id().to_owned(), keys)].into();
+    let keys: VerifyKeys = [(part.name.clone(), keys)].into();
+    let (name, key, template) = (evil.name.clone(), evil.context.signing_key.clone(), member(&alice, &alice, "join"));
+    let template = self::template(&room, &template);
+    let kinds = ["m.room.create", "m.room.power_levels", "m.room.join_rules"];
+    let allows = log.iter().filter(|event| kinds.contains(&event.event.kind.as_str()));
+    let auth_events: Vec<OwnedEventId> = allows.map(|event| event.event.event_id.clone()).collect();
+    let before = change.event_id.clone();
+    let answering = std::sync::Arc::new(move |request: axum::extract::Request| {
+        let (name, key, template, keys) = (name.clone(), key.clone(), template.clone(), keys.clone());
+        let (state, auth_events, before) = (state.clone(), auth_events.clone(), before.clone());
+        async move {
+            if request.uri().path().contains("/make_join/") {
+                let version = "org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+                let mut answer = json!(template);
+                (answer["event"], answer["room_version"]) = (json!(template), json!(version));
+                return answer;
+            }
+            let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
+            let lpdu = Lpdu::parse(serde_json::from_slice(&body).unwrap()).unwrap().verify(&keys).unwrap();
+            let completion = Completion { auth_events, prev_event: Some(before) };
+            let event = Pdu::complete(lpdu, completion, &name, &key).unwrap();
+            json!({ "event": event.json, "state": state, "auth_chain": [], "origin": name })
+        }
+    });
+    evil.meddle(move |request, next| {
+        let answering = answering.clone();
+        async move {
+            let path = request.uri().path();
+            if path.contains("/make_join/") || path.contains("/send_join/") {
+                return super::log_hub::respond(http::StatusCode::OK, answering(request).await);
+            }
+            next.run(request).await
+        }
+    });
+    // Nobody comes in by the hub itself now.
+    hub.meddle(|request, next| async move {
+        match request.uri().path().contains("/make_join/") {
+            true => super::log_hub::respond(http::StatusCode::SERVICE_UNAVAILABLE, json!({})),
+            false => next.run(request).await,
+        }
+    });
+    let joined = part.lm.join(&room, &alice, std::slice::from_ref(&evil.name), Object::new()).await;
+    let refusal = joined.map(drop).unwrap_err();
+    assert!(refusal.to_string().contains("nothing proves that it keeps the log"), "{refusal}");
+    assert!(part.lm.room(&room).await.unwrap().is_none(), "nothing of it is believed");
 }
 
 /// Without the power levels everything after the join would be judged by others than at the hub.

@@ -177,3 +177,31 @@ async fn what_a_hub_left_is_sent_again_before_what_was_said_later() {
     hub.wait_for_body(&room, "5").await;
     assert_eq!(of_alice().await, ["1", "2", "3", "4", "5"]);
 }
+
+/// Whoever says that it is not the hub is not sent what comes later, until it speaks as the hub; other rooms of its do not wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_said_later_waits_while_a_hub_says_that_it_is_none() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let (room, other) = (hub.create_room("public").await, hub.create_room("public").await);
+    part.join(&room, "alice", &hub).await;
+    part.join(&other, "alice", &hub).await;
+    let (disclaims, count) = disclaims(&hub);
+    part.say(&room, "alice", "1").await;
+    let asked_again = async {
+        while count.load(Ordering::SeqCst) < 2 {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), asked_again).await.unwrap();
+    disclaims.store(false, Ordering::SeqCst);
+    for body in ["2", "3"] {
+        part.say(&room, "alice", body).await;
+    }
+    // What was queued later, and is sent in the order of the rooms.
+    part.say(&other, "alice", "elsewhere").await;
+    hub.wait_for_body(&other, "elsewhere").await;
+    assert_eq!(hub.bodies(&room).await, Vec::<String>::new());
+    hub.say(&room, "bot", "hub").await;
+    hub.wait_for_body(&room, "3").await;
+    assert_eq!(hub.bodies(&room).await, ["hub", "1", "2", "3"]);
+}

@@ -282,3 +282,22 @@ async fn who_took_part_by_the_log_comes_back_to_the_log() {
     );
     assert_eq!(ids(&hub.log(&room).await), log);
 }
+
+/// The log of a shared room, too, has an LPDU once: in a transaction twice, in another, and after a restart.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_35_the_same_lpdu_again_is_in_the_log_of_a_shared_room_once() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    does_lm_alone(&part);
+    let room = shared_room(&hub, "public").await;
+    part.join(&room, "alice", &hub).await;
+    let to = hub.name.clone();
+    let lpdu = |body: &str| json!(part.lpdu(&room, &to, &message(&part.user("alice"), body)).json);
+    let (twice, again) = (lpdu("twice"), lpdu("again"));
+    let none = json!({ "failed_pdus": {} }).as_object().unwrap().clone();
+    assert_eq!(part.transact(&hub, "1", &[twice.clone(), twice.clone()]).await.unwrap(), none);
+    assert_eq!(part.transact(&hub, "2", &[again.clone(), twice.clone()]).await.unwrap(), none);
+    let hub = world.restart(hub).await;
+    assert_eq!(part.transact(&hub, "3", &[twice, again]).await.unwrap(), none);
+    assert_eq!(hub.bodies(&room).await, ["twice", "again"]);
+    in_step(&hub, &room).await;
+}
