@@ -146,10 +146,9 @@ impl Lm {
             return Ok(());
         }
         let found = self.context().server_name.to_string();
-        // Whoever takes us for the hub of before is told so, also when the log has gone on since.
-        let gave = self.changes(&facts.room_id, room).await?.iter().any(|change| is_of(change, &found));
-        if !gave && self.context().config.hub_transfer.accepts(&facts.hub, &facts.room_id) {
-            // Its sender may know before us that we are the hub, and can show it.
+        if self.context().config.hub_transfer.accepts(&facts.hub, &facts.room_id) {
+            // Its sender may know before us that we are the hub, and can show it. Who takes us for the hub of before speaks no otherwise: a
+            // log may have come back to us.
             self.seek_hub(cell, Some(lpdu.sender.server_name().to_owned()), whereabouts::EVERY);
         }
         Err(Refusal::WrongHub { hub: facts.hub.to_string(), found })
@@ -219,11 +218,6 @@ fn is_announcement(event: &Finished, server: &ServerName, room: &Snapshot) -> bo
         && pdu.sender.server_name() == room.facts.hub
         // One that was said before the log came to its hub of now is old.
         && room.state_event(HUB_EVENT, "").is_none_or(|current| pdu.auth_events.contains(&current.event_id))
-}
-
-fn is_of(event: &Value, server: &str) -> bool {
-    let sender = event.get("sender").and_then(Value::as_str).and_then(|user| <&UserId>::try_from(user).ok());
-    sender.is_some_and(|user| user.server_name() == server)
 }
 
 /// Only the hub sends what is in the log.
@@ -338,7 +332,8 @@ impl<'a> Taking<'a> {
             None => self.fill(&event.pdu.event_id, missing.clone()).await?,
         };
         if filled != Filled::NotNow && !self.in_line {
-            self.skipped.note(missing);
+            let hub = self.gives();
+            self.skipped.note(&hub, missing);
         }
         if filled == Filled::NotNow {
             if self.gap_is_open {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use ruma::{EventId, OwnedEventId};
+use ruma::{EventId, OwnedEventId, OwnedServerName, ServerName};
 
 use super::finished::{Bad, Finished};
 use super::gaps::event_of;
@@ -15,21 +15,22 @@ use crate::store::lm::Fault;
 /// Of how many events of a room it is remembered that they were not given when one that follows them was.
 const REMEMBERED: usize = 200;
 
-/// Events that a hub had when it gave one that follows them, and that it had not given.
+/// Events that a hub had when it gave one that follows them, and that it had not given. Where a log is handed over two servers give it, each
+/// in its order: what one has skipped may come late from the other.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Skipped(VecDeque<OwnedEventId>);
+pub(super) struct Skipped(VecDeque<(OwnedServerName, OwnedEventId)>);
 
 impl Skipped {
-    pub fn note(&mut self, event_ids: impl IntoIterator<Item = OwnedEventId>) {
-        self.0.extend(event_ids);
+    pub fn note(&mut self, hub: &ServerName, event_ids: impl IntoIterator<Item = OwnedEventId>) {
+        self.0.extend(event_ids.into_iter().map(|event_id| (hub.to_owned(), event_id)));
         let surplus = self.0.len().saturating_sub(REMEMBERED);
         self.0.drain(..surplus);
     }
 
-    /// Whether it is one of them; from now on it is not.
-    fn take(&mut self, event_id: &EventId) -> bool {
-        let place = self.0.iter().position(|skipped| *skipped == event_id);
-        place.is_some_and(|place| self.0.remove(place).is_some())
+    /// Whether it is one of those of this hub; from now on it is none.
+    fn take(&mut self, hub: &ServerName, event_id: &EventId) -> bool {
+        let place = self.0.iter().position(|(_, skipped)| *skipped == event_id);
+        place.and_then(|place| self.0.remove(place)).is_some_and(|(by, _)| by == *hub)
     }
 }
 
@@ -37,11 +38,16 @@ impl Taking<'_> {
     /// Remarks on when an event was given: after one that follows it.
     pub(super) fn remark_on_time(&mut self, event: &Result<Finished, Bad>) {
         let Ok(Finished { pdu, .. }) = event else { return };
-        // Where a log is handed over, two servers give it.
-        if self.skipped.take(&pdu.event_id) && self.announced.is_none() && !self.may_branch(pdu) {
+        let hub = self.gives();
+        if self.skipped.take(&hub, &pdu.event_id) && self.announced.is_none() && !self.may_branch(pdu) {
             let event_id = pdu.event_id.clone();
             self.fault(Fault::Reordered, &event_id, "given after an event that follows it");
         }
+    }
+
+    /// The server whose log is being taken.
+    pub(super) fn gives(&self) -> OwnedServerName {
+        self.announced.clone().unwrap_or_else(|| self.room().facts.hub.clone())
     }
 
     /// Remarks on what an event that is allowed names as before it, and as what allows it.
@@ -101,6 +107,8 @@ fn contradiction<'a>(page: &[(&'a EventId, &'a [OwnedEventId])]) -> Option<(&'a 
 
 #[cfg(test)]
 mod tests {
+    use ruma::server_name;
+
     use super::*;
 
     fn id(name: &str) -> OwnedEventId {
@@ -136,9 +144,10 @@ mod tests {
 
     #[test]
     fn only_so_much_is_remembered() {
-        let mut skipped = Skipped::default();
-        skipped.note((0..REMEMBERED + 1).map(|n| id(&n.to_string())));
-        assert!(!skipped.take(&id("0")));
-        assert!(skipped.take(&id("1")) && !skipped.take(&id("1")));
+        let (mut skipped, hub) = (Skipped::default(), server_name!("hub.example"));
+        skipped.note(hub, (0..REMEMBERED + 1).map(|n| id(&n.to_string())));
+        assert!(!skipped.take(hub, &id("0")));
+        assert!(skipped.take(hub, &id("1")) && !skipped.take(hub, &id("1")));
+        assert!(!skipped.take(server_name!("other.example"), &id("2")));
     }
 }

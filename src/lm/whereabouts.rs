@@ -48,7 +48,7 @@ impl Lm {
     /// It may be that another server keeps a log than the one that is known here: asks the others in the room, and `who` first, who
     /// said so. Not more often than `every`.
     pub(super) fn seek_hub(&self, cell: &Arc<RoomCell>, who: Option<OwnedServerName>, every: Duration) {
-        if !is_due(cell, every) {
+        if !is_due(cell, self.looks().pace(every)) {
             return;
         }
         let (lm, cell) = (self.clone(), cell.clone());
@@ -91,7 +91,7 @@ impl Lm {
         cell: &Arc<RoomCell>,
         who: Option<OwnedServerName>,
     ) -> Result<Arc<Snapshot>, Refusal> {
-        if is_due(cell, EVERY) {
+        if is_due(cell, self.looks().pace(EVERY)) {
             self.find_hub(cell, who).boxed().await?;
         }
         Ok(cell.snapshot(&self.context().store).await?)

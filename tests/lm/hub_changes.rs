@@ -228,6 +228,64 @@ async fn a_hub_that_has_not_heard_that_it_is_one_learns_it_of_those_who_have() {
     assert_eq!(c.fault_kinds(&room).await, [""; 0]);
 }
 
+/// It had the log before, and has given it away: who comes to it as the hub may be late, or know more than it does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_has_not_heard_that_its_log_came_back_learns_it_of_those_who_have() {
+    let (_world, [a, b, c]) = three().await;
+    let room = room_of(&a, &b, &c).await;
+    hand_over(&a, &room, "bot", &b).await.unwrap();
+    wait_for_hub(&b, &room, &b).await;
+    wait_for_hub(&c, &room, &b).await;
+    one_log(&[&a, &b, &c], &room, 0).await;
+    a.meddle(|request, next| async move {
+        let by = request.headers().get("authorization").and_then(|header| header.to_str().ok()).unwrap_or_default();
+        if by.contains("origin=\"b.example\"") && request.uri().path().contains("/send/") {
+            return http::StatusCode::BAD_GATEWAY.into_response();
+        }
+        next.run(request).await
+    });
+    let given = hand_over(&b, &room, "bob", &a).await.unwrap();
+    assert!(!given.taken, "it does not know");
+    wait_for_hub(&c, &room, &a).await;
+    // And the hub before is gone.
+    let _gone = cut(&b, "/");
+    assert_eq!(hub_at(&a, &room).await, "b.example");
+    c.say(&room, "carol", "is anybody there?").await;
+    wait_for_hub(&a, &room, &a).await;
+    c.wait_for_body(&room, "is anybody there?").await;
+    a.say(&room, "bot", "yes").await;
+    c.wait_for_body(&room, "yes").await;
+}
+
+/// What the hub said before it gave the log away comes late, when it has the log again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_gets_a_log_back_is_not_blamed_for_what_the_other_gave_in_between() {
+    let (_world, [a, b, c]) = three().await;
+    let room = room_of(&a, &b, &c).await;
+    one_log(&[&a, &b, &c], &room, 0).await;
+    let away = Arc::new(AtomicBool::new(true));
+    let switch = away.clone();
+    c.meddle(move |request, next| {
+        let by = request.headers().get("authorization").and_then(|header| header.to_str().ok()).unwrap_or_default();
+        let is_from_a = by.contains("origin=\"a.example\"") && request.uri().path().contains("/send/");
+        let refuse = is_from_a && switch.load(Ordering::SeqCst);
+        async move { if refuse { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { next.run(request).await } }
+    });
+    a.say(&room, "bot", "one").await;
+    a.say(&room, "bot", "two").await;
+    hand_over(&a, &room, "bot", &b).await.unwrap();
+    wait_for_hub(&b, &room, &b).await;
+    wait_for_hub(&c, &room, &b).await;
+    hand_over(&b, &room, "bob", &a).await.unwrap();
+    wait_for_hub(&a, &room, &a).await;
+    wait_for_hub(&c, &room, &a).await;
+    away.store(false, Ordering::SeqCst);
+    hurry(&[&a, &b, &c]);
+    a.say(&room, "bot", "three").await;
+    assert_eq!(one_log(&[&a, &b, &c], &room, 3).await, ["one", "two", "three"]);
+    assert_eq!(c.fault_kinds(&room).await, [""; 0]);
+}
+
 /// It says so once, and is the hub all the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_5_what_a_hub_left_because_it_was_none_it_is_given_again_though_nobody_speaks() {
