@@ -54,6 +54,13 @@ pub struct Node {
     serving: JoinHandle<()>,
 }
 
+/// One that does not run. Whoever connects to where it listened is hung up on.
+pub struct Stopped {
+    name: OwnedServerName,
+    listener: std::net::TcpListener,
+    refusing: JoinHandle<()>,
+}
+
 /// Some servers that can reach each other.
 pub struct World {
     directory: tempfile::TempDir,
@@ -182,15 +189,35 @@ impl World {
     }
 
     async fn restart_with(&self, node: Node, meanwhile: impl FnOnce()) -> Node {
-        let Node { name, context, lm, dag, listener, serving, watcher, meddler: _ } = node;
-        serving.abort();
-        let _ = serving.await;
-        context.outbound.stop().await;
-        context.store.close().await;
-        drop((lm, dag, context, watcher));
+        let (name, listener) = shut_down(node).await;
         meanwhile();
         self.node(name.as_str(), listener).await
     }
+
+    /// Stops a server.
+    pub async fn stop(&self, node: Node) -> Stopped {
+        let (name, listener) = shut_down(node).await;
+        let accepting = tokio::net::TcpListener::from_std(listener.try_clone().unwrap()).unwrap();
+        let refusing = tokio::spawn(async move { while accepting.accept().await.is_ok() {} });
+        Stopped { name, listener, refusing }
+    }
+
+    /// Starts a server again over the same store.
+    pub async fn start(&self, stopped: Stopped) -> Node {
+        stopped.refusing.abort();
+        let _ = stopped.refusing.await;
+        self.node(stopped.name.as_str(), stopped.listener).await
+    }
+}
+
+async fn shut_down(node: Node) -> (OwnedServerName, std::net::TcpListener) {
+    let Node { name, context, lm, dag, listener, serving, watcher, meddler: _ } = node;
+    serving.abort();
+    let _ = serving.await;
+    context.outbound.stop().await;
+    context.store.close().await;
+    drop((lm, dag, context, watcher));
+    (name, listener)
 }
 
 impl Node {

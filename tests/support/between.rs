@@ -1,13 +1,13 @@
 //! A bridge that carries nothing over: it notes what it is asked, and answers as a test wants.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use isthmus::event::Edu;
 use isthmus::identity::Side;
 use isthmus::refusal::Refusal;
-use isthmus::seam::{AliasTarget, Between, Handshake, Invite, Profile};
+use isthmus::seam::{AliasTarget, Between, EventEffect, Handshake, Invite, Profile};
 use ruma::{OwnedEventId, OwnedUserId, RoomId, ServerName, UserId};
 use tokio::sync::watch;
 
@@ -19,6 +19,8 @@ pub struct Watcher {
     pub gates: Mutex<Vec<Handshake>>,
     pub invites: Mutex<Vec<Invite>>,
     pub refused: Mutex<Vec<(OwnedEventId, String)>>,
+    /// What went to another hub under another name: the LPDU, and what replaced it.
+    pub replaced: Arc<Mutex<Vec<(OwnedEventId, OwnedEventId)>>>,
     /// Users whom the other side would not have.
     pub unwanted: Mutex<Vec<OwnedUserId>>,
     /// Why the other side would have nobody.
@@ -97,5 +99,15 @@ impl Between for Watcher {
         self.refused.lock().unwrap().push((lpdu_id.clone(), error.to_owned()));
         self.news.send_modify(|news| *news += 1);
         Ok(())
+    }
+
+    fn lpdu_replaced(&self, lpdu_id: &OwnedEventId, _by_lpdu: bool) -> Option<EventEffect> {
+        let (replaced, old) = (self.replaced.clone(), lpdu_id.clone());
+        Some(EventEffect::new(move |_, new| {
+            Box::pin(async move {
+                replaced.lock().unwrap().push((old, new));
+                Ok(())
+            })
+        }))
     }
 }
