@@ -7,6 +7,7 @@ use ruma::{OwnedEventId, OwnedUserId, RoomId, UserId};
 use serde_json::{Value, json};
 
 use super::acl::SERVER_ACL;
+use super::pins::{Counterparts, PINNED, Pins};
 use super::power::{self, Action, CREATOR_LEVEL, POWER_LEVELS, Power, USER_LIMIT};
 use super::side::{Entry, Event, Key, MEMBER, State};
 use super::translate::{self, Image, Lookups, MediaTo, SOURCE, StateRules};
@@ -49,6 +50,8 @@ pub(super) struct Case<'a> {
     pub(super) users: &'a Known,
     /// How the events it names are called across.
     pub(super) events: &'a HashMap<OwnedEventId, OwnedEventId>,
+    /// How what is pinned in either room is called across, where the event is about that.
+    pub(super) pins: &'a Counterparts,
     /// What it redacts.
     pub(super) redacted: Option<&'a Event>,
     /// The room across.
@@ -303,6 +306,7 @@ fn state(case: &Case<'_>, ghost: &UserId) -> Outcome {
         limit: USER_LIMIT,
         asks: case.asks,
         media: Some(case.media()),
+        pins: Pins::Image { there: case.far.content(kind), names: case.pins },
     };
     let content = match case.lets_in {
         true => translate::state_content(kind, Some(&case.event.content), &rules),
@@ -313,6 +317,9 @@ fn state(case: &Case<'_>, ghost: &UserId) -> Outcome {
         },
     };
     let Some(content) = content else {
+        if kind == PINNED {
+            return Outcome::Nothing("nothing of what is pinned is across");
+        }
         return Outcome::Refuse(Refusal::NotBridged(format!("state of type {kind:?}")));
     };
     if case.settled && case.far.content(kind).is_some_and(|there| same(there, &content)) {
@@ -361,6 +368,7 @@ fn changed(case: &Case<'_>, kind: &str, rules: &StateRules<'_>) -> Option<Change
         limit: USER_LIMIT,
         asks: true,
         media: Some(MediaTo { names: case.media, to: case.source }),
+        pins: Pins::Image { there: Some(&case.event.content), names: case.pins },
     };
     let image = translate::state_content(kind, there, &image).unwrap_or_default();
     let wanted = StateRules {
@@ -372,6 +380,7 @@ fn changed(case: &Case<'_>, kind: &str, rules: &StateRules<'_>) -> Option<Change
         limit,
         asks: false,
         media: None,
+        pins: Pins::Own { names: case.pins },
     };
     let wanted = translate::state_content(kind, Some(&case.event.content), &wanted)?;
     if same(&image, &wanted) {

@@ -35,6 +35,7 @@ mod notice;
 mod one_room;
 mod pause;
 mod pending;
+mod pins;
 mod plan;
 mod populate;
 mod portal;

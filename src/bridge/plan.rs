@@ -4,6 +4,7 @@ use ruma::{OwnedEventId, UserId};
 use serde_json::{Value, json};
 
 use super::carry::{bot_entry, is_public, same};
+use super::pins::{Counterparts, Pins};
 use super::power::{self, Action, CREATOR_LEVEL, POWER_LEVELS, Power, USER_LIMIT};
 use super::side::{Entry, MEMBER, State};
 use super::translate::{self, MAPPED_STATE, MediaTo, StateRules, member_content, state_content};
@@ -28,6 +29,8 @@ pub(super) struct Plan<'a> {
     pub(super) following_users: &'a Known,
     pub(super) bot: &'a UserId,
     pub(super) media: &'a MediaNames,
+    /// How what is pinned in either room is called across.
+    pub(super) pins: &'a Counterparts,
     /// Whether a user of the gateway on a side is left alone, because a handshake is under way.
     pub(super) spared: &'a dyn Fn(Side, &UserId) -> bool,
     /// Whether a user, at home on a side, is kept out by the policy, by a room's access control list, or as part of a loop.
@@ -94,6 +97,7 @@ impl Plan<'_> {
             limit: USER_LIMIT,
             asks: self.asks(),
             media: Some(self.media(self.authority.other())),
+            pins: Pins::Image { there: self.following.content(kind), names: self.pins },
         };
         let there = self.following.content(kind);
         let nothing = Object::new();
@@ -135,6 +139,7 @@ impl Plan<'_> {
             limit: CREATOR_LEVEL,
             asks: false,
             media: None,
+            pins: Pins::Own { names: self.pins },
         };
         state_content(kind, Some(there), &rules).unwrap_or_default()
     }

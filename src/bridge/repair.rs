@@ -8,6 +8,7 @@ use std::time::Duration;
 use ruma::UserId;
 
 use super::core::Core;
+use super::pins::{self, PINNED};
 use super::plan::{self, Fix, Plan};
 use super::portal::{Portal, PortalKind, PortalState};
 use super::registry::Entry;
@@ -305,6 +306,7 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
     let joining = core.joining.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let mut ghosts = core.users.hashed(authority, leading_users.keys());
     ghosts.extend(core.users.hashed(authority.other(), following_users.keys()));
+    let pins = pins::counterparts(core, portal.number(), authority, leading.content(PINNED), &following).await?;
     let fixes = plan::plan(&Plan {
         authority,
         owns_leading: portal.kind == PortalKind::Created,
@@ -316,6 +318,7 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
         following_users: &following_users,
         bot: core.users.bot(),
         media: &core.context.media,
+        pins: &pins,
         spared: &|side, user| joining.contains_key(&(portal.room(side).to_owned(), user.to_owned())),
         denied: &|home, user| {
             let server = user.server_name();

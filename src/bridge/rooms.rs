@@ -4,6 +4,7 @@ use ruma::UserId;
 use serde_json::{Value, json};
 
 use super::core::Core;
+use super::pins::Pins;
 use super::portal::Request;
 use super::power::{self, BOT_LEVEL, POWER_LEVELS, USER_LIMIT};
 use super::side::State;
@@ -85,6 +86,7 @@ pub(super) fn matrix_of_lm(
         limit: USER_LIMIT,
         asks: false,
         media: Some(core.media(Side::Matrix)),
+        pins: Pins::Unknown,
     };
     let mapped = MAPPED_STATE
         .iter()
@@ -110,6 +112,7 @@ pub(super) fn lm_of_matrix(core: &Core, state: &State, users: &Known) -> lm::New
         limit: USER_LIMIT,
         asks: true,
         media: Some(core.media(Side::Lm)),
+        pins: Pins::Unknown,
     };
     let mapped = MAPPED_STATE
         .iter()
@@ -158,6 +161,7 @@ fn provisional(
         limit: USER_LIMIT,
         asks: false,
         media: Some(core.media(to)),
+        pins: Pins::Unknown,
     };
     let shown = shown.iter().filter(|(kind, _)| kind != POWER_LEVELS && MAPPED_STATE.contains(&kind.as_str()));
     let shown = shown.filter_map(|(kind, content)| Some((kind.as_str(), state_content(kind, Some(content), &rules)?)));
@@ -203,6 +207,7 @@ fn levels(to: Side, bot: Option<(&UserId, i64)>) -> Object {
         limit: USER_LIMIT,
         asks: false,
         media: None,
+        pins: Pins::Unknown,
     };
     state_content(POWER_LEVELS, plain.as_object(), &rules).unwrap_or_default()
 }

@@ -19,6 +19,7 @@ mod knocks;
 mod loops;
 mod mapping;
 mod media;
+mod pins;
 mod poison;
 mod shared;
 mod world;

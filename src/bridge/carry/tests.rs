@@ -94,6 +94,7 @@ impl Setting {
             ahead: &self.ahead,
             users: &users(),
             events: &HashMap::from([(event_id!("$known").to_owned(), event_id!("$image").to_owned())]),
+            pins: &Counterparts::new(),
             redacted: self.redacted.as_ref(),
             far_room: room_id!("!far:g"),
             bot: user_id!("@isthmus:g"),

@@ -9,6 +9,7 @@ use std::collections::{BTreeSet, HashMap};
 use ruma::{EventId, OwnedEventId, OwnedUserId, RoomId, UserId};
 use serde_json::{Value, json};
 
+use super::pins::{self, PINNED};
 use super::side::{Event, MEMBER};
 use super::users::{Known, Who};
 use crate::event::Object;
@@ -102,8 +103,10 @@ pub(super) fn concerned(event: &Event) -> BTreeSet<OwnedUserId> {
 /// What `event` names.
 pub(super) fn references(event: &Event) -> References {
     let mut references = References { users: concerned(event), ..References::default() };
-    if event.state_key.is_none() {
-        content::collect(&event.content, &mut references);
+    match &event.state_key {
+        None => content::collect(&event.content, &mut references),
+        Some(_) if event.kind == PINNED => references.needs.extend(pins::pinned(Some(&event.content))),
+        Some(_) => {}
     }
     if let Some(target) = &event.redacts {
         references.events.insert(target.clone());

@@ -4,13 +4,21 @@ use ruma::{OwnedUserId, UserId};
 use serde_json::{Value, json};
 
 use super::MediaTo;
+use crate::bridge::pins::{PINNED, Pins};
 use crate::bridge::power::{self, Levels, POWER_LEVELS};
 use crate::event::Object;
 use crate::identity::Side;
 
 /// The state, besides members, that is kept in step; all with an empty state key.
-pub(in crate::bridge) const MAPPED_STATE: [&str; 6] =
-    [POWER_LEVELS, "m.room.join_rules", "m.room.history_visibility", "m.room.name", "m.room.topic", "m.room.avatar"];
+pub(in crate::bridge) const MAPPED_STATE: [&str; 7] = [
+    POWER_LEVELS,
+    "m.room.join_rules",
+    "m.room.history_visibility",
+    "m.room.name",
+    "m.room.topic",
+    "m.room.avatar",
+    PINNED,
+];
 /// The longest text that is taken over in state, in characters.
 const TEXT_LIMIT: usize = 2_000;
 
@@ -32,6 +40,8 @@ pub(in crate::bridge) struct StateRules<'a> {
     pub(in crate::bridge) asks: bool,
     /// How files are called across; none where they are called so already.
     pub(in crate::bridge) media: Option<MediaTo<'a>>,
+    /// How what is pinned is called across.
+    pub(in crate::bridge) pins: Pins<'a>,
 }
 
 /// The content that the image of state of a mapped type has; `content` is none when the source's room has none. None when
@@ -58,6 +68,7 @@ pub(in crate::bridge) fn state_content(kind: &str, content: Option<&Object>, rul
             Some(url) => object("url", &rules.media.map_or_else(|| shorten(url), |media| media.uri(&shorten(url)))),
             None => Object::new(),
         }),
+        PINNED => rules.pins.content(content?),
         _ => None,
     }
 }

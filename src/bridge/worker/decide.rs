@@ -6,6 +6,7 @@ use ruma::{OwnedEventId, OwnedUserId, UserId};
 
 use super::Worker;
 use crate::bridge::carry::{self, Case, Outcome};
+use crate::bridge::pins::{self, Counterparts, PINNED};
 use crate::bridge::portal::Portal;
 use crate::bridge::power::{self, POWER_LEVELS};
 use crate::bridge::side::{Event, Key, MEMBER, State};
@@ -72,6 +73,10 @@ impl Worker {
             return Ok(Decision { outcome, unsure, over: None, waits: false });
         }
         let far_users = self.far_users(portal, event, &far_state).await?;
+        let pins = match event.kind == PINNED && event.state_key.is_some() {
+            true => pins::counterparts(core, self.entry.number, self.source, Some(&event.content), &far_state).await?,
+            false => Counterparts::new(),
+        };
         let outcome = carry::outcome(&Case {
             event,
             source: self.source,
@@ -87,6 +92,7 @@ impl Worker {
             ahead: &ahead,
             users: &users,
             events: &events,
+            pins: &pins,
             redacted: redacted.as_ref(),
             far_room: portal.room(far),
             bot: core.users.bot(),
