@@ -221,6 +221,7 @@ fn explanation(found: &Explanation) -> String {
         "waiting" => "It waits to cross",
         "refused" => "It did not cross",
         "local" => "It is of this room alone",
+        "shared" => "It is in the one room that both sides have",
         _ => "What became of it is not known any more",
     };
     let across = found.across.as_ref().map(|across| format!(": {across}")).unwrap_or_default();

@@ -27,7 +27,7 @@ pub struct Explanation {
     /// The portal of the room, when there is one; else the last that has ended, as long as its row is kept.
     pub portal_id: Option<String>,
     /// What has become of it, as one word: `image` (it is one), `crossed`, `pending`, `refused`, `waiting`, `local`
-    /// (nothing is to become of it), or `unknown` (what became of it is forgotten: its portal has ended, or it is so old that
+    /// (nothing is to become of it), `shared` (both sides have the one room that it is of), or `unknown` (what became of it is forgotten: its portal has ended, or it is so old that
     /// the record of its refusal may be gone).
     pub status: &'static str,
     /// The event across: its image, or the source that it is the image of.
@@ -43,14 +43,17 @@ pub struct Explanation {
 /// Where an event is on both sides, and why not.
 pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Explanation>, Refusal> {
     let store = &core.context.store;
-    for side in [Side::Matrix, Side::Lm] {
+    // Of a room that is on both sides the log is what portals are of.
+    for side in [Side::Lm, Side::Matrix] {
         let Some(event) = core.sides()?.rooms(side).event(event_id).await? else { continue };
         let id = [event_id.to_owned()];
         let image = images::of_sources(store, side, &id).await?.remove(event_id);
         let source = images::of_images(store, side.other(), &id).await?.remove(event_id);
         let refusal = images::refusal(store, side, event_id).await?;
         let waiting_since = inbox::waits(store, side, event_id).await?;
-        let open = core.registry.of_room(side, &event.room_id).map(|entry| entry.number);
+        let open = core.registry.of_room(side, &event.room_id).or_else(|| core.registry.of_one_room(&event.room_id));
+        let is_one_room = open.as_ref().is_some_and(|entry| entry.portal().is_one_room());
+        let open = open.map(|entry| entry.number);
         let ended = match open {
             Some(_) => None,
             None => portals::last_ended_of(store, side, &event.room_id).await?,
@@ -61,6 +64,7 @@ pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Ex
             (None, Some(_), ..) => "image",
             (None, None, _, Some(_)) => "waiting",
             (None, None, Some(_), None) => "refused",
+            (None, None, None, None) if is_one_room => "shared",
             // With the portal its mappings are forgotten.
             (None, None, None, None) if ended.is_some() => "unknown",
             (None, None, None, None) if may_be_forgotten(core, open, &event).await? => "unknown",
@@ -81,7 +85,11 @@ pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Ex
             waiting_since,
         }));
     }
-    explain_invite(core, event_id).await
+    match core.sides()?.lm.event_of_lpdu(event_id).await? {
+        // By the name under which its sender's server knows it.
+        Some(appended) => Box::pin(explain(core, &appended.event.event_id)).await,
+        None => explain_invite(core, event_id).await,
+    }
 }
 
 /// What has become of an invite into a room that the gateway was not in, of which the event itself is not here.

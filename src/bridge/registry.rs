@@ -127,6 +127,15 @@ impl Registry {
         }
     }
 
+    /// The portal that is one room on both sides: nothing waits there to cross, so it is not watched.
+    pub(super) fn of_one_room(&self, room_id: &RoomId) -> Option<Arc<Entry>> {
+        let is_it = |entry: &&Arc<Entry>| {
+            let portal = entry.portal.load();
+            portal.is_one_room() && portal.lm_room_id == *room_id
+        };
+        self.lock(|tables| tables.portals.values().find(is_it).cloned())
+    }
+
     /// A portal by its number.
     pub(super) fn get(&self, number: i64) -> Option<Arc<Entry>> {
         self.lock(|tables| tables.portals.get(&number).cloned())

@@ -44,6 +44,21 @@ async fn of_an_event_whose_refusal_may_be_forgotten_nothing_is_said_that_may_be_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_is_found_by_the_name_under_which_its_senders_server_knows_it() {
+    let (world, gateway) = World::new(json!({})).await;
+    let portal = gateway.public_portal().await;
+    world.lm_join(&portal.lm_room_id, "bob").await.unwrap();
+    world.lm_say(&portal.lm_room_id, "bob", "hello").await;
+    so("hello", || async { !gateway.node.bodies(&portal.lm_room_id).await.is_empty() }).await;
+    let said = gateway.node.log(&portal.lm_room_id).await.pop().unwrap().event;
+    let lpdu_id = said.lpdu_id.clone().unwrap();
+    assert_ne!(lpdu_id, said.event_id);
+    so("hello to cross", || async { status(&gateway, &lpdu_id).await.0 == "crossed" }).await;
+    let found = gateway.bridge.explain(&lpdu_id).await.unwrap().unwrap();
+    assert_eq!((found.event_id, found.portal_id), (said.event_id.clone(), Some(portal.portal_id.clone())));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn portals_that_have_ended_are_shown_for_a_time() {
     let (world, gateway) = World::new(json!({})).await;
     let [first, second, third] =

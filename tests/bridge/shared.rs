@@ -44,6 +44,11 @@ async fn a_shared_room_is_made_used_and_ended_like_a_portal() {
     assert_eq!(levels["users"][bob.as_str()], 60);
     assert_eq!(gateway.node.membership(room, world.lm_user("carol").as_str()).await, "invite");
 
+    let log = gateway.node.log(room).await;
+    let hello = log.iter().find(|event| event.event.content().get("body") == Some(&json!("hello"))).unwrap();
+    let found = gateway.bridge.explain(&hello.event.event_id).await.unwrap().unwrap();
+    assert_eq!((found.status, found.side, found.portal_id.as_ref()), ("shared", "lm", Some(id)));
+
     // Nobody has a ghost, nothing waits to cross, and the log has what the graph has.
     let health = gateway.bridge.health(id).await.unwrap();
     assert_eq!((health.members.matrix, health.members.lm), (vec![bob.clone()], vec![]));
