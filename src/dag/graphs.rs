@@ -2,7 +2,7 @@
 //! follow all that a graph has; and that shared rooms are made.
 
 use async_trait::async_trait;
-use ruma::{OwnedEventId, OwnedRoomId, RoomId};
+use ruma::{OwnedEventId, OwnedRoomId, RoomId, ServerName};
 
 use super::accept::Source;
 use super::batch::Batch;
@@ -32,6 +32,11 @@ impl Graphs for Dag {
         let event = trial.build(draft).await?;
         trial.accept(event.clone(), &Source::Own, None).await?.accepted()?;
         event.pdu().to_linear()
+    }
+
+    async fn admits(&self, room_id: &RoomId, server: &ServerName) -> Result<(), Refusal> {
+        let room = self.shared.room(room_id).await?;
+        self.shared.check_acl(&room, server).await
     }
 
     fn log_was_read(&self, room_id: &RoomId) {

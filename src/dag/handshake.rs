@@ -232,6 +232,11 @@ impl Dag {
 
     /// The room's state before the join, and everything that authorizes it and the join.
     async fn answer_join(&self, join: &Arc<Stored>, omit_members: bool) -> Result<Value, Refusal> {
+        let origin = join.pdu.sender.server_name();
+        self.shared.context.large.build(origin, self.build_answer(join, omit_members)).await
+    }
+
+    async fn build_answer(&self, join: &Arc<Stored>, omit_members: bool) -> Result<Value, Refusal> {
         let events = &self.shared.events;
         let groups = join.groups.ok_or_else(|| Refusal::Internal("a join without state".to_owned()))?;
         let before = events.group(groups.before).await?;

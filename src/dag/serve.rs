@@ -44,8 +44,11 @@ impl Dag {
     ) -> Result<Value, Refusal> {
         self.reader(origin, room_id, &[event_id.to_owned()]).await?;
         let event = self.event_of(room_id, event_id).await?;
-        let chain = auth_chain_of(&self.shared.events, vec![event], &EventMap::new()).await?;
-        Ok(json!({ "auth_chain": values(chain) }))
+        let answer = async {
+            let chain = auth_chain_of(&self.shared.events, vec![event], &EventMap::new()).await?;
+            Ok(json!({ "auth_chain": values(chain) }))
+        };
+        self.shared.context.large.build(origin, answer).await
     }
 
     /// `GET v1/state`, and `state_ids` when `ids` is set: the state before an event.
@@ -59,15 +62,19 @@ impl Dag {
         self.reader(origin, room_id, &[event_id.to_owned()]).await?;
         let event = self.event_of(room_id, event_id).await?;
         let groups = event.groups.ok_or_else(|| Refusal::NotFound(format!("the state at {event_id}")))?;
-        let state = self.shared.events.group(groups.before).await?;
-        let state_ids: Vec<_> = state.map.values().cloned().collect();
-        let state = self.shared.events.get_many(&state_ids).await?;
-        let chain = auth_chain_of(&self.shared.events, state.values().cloned().collect(), &EventMap::new()).await?;
-        if ids {
-            let chain: Vec<_> = chain.into_iter().map(|event| event.pdu.event_id.clone()).collect();
-            return Ok(json!({ "pdu_ids": state_ids, "auth_chain_ids": chain }));
-        }
-        Ok(json!({ "pdus": values(state.into_values()), "auth_chain": values(chain) }))
+        let answer = async {
+            let state = self.shared.events.group(groups.before).await?;
+            let state_ids: Vec<_> = state.map.values().cloned().collect();
+            let state = self.shared.events.get_many(&state_ids).await?;
+            let known = state.values().cloned().collect();
+            let chain = auth_chain_of(&self.shared.events, known, &EventMap::new()).await?;
+            if ids {
+                let chain: Vec<_> = chain.into_iter().map(|event| event.pdu.event_id.clone()).collect();
+                return Ok(json!({ "pdu_ids": state_ids, "auth_chain_ids": chain }));
+            }
+            Ok(json!({ "pdus": values(state.into_values()), "auth_chain": values(chain) }))
+        };
+        self.shared.context.large.build(origin, answer).await
     }
 
     /// `GET v1/backfill`

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ruma::OwnedServerName;
 
-use super::{Asked, Client, OutboundQueues};
+use super::{Asked, Client, Large, OutboundQueues};
 use crate::clock::SharedClock;
 use crate::config::Config;
 use crate::identity::{Keyring, MediaNames, SigningKey};
@@ -29,6 +29,8 @@ pub struct Context {
     pub outbound: OutboundQueues,
     /// Invites that other servers are asked to sign.
     pub asked: Asked,
+    /// Answers that may be as large as a room.
+    pub large: Large,
     /// How media of one side are called on the other.
     pub media: MediaNames,
     /// The configuration.
@@ -52,6 +54,7 @@ impl Context {
         Self {
             outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
             asked: Asked::default(),
+            large: Large::default(),
             media: MediaNames::new(own.clone(), &[7; 32]),
             config: Arc::new(serde_json::from_value(serde_json::json!({ "server_name": own })).unwrap()),
             server_name: own,

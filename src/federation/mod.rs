@@ -9,6 +9,7 @@ mod context;
 mod dialler;
 mod discovery;
 mod download;
+mod large;
 mod limits;
 #[cfg(test)]
 mod loopback_tests;
@@ -31,6 +32,7 @@ pub use self::context::Context;
 pub(crate) use self::context::KeysOf;
 pub use self::dialler::crypto_provider;
 pub use self::download::{Bytewise, Opened};
+pub use self::large::Large;
 pub use self::limits::{ByteBudget, Counted, Held, LineLimits, Lines, Reserved, Shares, Turn, Underway};
 pub use self::outbound::{Delivery, Feed, FeedKind, FeedSource, HeldFeed, OutboundQueues, QueueStatus};
 pub use self::pace::Pace;

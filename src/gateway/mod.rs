@@ -39,7 +39,7 @@ use crate::clock::{SharedClock, SystemClock};
 use crate::config::Config;
 use crate::dag::Dag;
 use crate::event::VerifyKey;
-use crate::federation::{Asked, Client, ClientOptions, Context, OutboundQueues};
+use crate::federation::{Asked, Client, ClientOptions, Context, Large, OutboundQueues};
 use crate::identity::{Keyring, MediaNames, SigningKey, SigningKeyError, Trust};
 use crate::lm::Lm;
 use crate::refusal::Refusal;
@@ -135,6 +135,7 @@ async fn context_on(store: Store, config: Config, clock: SharedClock) -> Result<
         client,
         outbound,
         asked: Asked::default(),
+        large: Large::default(),
         media,
         config: Arc::new(config),
     })

@@ -1,15 +1,18 @@
 //! What other servers can ask, under its stable and its unstable names: one table, from which the router is made. A path that both
 //! protocols have is answered by the side that the room is on.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 
+use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
 use axum::{Json, Router};
-use http::{Method, StatusCode};
-use ruma::{RoomId, ServerName};
+use futures::stream;
+use http::{Method, StatusCode, header};
+use ruma::{OwnedServerName, RoomId, ServerName};
 use serde_json::{Value, json};
 
 use super::edus::EduBudgets;
@@ -21,7 +24,7 @@ use super::unproved::Unproved;
 use super::{devices, handshakes, lookups, media, reads, transaction};
 use crate::dag::Dag;
 use crate::event::Object;
-use crate::federation::{Askers, Context, Lines, Rate, Rates, Transactions, Underway};
+use crate::federation::{Askers, Context, Large, Lines, Rate, Rates, Transactions, Underway};
 use crate::identity::Side;
 use crate::lm::Lm;
 use crate::media::Media;
@@ -104,6 +107,9 @@ const UNSTABLE: &str = "/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.
 
 /// Where servers are asked about changes of an LM room's hub (`docs/hub-transfer.md`).
 const HUB: &str = "/unstable/im.isthmus.hub";
+
+/// In what pieces a large answer goes out.
+const PIECE: usize = 64 << 10;
 
 /// One endpoint.
 #[derive(Clone)]
@@ -230,11 +236,12 @@ impl Endpoint {
         F: Fn(Federation, Asked) -> A + Clone + Send + Sync + 'static,
         A: Future<Output = Answer> + Send + 'static,
     {
-        let rate = rate_of(path);
+        let (rate, is_large) = (rate_of(path), is_large(path));
         let handler = move |State(federation): State<Federation>, asked: Asked| {
             let limited = limited(&federation, &asked.origin, rate);
+            let large = is_large.then(|| (federation.context.large.clone(), asked.origin.clone()));
             let answer = limited.map(|()| answer(federation, asked));
-            async move { answer?.await.map(Json) }
+            async move { give(large, answer?.await?).await }
         };
         Self { method: Method::GET, path: federated(path), takes: Takes::Signature, handler: get(handler) }
     }
@@ -275,11 +282,12 @@ impl Endpoint {
         F: Fn(Federation, Given) -> A + Clone + Send + Sync + 'static,
         A: Future<Output = Answer> + Send + 'static,
     {
-        let rate = rate_of(path);
+        let (rate, is_large) = (rate_of(path), is_large(path));
         let handler = move |State(federation): State<Federation>, given: Given| {
             let limited = limited(&federation, &given.origin, rate);
+            let large = is_large.then(|| (federation.context.large.clone(), given.origin.clone()));
             let answer = limited.map(|()| answer(federation, given));
-            async move { answer?.await.map(Json) }
+            async move { give(large, answer?.await?).await }
         };
         Self { method, path: federated(path), takes: Takes::Body, handler: on(filter, handler) }
     }
@@ -309,6 +317,28 @@ fn rate_of(path: &str) -> Option<Rate> {
     } else {
         None
     }
+}
+
+/// Whether what an endpoint answers may be as large as a room.
+fn is_large(path: &str) -> bool {
+    path.split('/').any(|segment| matches!(segment, "state" | "state_ids" | "event_auth" | "send_join"))
+}
+
+/// Gives an answer. What may be large is written beside the tasks, and counted until it is taken.
+async fn give(large: Option<(Large, OwnedServerName)>, answer: Value) -> Result<Response, Refusal> {
+    let Some((large, origin)) = large else { return Ok(Json(answer).into_response()) };
+    let written = tokio::task::spawn_blocking(move || serde_json::to_vec(&answer));
+    let body = written.await.map_err(|error| Refusal::Internal(error.to_string()))?;
+    let body = Bytes::from(body.map_err(|error| Refusal::Internal(error.to_string()))?);
+    let held = large.hold(&origin, body.len()).await?;
+    let length = body.len();
+    // In pieces, so that it is known when the last of them is taken.
+    let pieces = stream::unfold((body, held), |(mut rest, held)| async move {
+        let piece = rest.split_to(rest.len().min(PIECE));
+        (!piece.is_empty()).then_some((Ok::<_, Infallible>(piece), (rest, held)))
+    });
+    let headers = [(header::CONTENT_TYPE, "application/json".to_owned()), (header::CONTENT_LENGTH, length.to_string())];
+    Ok((headers, Body::from_stream(pieces)).into_response())
 }
 
 fn limited(federation: &Federation, origin: &ServerName, rate: Option<Rate>) -> Result<(), Refusal> {

@@ -31,6 +31,7 @@ impl Lm {
         self.invite_settled(room_id, user_id, Membership::Join).await?;
         let room = self.hubbed(room_id).await?;
         supported(&room, versions)?;
+        self.admits(&room.facts, origin).await?;
         let content = self.may_make(origin, &room, user_id, Membership::Join)?;
         self.between().gate(&handshake(&room, user_id, Membership::Join, Stage::Make, content.clone())).await?;
         Ok(self.template(&room, user_id, content))
@@ -50,6 +51,11 @@ impl Lm {
     }
 
     async fn answer_join(&self, appended: &Appended) -> Result<Value, Refusal> {
+        let origin = appended.event.sender.server_name();
+        self.context().large.build(origin, self.build_answer(appended)).await
+    }
+
+    async fn build_answer(&self, appended: &Appended) -> Result<Value, Refusal> {
         let room_id = &appended.event.room_id;
         let state = stored::state_before(&self.context().store, room_id, appended.position.0).await?;
         let chain = self.auth_chain(&state).await?;
@@ -89,6 +95,7 @@ impl Lm {
     ) -> Result<Value, Refusal> {
         let room = self.hubbed(room_id).await?;
         supported(&room, versions)?;
+        self.admits(&room.facts, origin).await?;
         let content = self.may_make(origin, &room, user_id, Membership::Knock)?;
         self.between().gate(&handshake(&room, user_id, Membership::Knock, Stage::Make, content.clone())).await?;
         Ok(self.template(&room, user_id, content))
@@ -142,6 +149,7 @@ impl Lm {
             content: &content,
             signed_by_hub: Some(true),
             signed_by_next_hub: false,
+            has_prev_events: false,
         };
         room.judge(&subject, &room.auth_events(&subject).0)?;
         Ok(content)

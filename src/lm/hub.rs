@@ -250,6 +250,7 @@ impl Lm {
     ) -> Vec<Received> {
         let mut results: Vec<Received> = Vec::with_capacity(objects.len());
         let mut parsed = Vec::with_capacity(objects.len());
+        let admitted = self.admits(facts, origin).await;
         for object in objects {
             let lpdu = match guarded_now(&"an LPDU", || Lpdu::parse(object)) {
                 Ok(lpdu) => lpdu,
@@ -258,7 +259,8 @@ impl Lm {
                     continue;
                 }
             };
-            let for_us = self.is_for_us(origin, facts, &lpdu);
+            let admitted = if is_own_leave(&lpdu) { Ok(()) } else { admitted.clone() };
+            let for_us = self.is_for_us(origin, facts, &lpdu).and(admitted);
             let is_for_us = for_us.is_ok();
             results.push(received(Some(lpdu.lpdu_id.clone()), for_us));
             if is_for_us {
@@ -359,6 +361,9 @@ impl Lm {
     ) -> Result<VerifiedLpdu, Refusal> {
         let lpdu = Lpdu::parse(body)?;
         self.is_for_us(origin, facts, &lpdu)?;
+        if !is_own_leave(&lpdu) {
+            self.admits(facts, origin).await?;
+        }
         let keys = self.keys(origin, &lpdu).await?;
         lpdu.verify_as(&keys, facts.redaction())
     }
@@ -427,6 +432,12 @@ async fn verify_all(
 fn gated(lpdu: &Lpdu) -> Option<Membership> {
     let asked = |membership: &Membership| matches!(membership, Membership::Join | Membership::Knock);
     membership(lpdu).filter(asked).filter(|_| lpdu.kind == "m.room.member")
+}
+
+/// Whether somebody goes by themselves, which nobody is kept from.
+fn is_own_leave(lpdu: &Lpdu) -> bool {
+    let own = lpdu.kind == "m.room.member" && lpdu.state_key.as_deref() == Some(lpdu.sender.as_str());
+    own && membership(lpdu) == Some(Membership::Leave)
 }
 
 pub(super) fn membership(lpdu: &Lpdu) -> Option<Membership> {

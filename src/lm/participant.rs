@@ -398,6 +398,9 @@ fn facts_of(
     }
     let create = state.iter().flatten().map(|event| &event.pdu).find(|pdu| pdu.kind == "m.room.create");
     let create = create.ok_or_else(|| bad("no m.room.create in the answer to a join".to_owned()))?;
+    if !create.auth_events.is_empty() {
+        return Err(bad("m.room.create in the answer to a join names auth_events".to_owned()));
+    }
     let version = create.content().get("room_version").and_then(Value::as_str).unwrap_or_default();
     let version = RoomVersion::parse(version)
         .filter(|version| version.family() == Family::Log)

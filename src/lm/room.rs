@@ -75,6 +75,8 @@ pub(super) struct Subject<'a> {
     pub signed_by_hub: Option<bool>,
     /// Whether the server has signed it to which it hands the log over.
     pub signed_by_next_hub: bool,
+    /// Whether it names events before it, also where none is known.
+    pub has_prev_events: bool,
 }
 
 impl<'a> Subject<'a> {
@@ -87,6 +89,7 @@ impl<'a> Subject<'a> {
             signed_by_hub: pdu.hub_server.as_ref().map(|_| true),
             // Without that signature it is not taken as an event.
             signed_by_next_hub: pdu.new_hub().is_some(),
+            has_prev_events: !pdu.prev_events.is_empty(),
         }
     }
 
@@ -99,6 +102,7 @@ impl<'a> Subject<'a> {
             content: &draft.content,
             signed_by_hub,
             signed_by_next_hub: false,
+            has_prev_events: false,
         }
     }
 
@@ -111,6 +115,7 @@ impl<'a> Subject<'a> {
             content,
             signed_by_hub: Some(true),
             signed_by_next_hub: false,
+            has_prev_events: false,
         }
     }
 }
@@ -247,7 +252,7 @@ impl Snapshot {
             signed_by_sender: true,
             signed_by_hub: event.signed_by_hub,
             signed_by_next_hub: event.signed_by_next_hub,
-            has_prev_events: self.last.is_some(),
+            has_prev_events: self.last.is_some() || event.has_prev_events,
             auth_events,
             before,
         })

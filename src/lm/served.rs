@@ -58,21 +58,22 @@ impl Lm {
             self.hubbed(room_id).await?;
         }
         let (room, Reach { until, .. }) = self.kept_and_seen(origin, room_id).await?;
-        let store = &self.context().store;
-        let state = match event_id {
-            Some(event_id) => {
-                let at = self.position_of(&room, event_id, until).await?;
-                stored::state_before(store, room_id, at).await?
-            }
-            None => stored::state_before(store, room_id, until.saturating_add(1)).await?,
+        let at = match event_id {
+            Some(event_id) => self.position_of(&room, event_id, until).await?,
+            None => until.saturating_add(1),
         };
+        self.context().large.build(origin, self.state_at(&room, at, ids)).await
+    }
+
+    async fn state_at(&self, room: &Snapshot, at: i64, ids: bool) -> Result<Value, Refusal> {
+        let state = stored::state_before(&self.context().store, &room.facts.room_id, at).await?;
         let chain = self.auth_chain(&state).await?;
         if ids {
             let (state, chain) = (to_ids(&state), to_ids(&chain));
             // The draft's name and the one that peers write.
             return Ok(json!({ "pdu_ids": state, "pdus_ids": state, "auth_chain_ids": chain }));
         }
-        let (state, chain) = (self.as_read(&room, state).await?, self.as_read(&room, chain).await?);
+        let (state, chain) = (self.as_read(room, state).await?, self.as_read(room, chain).await?);
         Ok(json!({ "pdus": to_values(&state)?, "auth_chain": to_values(&chain)? }))
     }
 
@@ -135,6 +136,7 @@ impl Lm {
     }
 
     async fn reach(&self, server: &ServerName, room: &Snapshot) -> Result<Reach, Refusal> {
+        self.admits(&room.facts, server).await?;
         if room.has_server(server) {
             return Ok(Reach { until: room.head, as_member: room.head });
         }

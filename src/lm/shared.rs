@@ -91,6 +91,15 @@ impl Lm {
         }
     }
 
+    /// Refuses a server that the list of a shared room denies: what came in by the log would be in the graph, and no server there
+    /// could refuse it. Rooms that are logs alone have no lists.
+    pub(super) async fn admits(&self, facts: &Facts, server: &ServerName) -> Result<(), Refusal> {
+        match facts.shared {
+            true => self.graphs()?.admits(&facts.room_id, server).await,
+            false => Ok(()),
+        }
+    }
+
     /// Adds events to a shared room; gives those of any other room back.
     pub(super) async fn append_through_graph(
         &self,

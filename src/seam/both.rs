@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName};
 
 use super::{Draft, EventEffect};
 use crate::event::{Object, Pdu, RoomVersion, VerifiedLpdu};
@@ -137,6 +137,9 @@ pub trait Graphs: Send + Sync + 'static {
 
     /// An event of the gateway's as it would be put after all that the graph has, checked and signed; it is not put there.
     async fn build(&self, room_id: &RoomId, draft: &Draft) -> Result<Pdu, Refusal>;
+
+    /// Refuses a server that the room's list (`m.room.server_acl`) denies, by whichever door it comes.
+    async fn admits(&self, room_id: &RoomId, server: &ServerName) -> Result<(), Refusal>;
 
     /// The log of a room was read from the store: what was set of its state is to be set again.
     fn log_was_read(&self, room_id: &RoomId);

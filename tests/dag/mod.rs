@@ -21,7 +21,7 @@ use std::sync::Arc;
 use isthmus::clock::{Clock as _, ManualClock};
 use isthmus::dag::{Dag, NewRoom};
 use isthmus::event::{Object, RoomVersion};
-use isthmus::federation::{Asked, Client, ClientOptions, Context, OutboundQueues};
+use isthmus::federation::{Asked, Client, ClientOptions, Context, Large, OutboundQueues};
 use isthmus::identity::{Keyring, MediaNames, Side, SigningKey};
 use isthmus::refusal::Refusal;
 use isthmus::seam::{Draft, Outgoing};
@@ -80,6 +80,7 @@ impl Gateway {
             clock: clock.clone(),
             client,
             asked: Asked::default(),
+            large: Large::default(),
             media: MediaNames::new(own.clone(), &[7; 32]),
             config: Arc::new(config),
             server_name: own,

@@ -381,6 +381,35 @@ fn change_join(hub: &Node, change: impl Fn(&mut Value) + Send + Sync + 'static) 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_room_begins_with_an_event_that_follows_nothing() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    let first = hub.log(&room).await.remove(0).event;
+    let before = OwnedEventId::try_from(format!("${}", "a".repeat(43))).unwrap();
+    for (completion, what) in [
+        (Completion { auth_events: Vec::new(), prev_event: Some(before.clone()) }, "prev_events"),
+        (Completion { auth_events: vec![before.clone()], prev_event: None }, "auth_events"),
+    ] {
+        let create = draft(&first.sender, "m.room.create", Some(""), Value::Object(first.content().clone()));
+        let create = Pdu::build(template(&room, &create), completion, &hub.name, &hub.context.signing_key).unwrap();
+        let json = create.json.clone();
+        change_join(&hub, move |answer| {
+            for list in ["state", "auth_chain"] {
+                for event in answer[list].as_array_mut().unwrap() {
+                    if event["type"] == "m.room.create" {
+                        *event = json!(json);
+                    }
+                }
+            }
+        });
+        let joined = part.lm.join(&room, &part.user("alice"), std::slice::from_ref(&hub.name), Object::new()).await;
+        let refusal = joined.map(drop).unwrap_err();
+        assert!(refusal.to_string().contains(what), "{refusal}");
+        assert!(part.lm.room(&room).await.unwrap().is_none(), "nothing of it is believed");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_state_that_comes_with_a_join_obeys_the_rules() {
     let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
     let user = hub.user("nobody");

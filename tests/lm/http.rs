@@ -120,6 +120,31 @@ fn assert_refused((status, error): &Answered, expected: (u16, &str), how: &str) 
 const UNAUTHORIZED: (u16, &str) = (401, "M_FORBIDDEN");
 
 #[tokio::test]
+async fn the_names_of_servers_rooms_and_users_differ_by_the_case_of_their_letters() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    let room = b.create_room("public").await;
+    let make_join = |room: &str, user: &str| {
+        format!("/_matrix/federation/v1/make_join/{room}/{user}?ver={}", RoomVersion::Lm02.as_str())
+    };
+    let asked = async |origin: &str, destination: &str, uri: &str| {
+        let message = json!({ "origin": origin, "destination": destination, "method": "GET", "uri": uri });
+        let key = &a.context.signing_key;
+        let sig = key.sign(&canonical_json(message.as_object().unwrap()));
+        let header =
+            format!(r#"X-Matrix origin="{origin}",destination="{destination}",key="{}",sig="{sig}""#, key.id());
+        ask(&b, &Method::GET, uri, Some(&header), None).await
+    };
+    let right = make_join(room.as_str(), "@alice:a.example");
+    assert_eq!(asked("a.example", "b.example", &right).await.0, 200);
+    assert_refused(&asked("a.example", "B.example", &right).await, UNAUTHORIZED, "destination");
+    assert_eq!(asked("A.example", "b.example", &right).await.0, 401, "origin");
+    assert_eq!(asked("a.example", "b.example", &make_join(room.as_str(), "@alice:A.example")).await.0, 403, "user");
+    let other = room.as_str().to_uppercase().replace("B.EXAMPLE", "b.example");
+    assert_ne!(other, room.as_str());
+    assert_eq!(asked("a.example", "b.example", &make_join(&other, "@alice:a.example")).await.0, 404, "room");
+}
+
+#[tokio::test]
 async fn hc_01_hc_04_no_endpoint_answers_without_a_signature_that_is_right() {
     let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
     let stranger = SigningKey::generate();

@@ -299,5 +299,55 @@ async fn hc_35_the_same_lpdu_again_is_in_the_log_of_a_shared_room_once() {
     let hub = world.restart(hub).await;
     assert_eq!(part.transact(&hub, "3", &[twice, again]).await.unwrap(), none);
     assert_eq!(hub.bodies(&room).await, ["twice", "again"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_52_whom_a_shared_rooms_list_denies_does_not_come_in_by_the_log_either() {
+    let (world, [hub, part, other]) = World::new(["hub.example", "part.example", "other.example"]).await;
+    does_lm_alone(&part);
+    does_lm_alone(&other);
+    let room = shared_room(&hub, "public").await;
+    part.join(&room, "alice", &hub).await;
+    part.join(&room, "dave", &hub).await;
+    other.join(&room, "bob", &hub).await;
+    let list = json!({ "allow": ["*"], "deny": ["part.example"], "allow_ip_literals": true });
+    hub.send(&room, draft(&hub.user("bot"), "m.room.server_acl", Some(""), list)).await.unwrap();
+    let hub = world.restart(hub).await;
+
+    let lpdu = |node: &Node, draft: &isthmus::seam::Draft| node.lpdu(&room, &hub.name, draft);
+    let carol = part.user("carol");
+    for draft in [message(&part.user("alice"), "denied"), member(&carol, &carol, "join")] {
+        let refused = hub.lm.receive(&part.name, vec![raw(&lpdu(&part, &draft).json)]).await.remove(0).result;
+        assert!(matches!(refused, Err(Refusal::ServerAcl(_))), "{refused:?}");
+    }
+    let join = lpdu(&part, &member(&carol, &carol, "join")).json;
+    let refused = hub.lm.send_join(&part.name, join).await;
+    assert!(matches!(refused, Err(Refusal::ServerAcl(_))), "{refused:?}");
+    let invite = lpdu(&part, &member(&part.user("alice"), &other.user("oscar"), "invite")).json;
+    let version = RoomVersion::Lm02.as_str();
+    let body = json!({ "event": invite, "room_version": version, "invite_room_state": [] });
+    let refused = hub.lm.invited(&part.name, body.as_object().unwrap().clone()).await;
+    assert!(matches!(refused, Err(Refusal::ServerAcl(_))), "{refused:?}");
+    let head = hub.log(&room).await.last().unwrap().event.event_id.clone();
+    let federation = "/_matrix/federation";
+    for uri in [
+        format!("{federation}/v1/make_join/{room}/{carol}?ver={version}"),
+        format!("{federation}/v1/make_knock/{room}/{carol}?ver={version}"),
+        format!("{federation}/v1/state/{room}?event_id={head}"),
+        format!("{federation}/v2/backfill/{room}?v={head}&limit=5"),
+        format!("{federation}/v2/event/{head}"),
+    ] {
+        let (status, error) = ask_signed(&part, &hub, &Method::GET, &uri, None).await;
+        assert_eq!((status, &error["errcode"]), (403, &json!("M_FORBIDDEN")), "{uri}: {error}");
+    }
+    // Who is not named goes on, and nobody is kept from leaving.
+    other.say(&room, "bob", "allowed").await;
+    hub.wait_for_body(&room, "allowed").await;
+    let (alice, dave) = (part.user("alice"), part.user("dave"));
+    let leave = raw(&lpdu(&part, &member(&alice, &alice, "leave")).json);
+    assert_eq!(hub.lm.receive(&part.name, vec![leave]).await.remove(0).result, Ok(()));
+    hub.lm.make_leave(&part.name, &room, &dave).await.unwrap();
+    hub.lm.send_leave(&part.name, lpdu(&part, &member(&dave, &dave, "leave")).json).await.unwrap();
+    assert!(!hub.bodies(&room).await.contains(&"denied".to_owned()));
     in_step(&hub, &room).await;
 }
