@@ -70,7 +70,8 @@ impl HubRoom {
         state.into_iter().map(|(_, event)| event.clone()).collect()
     }
 
-    fn id(event: &Object) -> String {
+    /// The ID of an event.
+    pub fn id(event: &Object) -> String {
         format!("${}", reference_hash(event, Redaction::Draft))
     }
 

@@ -127,16 +127,37 @@ impl Report {
         self.rows.iter().filter(|row| row.word() == "SKIP").map(|row| row.id).collect()
     }
 
-    /// In a sentence.
+    /// Whether nothing failed and something passed: where nothing could be looked at, nothing good was found.
+    pub fn is_good(&self) -> bool {
+        let (passed, failed, _) = self.counts();
+        passed > 0 && failed == 0
+    }
+
+    /// In a sentence, and where nothing passed in another one that says why.
     pub fn summary(&self) -> String {
         let (passed, failed, skipped) = self.counts();
-        format!("{passed} passed, {failed} failed, {skipped} skipped, of {} checks.", self.rows.len())
+        let counts = format!("{passed} passed, {failed} failed, {skipped} skipped, of {} checks.", self.rows.len());
+        if passed > 0 {
+            return counts;
+        }
+        let why = self.rows.iter().find_map(|row| match &row.outcome {
+            Err(Unmet::Fail { found, .. }) => Some(format!("{}: {found}", row.id)),
+            _ => None,
+        });
+        let skipped = || {
+            self.rows.iter().find_map(|row| match &row.outcome {
+                Err(Unmet::Skip(why)) => Some(format!("{}: {why}", row.id)),
+                _ => None,
+            })
+        };
+        let why = why.or_else(skipped).unwrap_or_else(|| "no check was run".to_owned());
+        format!("{counts} Nothing passed, so nothing is known to be right of this server ({why}).")
     }
 
     /// As JSON.
     pub fn json(&self, target: &str) -> Value {
         let (passed, failed, skipped) = self.counts();
         json!({ "target": target, "passed": passed, "failed": failed, "skipped": skipped,
-            "checks": self.rows.iter().map(Row::json).collect::<Vec<_>>() })
+            "good": self.is_good(), "checks": self.rows.iter().map(Row::json).collect::<Vec<_>>() })
     }
 }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId, ServerName, UserId};
 use serde_json::{Value, json};
 
-pub(super) use self::endpoint::Endpoint;
+pub(super) use self::endpoint::{Endpoint, Presence};
 use super::ear::{Arrival, Ear, lock};
 use super::report::{Outcome, Unmet, ensure, fail, skip};
 use super::wire::{Answer, Ask, Identity, Signing, object, segment};
@@ -34,8 +34,8 @@ pub(super) const NOWHERE: &str =
 pub(super) struct Notes {
     /// Keys of servers, by server and key ID.
     pub keys: BTreeMap<OwnedServerName, BTreeMap<String, VerifyKey>>,
-    /// The prefix under which each endpoint answered; none where none did.
-    pub names: BTreeMap<Endpoint, Option<bool>>,
+    /// Which endpoints are there, and under which name.
+    pub names: BTreeMap<Endpoint, Presence>,
     /// The answer to the join.
     pub joined: Option<Value>,
     /// The version of the room.
@@ -54,9 +54,12 @@ pub(super) struct Notes {
     pub bad: BTreeSet<String>,
     /// The content of the room's join rules, while they are others for a moment.
     pub join_rules: Option<Value>,
+    /// The same of its power levels.
+    pub power_levels: Option<Value>,
     /// Whether the target takes GETs only if they are signed without content, as in Matrix.
     pub gets_as_matrix: bool,
-    /// What of the answers was not as every answer must be.
+    /// Whether anything was answered, and what of the answers was not as every answer must be.
+    pub has_answered: bool,
     pub not_utf8: Vec<String>,
     pub not_typed: Vec<String>,
 }
@@ -178,6 +181,7 @@ impl Session {
         let json = if utf8 { serde_json::from_slice(&answer.body).ok() } else { None };
         let answer = Answer { status: answer.status.as_u16(), content_type, text, json, asked };
         let mut notes = lock(&self.notes);
+        notes.has_answered = true;
         if !utf8 {
             notes.not_utf8.push(answer.to_string());
         }
@@ -221,26 +225,33 @@ impl Session {
             for (stable, uri) in
                 [(true, endpoint.stable(endpoint.trial_rest())), (false, endpoint.unstable(endpoint.trial_rest()))]
             {
-                match self.ask(&self.first, endpoint.trial(uri)).await {
-                    Ok(answer) if answer.is_unrecognized() => {}
+                // What gives no answer may be there, and not like what it was tried with.
+                let why = match self.ask(&self.first, endpoint.trial(uri)).await {
+                    Ok(answer) if answer.is_unrecognized() => continue,
+                    Ok(answer) if answer.is_of_proxy() => answer.to_string(),
                     Ok(_) => {
-                        found = Some(stable);
+                        found = Some(Presence::Found { stable });
                         break;
                     }
-                    // It may be there, and not like what it was tried with.
-                    Err(_) => silent = silent.or(Some(stable)),
-                }
+                    Err(Unmet::Fail { found: why, .. } | Unmet::Skip(why)) => why,
+                };
+                silent = silent.or(Some(Presence::Silent { stable, why }));
             }
-            lock(&self.notes).names.insert(endpoint, found.or(silent));
+            lock(&self.notes).names.insert(endpoint, found.or(silent).unwrap_or(Presence::Absent));
         }
+    }
+
+    /// What is known of an endpoint.
+    pub fn presence(&self, endpoint: Endpoint) -> Presence {
+        lock(&self.notes).names.get(&endpoint).cloned().unwrap_or(Presence::Absent)
     }
 
     /// The path of an endpoint under the name that it has at the target.
     pub fn path(&self, endpoint: Endpoint, rest: &str) -> Result<String, Unmet> {
-        match lock(&self.notes).names.get(&endpoint).copied().flatten() {
-            Some(true) => Ok(endpoint.stable(rest)),
-            Some(false) => Ok(endpoint.unstable(rest)),
-            None => Err(skip(format!("the target has no {}", endpoint.names().1))),
+        match self.presence(endpoint) {
+            Presence::Found { stable } | Presence::Silent { stable, .. } if stable => Ok(endpoint.stable(rest)),
+            Presence::Found { .. } | Presence::Silent { .. } => Ok(endpoint.unstable(rest)),
+            Presence::Absent => Err(skip(format!("the target has no {}", endpoint.names().1))),
         }
     }
 

@@ -161,6 +161,11 @@ impl Answer {
         matches!(self.status, 404 | 405) && (self.errcode() == "M_UNRECOGNIZED" || self.errcode().is_empty())
     }
 
+    /// Whether it is a proxy's, which says that it has no answer of the server behind it.
+    pub fn is_of_proxy(&self) -> bool {
+        matches!(self.status, 502..=504) && self.errcode().is_empty()
+    }
+
     /// Passes when it is this error.
     pub fn is_error(&self, status: u16, errcode: &str) -> Outcome {
         ensure(self.status == status && self.errcode() == errcode, format!("{status} {errcode}"), || self)

@@ -17,6 +17,7 @@ use isthmus::conformance::{Options, Report, Role, catalogue, run_on};
 use isthmus::event::{Object, Redaction, VerifyKey, canonical_json, content_hash, redact, reference_hash, sign_object};
 use isthmus::identity::SigningKey;
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use super::world::{SECOND, SUITE, options, room};
 use crate::lm::world::{Node, World};
@@ -63,6 +64,8 @@ pub enum Fault {
     Sends(fn(&mut Outgoing<'_>) -> bool),
     /// Messages that are sent on are changed, and what follows them follows them still.
     Events(fn(&mut Object, &str, &SigningKey)),
+    /// A user of the hub's own says something once the suite has joined, and that is changed in the same way.
+    Own(fn(&mut Object, &str, &SigningKey)),
 }
 
 /// A request of the server's to the suite.
@@ -121,6 +124,9 @@ struct Between {
     name: String,
     /// The IDs of events that were changed, and those that they have now.
     renamed: Mutex<BTreeMap<String, String>>,
+    /// A user of the hub's is to speak, and has spoken.
+    speak: Notify,
+    spoken: Notify,
 }
 
 impl Between {
@@ -153,6 +159,11 @@ impl Between {
                     let bad: Vec<Object> = pdus().cloned().collect();
                     self.append(bad).await;
                     return answered(Reply { status: 200, kind: "application/json", body: json!({}), raw: None });
+                }
+                // Before the first event that the suite waits for.
+                Fault::Own(_) if seen.check == "LM-M-020" && seen.nth == 0 => {
+                    self.speak.notify_one();
+                    self.spoken.notified().await;
                 }
                 Fault::Swallows if pdus().next().is_some() => {
                     return answered(Reply { status: 200, kind: "application/json", body: json!({}), raw: None });
@@ -240,7 +251,7 @@ impl Between {
     }
 
     /// Changes the events of a transaction so that each follows the one before it as that is now.
-    fn change(&self, body: &mut Value, change: fn(&mut Object, &str, &SigningKey)) {
+    fn change(&self, body: &mut Value, is_it: fn(&Object) -> bool, change: fn(&mut Object, &str, &SigningKey)) {
         let mut renamed = self.renamed.lock().unwrap();
         for event in body["pdus"].as_array_mut().into_iter().flatten() {
             let before = id_of(event);
@@ -249,7 +260,7 @@ impl Between {
                 event.insert("prev_events".to_owned(), json!([now]));
                 finish(event, &self.name, &self.key);
             }
-            if is_message(event) {
+            if is_it(event) {
                 change(event, &self.name, &self.key);
             }
             renamed.insert(before, id_of(&Value::Object(event.clone())));
@@ -266,8 +277,10 @@ impl Between {
         let nth = self.sent.fetch_add(1, Ordering::SeqCst);
         let (mut forged, mut twice, mut early) = (false, false, false);
         for fault in &faults {
-            if let Fault::Events(change) = fault {
-                self.change(&mut body, *change);
+            match fault {
+                Fault::Events(change) => self.change(&mut body, is_message, *change),
+                Fault::Own(change) => self.change(&mut body, |event| !event.contains_key("hub_server"), *change),
+                _ => {}
             }
             if let Fault::Sends(spoil) = fault {
                 let mut outgoing = Outgoing {
@@ -336,6 +349,8 @@ async fn examine(faults: Faults, always: bool, only: Vec<String>, is_hub: bool) 
         key: node.context.signing_key.clone(),
         name: name.to_owned(),
         renamed: Mutex::default(),
+        speak: Notify::new(),
+        spoken: Notify::new(),
     });
     let out = between.clone();
     let routes = Router::new().fallback(move |request: Request| {
@@ -374,12 +389,16 @@ async fn run(socket: TcpListener, options: Options, between: &Between, node: &No
         let next = order.iter().position(|id| *id == row.id).and_then(|place| order.get(place + 1));
         begin(next.unwrap_or(&""));
     });
-    if is_hub {
-        return examining.await.unwrap();
-    }
+    let people = async {
+        let Role::Participant { room } = &options.role else { return super::world::accept(node).await };
+        between.speak.notified().await;
+        node.say(room, "bot", "of the hub's own").await;
+        between.spoken.notify_one();
+        std::future::pending().await
+    };
     tokio::select! {
         report = examining => report.unwrap(),
-        () = super::world::accept(node) => unreachable!("it stays in the room"),
+        () = people => unreachable!("it stays in the room"),
     }
 }
 

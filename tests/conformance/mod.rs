@@ -5,6 +5,7 @@ mod command;
 mod each_check_can_fail;
 mod faulty;
 mod isthmus_passes;
+mod nobody_there;
 mod table;
 mod tls;
 mod world;

@@ -1,6 +1,6 @@
 //! `docs/conformance.md` names every check and no other, and tests that are there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use isthmus::conformance::catalogue;
@@ -43,6 +43,42 @@ fn every_test_that_is_named_exists() {
             assert!(code.contains(&format!("fn {name}(")), "{name}");
         }
     }
+}
+
+/// Each rule has a row, and each row of a rule a check, or a word why there is none.
+#[test]
+fn every_authorization_rule_has_a_row_and_what_checks_it_stands_there() {
+    let mut rules = BTreeSet::new();
+    for code in [
+        include_str!("../../src/lm/rules/mod.rs"),
+        include_str!("../../src/lm/rules/member.rs"),
+        include_str!("../../src/lm/rules/power_levels.rs"),
+    ] {
+        let is_rule = |text: &&str| text.starts_with(|c: char| c.is_ascii_digit()) && text.split('.').all(is_number);
+        for line in code.lines() {
+            // Those that forbid are named in refusals, those that allow beside what they allow.
+            rules.extend(line.split('"').skip(1).step_by(2).filter(is_rule));
+            let allowing = line.split("// rule ").nth(1).map(|rest| rest.split([' ', ':', ',']).next().unwrap());
+            rules.extend(allowing.filter(is_rule));
+        }
+    }
+    assert!(rules.contains("5.2.6") && rules.contains("5.2.4") && rules.len() > 40, "{rules:?}");
+    let mut of_rule = BTreeMap::new();
+    for row in rows() {
+        let Some(rule) = row[1].strip_prefix("int-auth-rules ") else { continue };
+        assert!(row[4] != "—" || !row[6].is_empty(), "nothing looks at it, and nobody says why: {row:?}");
+        assert!(of_rule.insert(rule, row[4]).is_none(), "two rows of the rule {rule}");
+    }
+    assert_eq!(of_rule.keys().copied().collect::<BTreeSet<_>>(), rules);
+    for check in catalogue() {
+        let Some(rule) = check.section.strip_prefix("int-auth-rules ") else { continue };
+        let there = of_rule.get(rule).is_some_and(|checks| checks.split(", ").any(|id| id == check.id));
+        assert!(there, "{} is not in the row of the rule {rule}", check.id);
+    }
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 fn read(folder: &Path, code: &mut String) {

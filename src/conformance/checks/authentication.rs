@@ -78,7 +78,7 @@ async fn refused(session: &Session, headers: impl for<'a> Fn(&'a Session, Signin
     session.ask_with(headers, ask).await?.is_error(401, "M_FORBIDDEN")
 }
 
-async fn let_in(session: &Session, change: impl Fn(String) -> String) -> Outcome {
+pub(super) async fn let_in(session: &Session, change: impl Fn(String) -> String) -> Outcome {
     let ask = trial(session)?;
     let header = change(session.sign(&session.first, &ask));
     session.ask_with(vec![header], ask).await?.is_good()

@@ -66,7 +66,7 @@ pub(super) fn checks() -> Vec<Check> {
             room.finish(event)
         });
         "LM-H-029", "int-receiving-events", "an event of the target's user that the target never sent is not taken", forged;
-        "LM-H-030", "int-auth-rules", "an event that the rules forbid is rejected by its ID", |s, id| bad(s, id, Fate::Named, |room, mut event| {
+        "LM-H-030", "int-auth-rules 6", "an event that the rules forbid is rejected by its ID", |s, id| bad(s, id, Fate::Named, |room, mut event| {
             event.insert("sender".to_owned(), json!(format!("@stranger:{}", room.identity.name)));
             room.finish(event)
         });
@@ -77,6 +77,14 @@ pub(super) fn checks() -> Vec<Check> {
         });
         "LM-H-032", "int-receiving-events", "a bad event does no harm to the good ones beside it", beside;
         "LM-H-033", "int-hub-selection", "events of the room by a server that is not the hub are not taken for the hub's", not_the_hub;
+        "LM-H-034", "int-auth-rules 4.1", "an event whose auth_events have two of the same type and state key is rejected by its ID", two_of_a_kind;
+        "LM-H-035", "int-auth-rules 4.2", "an event whose auth_events have one that is not of the selection is rejected by its ID", |s, id| allowed_by(s, id, |room, ids| {
+            ids.extend(room.state("m.room.join_rules", "").map(HubRoom::id));
+        });
+        "LM-H-036", "int-auth-rules 4.3", "an event whose auth_events lack the create event is rejected by its ID", |s, id| allowed_by(s, id, |room, ids| {
+            let create = room.state("m.room.create", "").map(HubRoom::id);
+            ids.retain(|id| Some(id) != create.as_ref());
+        });
         "LM-H-040", "int-api-make-join", "make_join at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_server(s, "make_join");
         "LM-H-041", "int-api-make-leave", "make_leave at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_server(s, "make_leave");
         "LM-H-042", "int-api-make-knock", "make_knock at who is not the hub is 400 M_WRONG_SERVER", |s, _| wrong_server(s, "make_knock");
@@ -240,6 +248,35 @@ async fn bad(session: &Session, id: &str, fate: Fate, spoil: impl Fn(&HubRoom, O
     let served = session.ask(&session.first, session.event(&name)?).await?;
     let shown = served.status == 200 && (fate != Fate::Redacted || served.text.contains(&mark));
     ensure(!shown, "the event is not served", || &served)
+}
+
+/// A message with other events in its `auth_events` than the selection has.
+async fn allowed_by(session: &Session, id: &str, change: impl Fn(&HubRoom, &mut Vec<String>)) -> Outcome {
+    bad(session, id, Fate::Named, |room, event| {
+        let mut event = room.finish(event);
+        let named = event.get("auth_events").and_then(Value::as_array);
+        let mut ids: Vec<String> = named.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect();
+        change(room, &mut ids);
+        event.insert("auth_events".to_owned(), json!(ids));
+        room.close(event)
+    })
+    .await
+}
+
+/// The power levels as they are now, and as they were before.
+async fn two_of_a_kind(session: &Session, id: &str) -> Outcome {
+    the_join(session).await?;
+    let (creator, now_ms) = (creator(session).to_string(), session.clock.now_ms());
+    let kind = "m.room.power_levels";
+    let (before, again) = room(session, |room| {
+        let before = room.state(kind, "").cloned().unwrap_or_default();
+        let content = before.get("content").cloned().unwrap_or_default();
+        let again = room.own(&creator, kind, Some(""), content, now_ms);
+        room.log.push(again.clone());
+        (HubRoom::id(&before), again)
+    });
+    send(session, vec![again]).await?.is_good()?;
+    allowed_by(session, id, |_, ids| ids.push(before.clone())).await
 }
 
 /// Something that the target's own user is said to have said.

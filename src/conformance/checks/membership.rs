@@ -15,9 +15,9 @@ use crate::conformance::{Check, Unmet};
 use crate::event::{Object, lpdu_hash};
 use crate::identity::SigningKey;
 
-/// How often, and with which pause, it is asked whether one may knock now.
-const KNOCK_LOOKS: u32 = 10;
-const KNOCK_PAUSE: Duration = Duration::from_millis(300);
+/// How often, and with which pause, it is asked whether one may knock or join now.
+pub(super) const KNOCK_LOOKS: u32 = 10;
+pub(super) const KNOCK_PAUSE: Duration = Duration::from_millis(300);
 
 const NOWHERE: &str = "!conformance-nowhere:elsewhere.invalid";
 
@@ -44,7 +44,7 @@ pub(super) fn before() -> Vec<Check> {
         "LM-M-016", "int-api-send-join", "send_join takes nothing but joins", |s, id| bad_join(s, id, Wrong::Membership);
         "LM-M-017", "int-checking-signatures", "send_join does not take what is wrongly signed", |s, id| bad_join(s, id, Wrong::Signature);
         "LM-M-018", "int-api-send-join", "send_join does not take another server's user", |s, id| bad_join(s, id, Wrong::Server);
-        "LM-M-019", "int-auth-rules", "send_join does not take a join of somebody else", |s, id| bad_join(s, id, Wrong::Target);
+        "LM-M-019", "int-auth-rules 5.2.2", "send_join does not take a join of somebody else", |s, id| bad_join(s, id, Wrong::Target);
         "LM-M-020", "int-transport-joins", "another user of a server that is in the room joins by send", low_joins;
         "LM-M-021", "int-api-make-leave", "make_leave gives a template with the room's version", leave_template;
         "LM-M-022", "int-api-make-knock", "make_knock gives a template where one may knock, and is 403 M_FORBIDDEN elsewhere", knock_template;
@@ -139,7 +139,7 @@ fn member(session: &Session, user: &str, membership: &str) -> Object {
     }))
 }
 
-async fn handshake(session: &Session, endpoint: Endpoint, lpdu: Object) -> Result<Answer, Unmet> {
+pub(super) async fn handshake(session: &Session, endpoint: Endpoint, lpdu: Object) -> Result<Answer, Unmet> {
     let uri = session.path(endpoint, &session.txn())?;
     session.ask(&session.first, Ask::post(uri, Value::Object(lpdu))).await
 }
@@ -266,7 +266,7 @@ async fn low_joins(session: &Session, _: &str) -> Outcome {
     Ok(())
 }
 
-fn join_rule(session: &Session) -> String {
+pub(super) fn join_rule(session: &Session) -> String {
     let rules = session.state_event("m.room.join_rules", "");
     let rule = rules.as_ref().and_then(|event| event.pointer("/content/join_rule")).and_then(Value::as_str);
     rule.unwrap_or("invite").to_owned()
@@ -287,14 +287,19 @@ async fn set_join_rules(session: &Session, content: Value) -> Outcome {
 
 /// Has the room take knocks while something is looked at, where the suite's user has the power for that.
 async fn while_one_may_knock(session: &Session, look: impl Future<Output = Outcome>) -> Outcome {
-    if join_rule(session) == "knock" {
+    while_join_rule(session, "knock", look).await
+}
+
+/// Gives the room a join rule while something is looked at, where the suite's user has the power for that.
+pub(super) async fn while_join_rule(session: &Session, rule: &str, look: impl Future<Output = Outcome>) -> Outcome {
+    if join_rule(session) == rule {
         return look.await;
     }
     session.needs_power(session.needed_for("m.room.join_rules"))?;
     let before = session.state_event("m.room.join_rules", "").and_then(|event| event.get("content").cloned());
     let before = before.ok_or_else(|| skip("the room has no join rules"))?;
     lock(&session.notes).join_rules = Some(before.clone());
-    set_join_rules(session, json!({ "join_rule": "knock" })).await?;
+    set_join_rules(session, json!({ "join_rule": rule })).await?;
     let looked = look.await;
     let restored = set_join_rules(session, before).await;
     lock(&session.notes).join_rules = None;
@@ -398,10 +403,15 @@ async fn cannot_leave_again(session: &Session, _: &str) -> Outcome {
 
 /// Whatever is left in the room goes, answers or not.
 pub(super) async fn leave_all(session: &Session) {
-    let join_rules = lock(&session.notes).join_rules.take();
-    if let Some(content) = join_rules {
-        let event = session.state(&session.user, "m.room.join_rules", "", content);
-        let _ = session.send(&session.first, vec![sealed(event, &session.first)]).await;
+    let (join_rules, power_levels) = {
+        let mut notes = lock(&session.notes);
+        (notes.join_rules.take(), notes.power_levels.take())
+    };
+    for (kind, content) in [("m.room.join_rules", join_rules), ("m.room.power_levels", power_levels)] {
+        if let Some(content) = content {
+            let event = session.state(&session.user, kind, "", content);
+            let _ = session.send(&session.first, vec![sealed(event, &session.first)]).await;
+        }
     }
     let (low_is_in, user_is_in) = {
         let notes = lock(&session.notes);

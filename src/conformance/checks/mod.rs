@@ -4,6 +4,7 @@ mod authentication;
 mod events;
 mod hub;
 mod keys;
+mod levels;
 mod lpdus;
 mod membership;
 mod reads;
@@ -34,6 +35,7 @@ pub(super) fn as_participant() -> Vec<Check> {
     all.extend(send::checks());
     all.extend(lpdus::checks());
     all.extend(rules::checks());
+    all.extend(levels::checks());
     all.extend(reads::checks());
     all.extend(second::checks());
     all.extend(events::checks());
@@ -44,7 +46,9 @@ pub(super) fn as_participant() -> Vec<Check> {
 
 /// The checks for which the suite is the hub.
 pub(super) fn as_hub() -> Vec<Check> {
-    hub::checks()
+    let mut all = transport::of_participant();
+    all.extend(hub::checks());
+    all
 }
 
 /// Whether a check says something of a target that cannot have the suite's keys: it asks for nothing that is signed. Of those that
@@ -53,7 +57,7 @@ pub(super) fn stands_alone(id: &str) -> bool {
     let unsigned =
         ["LM-T-001", "LM-T-002", "LM-T-003", "LM-T-006", "LM-T-008", "LM-T-009", "LM-K-009", "LM-K-012", "LM-K-013"];
     // LM-K-007 and those after it ask for the suite's own keys.
-    id == "LM-A-015" || unsigned.contains(&id) || (id.starts_with("LM-K-") && id < "LM-K-007")
+    ["LM-A-015", "LM-H-074"].contains(&id) || unsigned.contains(&id) || (id.starts_with("LM-K-") && id < "LM-K-007")
 }
 
 /// Takes the suite's users out of the room, if they are still in it.

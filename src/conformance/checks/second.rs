@@ -4,7 +4,7 @@ use ruma::OwnedUserId;
 use serde_json::{Value, json};
 
 use super::checks;
-use super::membership::is_stripped;
+use super::membership::{is_stripped, while_join_rule};
 use super::reads::UNKNOWN_EVENT;
 use crate::conformance::ear::{Arrival, lock};
 use crate::conformance::judge;
@@ -31,6 +31,7 @@ pub(super) fn checks() -> Vec<Check> {
         "LM-I-008", "int-api-invite", "an invite that the rules forbid is 403 M_FORBIDDEN", forbidden_invite;
         "LM-I-009", "int-api-invite", "an event that is no invite is not taken for one", no_invite;
         "LM-I-010", "int-transport-leaves", "an invite is rejected by make_leave and send_leave", rejected;
+        "LM-V-010", "int-auth-rules 5.2.4", "who is invited joins where only the invited may", invited_joins;
         "LM-V-011", "int-transport-invites", "who is invited again joins", second_joins;
         "LM-V-012", "int-transport-send-events", "what one participant says reaches the other", reaches_second;
         "LM-V-013", "int-transport-send-events", "and back", reaches_first;
@@ -112,7 +113,7 @@ fn member(session: &Session, sender: &str, target: &str, membership: &str) -> Ob
     event
 }
 
-async fn invite(session: &Session, event: Object) -> Result<Answer, Unmet> {
+pub(super) async fn invite(session: &Session, event: Object) -> Result<Answer, Unmet> {
     let version = lock(&session.notes).version.clone();
     let uri = session.path(Endpoint::Invite, &session.txn())?;
     let body = json!({ "event": sealed(event, &session.first), "room_version": version, "invite_room_state": [] });
@@ -265,6 +266,32 @@ async fn prepare(session: &Session, id: &str) -> Outcome {
         lock(&session.notes).secret = Some(secret);
     }
     Ok(())
+}
+
+async fn invited_joins(session: &Session, _: &str) -> Outcome {
+    session.joined()?;
+    let second = session.second()?.clone();
+    may_invite(session)?;
+    let user = session.user_of(&second, &format!("invited-{}", session.run))?;
+    let joining = async {
+        let invited = member(session, session.user.as_str(), user.as_str(), "invite");
+        invite(session, invited).await?.is_good()?;
+        let ask = session.make("join", session.room.as_str(), &user, &VERSIONS);
+        session.ask(&second, ask).await?.is_good()?;
+        of_second(session, Endpoint::SendJoin, member(session, user.as_str(), user.as_str(), "join"))
+            .await?
+            .is_good()?;
+        let is_it = |event: &Value| {
+            event.get("state_key").and_then(Value::as_str) == Some(user.as_str())
+                && event.pointer("/content/membership").and_then(Value::as_str) == Some("join")
+        };
+        session.arrived(&session.first, "the hub sends the join to all", is_it).await.map(drop)
+    };
+    let joined = while_join_rule(session, "invite", joining).await;
+    // However far it came, it goes.
+    let left = of_second(session, Endpoint::SendLeave, member(session, user.as_str(), user.as_str(), "leave")).await;
+    joined?;
+    left?.is_good()
 }
 
 async fn second_joins(session: &Session, id: &str) -> Outcome {

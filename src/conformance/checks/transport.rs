@@ -4,11 +4,12 @@ use bytes::Bytes;
 use http::Method;
 use serde_json::json;
 
+use super::authentication::let_in;
 use super::checks;
 use crate::conformance::Check;
 use crate::conformance::ear::lock;
 use crate::conformance::report::{Outcome, ensure, fail, skip};
-use crate::conformance::session::{Endpoint, Session};
+use crate::conformance::session::{Endpoint, Presence, Session};
 use crate::conformance::wire::{Answer, Ask};
 
 const KEYS: &str = "/_matrix/key/v2/server";
@@ -44,6 +45,27 @@ pub(super) fn checks() -> Vec<Check> {
         "LM-D-002", "int-api-get-device", "a user of another server has no device here: 404 M_NOT_FOUND", foreign_device;
         "LM-D-003", "int-transport-key-claim", "keys of users who are not there are left out of the answer", claims_nothing;
         "LM-D-004", "int-transport-key-claim", "a claim without one_time_keys is 400 M_BAD_JSON", bad_claim;
+    ]
+}
+
+/// That a participant has the endpoints that every server must have, and lets this one in.
+pub(super) fn of_participant() -> Vec<Check> {
+    checks![
+        "LM-H-060", "int-api-send-txn", "PUT send is there", |s, _| has(s, Endpoint::Send);
+        "LM-H-061", "Event and State APIs", "GET event is there", |s, _| has(s, Endpoint::Event);
+        "LM-H-062", "Event and State APIs", "GET backfill is there", |s, _| has(s, Endpoint::Backfill);
+        "LM-H-063", "int-api-invite", "POST invite is there", |s, _| has(s, Endpoint::Invite);
+        "LM-H-064", "int-api-send-join", "POST send_join is there", |s, _| has(s, Endpoint::SendJoin);
+        "LM-H-065", "int-api-send-leave", "POST send_leave is there", |s, _| has(s, Endpoint::SendLeave);
+        "LM-H-066", "int-api-send-knock", "POST send_knock is there", |s, _| has(s, Endpoint::SendKnock);
+        "LM-H-067", "int-api-get-device", "GET user/…/device is there", |s, _| has(s, Endpoint::Device);
+        "LM-H-068", "int-api-get-state", "GET state is there", |s, _| answers(s, "state");
+        "LM-H-069", "Event and State APIs", "GET state_ids is there", |s, _| answers(s, "state_ids");
+        "LM-H-070", "int-api-make-join", "GET make_join is there", |s, _| makes(s, "join");
+        "LM-H-071", "int-api-make-leave", "GET make_leave is there", |s, _| makes(s, "leave");
+        "LM-H-072", "int-api-make-knock", "GET make_knock is there", |s, _| makes(s, "knock");
+        "LM-H-073", "int-transport-key-claim", "POST user/keys/claim is there", claim;
+        "LM-H-074", "int-transport-auth", "a request signed as the draft has it is let in", |s, _| let_in(s, |header| header);
     ]
 }
 
@@ -114,14 +136,19 @@ async fn incomplete(session: &Session, _: &str) -> Outcome {
 }
 
 async fn has(session: &Session, endpoint: Endpoint) -> Outcome {
-    let found = lock(&session.notes).names.get(&endpoint).copied().flatten();
-    ensure(found.is_some(), "an answer other than M_UNRECOGNIZED under the stable or the unstable name", || {
-        format!("none to {} nor to {}", endpoint.stable("…"), endpoint.unstable("…"))
-    })
+    let expected = "an answer other than M_UNRECOGNIZED under the stable or the unstable name";
+    match session.presence(endpoint) {
+        Presence::Found { .. } => Ok(()),
+        Presence::Silent { why, .. } => Err(fail(expected, why)),
+        Presence::Absent => {
+            Err(fail(expected, format!("none to {} nor to {}", endpoint.stable("…"), endpoint.unstable("…"))))
+        }
+    }
 }
 
 fn recognized(answer: &Answer) -> Outcome {
-    ensure(!answer.is_unrecognized(), "an answer other than M_UNRECOGNIZED", || answer)
+    let good = !answer.is_unrecognized() && !answer.is_of_proxy();
+    ensure(good, "an answer other than M_UNRECOGNIZED", || answer)
 }
 
 async fn answers(session: &Session, endpoint: &str) -> Outcome {
@@ -166,12 +193,19 @@ async fn bad_claim(session: &Session, _: &str) -> Outcome {
     session.ask(&session.first, Ask::post(CLAIM, json!({}))).await?.is_error(400, "M_BAD_JSON")
 }
 
+/// Of no answers nothing can be said.
+fn has_answered(session: &Session) -> Outcome {
+    if lock(&session.notes).has_answered { Ok(()) } else { Err(skip("the target has answered nothing")) }
+}
+
 async fn typed(session: &Session, _: &str) -> Outcome {
+    has_answered(session)?;
     let wrong = lock(&session.notes).not_typed.first().cloned();
     ensure(wrong.is_none(), "application/json", || wrong.unwrap_or_default())
 }
 
 async fn utf8(session: &Session, _: &str) -> Outcome {
+    has_answered(session)?;
     let wrong = lock(&session.notes).not_utf8.first().cloned();
     ensure(wrong.is_none(), "UTF-8", || wrong.unwrap_or_default())
 }

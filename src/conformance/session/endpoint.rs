@@ -7,6 +7,17 @@ use crate::conformance::wire::Ask;
 /// The prefix under which the draft's own endpoints are found until they have stable names.
 const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
 
+/// What is known of one of the target's endpoints.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::conformance) enum Presence {
+    /// It answers, under its stable name or else under the unstable one.
+    Found { stable: bool },
+    /// There was no answer under this name, or only one of a proxy in front of the target.
+    Silent { stable: bool, why: String },
+    /// The target knows neither name.
+    Absent,
+}
+
 /// Endpoints that have a stable and an unstable name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::conformance) enum Endpoint {
