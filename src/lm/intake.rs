@@ -300,8 +300,13 @@ impl<'a> Taking<'a> {
 
     /// Takes an event that the hub sent, or keeps it until it can be judged.
     async fn arrive(&mut self, event: Result<Finished, Bad>) -> Result<Result<(), Refusal>, Refusal> {
-        if let Err(Bad::Unproved(pdu, _)) = &event
-            && self.knows(&pdu.event_id).await?
+        let unread = match &event {
+            Err(Bad::Unproved(pdu, _)) => Some(&pdu.event_id),
+            Err(Bad::Malformed { event_id, .. }) => Some(event_id),
+            _ => None,
+        };
+        if let Some(event_id) = unread
+            && self.knows(event_id).await?
         {
             return Ok(Ok(()));
         }

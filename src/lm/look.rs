@@ -300,10 +300,14 @@ impl Lm {
         if room.facts.shared
             || room.facts.hub == self.context().server_name
             || !room.has_server(&self.context().server_name)
+            || (self.looks().is_lost(room_id) && self.all_leave(&cell, &room))
         {
             // The hub owes us nothing any more.
             if self.looks().is_lost(room_id) {
                 self.keep_look(room_id, Look { lost_ts: None, ..self.looks().known(room_id) }).await?;
+                // Its leaves may go where they will.
+                let feed = Feed { kind: FeedKind::Lpdus, room_id: room_id.to_owned() };
+                self.context().outbound.wake(&feed, std::slice::from_ref(&room.facts.hub));
             }
             return self.forget(room_id, taken.iter().map(|row| row.position).collect()).await;
         }
@@ -376,7 +380,7 @@ impl Lm {
         };
         if !known {
             // What came while it was asked may follow what it knows.
-            if cell.snapshot(store).await?.last_id() == Some(&head) && !was_lost {
+            if cell.snapshot(store).await?.last_id() == Some(&head) && !was_lost && !self.all_leave(cell, &room) {
                 self.lose(cell, &head).await?;
             }
             return Ok(false);

@@ -220,7 +220,13 @@ impl Taking<'_> {
                 }
                 _ => Err(self.keep(&pdu, &refusal, true)),
             },
-            Err(Bad::Dropped(refusal) | Bad::Malformed { refusal, .. }) => Err(Err(refusal)),
+            Err(Bad::Malformed { event_id, refusal, .. }) => {
+                // The hub has put into its log what is no event: nothing is asked for in its place.
+                self.settle(Some(Fault::Forbidden), &event_id, &refusal.to_string());
+                self.fresh.insert(event_id);
+                Err(Err(refusal))
+            }
+            Err(Bad::Dropped(refusal)) => Err(Err(refusal)),
             Err(Bad::Forged(pdu, refusal)) => {
                 self.fault(Fault::Rewritten, &pdu.event_id, &refusal.to_string());
                 Err(Err(refusal))

@@ -140,6 +140,23 @@ async fn hc_30_a_hub_that_changes_what_it_finishes_is_found_out() {
     assert!(matches!(refused.result, Err(Refusal::BadSignature { .. })), "{refused:?}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_18_a_hub_that_puts_into_its_log_what_is_no_event_is_found_out() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    let log = hub.log(&room).await;
+    let auth = ["m.room.create", "m.room.power_levels", "m.room.member"];
+    let mut large = finished(&hub, &room, &log, &message(&hub.user("bot"), "large"), &auth).json;
+    large["content"]["body"] = json!("x".repeat(65_536));
+    for _ in 0..2 {
+        let given = give(&part, &hub, &large).await;
+        assert!(!matches!(given.result, Err(ref refusal) if refusal.is_transient()), "{given:?}");
+    }
+    assert_eq!(part.fault_kinds(&room).await, ["forbidden"]);
+    hub.say(&room, "bot", "fits").await;
+    assert_eq!(bodies(&part.wait_for_body(&room, "fits").await), ["fits"]);
+}
+
 /// What a redaction redacts is given so by every hub; what nothing redacts is kept from the participants.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hc_30_a_hub_that_leaves_out_what_was_said_is_found_out() {

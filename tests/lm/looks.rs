@@ -10,7 +10,7 @@ use http::StatusCode;
 use isthmus::event::{Completion, Object, Pdu};
 use isthmus::lm::Appended;
 use isthmus::seam::Outgoing;
-use isthmus::store::lm::{faults, lost_since, taken_since};
+use isthmus::store::lm::{faults, faults_since, lost_since, taken_since};
 use ruma::{OwnedEventId, RoomId};
 use serde_json::{Value, json};
 
@@ -246,6 +246,54 @@ async fn hc_36_a_hub_that_forgets_the_room_is_found_out_and_gets_all_in_order_wh
     assert_eq!(part.bodies(&room).await, ["one", "two", "three", "four"]);
     assert_eq!(hub.bodies(&room).await, ["one", "two", "three", "four"]);
     assert_eq!(lost_since(&part.context.store, &room).await.unwrap(), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_room_that_its_hub_has_forgotten_is_no_trouble_any_more_when_all_have_left_it() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    part.lm.hasten_looks(HASTE);
+    let dropped = Arc::new(Mutex::new(String::new()));
+    let kept = dropped.clone();
+    hub.meddle(move |request, next| {
+        let dropped = kept.clone();
+        async move {
+            let path = request.uri().path().to_owned();
+            if path.contains("/key/") {
+                return next.run(request).await;
+            }
+            if path.contains("/send/") {
+                let body = to_bytes(request.into_body(), 1 << 20).await.unwrap();
+                dropped.lock().unwrap().push_str(&String::from_utf8_lossy(&body));
+                return respond(StatusCode::OK, json!({}));
+            }
+            respond(StatusCode::NOT_FOUND, json!({ "errcode": "M_NOT_FOUND", "error": "Unknown room" }))
+        }
+    });
+    let store = &part.context.store;
+    let becomes = async |lost: bool| {
+        let waiting = async {
+            while lost_since(store, &room).await.unwrap().is_some() != lost {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(30), waiting).await.unwrap();
+    };
+    part.say(&room, "alice", "one").await;
+    becomes(true).await;
+    part.lm.leave(&room, &part.user("alice"), &[]).await.unwrap();
+    becomes(false).await;
+    let waiting = async {
+        while !dropped.lock().unwrap().contains(r#""membership":"leave""#) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), waiting).await.unwrap();
+    assert_eq!(
+        (part.fault_kinds(&room).await, faults_since(store, 0).await.unwrap().lost),
+        (vec!["went_back".to_owned()], 0)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
