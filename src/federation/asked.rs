@@ -29,12 +29,14 @@ impl Default for Asked {
     }
 }
 
-type Counts = HashMap<(OwnedRoomId, OwnedUserId), watch::Sender<usize>>;
+type Counts = HashMap<(OwnedRoomId, OwnedUserId), Count>;
+type Count = Arc<watch::Sender<usize>>;
 
 /// One invite, until it is in the room or will not be.
 pub struct Asking {
     asked: Asked,
     key: (OwnedRoomId, OwnedUserId),
+    count: Count,
 }
 
 impl Asked {
@@ -45,20 +47,34 @@ impl Asked {
     /// Says that an invite is on its way until what this gives is dropped.
     pub fn begin(&self, room_id: &RoomId, user: &UserId) -> Asking {
         let key = (room_id.to_owned(), user.to_owned());
-        self.lock().entry(key.clone()).or_insert_with(|| watch::Sender::new(0)).send_modify(|count| {
-            *count = count.saturating_add(1);
-        });
-        Asking { asked: self.clone(), key }
+        let mut counts = self.lock();
+        let count = counts.entry(key.clone()).or_insert_with(|| Arc::new(watch::Sender::new(0))).clone();
+        count.send_modify(|count| *count = count.saturating_add(1));
+        drop(counts);
+        Asking { asked: self.clone(), key, count }
     }
 
     /// Waits until no invite of a user is on its way into a room. Not for long, since the server that is asked may be waiting for our
     /// answer before it signs.
     pub async fn settled(&self, room_id: &RoomId, user: &UserId) {
+        self.settled_within(ANSWER_WAITS, room_id, user).await;
+    }
+
+    async fn settled_within(&self, time: Duration, room_id: &RoomId, user: &UserId) {
         let key = (room_id.to_owned(), user.to_owned());
-        let Some(mut count) = self.lock().get(&key).map(watch::Sender::subscribe) else { return };
-        if tokio::time::timeout(ANSWER_WAITS, count.wait_for(|count| *count == 0)).await.is_err() {
+        let Some(count) = self.lock().get(&key).cloned() else { return };
+        let mut changes = count.subscribe();
+        if tokio::time::timeout(time, changes.wait_for(|count| *count == 0)).await.is_err() {
             // Once is enough.
-            self.lock().remove(&key);
+            self.forget(&key, &count);
+        }
+    }
+
+    /// Forgets those that are counted so, not those that were begun since.
+    fn forget(&self, key: &(OwnedRoomId, OwnedUserId), count: &Count) {
+        let mut counts = self.lock();
+        if counts.get(key).is_some_and(|current| Arc::ptr_eq(current, count)) {
+            counts.remove(key);
         }
     }
 
@@ -84,12 +100,33 @@ impl Asked {
 
 impl Drop for Asking {
     fn drop(&mut self) {
-        let mut asked = self.asked.lock();
-        if let Some(count) = asked.get(&self.key) {
-            count.send_modify(|count| *count = count.saturating_sub(1));
-            if *count.borrow() == 0 {
-                asked.remove(&self.key);
-            }
+        // Who begins one counts it under the same lock.
+        let mut counts = self.asked.lock();
+        self.count.send_modify(|count| *count = count.saturating_sub(1));
+        if *self.count.borrow() == 0 && counts.get(&self.key).is_some_and(|count| Arc::ptr_eq(count, &self.count)) {
+            counts.remove(&self.key);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+    use ruma::{room_id, user_id};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_invite_that_is_waited_for_no_more_ends_no_other_ones_wait() {
+        let (asked, room, user) = (Asked::default(), room_id!("!r:g.example"), user_id!("@u:p.example"));
+        let first = asked.begin(room, user);
+        asked.settled_within(Duration::ZERO, room, user).await;
+        assert!(asked.settled(room, user).now_or_never().is_some(), "once is enough");
+        let second = asked.begin(room, user);
+        drop(first);
+        assert!(asked.settled(room, user).now_or_never().is_none(), "the second is on its way");
+        drop(second);
+        assert!(asked.settled(room, user).now_or_never().is_some());
+        assert!(asked.lock().is_empty());
     }
 }

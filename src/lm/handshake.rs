@@ -28,9 +28,10 @@ impl Lm {
         user_id: &UserId,
         versions: &[String],
     ) -> Result<Value, Refusal> {
+        supported(&self.hubbed(room_id).await?, versions)?;
+        self.is_of(origin, user_id)?;
         self.invite_settled(room_id, user_id, Membership::Join).await?;
         let room = self.hubbed(room_id).await?;
-        supported(&room, versions)?;
         self.admits(&room.facts, origin).await?;
         let content = self.may_make(origin, &room, user_id, Membership::Join)?;
         self.between().gate(&handshake(&room, user_id, Membership::Join, Stage::Make, content.clone())).await?;
@@ -73,6 +74,8 @@ impl Lm {
 
     /// `GET make_leave`
     pub async fn make_leave(&self, origin: &ServerName, room_id: &RoomId, user_id: &UserId) -> Result<Value, Refusal> {
+        self.hubbed(room_id).await?;
+        self.is_of(origin, user_id)?;
         self.invite_settled(room_id, user_id, Membership::Leave).await?;
         let room = self.hubbed(room_id).await?;
         let content = self.may_make(origin, &room, user_id, Membership::Leave)?;
@@ -129,6 +132,15 @@ impl Lm {
         Ok(())
     }
 
+    /// Each server changes the membership of its own users.
+    fn is_of(&self, origin: &ServerName, user_id: &UserId) -> Result<(), Refusal> {
+        if user_id.server_name() != origin || origin == self.context().server_name {
+            let expected = user_id.server_name().to_string();
+            return Err(Refusal::WrongOrigin { origin: origin.to_string(), expected });
+        }
+        Ok(())
+    }
+
     /// Whether a user may change its membership; the content of the event that would do it.
     fn may_make(
         &self,
@@ -137,10 +149,7 @@ impl Lm {
         user_id: &UserId,
         membership: Membership,
     ) -> Result<Object, Refusal> {
-        if user_id.server_name() != origin || origin == self.context().server_name {
-            let expected = user_id.server_name().to_string();
-            return Err(Refusal::WrongOrigin { origin: origin.to_string(), expected });
-        }
+        self.is_of(origin, user_id)?;
         let content = Map::from_iter([("membership".to_owned(), json!(membership.as_str()))]);
         let subject = Subject {
             sender: user_id,
