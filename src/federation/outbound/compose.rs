@@ -101,9 +101,11 @@ impl Composer<'_> {
         if parts.iter().all(|part| part.positions.is_empty()) {
             return Ok(Composed::Passed(parts));
         }
-        // Where an event may be to blame for a failure, nothing else is.
+        // Where an event may be to blame for a failure, nothing else is. Nor may what is refused with EDUs be one for a hub: without
+        // them it would be another transaction, and there are hubs that know nothing but that again and take twice what they took.
         let kept = parts.iter().filter(|part: &&Part| part.feed.kind.is_edus()).map(|part| part.positions.len()).sum();
-        let space = if single { 0 } else { MAX_EDUS.saturating_sub(kept) };
+        let alone = single || parts.iter().any(|part| part.feed.kind == FeedKind::Lpdus && !part.positions.is_empty());
+        let space = if alone { 0 } else { MAX_EDUS.saturating_sub(kept) };
         let edus = self.slot.edus().take(protocol, space, Instant::now());
         let (txn_id, composed_ts) = self.txn_id();
         Ok(Composed::Transaction(Transaction { txn_id, composed_ts, protocol, parts, edus, uncertain: single }))

@@ -146,6 +146,24 @@ async fn hc_60_a_refusal_of_edus_is_none_of_the_event_that_they_go_with() {
     }
 }
 
+/// There are hubs that know an LPDU again by nothing but the transaction that it came in, which is another one without EDUs.
+#[tokio::test]
+async fn edus_go_with_no_event_that_is_for_a_hub_to_finish() {
+    let (_directory, store) = sqlite().await;
+    let feeds = Arc::new(Feeds::default());
+    let lpdus = feed(FeedKind::Lpdus, "!a:a.example");
+    fill(&store, &feeds, &lpdus, 1..3, &["a.example"]).await;
+    let mut world = World::new(&store, &feeds, |_, _, _| ok());
+    world.queues.send_edu(Side::Lm, [name("a.example")], &typing(true));
+    world.queues.start().await.unwrap();
+    world.queues.wake(&lpdus, &[name("a.example")]);
+    let (first, second) = (world.next().await, world.next().await);
+    assert_eq!((first.numbers(), edus(&first).len()), (vec![1, 2], 0));
+    assert_eq!((second.numbers(), edus(&second).len()), (vec![], 1));
+    world.settled().await;
+    world.queues.stop().await;
+}
+
 #[tokio::test]
 async fn hc_60_who_does_not_answer_edus_gets_its_events() {
     let (_directory, store) = sqlite().await;
