@@ -41,9 +41,19 @@ impl Lm {
             let mut found: Vec<EventRow> = here.iter().filter_map(|id| along.remove(id)).collect();
             let missing: Vec<&EventId> = missing.iter().map(|id| &**id).collect();
             for event in stored::events_by_id(store, &missing).await? {
-                if let (true, Some(Links { kind, state_key: Some(state_key), .. })) = (step > STEPS, links(&event)) {
+                let room = LONGEST.saturating_sub(chain.len()).saturating_sub(along.len());
+                if let (true, Some(Links { kind, state_key: Some(state_key), .. })) =
+                    (step > STEPS && room > 0, links(&event))
+                {
                     let slot = (kind.as_str(), state_key.as_str());
-                    let before = stored::stood_before(store, &event.room_id, slot, event.position, ALONG).await?;
+                    let before = stored::stood_before(
+                        store,
+                        &event.room_id,
+                        slot,
+                        event.position,
+                        ALONG.min(i64::try_from(room).unwrap_or(ALONG)),
+                    )
+                    .await?;
                     along.extend(before.into_iter().map(|event| (event.event_id.clone(), event)));
                 }
                 found.push(event);
