@@ -142,6 +142,24 @@ impl Batch {
         self.blanks.push((pdu.event_id.clone(), pdu.sender.clone()));
     }
 
+    /// The last event of the log before these.
+    pub fn follows(&self) -> Option<&OwnedEventId> {
+        self.before.last_id()
+    }
+
+    /// Whether nobody has to say any more what redacts an event that came without its content: another server keeps the log, we came
+    /// or went, or a redaction came of which nothing is left that says what it redacts.
+    fn ends_blanks(&self, own: &ruma::ServerName) -> bool {
+        let is_own = |entry: &Entry| match &entry.moved {
+            Some(Move::Came(server) | Move::Went(server)) => server == own,
+            None => false,
+        };
+        let is_blank = |pdu: &Pdu| pdu.kind == "m.room.redaction" && pdu.state_key.is_none() && pdu.redacts().is_none();
+        self.before.facts.hub != *own
+            && (self.before.facts.hub != self.after.facts.hub
+                || self.entries.iter().any(|entry| is_own(entry) || is_blank(&entry.pdu)))
+    }
+
     /// Whether events came so.
     pub fn has_blanks(&self) -> bool {
         !self.blanks.is_empty()
@@ -149,7 +167,7 @@ impl Batch {
 
     pub fn is_empty(&self) -> bool {
         let nothing = self.entries.is_empty() && self.complaints.is_empty() && self.replaced.is_empty();
-        nothing && self.redacted.is_empty() && self.after.redaction == self.before.redaction
+        nothing && self.blanks.is_empty() && self.redacted.is_empty() && self.after.redaction == self.before.redaction
     }
 
     /// Writes everything, then tells the room's cell, the queues and the bridge. What this gateway fails on is found out: the
@@ -159,7 +177,9 @@ impl Batch {
         let room_id = self.after.facts.room_id.clone();
         let is_hub = self.before.facts.hub == lm.context().server_name;
         let events: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
-        let (complaints, blanks, redaction) = (self.complaints.clone(), self.blanks.clone(), self.after.redaction);
+        let ends_blanks = self.ends_blanks(&lm.context().server_name);
+        let blanks = if ends_blanks { Vec::new() } else { self.blanks.clone() };
+        let (complaints, redaction) = (self.complaints.clone(), self.after.redaction);
         let refusal = match AssertUnwindSafe(self.write(lm, cell)).catch_unwind().await {
             Ok(Err(StoreError::Panicked)) | Err(_) => {
                 let known_as = |event: &'_ Arc<Pdu>| event.lpdu_id.clone().unwrap_or_else(|| event.event_id.clone());
@@ -205,6 +225,7 @@ impl Batch {
         let context = lm.context();
         let room_id = self.after.facts.room_id.clone();
         let handed_over = self.handed_over(&context.server_name);
+        let ends_blanks = self.ends_blanks(&context.server_name);
         Job {
             store: context.store.clone(),
             server_name: context.server_name.clone(),
@@ -219,7 +240,8 @@ impl Batch {
             entries: self.entries,
             new_room: self.new_room,
             complaints: self.complaints,
-            blanks: self.blanks,
+            blanks: if ends_blanks { Vec::new() } else { self.blanks },
+            ends_blanks,
             replaced: self.replaced.into_iter().map(|(_, slot)| slot).collect(),
             redacted: self.redacted,
         }
@@ -298,7 +320,9 @@ impl News {
                     Some(_) => {
                         cell.publish_stranding(Arc::new(snapshot));
                         // After that: who waits for a word on who is the hub looks who is before, and after, it begins to wait.
-                        lock(&cell.ahead).go_on();
+                        let mut ahead = lock(&cell.ahead);
+                        ahead.go_on();
+                        ahead.directed();
                     }
                     None => cell.publish(Arc::new(snapshot)),
                 }
@@ -416,6 +440,8 @@ pub(super) struct Job {
     new_room: bool,
     complaints: Vec<Complaint>,
     blanks: Vec<Asked>,
+    /// Whether those of before are forgotten.
+    ends_blanks: bool,
     replaced: Vec<Slotted>,
     redacted: Vec<(OwnedEventId, OwnedEventId)>,
 }
@@ -455,6 +481,9 @@ impl Job {
         }
         for complaint in &self.complaints {
             stored::complain(tx, &room_id, complaint, self.now_ms).await?;
+        }
+        if self.ends_blanks {
+            stored::forget_blanks_of(tx, &room_id).await?;
         }
         for blank in &self.blanks {
             stored::note_blank(tx, &room_id, blank, self.now_ms).await?;

@@ -20,7 +20,7 @@ use super::waits::{Waits, slot_of};
 use super::{Lm, Role, whereabouts};
 use crate::admin::metrics::METRICS;
 use crate::event::{Lpdu, Object, Pdu, event_id, reference_hash};
-use crate::guard::fails_on;
+use crate::guard::{fails_on, guarded_now};
 use crate::refusal::Refusal;
 use crate::seam::Received;
 use crate::store::lm::{self as stored, Complaint, Fault, Known};
@@ -131,25 +131,31 @@ impl Lm {
         }
         let mut results = Vec::with_capacity(objects.len());
         for object in objects {
-            results.push(match Lpdu::parse(object) {
-                Ok(lpdu) => received(Some(lpdu.lpdu_id.clone()), self.misdirected(cell, &room, &lpdu).await),
+            results.push(match guarded_now(&"an LPDU", || Lpdu::parse(object)) {
+                Ok(lpdu) => received(Some(lpdu.lpdu_id.clone()), self.misdirected(origin, cell, &room, &lpdu).await),
                 Err(refusal) => received(None, Err(refusal)),
             });
         }
         results
     }
 
-    async fn misdirected(&self, cell: &Arc<RoomCell>, room: &Snapshot, lpdu: &Lpdu) -> Result<(), Refusal> {
+    async fn misdirected(
+        &self,
+        origin: &ServerName,
+        cell: &Arc<RoomCell>,
+        room: &Snapshot,
+        lpdu: &Lpdu,
+    ) -> Result<(), Refusal> {
         let facts = &room.facts;
         // It was taken when we kept the log, and comes again.
         if self.event_of_lpdu(&lpdu.lpdu_id).await?.is_some_and(|there| there.event.room_id == facts.room_id) {
             return Ok(());
         }
         let found = self.context().server_name.to_string();
-        if self.context().config.hub_transfer.accepts(&facts.hub, &facts.room_id) {
-            // Its sender may know before us that we are the hub, and can show it. Who takes us for the hub of before speaks no otherwise: a
-            // log may have come back to us.
-            self.seek_hub(cell, Some(lpdu.sender.server_name().to_owned()), whereabouts::EVERY);
+        // Who is in the room may know before us that we are the hub, and can show it. Who takes us for the hub of before speaks no
+        // otherwise: a log may have come back to us.
+        if room.has_server(origin) && self.context().config.hub_transfer.accepts(&facts.hub, &facts.room_id) {
+            self.seek_hub(cell, Some(origin.to_owned()), whereabouts::EVERY);
         }
         Err(Refusal::WrongHub { hub: facts.hub.to_string(), found })
     }
@@ -237,6 +243,8 @@ pub(super) struct Taking<'a> {
     pub(super) fresh: BTreeSet<OwnedEventId>,
     /// What the events that were placed name as their predecessors.
     followed: BTreeSet<OwnedEventId>,
+    /// Of the events that were placed, whether they were said while we were in the room.
+    pub(super) of_our_stay: BTreeMap<OwnedEventId, bool>,
     /// What the store knew of the events that were looked up when this began.
     looked_up: BTreeMap<OwnedEventId, Option<Known>>,
     /// What became of asking the hub for what was missing: it is not asked twice.
@@ -267,6 +275,7 @@ impl<'a> Taking<'a> {
             batch,
             fresh: BTreeSet::new(),
             followed: BTreeSet::new(),
+            of_our_stay: BTreeMap::new(),
             looked_up: BTreeMap::new(),
             asked: None,
             last_try: false,
@@ -395,12 +404,18 @@ impl<'a> Taking<'a> {
             self.fresh.insert(pdu.event_id);
             return Ok(Err(refusal));
         }
-        if let Some(why) = redacted.filter(|_| !copy || pdu.sender.server_name() == self.lm.context().server_name) {
+        let is_ours = self.is_of_our_stay(&pdu).await?;
+        if let Some(why) = redacted.filter(|_| !copy) {
             self.fault(Fault::Rewritten, &pdu.event_id, &format!("taken redacted: {why}"));
-        } else if copy && self.room().has_server(&self.lm.context().server_name) && !self.room().says_shared() {
+        } else if copy
+            && is_ours
+            && self.room().has_server(&self.lm.context().server_name)
+            && !self.room().says_shared()
+        {
             // Nothing of it was hidden from this gateway: something in the log redacts it, or the hub leaves out what was said.
             self.batch.note_blank(&pdu);
         }
+        self.of_our_stay.insert(pdu.event_id.clone(), is_ours);
         if self.forks(&pdu).await? {
             // The log forks at the hub. Both branches are facts there; they stand here in the order in which they came.
             let problem = format!("follows {:?}, not the end of the log", pdu.prev_events);

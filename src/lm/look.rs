@@ -2,7 +2,7 @@
 //! them did not arrive is found by the hub's order alone, so its log is looked over. A hub that goes back does not know any more
 //! what it gave before: nothing is sent to it until it does. What it took and did not put into its log is sent again.
 //!
-//! A hub that gives events without their content, which nothing redacts, keeps from its participants what was said.
+//! A hub that gives events without their content, which no redaction in its log names, keeps from its participants what was said.
 //!
 //! That is looked for at the start, after an outage of the hub, after its log forked, when an LPDU that it took does not
 //! come back, and when an event came without its content. Of who has left the hub may say nothing any more: then its state shows the leave.
@@ -22,6 +22,7 @@ use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, RoomId, ServerNa
 use tokio::sync::{AcquireError, Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
+use self::left::Leaving;
 use super::gaps::{ASKERS, Filled, is_verdict};
 use super::intake::Taking;
 use super::peers::prev_events;
@@ -80,8 +81,23 @@ struct Looked {
     warned: Option<Instant>,
     /// Whether the hub did not tell where its log ends when it was asked last.
     endless: bool,
-    /// When something of the room came last, in milliseconds, as far as somebody looks after it.
+    /// When something of the room came last, or was to come, in milliseconds, as far as somebody looks after it.
     heard_ts: i64,
+    /// When something of it came last; 0 when nothing did in this run.
+    came_ts: i64,
+    /// Whether events came without their content, of which it is not known yet what redacts them, and how often the pause was doubled
+    /// after which that is looked for again.
+    has_blanks: bool,
+    doubled: u32,
+    /// How often the hub was asked in vain for the leaves of all our users.
+    fruitless: u32,
+}
+
+impl Looked {
+    /// Whether nothing is waited for that may come at any time.
+    fn keeps_nothing(&self) -> bool {
+        !self.has_blanks && self.fruitless == 0
+    }
 }
 
 /// How much is known of what a hub's log has.
@@ -93,6 +109,17 @@ enum Certainty {
     SilentSince(i64),
     /// Something of it is missing.
     Partial,
+}
+
+/// What came of a look at a hub's log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    /// All that the hub tells.
+    All,
+    /// Not that: it is to be looked at again.
+    NotAll,
+    /// Nothing, since all our users have left, and it does not show that.
+    NoLeave,
 }
 
 impl Looks {
@@ -150,10 +177,17 @@ impl Looks {
         (endless, heard.max(self.began_ts.load(Ordering::Relaxed)))
     }
 
-    /// Something of a room comes, or will: its hub is back.
+    /// Something of a room will come: its hub is back.
     fn hears(&self, room_id: &RoomId, now: i64) {
         if let Some(room) = lock(&self.rooms).get_mut(room_id) {
             room.heard_ts = now;
+        }
+    }
+
+    /// Something of a room came.
+    fn came(&self, room_id: &RoomId, at: i64) {
+        if let Some(room) = lock(&self.rooms).get_mut(room_id) {
+            (room.heard_ts, room.came_ts) = (at, at);
         }
     }
 
@@ -169,9 +203,13 @@ impl Lm {
         self.looks().began_ts.store(self.context().clock.now_ms(), Ordering::Relaxed);
         let known = stored::looks(store).await?;
         let mut soon = stored::rooms_with_taken(store).await?;
-        soon.extend(stored::rooms_with_blanks(store).await?);
+        let blanks = stored::rooms_with_blanks(store).await?;
         {
             let mut rooms = lock(&self.looks().rooms);
+            for room_id in &blanks {
+                rooms.entry(room_id.clone()).or_default().has_blanks = true;
+            }
+            soon.extend(blanks);
             for (room_id, look) in known {
                 if look.forks || look.lost_ts.is_some() {
                     soon.push(room_id.clone());
@@ -202,14 +240,10 @@ impl Lm {
         self.ask_after(room_id, SOON);
     }
 
-    /// Something came without its content: what redacts it is in the hub's log, and is to be here when all of that is.
-    pub(super) fn saw_blanks(&self, room_id: &RoomId) {
-        self.ask_after(room_id, SETTLED);
-    }
-
-    /// The hub's log forks, or has got more.
-    pub(super) async fn saw(&self, room_id: &RoomId, forked: bool) -> Result<(), StoreError> {
-        self.looks().hears(room_id, self.context().clock.now_ms());
+    /// The hub's log forks, or has got more, which came at this time.
+    pub(super) async fn saw(&self, room_id: &RoomId, forked: bool, at: i64) -> Result<(), StoreError> {
+        self.looks().came(room_id, at);
+        self.look_when_quiet(room_id);
         let mut known = self.looks().known(room_id);
         if forked && !known.forks {
             known.forks = true;
@@ -276,7 +310,7 @@ impl Lm {
         let next = [room.due, room.ask_at].into_iter().flatten().min();
         room.at_work = next.is_some();
         let changed = room.changed.clone();
-        if next.is_none() && room.known == Look::default() && room.warned.is_none() {
+        if next.is_none() && room.known == Look::default() && room.warned.is_none() && room.keeps_nothing() {
             rooms.remove(room_id);
         }
         Some((next?, changed))
@@ -297,18 +331,17 @@ impl Lm {
         let store = &self.context().store;
         let room = cell.snapshot(store).await?;
         let taken = stored::taken_lpdus(store, room_id, TAKEN).await?;
-        if room.facts.shared
+        let owes_nothing = room.facts.shared
             || room.facts.hub == self.context().server_name
-            || !room.has_server(&self.context().server_name)
-            || (self.looks().is_lost(room_id) && self.all_leave(&cell, &room))
-        {
-            // The hub owes us nothing any more.
-            if self.looks().is_lost(room_id) {
-                self.keep_look(room_id, Look { lost_ts: None, ..self.looks().known(room_id) }).await?;
-                // Its leaves may go where they will.
-                let feed = Feed { kind: FeedKind::Lpdus, room_id: room_id.to_owned() };
-                self.context().outbound.wake(&feed, std::slice::from_ref(&room.facts.hub));
-            }
+            || !room.has_server(&self.context().server_name);
+        if self.looks().is_lost(room_id) && (owes_nothing || self.leaving(&room).await? != Leaving::No) {
+            self.keep_look(room_id, Look { lost_ts: None, ..self.looks().known(room_id) }).await?;
+            // The leaves may go where they will.
+            let feed = Feed { kind: FeedKind::Lpdus, room_id: room_id.to_owned() };
+            self.context().outbound.wake(&feed, std::slice::from_ref(&room.facts.hub));
+        }
+        if owes_nothing {
+            self.forget_blanks(room_id).await?;
             return self.forget(room_id, taken.iter().map(|row| row.position).collect()).await;
         }
         let now = self.context().clock.now_ms();
@@ -336,7 +369,12 @@ impl Lm {
         let looked = self.look(&cell).await;
         drop(place);
         match looked {
-            Ok(true) => {
+            Ok(Seen::NoLeave) => {
+                self.wait_for_leaves(room_id);
+                Ok(())
+            }
+            Ok(Seen::All) => {
+                lock(&self.looks().rooms).entry(room_id.to_owned()).or_default().fruitless = 0;
                 if let Some(next) = stored::taken_lpdus(store, room_id, 1).await?.first() {
                     let (endless, _) = self.looks().manners(room_id);
                     let patience = millis(self.looks().patience(next, endless)).max(self.looks().pace(EVERY));
@@ -344,7 +382,7 @@ impl Lm {
                 }
                 Ok(())
             }
-            Ok(false) => {
+            Ok(Seen::NotAll) => {
                 self.ask_after(room_id, AGAIN);
                 Ok(())
             }
@@ -357,20 +395,20 @@ impl Lm {
         }
     }
 
-    /// Asks the hub of a room where its log ends, takes what is missing, and sends again what is not there. False when that is to
-    /// be done again.
-    async fn look(&self, cell: &Arc<RoomCell>) -> Result<bool, Refusal> {
+    /// Asks the hub of a room where its log ends, takes what is missing, and sends again what is not there.
+    async fn look(&self, cell: &Arc<RoomCell>) -> Result<Seen, Refusal> {
         let store = &self.context().store;
         let began = self.context().clock.now_ms();
         let room = cell.snapshot(store).await?;
         let hub = room.facts.hub.clone();
         let mut end = self.end_of_log(&room).await?;
-        let Some(head) = room.last_id().cloned() else { return Ok(true) };
-        if end.is_none() {
-            end = self.own_leaves(&room, &head).await?;
-            if end.is_none() && self.all_leave(cell, &room) {
-                // What it says to who has left proves nothing; the leaves may be on their way.
-                return Ok(true);
+        let Some(head) = room.last_id().cloned() else { return Ok(Seen::All) };
+        let leaving = self.leaving(&room).await?;
+        if leaving != Leaving::No {
+            match self.end_for_who_leaves(&room, &head, (end, leaving)).await? {
+                Some(found) => end = Some(found),
+                // What it says to who has left proves nothing.
+                None => return Ok(Seen::NoLeave),
             }
         }
         let was_lost = self.looks().is_lost(&cell.room_id);
@@ -379,11 +417,15 @@ impl Lm {
             _ => self.hub_knows(&room, &head).await?,
         };
         if !known {
+            let now = cell.snapshot(store).await?;
+            if self.leaving(&now).await? != Leaving::No {
+                return Ok(Seen::NoLeave);
+            }
             // What came while it was asked may follow what it knows.
-            if cell.snapshot(store).await?.last_id() == Some(&head) && !was_lost && !self.all_leave(cell, &room) {
+            if now.last_id() == Some(&head) && !was_lost {
                 self.lose(cell, &head).await?;
             }
-            return Ok(false);
+            return Ok(Seen::NotAll);
         }
         let ends = end.unwrap_or_default();
         let heard_ts = {
@@ -397,7 +439,7 @@ impl Lm {
             let mut taking = Taking::begin(self, cell, cell.snapshot(store).await?).await?;
             taking.looks = true;
             if taking.gap_is_open {
-                return Ok(false);
+                return Ok(Seen::NotAll);
             }
             whole &= taking.take_up_to(&ends.iter().cloned().collect()).await? == Filled::Whole;
             if look.forks {
@@ -413,7 +455,7 @@ impl Lm {
         if !cell.snapshot(store).await?.has_server(&self.context().server_name) {
             // The next look puts away what is left.
             self.ask_after(&cell.room_id, SOON);
-            return Ok(true);
+            return Ok(Seen::All);
         }
         if was_lost {
             tracing::info!(room = %cell.room_id, %hub, "the hub knows the end of its log again");
@@ -433,7 +475,7 @@ impl Lm {
         }
         let feed = Feed { kind: FeedKind::Lpdus, room_id: cell.room_id.clone() };
         self.context().outbound.wake(&feed, &[hub]);
-        Ok(true)
+        Ok(Seen::All)
     }
 
     /// The last events of the hub's log, as far as it tells.

@@ -73,6 +73,10 @@ impl Redacting {
         let is_neighbour = self.neighbours && target.sender.server_name() == self.sender.server_name();
         let may = self.everything || is_neighbour || target.sender == self.sender;
         if !may || !may_be_redacted(&target.kind) {
+            if !is_hub {
+                // The hub may think otherwise, and give it without its content.
+                stored::redact(tx, room_id, &self.target, By::Nobody, &self.redaction).await?;
+            }
             return Ok(None);
         }
         stored::redact(tx, room_id, &self.target, By::Anybody, &self.redaction).await?;

@@ -221,8 +221,10 @@ impl Taking<'_> {
                 _ => Err(self.keep(&pdu, &refusal, true)),
             },
             Err(Bad::Malformed { event_id, refusal, .. }) => {
-                // The hub has put into its log what is no event: nothing is asked for in its place.
-                self.settle(Some(Fault::Forbidden), &event_id, &refusal.to_string());
+                // The hub has put into its log what is no event: nothing is asked for in its place. What another server says
+                // that the hub has said is not the hub's fault.
+                let fault = self.announced.is_none().then_some(Fault::Forbidden);
+                self.settle(fault, &event_id, &refusal.to_string());
                 self.fresh.insert(event_id);
                 Err(Err(refusal))
             }
@@ -425,13 +427,13 @@ impl Taking<'_> {
         if !noted.is_empty() {
             lm.note_holes(&room_id, noted).await?;
         }
-        let has_blanks = self.batch.has_blanks();
+        let (has_blanks, at) = (self.batch.has_blanks(), lm.context().clock.now_ms());
         let committed = self.batch.commit(&lm, cell).await?;
         if has_blanks {
             lm.saw_blanks(&room_id);
         }
         if !looks && (forked || !committed.appended.is_empty()) {
-            lm.saw(&room_id, forked).await?;
+            lm.saw(&room_id, forked, at).await?;
         }
         if settled {
             let (room_id, store, now) = (room_id.clone(), lm.context().store.clone(), lm.context().clock.now_ms());

@@ -165,8 +165,8 @@ impl Lm {
         found
     }
 
-    /// Nobody shows another hub than the one that is known. Where that one that is known has said that it is not the hub, that is written down: what any
-    /// other server says without showing it is nothing.
+    /// Nobody shows another hub than the one that is known. Where that one has said that it is not the hub, that is written down:
+    /// what any other server says without showing it is nothing.
     async fn remark(
         &self,
         cell: &Arc<RoomCell>,

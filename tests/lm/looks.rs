@@ -250,16 +250,17 @@ async fn hc_36_a_hub_that_forgets_the_room_is_found_out_and_gets_all_in_order_wh
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_room_that_its_hub_has_forgotten_is_no_trouble_any_more_when_all_have_left_it() {
-    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
     let room = hub.create_room("public").await;
     part.join(&room, "alice", &hub).await;
     part.lm.hasten_looks(HASTE);
-    let dropped = Arc::new(Mutex::new(String::new()));
-    let kept = dropped.clone();
+    let (dropped, asked) = (Arc::new(Mutex::new(String::new())), Arc::new(AtomicUsize::new(0)));
+    let (kept, count) = (dropped.clone(), asked.clone());
     hub.meddle(move |request, next| {
-        let dropped = kept.clone();
+        let (dropped, asked) = (kept.clone(), count.clone());
         async move {
             let path = request.uri().path().to_owned();
+            asked.fetch_add(usize::from(path.contains("/make_join/")), Ordering::SeqCst);
             if path.contains("/key/") {
                 return next.run(request).await;
             }
@@ -290,10 +291,131 @@ async fn a_room_that_its_hub_has_forgotten_is_no_trouble_any_more_when_all_have_
         }
     };
     tokio::time::timeout(std::time::Duration::from_secs(30), waiting).await.unwrap();
+    let part = asked_again(&world, part, &asked).await;
     assert_eq!(
-        (part.fault_kinds(&room).await, faults_since(store, 0).await.unwrap().lost),
+        (part.fault_kinds(&room).await, faults_since(&part.context.store, 0).await.unwrap().lost),
         (vec!["went_back".to_owned()], 0)
     );
+}
+
+/// A server that is started again and looks at a hub several times, with nothing kept in memory of what it sent.
+async fn asked_again(world: &World, part: Node, asked: &AtomicUsize) -> Node {
+    let part = world.restart(part).await;
+    part.lm.hasten_looks(1_000);
+    let before = asked.load(Ordering::SeqCst);
+    let waiting = async {
+        while asked.load(Ordering::SeqCst) < before + 4 {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), waiting).await.expect("the hub is asked");
+    part
+}
+
+/// As a hub does that goes by who is in the room: it sends nothing to who has left it, and gives them nothing but a template where
+/// anybody may join.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_tells_nothing_to_who_has_left_a_public_room_has_not_gone_back() {
+    for tells_its_end in [true, false] {
+        let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+        let room = hub.create_room("public").await;
+        part.join(&room, "alice", &hub).await;
+        let (shut, asked, manners) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicUsize::new(0)),
+            Manners::new(&hub.context, &hub.lm, true),
+        );
+        let (kept, count) = (shut.clone(), asked.clone());
+        hub.meddle(move |request, next| {
+            let (shut, asked, manners) = (kept.clone(), count.clone(), manners.clone());
+            async move {
+                let path = request.uri().path().to_owned();
+                asked.fetch_add(usize::from(path.contains("/make_join/")), Ordering::SeqCst);
+                let is_log = ["/state/", "/state_ids/", "/backfill/", "/event/"].iter().any(|part| path.contains(part));
+                if shut.load(Ordering::SeqCst) && is_log {
+                    return respond(StatusCode::FORBIDDEN, json!({ "errcode": "M_FORBIDDEN", "error": "not in it" }));
+                }
+                match tells_its_end {
+                    true => manners.answer(request, next).await,
+                    false => next.run(request).await,
+                }
+            }
+        });
+        hears_nothing(&part);
+        part.lm.hasten_looks(1_000);
+        shut.store(true, Ordering::SeqCst);
+        part.lm.leave(&room, &part.user("alice"), &[]).await.unwrap();
+        hub.wait(&room, "the leave", |log| log.last().is_some_and(is_leave)).await;
+        // The participant has the hub's answer, and the hub has nothing more to say.
+        let over = async {
+            while taken_since(&part.context.store, &room).await.unwrap().is_none()
+                || !hub.context.outbound.status().await.unwrap().is_empty()
+            {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(30), over).await.unwrap();
+        let part = asked_again(&world, part, &asked).await;
+        let store = &part.context.store;
+        assert_eq!(part.fault_kinds(&room).await, Vec::<String>::new(), "{tells_its_end}");
+        assert_eq!(lost_since(store, &room).await.unwrap(), None);
+        // Whoever shows the leave later ends it.
+        hears_nothing(&part);
+        shut.store(false, Ordering::SeqCst);
+        if tells_its_end {
+            part.wait(&room, "the leave", |log| log.last().is_some_and(is_leave)).await;
+            assert_eq!(part.fault_kinds(&room).await, Vec::<String>::new());
+        }
+    }
+}
+
+fn is_leave(event: &Appended) -> bool {
+    event.event.content().get("membership") == Some(&json!("leave"))
+}
+
+/// Nothing that is sent to a server arrives, though it is told to have.
+fn hears_nothing(node: &Node) {
+    node.meddle(|request, next| async move {
+        match request.uri().path().contains("/send/") {
+            true => respond(StatusCode::OK, json!({})),
+            false => next.run(request).await,
+        }
+    });
+}
+
+/// It goes on sending to who has left: it has the leave no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leave_that_its_hub_took_and_lost_is_sent_again_when_more_comes() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    let loses = Arc::new(AtomicBool::new(true));
+    let kept = loses.clone();
+    hub.meddle(move |request, next| {
+        let loses = kept.clone();
+        async move {
+            let is_send = request.uri().path().contains("/send/");
+            match is_send && loses.swap(false, Ordering::SeqCst) {
+                true => respond(StatusCode::OK, json!({})),
+                false => next.run(request).await,
+            }
+        }
+    });
+    // What takes five minutes takes half a second.
+    part.lm.hasten_looks(600);
+    part.lm.leave(&room, &part.user("alice"), &[]).await.unwrap();
+    let said = async {
+        for number in 0.. {
+            hub.say(&room, "bot", &number.to_string()).await;
+            tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+            if hub.log(&room).await.iter().any(is_leave) {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), said).await.expect("the leave comes to the hub");
+    part.wait(&room, "the leave", |log| log.iter().any(is_leave)).await;
+    assert_eq!(part.fault_kinds(&room).await, Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,6 @@
 //! The linear side: hubs and participants that talk to each other over loopback HTTP, and what misbehaves there.
 
+mod blanks;
 mod devices;
 mod edus;
 mod errors;

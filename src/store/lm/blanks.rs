@@ -40,6 +40,24 @@ pub async fn rooms_with_blanks(store: &Store) -> Result<Vec<OwnedRoomId>, StoreE
     rows.iter().map(|row| parsed(row, "room_id")).collect()
 }
 
+/// Forgets all of a room.
+pub async fn forget_blanks_of(tx: &mut Tx, room_id: &RoomId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM lm_blanks WHERE room_id = $1").bind(room_id.as_str()).execute(tx).await?;
+    Ok(())
+}
+
+/// Forgets those of a room that something in the log names as redacted, whether it may redact them by our rules or not.
+pub async fn forget_named_blanks(tx: &mut Tx, room_id: &RoomId) -> Result<(), StoreError> {
+    sqlx::query(
+        "DELETE FROM lm_blanks WHERE room_id = $1 AND EXISTS (SELECT 1 FROM lm_redactions r \
+         WHERE r.room_id = lm_blanks.room_id AND r.target = lm_blanks.event_id)",
+    )
+    .bind(room_id.as_str())
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
 /// Forgets these of a room.
 pub async fn forget_blanks(tx: &mut Tx, room_id: &RoomId, events: &[Asked]) -> Result<(), StoreError> {
     for (event_id, _) in events {

@@ -12,7 +12,7 @@ mod write;
 
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
-pub use self::blanks::{blanks, forget_blanks, note_blank, rooms_with_blanks};
+pub use self::blanks::{blanks, forget_blanks, forget_blanks_of, forget_named_blanks, note_blank, rooms_with_blanks};
 pub use self::holes::{
     Counts, Hole, Missing, Overflow, close_holes, close_overflow, count_holes, forget_holes, hasten_overflows, holes,
     missing, next_try, note_holes, put_off_holes, rooms_with_holes,
@@ -22,9 +22,9 @@ pub use self::looks::{
     requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus, taken_since, waiting_lpdus,
 };
 pub use self::read::{
-    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, positions_of_lpdus,
-    queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now, state_of_kind_before, stays,
-    stood_before,
+    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, newest_lpdus,
+    positions_of_lpdus, queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now,
+    state_of_kind_before, stays, stood_before,
 };
 pub use self::redactions::{Asked, By, redact, redacted, redacted_now, target};
 pub use self::staged::{

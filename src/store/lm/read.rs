@@ -228,6 +228,26 @@ pub async fn lpdus_after(store: &Store, room_id: &RoomId, after: i64, limit: i64
     rows.iter().map(lpdu_row).collect()
 }
 
+/// LPDUs that are not in the log, those that the hub has taken among them, before a position of their feed, the newest first; and
+/// since when the hub has each, 0 while it does not. Those that it has lost are left out.
+pub async fn newest_lpdus(
+    store: &Store,
+    room_id: &RoomId,
+    before: i64,
+    limit: i64,
+) -> Result<Vec<(LpduRow, i64)>, StoreError> {
+    let rows = sqlx::query(
+        "SELECT position, lpdu_id, json, taken_ts FROM lm_lpdu_queue WHERE room_id = $1 AND position < $2 AND passed = 0 \
+         ORDER BY position DESC LIMIT $3",
+    )
+    .bind(room_id.as_str())
+    .bind(before)
+    .bind(limit)
+    .fetch_all(store.reader())
+    .await?;
+    rows.iter().map(|row| Ok((lpdu_row(row)?, row.try_get("taken_ts")?))).collect()
+}
+
 /// The LPDUs at these positions of their feed, of those that still wait.
 pub async fn queued_lpdus(store: &Store, room_id: &RoomId, positions: &[i64]) -> Result<Vec<LpduRow>, StoreError> {
     let mut lpdus = Vec::with_capacity(positions.len());

@@ -26,6 +26,8 @@ pub enum By<'a> {
     Neighbours(&'a ServerName),
     /// This user's.
     Sender(&'a UserId),
+    /// Nobody's: the redaction stands in the log, and redacts nothing here.
+    Nobody,
 }
 
 impl By<'_> {
@@ -35,6 +37,7 @@ impl By<'_> {
             // No user ID begins so.
             Self::Neighbours(server) => format!(":{server}"),
             Self::Sender(user) => user.to_string(),
+            Self::Nobody => "!".to_owned(),
         }
     }
 }
@@ -77,7 +80,7 @@ pub async fn redacted(store: &Store, room_id: &RoomId, events: &[Asked]) -> Resu
     Ok(found)
 }
 
-/// The same, seen from within a transaction.
+/// The same as [`redacted`], seen from within a transaction.
 pub async fn redacted_now(
     tx: &mut Tx,
     room_id: &RoomId,
