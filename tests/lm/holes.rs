@@ -154,7 +154,7 @@ async fn an_event_whose_keys_cannot_be_had_waits_for_them_and_holds_nobody_up_fo
     is_away.store(false, Ordering::SeqCst);
     clock.advance(3_600_000);
     hub.say(&room, "bot", "sixth").await;
-    let log = part.wait_for_body(&room, "fourth").await;
+    let log = part.wait(&room, "all of them", |log| bodies(log).len() >= 6).await;
     let bodies = bodies(&log);
     let place = |body: &str| bodies.iter().position(|found| found == body).unwrap();
     assert!(bodies.len() == 6 && place("first") < place("fourth"), "{bodies:?}");
