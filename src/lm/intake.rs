@@ -477,7 +477,8 @@ impl<'a> Taking<'a> {
         }
         let subject = Subject::of(pdu);
         let (slots, expected) = room.auth_events(&subject);
-        let is_as_expected = pdu.auth_events.iter().collect::<BTreeSet<_>>() == expected.iter().collect();
+        let is_as_expected = pdu.auth_events.len() == expected.len()
+            && pdu.auth_events.iter().collect::<BTreeSet<_>>() == expected.iter().collect();
         // What hands the log over is good for one place alone: said again later, it names what is there no more.
         if pdu.new_hub().is_some() {
             let problem = if !is_as_expected {

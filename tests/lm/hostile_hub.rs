@@ -234,6 +234,22 @@ async fn hc_35_what_the_hub_repeats_is_passed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_that_names_what_allows_it_twice_is_refused() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = room_of(&hub, &part).await;
+    hub.say(&room, "bot", "once").await;
+    part.wait_for_body(&room, "once").await;
+    let last = hub.log(&room).await.pop().unwrap().event;
+    let auth_events = [last.auth_events.clone(), last.auth_events[1..].to_vec()].concat();
+    let completion = Completion { auth_events, prev_event: Some(last.event_id.clone()) };
+    let template = template(&room, &message(&hub.user("bot"), "twice"));
+    let twice = Pdu::build(template, completion, &hub.name, &hub.context.signing_key).unwrap();
+    let refused = give(&part, &hub, &twice.json).await.result;
+    assert!(matches!(refused, Err(Refusal::LmRule { rule: "4.1", .. })), "{refused:?}");
+    assert_eq!(bodies(&part.log(&room).await), ["once"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hc_37_what_is_sent_while_the_hub_is_silent_arrives_once_in_order() {
     let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
     let room = room_of(&hub, &part).await;
