@@ -312,45 +312,51 @@ impl Taking<'_> {
                     return Ok(if found.is_empty() { Fetched::NotNow(problem) } else { Fetched::Long(problem) });
                 }
             };
-            for event in page {
+            let mut page = by_id(page, &facts.room_id);
+            let mut named = std::mem::take(left);
+            if self.in_line || self.room().says_shared() {
+                // What was said at once with what is missing is named by nothing.
+                named.extend(page.keys().cloned());
+            }
+            let mut seen: BTreeSet<OwnedEventId> = found.keys().chain(passed.keys()).cloned().collect();
+            // Only what leads from the one to the other: a page has also what was said before we came, or while we were out.
+            while let Some(event_id) = named.pop() {
+                if !seen.insert(event_id.clone()) {
+                    continue;
+                }
+                let Some(event) = page.remove(&event_id) else {
+                    if self.unknown(std::slice::from_ref(&event_id)).await?.len() == 1
+                        || self.is_waiting(&event_id)
+                        || self.stands_after_hole(&event_id).await?.is_some()
+                    {
+                        left.push(event_id);
+                    }
+                    continue;
+                };
                 if let Err(Bad::Malformed { event_id, prev_events, refusal }) = event {
                     // It is refused whenever it comes, and nothing waits for it.
                     if !self.knows(&event_id).await? {
                         self.settle(Some(Fault::Forbidden), &event_id, &refusal.to_string());
                         self.fresh.insert(event_id.clone());
                     }
+                    named.extend(prev_events.iter().cloned());
                     passed.insert(event_id, Passed { position: i64::MAX, prev_events });
                     continue;
                 }
                 // What is forged or not proved says what is before it all the same: it is the hub that gives it.
-                let Some(pdu) = event_of(&event) else { continue };
-                let event_id = pdu.event_id.clone();
-                if pdu.room_id != facts.room_id {
-                    continue;
-                }
+                let prev_events = event_of(&event).map(|pdu| pdu.prev_events.clone()).unwrap_or_default();
                 if !self.knows(&event_id).await? {
-                    bytes = bytes.saturating_add(pdu.to_bytes().len());
+                    bytes = bytes.saturating_add(event_of(&event).map_or(0, |pdu| pdu.to_bytes().len()));
                     found.insert(event_id, event);
                 } else if let Some(position) = self.stands_after_hole(&event_id).await? {
-                    passed.insert(event_id, Passed { position, prev_events: pdu.prev_events.clone() });
+                    passed.insert(event_id, Passed { position, prev_events: prev_events.clone() });
+                } else {
+                    continue;
                 }
+                named.extend(prev_events);
             }
             if !found.contains_key(&from) && !passed.contains_key(&from) {
                 return Ok(Fetched::No(format!("{} does not give {from}", facts.hub)));
-            }
-            let before = found.values().filter_map(event_of).map(|pdu| &pdu.prev_events);
-            let before = before.chain(passed.values().map(|passed| &passed.prev_events));
-            let before: BTreeSet<OwnedEventId> = before.flatten().cloned().collect();
-            let is_there = |id: &OwnedEventId| found.contains_key(id) || passed.contains_key(id);
-            let before: Vec<OwnedEventId> =
-                before.into_iter().chain(left.drain(..)).filter(|id| !is_there(id)).collect();
-            for event_id in before {
-                if self.unknown(std::slice::from_ref(&event_id)).await?.len() == 1
-                    || self.is_waiting(&event_id)
-                    || self.stands_after_hole(&event_id).await?.is_some()
-                {
-                    left.push(event_id);
-                }
             }
         }
         Ok(if left.is_empty() { Fetched::All } else { Fetched::Long("there is more than was asked for".to_owned()) })
@@ -481,6 +487,15 @@ pub(super) fn event_of(event: &Result<Finished, Bad>) -> Option<&Pdu> {
         Err(Bad::Unproved(pdu, _) | Bad::Forged(pdu, _)) => Some(pdu),
         Err(Bad::Dropped(_) | Bad::Malformed { .. }) => None,
     }
+}
+
+/// The events of a page that are of this room and have an ID.
+fn by_id(page: Vec<Result<Finished, Bad>>, room_id: &RoomId) -> BTreeMap<OwnedEventId, Result<Finished, Bad>> {
+    let id = |event: &Result<Finished, Bad>| match event {
+        Err(Bad::Malformed { event_id, .. }) => Some(event_id.clone()),
+        event => event_of(event).filter(|pdu| pdu.room_id == *room_id).map(|pdu| pdu.event_id.clone()),
+    };
+    page.into_iter().filter_map(|event| Some((id(&event)?, event))).collect()
 }
 
 /// An event of the log, of which something before it is missing.

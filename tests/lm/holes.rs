@@ -96,6 +96,28 @@ async fn what_a_hub_does_not_give_is_passed_over_and_asked_for_again_and_brings_
     wait_for_missing(&part, 0).await;
 }
 
+/// A page of the hub's log has what is missing, and what was said before that too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_said_while_nobody_of_a_server_was_there_does_not_come_with_what_is_missing() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    hub.say(&room, "bot", "before").await;
+    part.join(&room, "alice", &hub).await;
+    let alice = part.user("alice");
+    part.lm.leave(&room, &alice, std::slice::from_ref(&hub.name)).await.unwrap();
+    let is_out = |log: &[Appended]| log.last().is_some_and(|last| last.event.content()["membership"] == "leave");
+    part.wait(&room, "the leave", is_out).await;
+    hub.say(&room, "bot", "in between").await;
+    part.join(&room, "alice", &hub).await;
+    deafen(&part);
+    hub.say(&room, "bot", "missed").await;
+    let Sent::Appended(last) = hub.say(&room, "bot", "last").await else { panic!("a hub appends") };
+    let received = part.lm.receive(&hub.name, vec![raw(&last.event.json)]).await.pop().unwrap();
+    assert_eq!(received.result, Ok(()));
+    assert_eq!(part.bodies(&room).await, ["missed", "last"]);
+    assert_eq!(part.fault_kinds(&room).await, [""; 0]);
+}
+
 /// Three servers, of which `third.example`, in whose user's name `carol` speaks with power, gives its keys to nobody who does
 /// not have them when `is_away` is set.
 struct Away {
