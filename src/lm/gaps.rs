@@ -42,6 +42,8 @@ pub(super) enum Filled {
     Bridged,
     /// The hub cannot be asked now.
     NotNow,
+    /// The event is no part of what we are to have: the hub tells us as one who is out of the room.
+    Outside,
 }
 
 /// How much is asked for before something is done with it.
@@ -143,6 +145,9 @@ impl Taking<'_> {
         let is_itself = missing.iter().any(|missing| missing == event);
         let mut found = Found { left: missing, ..Found::default() };
         let fetched = self.fetch(&mut found, AT_ONCE).await?;
+        if found.events.is_empty() && self.is_told_outside(&fetched) {
+            return Ok(Filled::Outside);
+        }
         if matches!(fetched, Fetched::Long(_))
             && self.announced.is_none()
             && self.waits.late.is_none()

@@ -208,7 +208,7 @@ impl Lm {
                 Filled::NotNow => break,
                 Filled::Bridged if !taking.waits.noted.get(noted..).is_some_and(is_new) => {}
                 // What is still missing of it has its own hole.
-                Filled::Bridged | Filled::Whole => match &hole.overflow {
+                Filled::Bridged | Filled::Whole | Filled::Outside => match &hole.overflow {
                     Some(overflow) => taking.waits.asked.push(overflow.of.clone()),
                     None => taking.waits.closed.push(hole.event_id.clone()),
                 },

@@ -259,6 +259,8 @@ pub(super) struct Taking<'a> {
     pub(super) waits: Waits,
     /// Whether the event that is being taken shows that the log is a graph in a line.
     pub(super) in_line: bool,
+    /// Whether the event that is being taken may be one of which a hub tells those who are out of the room.
+    pub(super) ends_wait: bool,
     /// Whether the hub's log was seen to fork.
     pub(super) forked: bool,
     /// Whether the log is being looked over: what is found so sets off no other look.
@@ -283,6 +285,7 @@ impl<'a> Taking<'a> {
             gap_is_open: false,
             waits: Waits::default(),
             in_line: false,
+            ends_wait: false,
             forked: false,
             looks: false,
             skipped: Skipped::default(),
@@ -335,6 +338,7 @@ impl<'a> Taking<'a> {
             return self.place(event).await;
         }
         self.in_line = self.room().says_shared() || self.is_of_a_graph(&event.pdu);
+        self.ends_wait = self.ends_a_wait(&event.pdu);
         let filled = match self.asked {
             Some(filled) => {
                 if filled == Filled::Bridged {
@@ -345,6 +349,10 @@ impl<'a> Taking<'a> {
             }
             None => self.fill(&event.pdu.event_id, missing.clone()).await?,
         };
+        self.ends_wait = false;
+        if filled == Filled::Outside {
+            return Ok(Ok(()));
+        }
         if filled != Filled::NotNow && !self.in_line {
             let hub = self.gives();
             self.skipped.note(&hub, missing);

@@ -6,10 +6,12 @@ use std::collections::{BTreeMap, VecDeque};
 use ruma::{EventId, OwnedEventId, OwnedServerName, ServerName};
 
 use super::finished::{Bad, Finished};
-use super::gaps::event_of;
+use super::gaps::{Fetched, event_of};
 use super::intake::Taking;
 use super::room::Subject;
 use crate::event::Pdu;
+use crate::identity::Side;
+use crate::seam::Uninvited;
 use crate::store::lm::Fault;
 
 /// Of how many events of a room it is remembered that they were not given when one that follows them was.
@@ -80,6 +82,26 @@ impl Taking<'_> {
             self.fault(Fault::Reordered, &event, &problem);
         }
         page
+    }
+
+    /// Whether an event ends the invite, the knock or the ban of a user of ours who is not in the room: hubs tell that also to those who
+    /// are out of it, and nothing else.
+    pub(super) fn ends_a_wait(&self, pdu: &Pdu) -> bool {
+        let said = (&*pdu.room_id, &*pdu.sender, pdu.state_key.as_deref(), pdu.content());
+        let ended = Uninvited::of(Side::Lm, &self.room().facts.hub, &self.lm().context().server_name, said);
+        let is_joined = |ended: Uninvited| self.room().membership(ended.target.as_str()) == Some("join");
+        pdu.kind == "m.room.member" && ended.is_some_and(|ended| !is_joined(ended))
+    }
+
+    /// Whether what came of asking for what is before such an event shows that we are out of the room, perhaps by something that is on
+    /// its way to us.
+    pub(super) fn is_told_outside(&self, fetched: &Fetched) -> bool {
+        self.ends_wait
+            && match fetched {
+                Fetched::No(_) => true,
+                Fetched::NotNow(_) => !self.room().has_server(&self.lm().context().server_name),
+                Fetched::All | Fetched::Long(_) => false,
+            }
     }
 
     /// Whether an event may be of a graph, where branches are normal.

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use isthmus::event::Object;
-use isthmus::lm::Appended;
+use isthmus::lm::{Appended, Sent};
 use isthmus::refusal::Refusal;
 use isthmus::seam::{Membership, Outgoing, Stage};
 use ruma::{RoomId, UserId};
 use serde_json::json;
 
-use super::world::{Node, World, member};
+use super::log_hub::deafen;
+use super::world::{Node, World, member, raw};
 
 async fn knock(part: &Node, room: &RoomId, user: &UserId, hub: &Node) -> Result<Vec<String>, Refusal> {
     let content = json!({ "reason": "let me in" }).as_object().unwrap().clone();
@@ -97,6 +98,33 @@ async fn who_is_turned_away_is_told_and_may_knock_again_unless_banned() {
     // Lifting the ban is no invite.
     hub.send(&room, member(&bot, &alice, "leave")).await.unwrap();
     knock(&part, &room, &alice, &hub).await.unwrap();
+}
+
+/// What the hub tells those who are out of a room stands in a part of the log that they are not to have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_tells_a_server_that_is_out_of_the_room_has_left_nothing_out() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let (alice, bob, bot) = (part.user("alice"), part.user("bob"), hub.user("bot"));
+    for has_heard in [true, false] {
+        let room = hub.create_room("public").await;
+        part.join(&room, "alice", &hub).await;
+        if !has_heard {
+            deafen(&part);
+        }
+        let kicked = hub.send(&room, member(&bot, &alice, "leave")).await.unwrap();
+        let Sent::Appended(kicked) = kicked else { panic!("a hub appends") };
+        if has_heard {
+            part.wait(&room, "the kick", |log| log.last().unwrap().event.event_id == kicked.event.event_id).await;
+        }
+        invite(&hub, &room, &bob).await;
+        let ended = hub.send(&room, member(&bot, &bob, "leave")).await.unwrap();
+        let Sent::Appended(ended) = ended else { panic!("a hub appends") };
+        let before = part.log(&room).await.len();
+        let told = part.lm.receive(&hub.name, vec![raw(&ended.event.json)]).await.pop().unwrap();
+        assert_eq!(told.result, Ok(()));
+        assert_eq!(part.log(&room).await.len(), before);
+        assert_eq!(part.fault_kinds(&room).await, [""; 0], "has heard: {has_heard}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
