@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ruma::{EventId, OwnedEventId, OwnedServerName, OwnedUserId, ServerName, UserId};
+use ruma::{EventId, OwnedEventId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::lpdus::is_for;
 use super::rooms::{RoomCell, lock};
 use super::{Lm, Role, Sent};
 use crate::admin::metrics;
@@ -164,13 +165,27 @@ impl Lm {
         let stranded = cell.stranded();
         let room = cell.snapshot(&self.context().store).await?;
         // Who keeps the log has all that is before it.
-        if self.role(&room) != Role::Hub && self.may_lack_ours(cell).await? {
+        let may_lack = self.role(&room) != Role::Hub && self.may_lack_ours(cell).await?;
+        if may_lack && self.any_for_others(&cell.room_id, &room.facts.hub).await? {
             return Ok(());
         }
         self.replace_all(cell, &room.facts.hub).await?;
         cell.replaced(stranded);
         self.send_on(&cell.room_id, &room.facts.hub);
         Ok(())
+    }
+
+    /// Whether anything of ours still waits for a server that is not the hub any more. Where nothing does nothing has to wait behind it.
+    async fn any_for_others(&self, room_id: &RoomId, hub: &ServerName) -> Result<bool, Refusal> {
+        let mut after = 0;
+        loop {
+            let rows = stored::lpdus_after(&self.context().store, room_id, after, AT_ONCE).await?;
+            let Some(last) = rows.last() else { return Ok(false) };
+            after = last.position;
+            if rows.iter().any(|row| !is_for(hub, &row.json)) {
+                return Ok(true);
+            }
+        }
     }
 
     async fn replace_all(&self, cell: &Arc<RoomCell>, hub: &ServerName) -> Result<(), Refusal> {

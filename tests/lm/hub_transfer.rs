@@ -11,7 +11,8 @@ use isthmus::federation::{Call, RemoteError};
 use isthmus::lm::{Appended, HandedOver, Role, Sent};
 use isthmus::refusal::Refusal;
 use isthmus::seam::{Draft, Received};
-use ruma::{OwnedRoomId, RoomId};
+use isthmus::store::lm::{Counts, Hole, missing, note_holes};
+use ruma::{OwnedEventId, OwnedRoomId, RoomId};
 use serde_json::{Value, json};
 
 use super::world::{Node, World, bodies, draft, ids, message, raw};
@@ -274,6 +275,37 @@ async fn inv_5_what_was_on_its_way_to_the_old_hub_goes_to_the_new_one_unless_it_
 }
 
 /// The same of the server that becomes the hub: what it had queued it appends itself.
+/// What is missing of a log is asked for for minutes. That holds up only what was on its way when the log changed hands.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_lacks_something_of_a_log_that_was_handed_over_says_what_is_new_at_once() {
+    let (world, [a, b, c]) = three().await;
+    let room = room_of(&a, &b, &c).await;
+    one_log(&[&a, &b, &c], &room, 0).await;
+    let hole = Hole {
+        event_id: OwnedEventId::try_from(format!("${}", "x".repeat(43))).unwrap(),
+        json: None,
+        place: None,
+        given: false,
+        tries: 0,
+        retry_at: 0,
+        noticed_ts: 0,
+        last_error: String::new(),
+        overflow: None,
+    };
+    let (store, of) = (c.context.store.clone(), room.clone());
+    let bounds = Counts { absent: 9, waiting: 9, given: 9 };
+    let job = c.context.store.write(move |tx| {
+        Box::pin(async move { note_holes(&store, tx, &of, std::slice::from_ref(&hole), bounds).await })
+    });
+    job.await.unwrap();
+    let c = world.restart(c).await;
+    hand_over(&a, &room, "bot", &b).await.unwrap();
+    wait_for_hub(&c, &room, &b).await;
+    c.say(&room, "carol", "to the new hub").await;
+    b.wait_for_body(&room, "to the new hub").await;
+    assert_eq!(missing(&c.context.store, Some(&room)).await.unwrap().count, 1);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_new_hub_had_queued_it_appends_itself() {
     let (_world, [a, b, c]) = three().await;
