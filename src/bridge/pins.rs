@@ -1,5 +1,5 @@
 //! What is pinned in a room: a list of events, each of which is called otherwise across. What has no name across stays where it is:
-//! an image of the list never takes out what only its own room knows.
+//! an image of the list takes out nothing of the first `AT_MOST` that only its own room knows.
 
 use std::collections::HashMap;
 
