@@ -141,7 +141,7 @@ pub enum Refusal {
         user_id: String,
     },
     /// The room's version is not one the other side supports.
-    #[error("the room has version {0}, which is not supported")]
+    #[error("the room has version {0}, which is not among those that both servers support")]
     IncompatibleRoomVersion(String),
     /// The configuration's `[access]` does not allow it.
     #[error("the policy of this gateway does not allow it: {0}")]

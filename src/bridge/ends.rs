@@ -388,7 +388,7 @@ async fn finish(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<(), Refusal> {
         if is_in(core, &portal, side).await? {
             let body = match portal.is_one_room() {
                 true => {
-                    format!("Goodbye: this room is no longer served by {}, because {reason}.", core.context.server_name)
+                    format!("Goodbye: the bot of {} leaves this room, because {reason}.", core.context.server_name)
                 }
                 false => {
                     let far = portal.room(side.other());

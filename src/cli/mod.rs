@@ -221,8 +221,9 @@ async fn list(api: &Api, json: bool) -> anyhow::Result<()> {
 }
 
 /// The columns of the list: what stands above them, and the key in the API.
-const COLUMNS: [(&str, &str); 6] = [
+const COLUMNS: [(&str, &str); 7] = [
     ("PORTAL", "portal_id"),
+    ("KIND", "kind"),
     ("STATE", "state"),
     ("MATRIX ROOM", "matrix_room_id"),
     ("LM ROOM", "lm_room_id"),

@@ -215,10 +215,12 @@ fn is_what_was_made(lpdu: &VerifiedLpdu, expected: Membership) -> Result<(), Ref
     }
     if membership(lpdu) != Some(expected) {
         let found = lpdu.json.get("content").and_then(|content| content.get("membership"));
-        return Err(Refusal::malformed("membership", format!("{found:?}, not {}", expected.as_str())));
+        let found = found.map_or_else(|| "missing".to_owned(), ToString::to_string);
+        return Err(Refusal::malformed("membership", format!("{found}, not {:?}", expected.as_str())));
     }
     if lpdu.state_key.as_deref() != Some(lpdu.sender.as_str()) {
-        return Err(Refusal::malformed("state_key", format!("{:?}, not {}", lpdu.state_key, lpdu.sender)));
+        let found = lpdu.state_key.as_deref().map_or_else(|| "missing".to_owned(), |key| format!("{key:?}"));
+        return Err(Refusal::malformed("state_key", format!("{found}, not {:?}", lpdu.sender.as_str())));
     }
     Ok(())
 }

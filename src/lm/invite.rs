@@ -405,7 +405,8 @@ fn takes_no_invites(error: &RemoteError) -> bool {
 fn target_of(kind: &str, state_key: Option<&str>, content: &Object) -> Result<ruma::OwnedUserId, Refusal> {
     let membership = content.get("membership").and_then(Value::as_str);
     if kind != "m.room.member" || membership != Some("invite") {
-        return Err(Refusal::malformed("event", format!("{kind:?} with membership {membership:?}, not an invite")));
+        let membership = membership.map_or_else(|| "no membership".to_owned(), |found| format!("membership {found:?}"));
+        return Err(Refusal::malformed("event", format!("{kind:?} with {membership}, not an invite")));
     }
     let target = state_key.unwrap_or_default();
     UserId::parse(target).map_err(|error| Refusal::malformed("state_key", format!("{target:?}: {error}")))

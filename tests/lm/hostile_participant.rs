@@ -289,8 +289,13 @@ async fn hc_18_an_lpdu_that_fits_while_its_event_does_not_is_refused() {
     assert_eq!(serde_json::to_string(&large).unwrap().len(), 65_536);
     let refused = give(&hub, &part, &large).await;
     assert!(matches!(refused.result, Err(Refusal::TooLarge { .. })), "{:?}", refused.result);
-    let smaller = lpdu(&part, &hub, &room, &"x".repeat(65_536 - empty - 2_000)).json;
-    assert_eq!(give(&hub, &part, &smaller).await.result, Ok(()));
+    assert_eq!(give(&hub, &part, &lpdu(&part, &hub, &room, "").json).await.result, Ok(()));
+    let finished = hub.log(&room).await.pop().unwrap().event.to_bytes().len();
+    let over = lpdu(&part, &hub, &room, &"x".repeat(65_537 - finished)).json;
+    assert!(matches!(give(&hub, &part, &over).await.result, Err(Refusal::TooLarge { .. })));
+    let fits = lpdu(&part, &hub, &room, &"x".repeat(65_536 - finished)).json;
+    assert_eq!(give(&hub, &part, &fits).await.result, Ok(()));
+    assert_eq!(hub.log(&room).await.pop().unwrap().event.to_bytes().len(), 65_536);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
