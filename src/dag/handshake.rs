@@ -19,6 +19,10 @@ use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Handshake, Membership, Stage};
 
+/// From how many members on a join is answered without them to who asks for that. Fewer are given at once: a Synapse that cannot
+/// have them later, because this server is away for a moment, shows the room to nobody until it is restarted itself.
+const MANY_MEMBERS: usize = 200;
+
 impl Dag {
     /// `GET v1/make_join`
     pub async fn make_join(
@@ -31,7 +35,7 @@ impl Dag {
         self.make(origin, room_id, user_id, Membership::Join, Some(versions)).await
     }
 
-    /// `PUT v2/send_join`; full state unless `omit_members`.
+    /// `PUT v2/send_join`; full state unless there are many members and `omit_members` asks for them to be left out.
     pub async fn send_join(
         &self,
         origin: &ServerName,
@@ -240,8 +244,11 @@ impl Dag {
         let events = &self.shared.events;
         let groups = join.groups.ok_or_else(|| Refusal::Internal("a join without state".to_owned()))?;
         let before = events.group(groups.before).await?;
+        let is_member = |kind: &str| kind == "m.room.member";
+        let members = before.map.iter().filter(|((kind, _), _)| is_member(kind)).count();
+        let omit_members = omit_members && members >= MANY_MEMBERS;
         // The joining server asks for the other members later; what it needs to check the rest is in the auth chain.
-        let wanted = |kind: &str| !omit_members || kind != "m.room.member";
+        let wanted = |kind: &str| !omit_members || !is_member(kind);
         let ids: Vec<_> = before.map.iter().filter(|((kind, _), _)| wanted(kind)).map(|(_, id)| id.clone()).collect();
         let state = events.get_many(&ids).await?;
         let chain = auth_chain_of(events, state.values().chain([join]).cloned().collect(), &state).await?;

@@ -34,6 +34,21 @@ fn a_room_of_version_10_of_a_synapse_is_shared_with_lm_users() {
 }
 
 #[test]
+fn a_room_of_version_9_of_a_synapse_is_shared_with_lm_users() {
+    life_of_a_room("9");
+}
+
+#[test]
+fn a_room_of_version_8_of_a_synapse_is_shared_with_lm_users() {
+    life_of_a_room("8");
+}
+
+#[test]
+fn a_room_of_version_7_of_a_synapse_is_shared_with_lm_users() {
+    life_of_a_room("7");
+}
+
+#[test]
 fn a_room_of_version_6_of_a_synapse_is_shared_with_lm_users() {
     life_of_a_room("6");
 }
