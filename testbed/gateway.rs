@@ -195,6 +195,11 @@ impl Gateway {
         Ok(self.http.get(format!("{}/metrics", self.plan.admin_url)).send().await?.text().await?)
     }
 
+    /// Its process ID, while it runs.
+    pub fn pid(&self) -> Option<i32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
     /// Where its log is.
     pub fn log_file(&self) -> PathBuf {
         self.plan.directory.join("isthmus.log")

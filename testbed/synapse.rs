@@ -153,6 +153,11 @@ impl Synapse {
         Client::register(&self.client_url, localpart, password).await
     }
 
+    /// Its process ID.
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
     /// Stops it.
     pub fn stop(&mut self) {
         self.process.stop();
