@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use imbl::ordmap::DiffItem;
 use ruma::events::TimelineEventType;
 use ruma::{OwnedEventId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::Value;
@@ -17,12 +18,12 @@ use super::given::stands_on_all;
 use super::outside::{Wish, bad, body_of, send_uri, weightier};
 use super::pdu::{Unverified, Verified};
 use super::room::{Core, Room};
-use super::snapshot::StateKey;
+use super::snapshot::{Snapshot, StateKey};
 use super::stored::Stored;
 use super::version::is_shared;
 use super::{Dag, GraphEvent, Shared};
 use crate::event::{Object, RoomVersion};
-use crate::federation::Call;
+use crate::federation::{Call, Feed, FeedKind};
 use crate::refusal::Refusal;
 use crate::seam::{EventEffect, Membership, Outgoing};
 use crate::store::dag::remove_invite;
@@ -112,6 +113,9 @@ impl Dag {
         wish: &Wish,
         known: Option<Arc<Room>>,
     ) -> Result<(RoomVersion, Arc<Stored>), Refusal> {
+        // Asked before the template, which shows what the server has by then.
+        let feed = Feed { kind: FeedKind::Graph, room_id: wish.room_id.clone() };
+        let has_all = !self.shared.context.outbound.waits_for(server, &feed).await?;
         let (version, join) = self.make_at(server, wish).await?;
         if is_shared(version)
             && let Some(logs) = self.shared.logs.get()
@@ -125,19 +129,20 @@ impl Dag {
         let client = &self.shared.context.client;
         let (answer, _held) =
             client.call_held(server, call, false).await.map_err(|error| error.into_verdict(server))?;
-        let taking = self.take_join(server, wish, version, join, answer, known);
+        let taking = self.take_join(server, has_all, wish, (version, join), answer, known);
         let join = tokio::time::timeout(PATIENCE, Box::pin(taking)).await;
         let join = join.map_err(|_| bad(server, format!("its answer was not checked within {PATIENCE:?}")))??;
         Ok((version, join))
     }
 
-    /// Checks and takes in what a server answers to a join.
+    /// Checks and takes in what a server answers to a join. `has_all` says whether it has got all that the gateway has said in the
+    /// room.
     async fn take_join(
         &self,
         server: &ServerName,
+        has_all: bool,
         wish: &Wish,
-        version: RoomVersion,
-        join: Verified,
+        (version, join): (RoomVersion, Verified),
         answer: Object,
         known: Option<Arc<Room>>,
     ) -> Result<Arc<Stored>, Refusal> {
@@ -162,7 +167,10 @@ impl Dag {
         };
         let outliers = shared.new_outliers(&room, server, verified, Vec::new).await;
         let entered = match outliers {
-            Ok(outliers) => shared.run(&room, move |batch| Box::pin(enter(batch, outliers, given, join))).await,
+            Ok(outliers) => {
+                let lacks = (!has_all).then(|| server.to_owned());
+                shared.run(&room, move |batch| Box::pin(enter(batch, outliers, given, join, lacks))).await
+            }
             Err(refusal) => Err(refusal),
         };
         if entered.is_err() && is_new {
@@ -222,12 +230,14 @@ impl Shared {
     }
 }
 
-/// Takes in the state and the join: the room is from now on what they say.
+/// Takes in the state and the join: the room is from now on what they say. `lacks` is the server that gave them, where it has not got
+/// yet all that the gateway has said in the room.
 async fn enter(
     batch: &mut Batch,
     outliers: Vec<Verified>,
     given: Given,
     join: Verified,
+    lacks: Option<OwnedServerName>,
 ) -> Result<Arc<Stored>, Refusal> {
     batch.accept_given(outliers).await?;
     let ids: Vec<OwnedEventId> = given.state.iter().map(|(_, id)| id.clone()).collect();
@@ -242,17 +252,54 @@ async fn enter(
             "a room was joined with a state of which some events cannot be had");
     }
     batch.begin_log_with(&before).await?;
-    // What was known of the room, if it was, ended with the last user's leave.
-    batch.core.tips.clear();
+    // What was known of the room, if it was, ended with the last user's leave. One that is still on its way will stand beside the join
+    // there, and so it does here: else a join that it undoes would be one for this gateway alone.
+    let is_beside = lacks.is_some() && batch.have_left(&before).await?;
+    if !is_beside {
+        batch.core.tips.clear();
+    }
     batch.set_current(before.clone()).await?;
     batch.linear.dirty = batch.differing();
     let (room_id, event_id) = (batch.room_id.clone(), join.pdu().event_id.clone());
+    let user = join.pdu().sender.clone();
     let outcome = batch.accept(join, &Source::Elsewhere, Some(before)).await?;
     batch.add_effect(
         event_id,
         EventEffect::new(move |tx, event_id| Box::pin(async move { begin(tx, &room_id, &event_id).await })),
     );
-    outcome.accepted().cloned()
+    let join = outcome.accepted().cloned()?;
+    match lacks.filter(|_| is_beside && !batch.core.joined.contains(&user)) {
+        Some(server) => {
+            let problem = format!("has not heard yet that {user} left {}, which undoes its join", batch.room_id);
+            Err(Refusal::Forbidden(format!("{server} {problem}")))
+        }
+        None => Ok(join),
+    }
+}
+
+impl Batch {
+    /// Whether users of the gateway who are in the room by this state have left it since.
+    async fn have_left(&self, state: &Snapshot) -> Result<bool, Refusal> {
+        let own = &self.shared.context.server_name;
+        let mut parted = Vec::new();
+        for item in self.core.current.map.diff(&state.map) {
+            if let DiffItem::Update { old: ((kind, user), here), new: (_, there) } = item
+                && kind == "m.room.member"
+                && <&UserId>::try_from(user.as_str()).is_ok_and(|user| user.server_name() == own)
+            {
+                parted.push((here.clone(), there.clone()));
+            }
+        }
+        let ids: Vec<_> = parted.iter().flat_map(|(here, there)| [here.clone(), there.clone()]).collect();
+        let events = self.events(&ids).await?;
+        let is_left = |id| {
+            events.get(id).is_some_and(|event| {
+                event.membership() == Some(Membership::Leave) && event.pdu.sender.server_name() == own
+            })
+        };
+        let is_in = |id| events.get(id).and_then(|event| event.membership()) == Some(Membership::Join);
+        Ok(parted.iter().any(|(here, there)| is_left(here) && is_in(there)))
+    }
 }
 
 /// What a server gives with a join, of the right form.

@@ -1,7 +1,11 @@
 //! Gateways that join each other's rooms over their real routes.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use axum::http::StatusCode;
+use axum::response::IntoResponse as _;
 use isthmus::dag::NewRoom;
 use isthmus::event::{Object, RoomVersion};
 use isthmus::refusal::Refusal;
@@ -109,6 +113,66 @@ async fn a_room_that_was_left_is_joined_anew() {
         hear(&[&a], &answer).await;
         let hello = say(&a, &room, "bot", "welcome").await;
         hear(&[&b], &hello).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leave_that_has_not_arrived_stands_beside_the_join_that_overtakes_it() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    // Handshakes reach it, and transactions do not, as while a queue waits after an outage.
+    let deaf = Arc::new(AtomicBool::new(false));
+    let kept = deaf.clone();
+    a.meddle(move |request, next| {
+        let is_lost = kept.load(Ordering::SeqCst) && request.uri().path().contains("/send/");
+        async move { if is_lost { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { next.run(request).await } }
+    });
+    let is =
+        async |user: &OwnedUserId, room: &RoomId| (membership(&a, room, user).await, membership(&b, room, user).await);
+    let both = |wanted: &str| (Some(wanted.to_owned()), Some(wanted.to_owned()));
+    for (version, rule) in VERSIONS.into_iter().flat_map(|version| [(version, "public"), (version, "invite")]) {
+        let rules = |rule: &str| json!({ "join_rule": rule });
+        let room = room(&a, version, rules("public")).await;
+        let [bob, carol] = [b.user("bob"), b.user("carol")];
+        for name in ["bob", "carol"] {
+            join(&b, &room, name, &[&a]).await.unwrap();
+        }
+        eventually("both at the other", async || membership(&a, &room, &carol).await.is_some()).await;
+        let said = send(&a, &room, draft(&a.user("bot"), "m.room.join_rules", Some(""), rules(rule))).await.unwrap();
+        hear(&[&b], &said).await;
+
+        deaf.store(true, Ordering::SeqCst);
+        for user in [&carol, &bob] {
+            b.dag.leave(&room, user, &[], None).await.unwrap();
+        }
+        let joined = join(&b, &room, "bob", &[&a]).await;
+        assert_eq!(is(&carol, &room).await, (Some("join".to_owned()), Some("leave".to_owned())));
+        let after = match rule {
+            // Who is in a room may join it whatever its rule is. That is not so any more when the leave arrives.
+            "invite" => {
+                let refusal = joined.unwrap_err().to_string();
+                assert!(refusal.contains("a.example has not heard yet that @bob:b.example left"), "{refusal}");
+                "leave"
+            }
+            _ => {
+                joined.unwrap();
+                "join"
+            }
+        };
+        assert_eq!(is(&bob, &room).await, (Some("join".to_owned()), Some(after.to_owned())));
+
+        deaf.store(false, Ordering::SeqCst);
+        eventually("the leave to arrive", async || {
+            b.context.outbound.retry(&a.name);
+            is(&carol, &room).await == both("leave")
+        })
+        .await;
+        assert_eq!(is(&bob, &room).await, both(after));
+        if rule == "public" {
+            for (node, other, name) in [(&a, &b, "bot"), (&b, &a, "bob")] {
+                let said = say(node, &room, name, "in one room").await;
+                hear(&[other], &said).await;
+            }
+        }
     }
 }
 

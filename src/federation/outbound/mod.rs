@@ -9,6 +9,7 @@ mod edus;
 mod kept;
 mod slot;
 mod verdict;
+mod way;
 mod wire;
 mod worker;
 
@@ -430,13 +431,6 @@ impl OutboundQueues {
         if let Some(slot) = lock(&self.handle.shared.slots).get(destination) {
             slot.heard();
         }
-    }
-
-    /// Whether events of a feed are on their way to a destination, or may be.
-    pub async fn is_on_its_way(&self, destination: &ServerName, feed: &Feed) -> Result<bool, StoreError> {
-        let inflight = rows::inflight(&self.handle.shared.store, destination.as_str()).await?;
-        let is_of = |part: &rows::PartRow| part.kind == feed.kind.as_str() && part.room_id == feed.room_id.as_str();
-        Ok(inflight.is_some_and(|inflight| inflight.parts.iter().any(is_of)))
     }
 
     /// The queues that are not empty or that fail, for operators.
