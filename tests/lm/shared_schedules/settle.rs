@@ -49,6 +49,7 @@ impl Schedule {
             (1..=NAMES.len()).map(|server| UserId::parse(format!("@u0:{}", self.name(server))).unwrap()).collect();
         // Also of whom the hub says that they are in: their server may have lost the answer to their join.
         self.bring_in(&all, true).await;
+        self.have_in(&all).await;
         self.open().await;
         self.fork().await;
         self.open().await;
@@ -86,6 +87,17 @@ impl Schedule {
             self.quiet().await;
         }
         panic!("the room is closed again and again: {:#?}", self.told);
+    }
+
+    /// Has everybody in the room. Who comes has their server say what it has, by which others can be thrown out; and of who is out
+    /// nobody can say that they see what happens next.
+    async fn have_in(&mut self, all: &[OwnedUserId]) {
+        for _ in 0..ROUNDS {
+            if !self.bring_in(all, false).await {
+                return;
+            }
+        }
+        panic!("somebody is thrown out again and again: {:#?}", self.told);
     }
 
     /// Whoever is out of the room comes in, or everybody; whether somebody was out.
