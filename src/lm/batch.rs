@@ -60,7 +60,7 @@ pub(super) struct Batch {
     blanks: Vec<Asked>,
     /// What the current state has for a type and state key whatever the log's last event is, and how many events it came after.
     replaced: Vec<(usize, Slotted)>,
-    /// Of a room whose log follows a graph: what is redacted, and by what.
+    /// Of a room whose log follows a graph, and of what comes with a join: what is redacted, and by what.
     redacted: Vec<(OwnedEventId, OwnedEventId)>,
 }
 
@@ -102,7 +102,7 @@ impl Batch {
         self.entries.len().saturating_sub(1)
     }
 
-    /// Redacts an event, which the log may have, for a graph that the log follows.
+    /// Redacts an event, which the log may have, for a graph that the log follows, or for a hub that gives it so with a join.
     pub fn redact(&mut self, target: OwnedEventId, redaction: OwnedEventId) {
         self.redacted.push((target, redaction));
     }
@@ -513,10 +513,10 @@ impl Job {
         if let Some(succession) = succession {
             succession.write(tx, &feed, &server_name, head).await?;
         }
-        let mut redacted = match is_hub || follows {
-            true => redactions::write_all(tx, &room_id, redaction, &by_graph).await?,
-            false => redactions::redacted_before(tx, &room_id, &pdus).await?,
-        };
+        let mut redacted = redactions::write_all(tx, &room_id, redaction, &by_graph).await?;
+        if !is_hub && !follows {
+            redacted.extend(redactions::redacted_before(tx, &room_id, &pdus).await?);
+        }
         for redacting in redacting {
             redacted.extend(redacting.write(tx, &room_id, (redaction, is_hub)).await?);
         }

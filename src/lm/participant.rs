@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
-use ruma::{EventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
 use super::actor::What;
@@ -241,8 +241,15 @@ impl Lm {
             Some(cell) => Batch::new(cell.snapshot(&self.context().store).await?),
             None => Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft)),
         };
+        // State that the hub gives as redaction leaves it may be here as it was said: what redacted it was said while we were out.
+        let copies: Vec<OwnedEventId> =
+            allowed.iter().flatten().filter(|event| event.copy).map(|event| event.pdu.event_id.clone()).collect();
+        let was_out = !batch.after.has_server(&self.context().server_name);
         let mut taking = Taking::new(self, batch);
         taking.adopt(allowed).await?;
+        for event_id in copies {
+            taking.batch.redact(event_id, joined.pdu.event_id.clone());
+        }
         for (event_id, refusal) in refused {
             taking.settle(Some(Fault::Forbidden), &event_id, &refusal.to_string());
         }
@@ -262,12 +269,22 @@ impl Lm {
             taking.batch.after.redaction = Redaction::GraphServer;
         }
         taking.append(joined.pdu);
+        if let Some(cell) = known.as_ref().filter(|_| was_out) {
+            self.forget_earlier_stay(cell).await?;
+        }
         let committed = taking.finish(known.as_ref()).await?;
         drop(turn);
         let joined = committed.appended.into_iter().last();
         let joined = joined.ok_or_else(|| Refusal::Internal("the join was not stored".to_owned()))?;
         tracing::info!(room = %lpdu.room_id, %hub, user = %lpdu.sender, "joined a room");
         Ok(joined)
+    }
+
+    /// What was missing of an earlier stay is not of the one that begins, and would stand in it if it came.
+    async fn forget_earlier_stay(&self, cell: &Arc<RoomCell>) -> Result<(), Refusal> {
+        self.forget_holes(&cell.room_id).await?;
+        self.attend(cell);
+        Ok(())
     }
 
     /// Leaves a room, or rejects an invite to one that the gateway is not in, through the hub.

@@ -7,7 +7,7 @@ use http::StatusCode;
 use isthmus::clock::{Clock as _, ManualClock};
 use isthmus::lm::{Appended, Sent};
 use isthmus::refusal::Refusal;
-use isthmus::store::lm::missing;
+use isthmus::store::lm::{Counts, Hole, missing, note_holes};
 use ruma::{OwnedRoomId, RoomId};
 use serde_json::{Value, json};
 
@@ -302,4 +302,40 @@ async fn a_server_without_keys_fills_only_its_own_share_and_what_is_beyond_it_co
     assert_eq!(state("m.room.name")["name"], "new", "what was newer at the hub stays");
     let complaints = part.lm.room(&room).await.unwrap().unwrap().complaints;
     assert_eq!(complaints.len(), 2, "the first topic and the old name: {complaints:?}");
+}
+
+/// It would stand in the stay that has begun since, where the hub's log does not have it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_missing_of_an_earlier_stay_is_not_asked_for_in_a_later_one() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    let alice = part.user("alice");
+    part.lm.leave(&room, &alice, std::slice::from_ref(&hub.name)).await.unwrap();
+    let is_out = |log: &[Appended]| log.last().is_some_and(|last| last.event.content()["membership"] == "leave");
+    part.wait(&room, "the leave", is_out).await;
+    let Sent::Appended(old) = hub.say(&room, "bot", "of another time").await else { panic!("a hub appends") };
+    let hole = Hole {
+        event_id: old.event.event_id.clone(),
+        json: None,
+        place: Some(part.log(&room).await.len() as i64 - 2),
+        given: false,
+        tries: 3,
+        retry_at: i64::MAX,
+        noticed_ts: 0,
+        last_error: String::new(),
+        overflow: None,
+    };
+    let (store, of) = (part.context.store.clone(), room.clone());
+    let bounds = Counts { absent: 9, waiting: 9, given: 9 };
+    let job = part.context.store.write(move |tx| {
+        Box::pin(async move { note_holes(&store, tx, &of, std::slice::from_ref(&hole), bounds).await })
+    });
+    job.await.unwrap();
+    part.join(&room, "alice", &hub).await;
+    assert_eq!(count_missing(&part).await, 0);
+    let part = world.restart(part).await;
+    hub.say(&room, "bot", "later").await;
+    part.wait_for_body(&room, "later").await;
+    assert_eq!(part.bodies(&room).await, ["later"]);
 }
