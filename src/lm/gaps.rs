@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::StatusCode;
-use ruma::{EventId, OwnedEventId, RoomId, ServerName};
+use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId, ServerName};
 use tokio::time::Instant;
 
 use super::Lm;
@@ -16,10 +16,11 @@ use super::in_line::newest_first;
 use super::intake::Taking;
 use super::join_check::{Claim, Seen, forbidden, without_forbidden};
 use super::peers::prev_events;
-use super::room::Facts;
+use super::room::{Facts, Snapshot};
 use super::rooms::{RoomCell, stored_pdu};
+use super::rules::HUB_EVENT;
 use super::staged::Found;
-use crate::event::Pdu;
+use crate::event::{Object, Pdu};
 use crate::federation::RemoteError;
 use crate::refusal::Refusal;
 use crate::store::lm::{self as stored, Fault, Known};
@@ -116,6 +117,39 @@ impl Lm {
     }
 }
 
+impl Lm {
+    /// Who is asked for a log: who keeps it, and for what that server does not have who kept it before, which gives it further on.
+    /// `next` is who is said to keep it from now on.
+    pub(super) fn givers(&self, room: &Snapshot, next: Option<&OwnedServerName>) -> Vec<OwnedServerName> {
+        let own = &self.context().server_name;
+        let change = room.state_event(HUB_EVENT, "").filter(|event| event.new_hub().is_some());
+        let before = change.map(|event| event.sender.server_name().to_owned());
+        let mut seen = BTreeSet::from([own]);
+        let givers = next.into_iter().chain([&room.facts.hub]).chain(&before);
+        givers.filter(|server| seen.insert(server)).cloned().collect()
+    }
+
+    /// What one of these has of a log up to an event: the first, or another of what that says that it does not have.
+    pub(super) async fn backfill_of(
+        &self,
+        givers: &[OwnedServerName],
+        room_id: &RoomId,
+        from: &EventId,
+        limit: usize,
+    ) -> Result<Vec<Object>, RemoteError> {
+        let mut refused = None;
+        for server in givers {
+            match self.peers().backfill(server, room_id, from, limit).await {
+                Ok(page) => return Ok(page),
+                Err(error) if refused.is_none() && !is_verdict(&error) => return Err(error),
+                // What the first of them says counts.
+                Err(error) => refused = refused.or(Some(error)),
+            }
+        }
+        Err(refused.unwrap_or_else(|| RemoteError::Unreachable("nobody else keeps the log".to_owned())))
+    }
+}
+
 impl Taking<'_> {
     /// Takes everything up to these events, of which nothing but the IDs is known.
     pub(super) async fn take_up_to(&mut self, ends: &BTreeSet<OwnedEventId>) -> Result<Filled, Refusal> {
@@ -179,7 +213,11 @@ impl Taking<'_> {
         if filled == Filled::Bridged && late.is_none() {
             let first = found.first().and_then(|(_, event)| event_of(event)).map_or(event, |first| &first.event_id);
             let first = first.to_owned();
-            self.fault(Fault::Skipped, event, "the hub did not give all that is before it");
+            match self.announced.is_some() {
+                // Who comes to keep the log need not have been there.
+                true => self.mention(event, "who keeps the log now did not give all that is before it"),
+                false => self.fault(Fault::Skipped, event, "the hub did not give all that is before it"),
+            }
             self.adopt_state_before(&first).await?;
         }
         for (place, event) in found {
@@ -369,10 +407,9 @@ impl Taking<'_> {
 
     /// What the hub gives up to an event.
     pub(super) async fn page(&self, facts: &Facts, from: &EventId) -> Result<Vec<Result<Finished, Bad>>, RemoteError> {
-        let asked = self.announced.as_ref().unwrap_or(&facts.hub);
-        let page = self.lm().peers().backfill(asked, &facts.room_id, from, PAGE).await?;
-        let page = page.into_iter().take(PAGE).collect();
-        Ok(self.lm().check_finished(page, self.room().redaction).await)
+        let (givers, lm) = (self.lm().givers(self.room(), self.announced.as_ref()), self.lm());
+        let page = lm.backfill_of(&givers, &facts.room_id, from, PAGE).await?.into_iter().take(PAGE).collect();
+        Ok(lm.check_finished(page, self.room().redaction).await)
     }
 
     /// Where an event is in the log if that is behind the hole that is being filled: as state that was taken instead of it,
@@ -391,8 +428,19 @@ impl Taking<'_> {
     /// Takes the state that the hub has before an event, where the events that made it cannot be had.
     pub(super) async fn adopt_state_before(&mut self, event_id: &EventId) -> Result<Adopted, Refusal> {
         let room_id = self.room().facts.room_id.clone();
-        let hub = self.announced.clone().unwrap_or_else(|| self.room().facts.hub.clone());
-        match self.lm().peers().state(&hub, &room_id, event_id).await {
+        let (mut hub, mut answer) = (self.room().facts.hub.clone(), None);
+        for asked in self.lm().givers(self.room(), self.announced.as_ref()) {
+            let given = self.lm().peers().state(&asked, &room_id, event_id).await;
+            let goes_on = matches!(&given, Err(error) if is_verdict(error));
+            if answer.is_none() || given.is_ok() {
+                (hub, answer) = (asked, Some(given));
+            }
+            if !goes_on {
+                break;
+            }
+        }
+        let nobody = || Err(RemoteError::Unreachable("nobody else keeps the log".to_owned()));
+        match answer.unwrap_or_else(nobody) {
             Ok((state, chain, _held)) => {
                 let redaction = self.room().redaction;
                 let state = self.lm().check_finished(state, redaction).await;

@@ -546,6 +546,11 @@ impl<'a> Taking<'a> {
         self.remark(event_id.to_owned());
     }
 
+    /// Notes what is no fault of the hub as far as is known.
+    pub(super) fn mention(&mut self, event_id: &EventId, problem: &str) {
+        self.record(None, event_id, problem, false);
+    }
+
     /// What names an event goes on without it.
     pub(super) fn remark(&mut self, event_id: OwnedEventId) {
         self.looked_up.entry(event_id).or_default().get_or_insert(Known::Remarked);

@@ -3,7 +3,7 @@
 //!
 //! Where to find what: `rules` judges one event; `room` is a room after an event, `rooms` keeps them in memory; `batch`
 //! writes events with all that hangs on them, `actor` gives each hubbed room its one appender. The hub's side is in `hub`
-//! (own events, LPDUs), `handshake`, `invite`, `served`, `visibility` and `join_state`; the participant's in `participant` (joining), `join_check`
+//! (own events, LPDUs), `handshake`, `invite`, `served`, `kept` (of a log that another server kept before), `visibility` and `join_state`; the participant's in `participant` (joining), `join_check`
 //! (the state that comes with a join),
 //! `intake` (what the hub sends), `gaps` (what is missing of
 //! that), `staged` (where that is much), `look` (whether the log as a whole is what was given), `holes` (what stays missing), `waits` (what waits to be
@@ -26,6 +26,7 @@ mod intake;
 mod invite;
 mod join_check;
 mod join_state;
+mod kept;
 mod knock;
 mod look;
 mod lpdus;

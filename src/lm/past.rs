@@ -24,11 +24,12 @@ impl Lm {
         let key = ("m.room.member".to_owned(), user_id.to_string());
         let state = self.state_events(room_id, std::slice::from_ref(&key)).await?;
         let mut next = state.get(&key.0, &key.1).and_then(|join| join.prev_events.first().cloned());
+        let givers = self.givers(&room, None);
         let (limit, mut found) = (limit.min(MAX_PAST), Vec::new());
         for _ in 0..PAGES {
             let Some(from) = next.clone().filter(|_| found.len() < limit) else { break };
             let wanted = limit.saturating_sub(found.len());
-            let page = self.peers().backfill(&hub, room_id, &from, wanted).await;
+            let page = self.backfill_of(&givers, room_id, &from, wanted).await;
             let page = page.map_err(|error| error.into_refusal(&hub))?.into_iter().take(MAX_PAST).collect();
             let events = self.check_finished(page, room.redaction).await.into_iter().flatten();
             let mut events: HashMap<OwnedEventId, Pdu> =

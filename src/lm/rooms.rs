@@ -13,6 +13,7 @@ use super::Appended;
 use super::actor::Job;
 use super::ahead::Ahead;
 use super::holes::Missing;
+use super::kept::Copied;
 use super::redactions::as_read;
 use super::remarks::Skipped;
 use super::room::{Facts, Snapshot};
@@ -70,6 +71,8 @@ pub(super) struct RoomCell {
     pub replacing: tokio::sync::Mutex<()>,
     /// When it was last asked for whether another server keeps the log.
     pub sought: Mutex<Option<tokio::time::Instant>>,
+    /// As hub of a log that another server kept before: what of the copy of then is the log.
+    pub copied: tokio::sync::Mutex<Option<Arc<Copied>>>,
 }
 
 /// The end of the log, as text.
@@ -146,6 +149,7 @@ impl RoomCell {
             replaced: AtomicUsize::default(),
             replacing: tokio::sync::Mutex::default(),
             sought: Mutex::default(),
+            copied: tokio::sync::Mutex::default(),
         }
     }
 

@@ -3,10 +3,13 @@
 //! not exist, unless all the world may read it. What it sees without
 //! its contents says [`super::visibility`]; state is always seen whole.
 
+use std::sync::Arc;
+
 use ruma::{EventId, RoomId, ServerName};
 use serde_json::{Value, json};
 
 use super::room::Snapshot;
+use super::rooms::RoomCell;
 use super::rules::HUB_EVENT;
 use super::visibility::is_world_readable;
 use super::{Lm, Role};
@@ -25,6 +28,15 @@ pub(super) struct Reach {
     pub as_member: i64,
 }
 
+/// A room that is kept here, or was, and what a server sees of it.
+struct Seen {
+    cell: Arc<RoomCell>,
+    room: Arc<Snapshot>,
+    /// The last position that was kept here.
+    kept: i64,
+    reach: Reach,
+}
+
 impl Reach {
     /// The same, no further than a log was kept here.
     fn within(self, kept: i64) -> Self {
@@ -37,9 +49,10 @@ impl Lm {
     pub async fn get_event(&self, origin: &ServerName, event_id: &EventId) -> Result<Value, Refusal> {
         let unknown = || Refusal::NotFound(format!("event {event_id}"));
         let row = stored::event(&self.context().store, event_id).await?.ok_or_else(unknown)?;
-        let (_, room) = self.find(&row.room_id).await?;
-        let reach = self.reach(origin, &room).await?.within(self.kept_until(&room).await?);
-        match row.position <= reach.until {
+        let (cell, room) = self.find(&row.room_id).await?;
+        let kept = self.kept_until(&room).await?;
+        let reach = self.reach(origin, &room).await?.within(kept);
+        match row.position <= reach.until && self.gives(origin, (&cell, &room), kept, &row).await? {
             true => self.as_seen_by(origin, reach, &room, vec![row]).await?.pop().ok_or_else(unknown),
             false => Err(unknown()),
         }
@@ -57,11 +70,17 @@ impl Lm {
             // What is current only the hub can say.
             self.hubbed(room_id).await?;
         }
-        let (room, Reach { until, .. }) = self.kept_and_seen(origin, room_id).await?;
+        let Seen { cell, room, kept, reach: Reach { until, .. } } = self.kept_and_seen(origin, room_id).await?;
         let at = match event_id {
             Some(event_id) => self.position_of(&room, event_id, until).await?,
             None => until.saturating_add(1),
         };
+        if let Some(event_id) = event_id
+            && self.copied(&cell, &room, (kept, at)).await?.is_some_and(|copied| at < copied.ordered)
+        {
+            // What was before it does not all stand before it here.
+            return Err(Refusal::NotFound(format!("the state before {event_id} in {room_id}")));
+        }
         self.context().large.build(origin, self.state_at(&room, at, ids)).await
     }
 
@@ -86,7 +105,7 @@ impl Lm {
         limit: i64,
     ) -> Result<Value, Refusal> {
         let seen = self.kept_and_seen(origin, room_id).await;
-        let (room, reach) = seen.map_err(|refusal| match refusal {
+        let Seen { cell, room, kept, reach } = seen.map_err(|refusal| match refusal {
             // That another server keeps the log is said by the endpoints for which the draft has it.
             Refusal::WrongHub { .. } => Refusal::UnknownRoom(room_id.to_string()),
             refusal => refusal,
@@ -94,19 +113,25 @@ impl Lm {
         let last = self.position_of(&room, from, reach.until).await?;
         let limit = limit.clamp(0, BACKFILL);
         let first = last.saturating_sub(limit).saturating_add(1).max(0);
-        let rows = stored::range(&self.context().store, room_id, first, last, limit).await?;
+        let rows = match self.copied(&cell, &room, (kept, first)).await? {
+            Some(copied) if last < copied.ordered => self.earlier(origin, &room, &copied, (from, limit)).await?,
+            copied => {
+                let first = copied.map_or(first, |copied| first.max(copied.ordered));
+                stored::range(&self.context().store, room_id, first, last, limit).await?
+            }
+        };
         Ok(json!({ "pdus": self.as_seen_by(origin, reach, &room, rows).await? }))
     }
 
     /// A room that is hubbed here, or was until another server took its log over, and what of it `origin` sees.
-    async fn kept_and_seen(&self, origin: &ServerName, room_id: &RoomId) -> Result<(Snapshot, Reach), Refusal> {
-        let (_, room) = self.find(room_id).await?;
+    async fn kept_and_seen(&self, origin: &ServerName, room_id: &RoomId) -> Result<Seen, Refusal> {
+        let (cell, room) = self.find(room_id).await?;
         let kept = self.kept_until(&room).await?;
         if kept < 0 {
             self.hubbed(room_id).await?;
         }
         match self.reach(origin, &room).await?.within(kept) {
-            reach if reach.until >= 0 => Ok(((*room).clone(), reach)),
+            reach if reach.until >= 0 => Ok(Seen { cell, room, kept, reach }),
             _ => Err(Refusal::UnknownRoom(room_id.to_string())),
         }
     }

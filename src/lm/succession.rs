@@ -77,7 +77,7 @@ struct Membership {
 }
 
 /// When each server had somebody in the room: after which position, and up to which.
-fn stays(members: &[(i64, Vec<u8>)]) -> Vec<(OwnedServerName, i64, Option<i64>)> {
+pub(super) fn stays(members: &[(i64, Vec<u8>)]) -> Vec<(OwnedServerName, i64, Option<i64>)> {
     let mut joined: BTreeMap<OwnedServerName, (i64, Vec<OwnedUserId>)> = BTreeMap::new();
     let mut stays = Vec::new();
     for (position, json) in members {

@@ -13,6 +13,9 @@ use crate::event::{Object, Pdu};
 use crate::refusal::Refusal;
 use crate::store::lm::{self as stored, EventRow, Stay};
 
+/// How many changes of the visibility are looked at together.
+const CHANGES: i64 = 100;
+
 /// What one server sees of one log.
 pub(super) struct Sight {
     /// From which positions on which visibility held; empty when it was never set.
@@ -75,6 +78,16 @@ impl Lm {
             }
         }
         Ok(sight)
+    }
+
+    /// Whether nothing was ever hidden from those who are in a room, by all that is here of its log.
+    pub(super) async fn hides_nothing(&self, room: &Snapshot) -> Result<bool, Refusal> {
+        let (store, slot) = (&self.context().store, ("m.room.history_visibility", ""));
+        let rows = stored::stood_before(store, &room.facts.room_id, slot, i64::MAX, CHANGES).await?;
+        let is_all = rows.len() < usize::try_from(CHANGES).unwrap_or_default();
+        let mut shown = rows.into_iter().map(|row| Ok(visibility(stored_pdu(row, room.redaction)?.content())));
+        let is_shown = |visibility| matches!(visibility, Visibility::World | Visibility::Shared);
+        Ok(is_all && shown.try_fold(true, |all, next: Result<_, Refusal>| Ok::<_, Refusal>(all && is_shown(next?)))?)
     }
 
     /// A stretch of the log as a server sees it.

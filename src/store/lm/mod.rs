@@ -18,11 +18,12 @@ pub use self::holes::{
     missing, next_try, note_holes, put_off_holes, rooms_with_holes,
 };
 pub use self::looks::{
-    Fault, FaultRow, Faults, Look, TakenRow, faults, faults_since, keep_look, looks, lost_since, lpdu_echoed,
-    requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus, taken_since, waiting_lpdus,
+    Fault, FaultRow, Faults, Look, TakenRow, faults, faults_since, keep_look, looks,
+    lost_since, lpdu_echoed, requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus,
+    taken_since, waiting_lpdus,
 };
 pub use self::read::{
-    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, newest_lpdus,
+    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, members_before, newest_lpdus,
     positions_of_lpdus, queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now,
     state_of_kind_before, stays, stood_before,
 };

@@ -1,0 +1,177 @@
+//! What a server gives of a log that it has taken over from another: as much of its copy as is the log. A copy has what came late at
+//! its end, the state that came with a join before that, and of a time outside the room nothing. Its positions never change; so what is
+//! vouched for is told by what follows what, from the event on that handed the log over: up to there it was whole at the hub before.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use ruma::{EventId, OwnedEventId, ServerName};
+use serde::Deserialize;
+
+use super::Lm;
+use super::room::Snapshot;
+use super::rooms::{RoomCell, stored_pdu};
+use super::rules::HUB_EVENT;
+use super::succession::stays;
+use crate::refusal::Refusal;
+use crate::store::StoreError;
+use crate::store::lm::{self as stored, EventRow};
+
+/// How many events of a copy are read at once.
+const AT_ONCE: i64 = 1_000;
+/// Among how many changes of the hub the one is looked for by which we took the log over.
+const CHANGES: i64 = 50;
+
+/// What of a copy is the log, before the event by which it was handed over to us.
+#[derive(Debug)]
+pub(super) struct Copied {
+    /// That event.
+    taken: OwnedEventId,
+    /// The position from which on each event follows the one before it, up to that event.
+    pub ordered: i64,
+    /// All that is before that in the log, and of our stay, in the log's order: its positions say nothing. Empty where some of it is
+    /// missing.
+    pub earlier: Vec<OwnedEventId>,
+}
+
+#[derive(Deserialize)]
+struct Links {
+    #[serde(default)]
+    prev_events: Vec<OwnedEventId>,
+}
+
+impl Lm {
+    /// What of a copy is the log, where an event at `position` is a part of the copy: nothing where it was kept here. `until` is
+    /// the last position that was kept here.
+    pub(super) async fn copied(
+        &self,
+        cell: &RoomCell,
+        room: &Snapshot,
+        (until, position): (i64, i64),
+    ) -> Result<Option<Arc<Copied>>, Refusal> {
+        let Some(taken) = self.taken_over(room, until).await?.filter(|taken| position < taken.position) else {
+            return Ok(None);
+        };
+        let mut known = cell.copied.lock().await;
+        if let Some(copied) = known.as_ref().filter(|copied| copied.taken == taken.event_id) {
+            return Ok(Some(copied.clone()));
+        }
+        let copied = Arc::new(self.follow_back(room, taken).await?);
+        *known = Some(copied.clone());
+        Ok(Some(copied))
+    }
+
+    /// Whether an event is given, as far as it is one of a copy.
+    pub(super) async fn gives(
+        &self,
+        server: &ServerName,
+        (cell, room): (&RoomCell, &Snapshot),
+        until: i64,
+        row: &EventRow,
+    ) -> Result<bool, Refusal> {
+        let Some(copied) = self.copied(cell, room, (until, row.position)).await? else { return Ok(true) };
+        if row.position >= copied.ordered {
+            return Ok(true);
+        }
+        let pdu = stored_pdu(row.clone(), room.redaction)?;
+        // What is current came with a join, or the log has gone on from it.
+        let current = pdu.state_key.as_deref().and_then(|state_key| room.state_event(&pdu.kind, state_key));
+        if current.is_some_and(|current| current.event_id == pdu.event_id) {
+            return Ok(true);
+        }
+        Ok(copied.earlier.contains(&row.event_id) && self.sees_all(server, room).await?)
+    }
+
+    /// Up to `limit` events of the log before and with one whose position says nothing, as far as a server may have them.
+    pub(super) async fn earlier(
+        &self,
+        server: &ServerName,
+        room: &Snapshot,
+        copied: &Copied,
+        (from, limit): (&EventId, i64),
+    ) -> Result<Vec<EventRow>, Refusal> {
+        let found = copied.earlier.iter().position(|id| id == from);
+        let last = match found {
+            Some(last) if self.sees_all(server, room).await? => last.saturating_add(1),
+            _ => return Err(Refusal::NotFound(format!("event {from} in {}", room.facts.room_id))),
+        };
+        let first = last.saturating_sub(usize::try_from(limit).unwrap_or_default());
+        let ids: Vec<&EventId> = copied.earlier.get(first..last).unwrap_or_default().iter().map(|id| &**id).collect();
+        let rows = stored::events_by_id(&self.context().store, &ids).await?;
+        let mut rows: HashMap<OwnedEventId, EventRow> =
+            rows.into_iter().map(|row| (row.event_id.clone(), row)).collect();
+        Ok(ids.iter().filter_map(|id| rows.remove(*id)).collect())
+    }
+
+    /// The event by which we came to keep a log up to a position; none where we kept it from its beginning.
+    async fn taken_over(&self, room: &Snapshot, until: i64) -> Result<Option<EventRow>, Refusal> {
+        if !room.was_handed_over() {
+            return Ok(None);
+        }
+        let (store, room_id) = (&self.context().store, &room.facts.room_id);
+        let rows = stored::stood_before(store, room_id, (HUB_EVENT, ""), until.saturating_add(1), CHANGES).await?;
+        for row in rows.into_iter().rev() {
+            if stored_pdu(row.clone(), room.redaction)?.new_hub() == Some(&*self.context().server_name) {
+                return Ok(Some(row));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Follows the log back from the event by which it was handed over, to where our stay of then began.
+    async fn follow_back(&self, room: &Snapshot, taken: EventRow) -> Result<Copied, Refusal> {
+        let (store, room_id) = (&self.context().store, &room.facts.room_id);
+        let began = self.stay_began(room, taken.position).await?;
+        let (mut ordered, mut next, mut is_ordered) = (taken.position, prev_of(&taken)?, true);
+        let (mut links, mut last) = (HashMap::new(), taken.position.saturating_sub(1));
+        while last >= began {
+            let first = last.saturating_sub(AT_ONCE).saturating_add(1).max(began);
+            for row in stored::range(store, room_id, first, last, AT_ONCE).await?.into_iter().rev() {
+                let prev = prev_of(&row)?;
+                is_ordered &= next.as_ref() == Some(&row.event_id);
+                if is_ordered {
+                    (ordered, next) = (row.position, prev);
+                } else {
+                    links.insert(row.event_id, (row.position, prev));
+                }
+            }
+            last = first.saturating_sub(1);
+        }
+        let (mut earlier, mut reached) = (Vec::new(), ordered);
+        while let Some((id, (position, prev))) = next.and_then(|id| links.remove_entry(&id)) {
+            earlier.push(id);
+            (reached, next) = (position, prev);
+        }
+        earlier.reverse();
+        if reached != began {
+            // Something was refused here, or replaced before it came: what it says of the rest is not known.
+            earlier.clear();
+        }
+        Ok(Copied { taken: taken.event_id, ordered, earlier })
+    }
+
+    /// Where the stay began in which we were at a position.
+    async fn stay_began(&self, room: &Snapshot, position: i64) -> Result<i64, Refusal> {
+        let own = &self.context().server_name;
+        let pattern = format!("%:{own}");
+        let members = stored::members_before(&self.context().store, &room.facts.room_id, &pattern, position).await?;
+        let stay = stays(&members).pop();
+        let began = stay.map_or(position, |(_, since, _)| since.saturating_add(1));
+        let create = room.state_event("m.room.create", "");
+        // Who has made the room was there before joining it.
+        let is_maker = create.is_some_and(|create| create.sender.server_name() == own);
+        Ok(if is_maker && began <= 1 { 0 } else { began })
+    }
+
+    /// Whether a server may have all that was ever said in a room: it is in it, and nothing was hidden from those who are.
+    async fn sees_all(&self, server: &ServerName, room: &Snapshot) -> Result<bool, Refusal> {
+        Ok(room.has_server(server) && self.hides_nothing(room).await?)
+    }
+}
+
+/// What an event of a log follows.
+fn prev_of(row: &EventRow) -> Result<Option<OwnedEventId>, StoreError> {
+    let links: Links = serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("event", error))?;
+    let mut prev_events = links.prev_events.into_iter();
+    Ok(prev_events.next().filter(|_| prev_events.next().is_none()))
+}
