@@ -29,7 +29,7 @@ use super::peers::prev_events;
 use super::room::Snapshot;
 use super::rooms::{RoomCell, lock};
 use super::{Inner, Lm, whereabouts};
-use crate::federation::{Feed, FeedKind};
+use crate::federation::{Feed, FeedKind, RemoteError};
 use crate::refusal::Refusal;
 use crate::store::StoreError;
 use crate::store::lm::{self as stored, Fault, Look, TakenRow};
@@ -118,7 +118,7 @@ enum Seen {
     All,
     /// Not that: it is to be looked at again.
     NotAll,
-    /// Nothing, since all our users have left, and it does not show that.
+    /// Nothing, since all our users have left, or were put out, and it does not show that.
     NoLeave,
 }
 
@@ -386,6 +386,12 @@ impl Lm {
                 self.ask_after(room_id, AGAIN);
                 Ok(())
             }
+            Err(Refusal::WrongHub { hub, .. }) => {
+                // It has handed the log on, or has not heard yet that the log is its own.
+                self.ask_after(room_id, AGAIN);
+                self.seek_hub(&cell, ServerName::parse(hub).ok(), whereabouts::EVERY);
+                Ok(())
+            }
             Err(refusal) => {
                 self.ask_after(room_id, AGAIN);
                 // It may have handed the log on before it went.
@@ -419,6 +425,10 @@ impl Lm {
         if !known {
             let now = cell.snapshot(store).await?;
             if self.leaving(&now).await? != Leaving::No {
+                return Ok(Seen::NoLeave);
+            }
+            if !was_lost && let Some(join) = self.may_be_put_out(&now).await? {
+                self.mention_silence(cell, &join).await?;
                 return Ok(Seen::NoLeave);
             }
             // What came while it was asked may follow what it knows.
@@ -484,6 +494,7 @@ impl Lm {
         for user in users {
             match self.peers().make(&room.facts.hub, "join", &room.facts.room_id, &user).await {
                 Ok((_, template)) => return Ok(Some(prev_events(&template))),
+                Err(error) if is_not_hub(&error) => return Err(wrong_hub(&error, &room.facts.hub)),
                 // Another user may ask.
                 Err(error) if is_verdict(&error) => {}
                 Err(error) => return Err(error.into_refusal(&room.facts.hub)),
@@ -509,11 +520,13 @@ impl Lm {
                 match self.peers().event(hub, event_id).await {
                     Ok(()) => Ok(true),
                     Err(error) if error.is_unrecognized() => Ok(true),
+                    Err(error) if is_not_hub(&error) => Err(wrong_hub(&error, hub)),
                     Err(error) if is_verdict(&error) => Ok(false),
                     Err(error) => Err(error.into_refusal(hub)),
                 }
             }
             Err(error) if error.is_unrecognized() => Ok(true),
+            Err(error) if is_not_hub(&error) => Err(wrong_hub(&error, hub)),
             Err(error) if is_verdict(&error) => Ok(false),
             Err(error) => Err(error.into_refusal(hub)),
         }
@@ -530,6 +543,20 @@ impl Lm {
         taking.fault(Fault::WentBack, head, "the hub gave it, and does not know it now");
         taking.finish(Some(cell)).await.map(drop)
     }
+}
+
+/// Whether a server says that it is not the hub: of what it does not know nothing follows then.
+fn is_not_hub(error: &RemoteError) -> bool {
+    matches!(error, RemoteError::Status { errcode, .. } if errcode == "M_WRONG_SERVER")
+}
+
+/// What such a server says, with who is the hub, as far as it knows.
+fn wrong_hub(error: &RemoteError, server: &ServerName) -> Refusal {
+    let named = match error {
+        RemoteError::Status { hub_server: Some(named), .. } => named.as_str(),
+        _ => server.as_str(),
+    };
+    Refusal::WrongHub { hub: named.to_owned(), found: server.to_string() }
 }
 
 /// Looks after a room as long as there is something to look for. Holds nothing while it sleeps.

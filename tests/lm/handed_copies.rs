@@ -1,18 +1,20 @@
 //! What a server gives of a log that it has taken over: of its copy what is the log, in the log's order, and nothing else.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::body::to_bytes;
+use axum::extract::Request;
+use axum::response::IntoResponse as _;
 use http::StatusCode;
 use isthmus::federation::RemoteError;
 use isthmus::lm::{Appended, HandedOver, Sent};
-use isthmus::store::lm::missing;
+use isthmus::store::lm::{lost_since, missing};
 use ruma::{OwnedEventId, OwnedRoomId, RoomId};
 use serde_json::{Value, json};
 
-use super::hub_transfer::{cut, hand_over, hurry, one_log, room_of, three, wait_for_hub};
+use super::hub_transfer::{cut, hand_over, hurry, on, one_log, room_of, three, wait_for_hub};
 use super::log_hub::respond;
 use super::world::{Node, World, bodies, draft};
 
@@ -241,4 +243,37 @@ async fn what_was_redacted_while_the_new_hub_was_out_is_not_given_by_it() {
     let log = a.log(&room).await;
     let stay = stretch(&log, "@bob:b.example", &given.event_id);
     assert_eq!(read_back(&c, &b, &room, &given.event_id).await, stay);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_hub_that_has_not_heard_of_it_is_not_said_to_have_gone_back() {
+    let (_world, [a, b, c]) =
+        World::handing_over([("a.example", on()), ("b.example", on()), ("c.example", on())]).await;
+    let room = room_of(&a, &b, &c).await;
+    let (is_cut, asked) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicUsize::new(0)));
+    let (switch, count) = (is_cut.clone(), asked.clone());
+    b.meddle(move |request: Request, next| {
+        let path = request.uri().path();
+        count.fetch_add(usize::from(path.contains("/make_join/")), Ordering::SeqCst);
+        let refuse = switch.load(Ordering::SeqCst) && path.contains("/send/");
+        async move { if refuse { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { next.run(request).await } }
+    });
+    let given = hand_over(&a, &room, "bot", &b).await.unwrap();
+    assert!(!given.taken);
+    wait_for_hub(&c, &room, &b).await;
+    c.lm.hasten_looks(50);
+    until("two looks", async || {
+        c.lm.resume().await.unwrap();
+        asked.load(Ordering::SeqCst) >= 2
+    })
+    .await;
+    // It has been asked about the first of them by now.
+    assert_eq!(c.fault_kinds(&room).await, [""; 0]);
+    assert_eq!(lost_since(&c.context.store, &room).await.unwrap(), None);
+    is_cut.store(false, Ordering::SeqCst);
+    hurry(&[&a, &b, &c]);
+    wait_for_hub(&b, &room, &b).await;
+    c.say(&room, "carol", "on").await;
+    assert_eq!(one_log(&[&a, &b, &c], &room, 1).await, ["on"]);
+    assert_eq!(c.fault_kinds(&room).await, [""; 0]);
 }

@@ -8,13 +8,13 @@ use axum::body::to_bytes;
 use axum::extract::Request;
 use http::StatusCode;
 use isthmus::event::{Completion, Object, Pdu};
-use isthmus::lm::Appended;
+use isthmus::lm::{Appended, Sent};
 use isthmus::seam::Outgoing;
 use isthmus::store::lm::{faults, faults_since, lost_since, taken_since};
 use ruma::{OwnedEventId, RoomId};
 use serde_json::{Value, json};
 
-use super::log_hub::{Manners, respond};
+use super::log_hub::{Manners, deafen, respond};
 use super::world::{Node, World, bodies, draft, ids, member, raw};
 
 /// How much faster all is looked after.
@@ -592,4 +592,50 @@ async fn who_has_left_is_out_though_the_hub_does_not_say_so() {
     part.say(&room, "alice", "back").await;
     part.wait_for_body(&room, "back").await;
     assert_eq!(taken_since(&part.context.store, &room).await.unwrap(), None);
+}
+
+async fn until(what: &str, wanted: impl AsyncFn() -> bool) {
+    let waiting = async {
+        while !wanted().await {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    assert!(tokio::time::timeout(std::time::Duration::from_secs(30), waiting).await.is_ok(), "in vain: {what}");
+}
+
+/// There are hubs that do not tell those of it whom they put out, and give them nothing from then on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_puts_us_out_without_a_word_is_not_said_to_have_gone_back() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    let hides = Arc::new(AtomicBool::new(false));
+    let kept = hides.clone();
+    hub.meddle(move |request, next| {
+        let path = request.uri().path();
+        let hides =
+            kept.load(Ordering::SeqCst) && ["/backfill/", "/event/", "/state"].iter().any(|what| path.contains(what));
+        async move {
+            match hides {
+                true => {
+                    respond(StatusCode::FORBIDDEN, json!({ "errcode": "M_FORBIDDEN", "error": "you are not in it" }))
+                }
+                false => next.run(request).await,
+            }
+        }
+    });
+    deafen(&part);
+    hides.store(true, Ordering::SeqCst);
+    hub.send(&room, member(&hub.user("bot"), &part.user("alice"), "leave")).await.unwrap();
+    part.lm.hasten_looks(HASTE);
+    until("a word about it", async || {
+        part.lm.resume().await.unwrap();
+        !part.lm.room(&room).await.unwrap().unwrap().complaints.is_empty()
+    })
+    .await;
+    assert_eq!(part.fault_kinds(&room).await, [""; 0]);
+    assert_eq!(lost_since(&part.context.store, &room).await.unwrap(), None);
+    // What is said now is refused, and not kept for ever.
+    let Sent::Queued { lpdu_id } = part.say(&room, "alice", "hello?").await else { panic!("a participant queues") };
+    until("the verdict", async || part.watcher.refused.lock().unwrap().iter().any(|(id, _)| *id == lpdu_id)).await;
 }

@@ -2,6 +2,7 @@
 //! would say for ever that we are in. Until it is seen, what the hub does not know or give proves nothing: it owes us nothing.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ruma::{EventId, OwnedEventId, OwnedUserId, RoomId, UserId};
@@ -9,8 +10,10 @@ use serde_json::Value;
 
 use super::{EVERY, QUIET, SOON, millis_of};
 use crate::event::Object;
+use crate::federation::RemoteError;
 use crate::lm::Lm;
-use crate::lm::gaps::is_verdict;
+use crate::lm::gaps::{ASKERS, is_verdict};
+use crate::lm::intake::Taking;
 use crate::lm::room::Snapshot;
 use crate::lm::rooms::{RoomCell, lock};
 use crate::refusal::Refusal;
@@ -144,6 +147,40 @@ impl Lm {
         let checked = self.check_finished(leaves, room.redaction).await;
         let leaves: Vec<_> = checked.into_iter().flatten().map(|finished| finished.pdu.event_id).collect();
         Ok(Some(leaves).filter(|leaves| !leaves.is_empty()))
+    }
+
+    /// Whether the hub knows a room and gives nothing of our stay there: the join of a user of ours, by which it may have put all of
+    /// them out without a word. One that has gone back to before that join says no more than that either.
+    pub(super) async fn may_be_put_out(&self, room: &Snapshot) -> Result<Option<OwnedEventId>, Refusal> {
+        let (hub, room_id) = (&room.facts.hub, &room.facts.room_id);
+        let mut first = None;
+        for user in self.own_members(room).take(ASKERS) {
+            let Some(join) = room.state_event(MEMBER, user.as_str()).map(|join| join.event_id.clone()) else {
+                continue;
+            };
+            if self.hub_knows(room, &join).await? {
+                return Ok(None);
+            }
+            first.get_or_insert((user, join));
+        }
+        let Some((user, join)) = first else { return Ok(None) };
+        let knows_room = match self.peers().make(hub, "join", room_id, &user).await {
+            Ok(_) => true,
+            Err(RemoteError::Status { errcode, .. }) => errcode == "M_FORBIDDEN",
+            Err(_) => false,
+        };
+        Ok(knows_room.then_some(join))
+    }
+
+    /// Notes for whoever looks at the room that nothing of it comes any more, which accuses nobody.
+    pub(super) async fn mention_silence(&self, cell: &Arc<RoomCell>, join: &EventId) -> Result<(), Refusal> {
+        let _turn = cell.intake.lock().await;
+        let mut taking = Taking::begin(self, cell, cell.snapshot(&self.context().store).await?).await?;
+        taking.looks = true;
+        let problem =
+            "the hub gives nothing of the room since then: it may have put all users of this server out of it";
+        taking.mention(join, problem);
+        taking.finish(Some(cell)).await.map(drop)
     }
 
     /// The leaves of all our users were asked for in vain: the hub is asked again later, and not without end.
