@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::FutureExt as _;
-use ruma::{OwnedEventId, OwnedServerName};
+use ruma::{OwnedEventId, OwnedServerName, UserId};
 
 use super::redactions::{self, Redacting};
 use super::room::{Move, Snapshot, Subject};
@@ -297,7 +297,7 @@ impl News {
     /// Tells the room's cell, the queues and the bridge what was committed.
     pub async fn tell(self, lm: &Lm, cell: Option<&Arc<RoomCell>>, done: Done) -> Result<Committed, StoreError> {
         let Self { before, after, events, destinations, somebody_moved, handed_over } = self;
-        let Done { kept, failed, untried, texts, pushed, redacted } = done;
+        let Done { kept, failed, untried, texts, pushed, redacted, superseded } = done;
         let room_id = after.facts.room_id.clone();
         // Not every server in a shared room has its log.
         let all_read_the_log = !after.facts.shared;
@@ -356,6 +356,7 @@ impl News {
                 cell.settle(lpdu_id, &Ok(event.clone()));
             }
         }
+        lm.were_superseded(&cell, superseded);
         if let Some(succession) = handed_over {
             lm.succeeded(&cell, &succession);
         }
@@ -422,6 +423,12 @@ fn replay(before: &Snapshot, after: &Snapshot, appended: &[Appended]) -> Snapsho
     snapshot
 }
 
+/// Whose membership an event says, where that is a user of this server.
+fn member_of<'a>(pdu: &'a Pdu, own: &ruma::ServerName) -> Option<&'a UserId> {
+    let user = pdu.state_key.as_deref().filter(|_| pdu.kind == "m.room.member")?;
+    <&UserId>::try_from(user).ok().filter(|user| user.server_name() == own)
+}
+
 /// The write job of a batch.
 pub(super) struct Job {
     store: Store,
@@ -457,6 +464,8 @@ pub(super) struct Done {
     pushed: bool,
     /// What is redacted from now on, as it was.
     redacted: Vec<Pdu>,
+    /// What our users said of their memberships that was lost on the way, and that something newer took the place of.
+    superseded: Vec<OwnedEventId>,
 }
 
 impl Job {
@@ -491,7 +500,8 @@ impl Job {
         if self.entries.is_empty() {
             stored::replace_state(tx, &room_id, &self.replaced).await?;
             let redacted = redactions::write_all(tx, &room_id, self.after.redaction, &self.redacted).await?;
-            return Ok(Done { kept, failed, untried, texts: Vec::new(), pushed: false, redacted });
+            let (texts, superseded) = Default::default();
+            return Ok(Done { kept, failed, untried, texts, pushed: false, redacted, superseded });
         }
         if !self.new_room {
             stored::advance_head(tx, &room_id, head).await?;
@@ -508,7 +518,7 @@ impl Job {
         let replaced = std::mem::take(&mut self.replaced);
         let (feed, succession) = (self.feed.clone(), self.handed_over.take());
         let server_name = self.server_name.clone();
-        let events = self.append(tx).await?;
+        let (events, superseded) = self.append(tx).await?;
         stored::replace_state(tx, &room_id, &replaced).await?;
         if let Some(succession) = succession {
             succession.write(tx, &feed, &server_name, head).await?;
@@ -522,7 +532,7 @@ impl Job {
         }
         let text = |event: NewEvent| (event.position, event.json.into());
         let texts = if is_hub { events.into_iter().map(text).collect() } else { Vec::new() };
-        Ok(Done { kept, failed, untried, texts, pushed, redacted })
+        Ok(Done { kept, failed, untried, texts, pushed, redacted, superseded })
     }
 
     /// Writes the effects in order, up to the first that fails; says how many events are kept.
@@ -574,11 +584,18 @@ impl Job {
         Ok(!event_ids.is_empty())
     }
 
-    async fn append(self, tx: &mut Tx) -> Result<Vec<NewEvent>, StoreError> {
+    /// The events as they were written, and what our users said of their memberships before and what is not to come after these.
+    async fn append(self, tx: &mut Tx) -> Result<(Vec<NewEvent>, Vec<OwnedEventId>), StoreError> {
         let room_id = &self.feed.room_id;
         let of_own = |entry: &&Entry| entry.pdu.sender.server_name() == self.server_name;
         let own: Vec<OwnedEventId> =
             self.entries.iter().filter(of_own).filter_map(|entry| entry.pdu.lpdu_id.clone()).collect();
+        let mut superseded = Vec::new();
+        for entry in self.entries.iter().filter(|_| !self.is_hub) {
+            let Some(user) = member_of(&entry.pdu, &self.server_name) else { continue };
+            let by = stored::Came::In(entry.pdu.lpdu_id.as_deref());
+            superseded.extend(stored::forget_memberships(tx, room_id, user, by).await?);
+        }
         let events: Vec<NewEvent> = self
             .entries
             .into_iter()
@@ -597,6 +614,6 @@ impl Job {
         let state = events.iter().filter_map(|event| Some((event.state.as_ref()?, event.position)));
         let state: BTreeMap<&(String, String), i64> = state.collect();
         stored::set_state(tx, room_id, &state.into_iter().collect::<Vec<_>>()).await?;
-        Ok(events)
+        Ok((events, superseded))
     }
 }

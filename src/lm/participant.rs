@@ -26,7 +26,7 @@ use crate::federation::RemoteError;
 use crate::identity::KeyringError;
 use crate::refusal::Refusal;
 use crate::seam::{AliasTarget, Draft, Membership, Outgoing};
-use crate::store::lm::Fault;
+use crate::store::lm::{self as stored, Fault};
 
 /// How many events are kept that come for a room while its join is under way.
 const EARLY: usize = 1000;
@@ -270,7 +270,7 @@ impl Lm {
         }
         taking.append(joined.pdu);
         if let Some(cell) = known.as_ref().filter(|_| was_out) {
-            self.forget_earlier_stay(cell).await?;
+            self.forget_earlier_stay(cell, &lpdu.sender).await?;
         }
         let committed = taking.finish(known.as_ref()).await?;
         drop(turn);
@@ -280,10 +280,16 @@ impl Lm {
         Ok(joined)
     }
 
-    /// What was missing of an earlier stay is not of the one that begins, and would stand in it if it came.
-    async fn forget_earlier_stay(&self, cell: &Arc<RoomCell>) -> Result<(), Refusal> {
+    /// What was missing of an earlier stay is not of the one that begins, and would stand in it if it came; what a user said of an
+    /// earlier one would end it.
+    async fn forget_earlier_stay(&self, cell: &Arc<RoomCell>, user: &UserId) -> Result<(), Refusal> {
         self.forget_holes(&cell.room_id).await?;
         self.attend(cell);
+        let (room_id, user) = (cell.room_id.clone(), user.to_owned());
+        let job = self.context().store.write(move |tx| {
+            Box::pin(async move { stored::forget_memberships(tx, &room_id, &user, stored::Came::Anew).await })
+        });
+        self.were_superseded(cell, job.await?);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use http::StatusCode;
 use isthmus::event::{Completion, Object, Pdu};
 use isthmus::lm::{Appended, Sent};
 use isthmus::seam::Outgoing;
-use isthmus::store::lm::{faults, faults_since, lost_since, taken_since};
+use isthmus::store::lm::{faults, faults_since, lost_since, taken_lpdus, taken_since};
 use ruma::{OwnedEventId, RoomId};
 use serde_json::{Value, json};
 
@@ -601,6 +601,48 @@ async fn until(what: &str, wanted: impl AsyncFn() -> bool) {
         }
     };
     assert!(tokio::time::timeout(std::time::Duration::from_secs(30), waiting).await.is_ok(), "in vain: {what}");
+}
+
+/// Sent again it would end the stay that has begun since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leave_that_was_lost_is_not_said_again_of_who_has_come_since() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    let loses = Arc::new(AtomicBool::new(true));
+    let kept = loses.clone();
+    hub.meddle(move |request, next| {
+        let loses = kept.clone();
+        async move {
+            let (parts, body) = request.into_parts();
+            let body = to_bytes(body, 1 << 20).await.unwrap();
+            let is_leave = String::from_utf8_lossy(&body).contains(r#""membership":"leave""#);
+            if is_leave && parts.uri.path().contains("/send/") && loses.load(Ordering::SeqCst) {
+                return respond(StatusCode::OK, json!({}));
+            }
+            next.run(Request::from_parts(parts, body.into())).await
+        }
+    });
+    for user in ["alice", "stays"] {
+        part.join(&room, user, &hub).await;
+    }
+    let alice = part.user("alice");
+    let store = &part.context.store;
+    let Sent::Queued { lpdu_id } = part.send(&room, member(&alice, &alice, "leave")).await.unwrap() else {
+        panic!("a participant queues")
+    };
+    until("that it is taken", async || taken_lpdus(store, &room, 9).await.unwrap().len() == 1).await;
+    part.lm.join(&room, &alice, &[], Object::new()).await.unwrap();
+    assert_eq!(taken_lpdus(store, &room, 9).await.unwrap(), [], "nothing is to be said again");
+    until("that its sender is told", async || {
+        part.watcher.refused.lock().unwrap().iter().any(|(id, _)| *id == lpdu_id)
+    })
+    .await;
+    loses.store(false, Ordering::SeqCst);
+    part.lm.hasten_looks(HASTE);
+    part.say(&room, "alice", "here").await;
+    part.wait_for_body(&room, "here").await;
+    let state = hub.lm.state(&room).await.unwrap();
+    assert_eq!(state.get("m.room.member", alice.as_str()).unwrap().content()["membership"], "join");
 }
 
 /// There are hubs that do not tell those of it whom they put out, and give them nothing from then on.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ruma::{RoomId, ServerName};
+use ruma::{OwnedEventId, RoomId, ServerName};
 
 use super::{Certainty, ECHO_MS, QUIET, SETTLED, TAKEN, millis_of};
 use crate::federation::{Feed, FeedKind, OutboundQueues};
@@ -90,6 +90,23 @@ impl Lm {
             }
         }
         Ok(())
+    }
+
+    /// What our users said of their memberships, and what is not in the log, is told to be lost: something newer is there instead.
+    pub(in crate::lm) fn were_superseded(&self, cell: &Arc<RoomCell>, lpdu_ids: Vec<OwnedEventId>) {
+        if lpdu_ids.is_empty() {
+            return;
+        }
+        let (lm, cell) = (self.clone(), cell.clone());
+        tokio::spawn(async move {
+            for lpdu_id in lpdu_ids {
+                let why = "the hub did not put it into its log, and has something newer of the same user there";
+                cell.settle(&lpdu_id, &Err(Refusal::Forbidden(why.to_owned())));
+                if let Err(refusal) = lm.between().lpdu_refused(&cell.room_id, &lpdu_id, why).await {
+                    tracing::warn!(room = %cell.room_id, event = %lpdu_id, %refusal, "that it was lost was not told");
+                }
+            }
+        });
     }
 
     pub(super) async fn forget(&self, room_id: &RoomId, positions: Vec<i64>) -> Result<(), Refusal> {

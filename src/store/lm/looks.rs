@@ -1,7 +1,7 @@
 //! How foreign hubs keep their logs: whether they fork, how far they were looked over, whether they know their end; what they
 //! took and did not put into them; and their faults.
 
-use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId, ServerName};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId, ServerName, UserId};
 use sqlx::Row as _;
 
 use super::super::{Store, StoreError, Tx, text};
@@ -239,6 +239,54 @@ pub async fn lpdu_echoed(tx: &mut Tx, room_id: &RoomId, lpdu_id: &EventId) -> Re
         .execute(&mut *tx)
         .await?;
     Ok(())
+}
+
+/// How a user's membership came into the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Came<'a> {
+    /// By a handshake of the user's, after all that is queued.
+    Anew,
+    /// By an event that the hub gave, of this LPDU if of any. Where that is not queued, what the hub has not taken may be later.
+    In(Option<&'a EventId>),
+}
+
+/// A user's membership came into the log by an event: what the user said of it before, and what is not in the log, would undo that
+/// if it came there later. Takes it out, and returns which it was.
+pub async fn forget_memberships(
+    tx: &mut Tx,
+    room_id: &RoomId,
+    user: &UserId,
+    came: Came<'_>,
+) -> Result<Vec<OwnedEventId>, StoreError> {
+    #[derive(serde::Deserialize)]
+    struct Peek {
+        #[serde(rename = "type")]
+        kind: String,
+        sender: String,
+        #[serde(default)]
+        state_key: Option<String>,
+    }
+    let sql = "SELECT position, lpdu_id, json, taken_ts FROM lm_lpdu_queue WHERE room_id = $1 ORDER BY position";
+    let rows = sqlx::query(sql).bind(room_id.as_str()).fetch_all(&mut *tx).await?;
+    let mut said = Vec::new();
+    let mut until = (came == Came::Anew).then_some(i64::MAX);
+    for row in &rows {
+        let (position, id): (i64, OwnedEventId) = (row.try_get("position")?, parsed(row, "lpdu_id")?);
+        if came == Came::In(Some(&id)) {
+            until = Some(position);
+            continue;
+        }
+        let json: Vec<u8> = row.try_get("json")?;
+        let peek: Peek = serde_json::from_slice(&json).map_err(|error| StoreError::corrupt("LPDU", error))?;
+        let is_own = peek.sender == user.as_str() && peek.state_key.as_deref() == Some(user.as_str());
+        if is_own && peek.kind == "m.room.member" {
+            said.push((position, id, row.try_get::<i64, _>("taken_ts")? != 0));
+        }
+    }
+    said.retain(|(position, _, is_taken)| until.map_or(*is_taken, |until| *position < until));
+    let positions: Vec<i64> = said.iter().map(|(position, ..)| *position).collect();
+    super::forget_lpdus(tx, room_id, &positions).await?;
+    Ok(said.into_iter().map(|(_, id, _)| id).collect())
 }
 
 /// An LPDU that the hub took, and that is not in its log, waits again, at another position. False when it came meanwhile.

@@ -18,7 +18,7 @@ pub use self::holes::{
     missing, next_try, note_holes, put_off_holes, rooms_with_holes,
 };
 pub use self::looks::{
-    Fault, FaultRow, Faults, Look, TakenRow, faults, faults_since, keep_look, looks,
+    Came, Fault, FaultRow, Faults, Look, TakenRow, faults, faults_since, forget_memberships, keep_look, looks,
     lost_since, lpdu_echoed, requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus,
     taken_since, waiting_lpdus,
 };
