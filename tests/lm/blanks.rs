@@ -1,7 +1,7 @@
 //! Events whose content a hub leaves out: of which it may be said that it rewrote them, and of which not.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use isthmus::lm::{Appended, Sent};
 use isthmus::store::lm as stored;
@@ -9,6 +9,8 @@ use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId};
 use serde_json::{Value, json};
 
 use super::hostile_hub::{give, room_of};
+use super::hub_transfer::{hand_over, hub_at, on};
+use super::log_hub::respond;
 use super::world::{Node, World, draft, member};
 
 /// A room of the hub's with `@alice` of the participant and `@carol` of a third server, whose log reaches the participant by a test's
@@ -189,4 +191,82 @@ async fn what_a_redacted_redaction_may_name_is_no_fault_of_the_hub() {
     assert_ne!(copy, redaction);
     assert_eq!(give(&part, &hub, &copy).await.result, Ok(()));
     assert_eq!((part.fault_kinds(&room).await, blanks(&part, &room).await), (Vec::new(), 0));
+}
+
+/// What the hub before kept back, or redacted and did not tell any more, is not the next one's fault.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_came_without_content_before_the_log_was_handed_over_is_no_fault_of_the_new_hub() {
+    let names = ["hub.example", "part.example", "third.example"];
+    let (_world, [hub, part, third]) = World::handing_over(names.map(|name| (name, on()))).await;
+    let (room, known) = by_hand(&hub, &part, &third).await;
+    third.say(&room, "carol", "blanked").await;
+    hub.wait_for_body(&room, "blanked").await;
+    give_from(&part, &hub, &room, known, &["blanked"]).await;
+    assert_eq!(blanks(&part, &room).await, 1);
+    let known = hub.log(&room).await.len();
+    third.wait_for_body(&room, "blanked").await;
+    hand_over(&hub, &room, "bot", &third).await.unwrap();
+    give_from(&part, &hub, &room, known, &[]).await;
+    assert_eq!((hub_at(&part, &room).await.as_str(), blanks(&part, &room).await), ("third.example", 0));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    third.meddle(move |request, next| {
+        count.fetch_add(usize::from(request.uri().path().contains("/make_join/")), Ordering::SeqCst);
+        next.run(request)
+    });
+    part.meddle(|request, next| next.run(request));
+    part.lm.hasten_looks(3_000);
+    third.say(&room, "carol", "later").await;
+    third.context.outbound.retry(&part.name);
+    part.wait_for_body(&room, "later").await;
+    until(async || {
+        part.lm.resume().await.unwrap();
+        asked.load(Ordering::SeqCst) >= 10
+    })
+    .await;
+    assert_eq!(part.fault_kinds(&room).await, Vec::<String>::new());
+}
+
+/// In what a hub does not give may be what redacts an event.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_30_of_a_log_with_a_hole_nothing_is_said_about_events_without_content_until_it_is_filled() {
+    let (world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let (room, known) = by_hand(&hub, &part, &third).await;
+    let (refuses, asked) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicUsize::new(0)));
+    let (switch, count) = (refuses.clone(), asked.clone());
+    hub.meddle(move |request, next| {
+        let path = request.uri().path();
+        count.fetch_add(usize::from(path.contains("/make_join/")), Ordering::SeqCst);
+        let refuse = switch.load(Ordering::SeqCst) && path.contains("/backfill/");
+        async move {
+            match refuse {
+                true => respond(http::StatusCode::FORBIDDEN, json!({ "errcode": "M_FORBIDDEN", "error": "not now" })),
+                false => next.run(request).await,
+            }
+        }
+    });
+    third.say(&room, "carol", "blanked").await;
+    hub.wait_for_body(&room, "blanked").await;
+    give_from(&part, &hub, &room, known, &["blanked"]).await;
+    assert_eq!(blanks(&part, &room).await, 1);
+    hub.say(&room, "bot", "not given").await;
+    let Sent::Appended(last) = hub.say(&room, "bot", "last").await else { panic!("a hub appends") };
+    assert_eq!(give(&part, &hub, &last.event.json).await.result, Ok(()));
+    assert_eq!(part.bodies(&room).await, ["last"]);
+    part.lm.hasten_looks(3_000);
+    until(async || {
+        part.lm.resume().await.unwrap();
+        asked.load(Ordering::SeqCst) >= 30
+    })
+    .await;
+    assert_eq!((part.fault_kinds(&room).await, blanks(&part, &room).await), (vec!["skipped".to_owned()], 1));
+    refuses.store(false, Ordering::SeqCst);
+    let part = world.restart(part).await;
+    part.lm.hasten_looks(3_000);
+    part.wait_for_body(&room, "not given").await;
+    until(async || {
+        part.lm.resume().await.unwrap();
+        part.fault_kinds(&room).await == ["rewritten", "skipped"]
+    })
+    .await;
 }
