@@ -64,6 +64,9 @@ pub struct Health {
     pub graph_missing: Waiting,
     /// What foreign hubs did wrong with their logs.
     pub hub_faults: HubFaults,
+    /// Leaves of users whose joins foreign hubs may have taken, and which came to nothing here.
+    #[serde(default)]
+    pub owed_leaves: Waiting,
     /// State of shared rooms of which their log has something else than the room, and which could not be corrected.
     pub uncorrected: Uncorrected,
     /// Long parts of foreign hubs' logs, from an absence, that are being fetched.
@@ -391,6 +394,14 @@ fn judge(findings: Findings) -> Health {
             "foreign hubs misbehaved {count} times in the last hour, in {faulty} rooms{when}: `isthmus portal show` says how"
         ));
     }
+    let owed_leaves = waiting(store.owed.count, store.owed.since);
+    if owed_leaves.oldest_age_ms > LONGEST_WAIT {
+        let (count, minutes) = (owed_leaves.waiting, owed_leaves.oldest_age_ms / 60_000);
+        problems.push(format!(
+            "{count} users could not leave rooms again whose hubs may have taken a join that came to nothing here, the first for \
+             {minutes} minutes: the log says which"
+        ));
+    }
     let uncorrected = findings.uncorrected;
     if uncorrected.count > 0 {
         let Uncorrected { rooms, count } = uncorrected;
@@ -439,6 +450,7 @@ fn judge(findings: Findings) -> Health {
         missing,
         graph_missing,
         hub_faults: HubFaults { count, rooms: faulty, last_ts, lost },
+        owed_leaves,
         uncorrected,
         catching_up: CatchingUp { rooms, fetched, taken },
         events_of_unknown_rooms: METRICS.events_of_unknown_rooms.get(),
@@ -529,6 +541,8 @@ mod tests {
         };
         let forgot =
             Overview { faults: lm::Faults { count: 0, rooms: 0, last_ts: None, lost: 1 }, ..Overview::default() };
+        let owed = lm::Owed { count: 2, since: Some(10_000_000 - 14 * 60_000) };
+        let owed = Overview { owed, ..Overview::default() };
         let down = HomeserverStatus { error: Some("502".to_owned()), ..HomeserverStatus::default() };
         let failing = 5;
         let cases = [
@@ -552,6 +566,7 @@ mod tests {
             ),
             (Findings { store: Ok(forked), ..good() }, "misbehaved 57 times in the last hour, in 2 rooms"),
             (Findings { store: Ok(forgot), ..good() }, "the hubs of 1 rooms do not know"),
+            (Findings { store: Ok(owed), ..good() }, "2 users could not leave rooms again"),
             (Findings { homeserver: Some(down), ..good() }, "did not come back (502)"),
             (
                 Findings { uncorrected: Uncorrected { rooms: 1, count: 3 }, ..good() },

@@ -97,6 +97,7 @@ mod tests {
             missing: Waiting::default(),
             graph_missing: Waiting::default(),
             hub_faults: HubFaults::default(),
+            owed_leaves: Waiting::default(),
             uncorrected: Uncorrected::default(),
             catching_up: CatchingUp::default(),
             events_of_unknown_rooms: 0,

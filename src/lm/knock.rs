@@ -9,7 +9,7 @@ use super::actor::What;
 use super::batch::Origin;
 use super::handshake::stripped_state;
 use super::room::{Facts, Snapshot};
-use super::ways::as_hub;
+use super::ways::{as_hub, is_of_a_known_version};
 use super::{Lm, Role};
 use crate::event::{Object, RoomVersion};
 use crate::federation::RemoteError;
@@ -77,8 +77,9 @@ impl Lm {
             true => Refusal::Forbidden(format!("{server} knows no knocks")),
             false => as_hub(error, server),
         };
-        self.peers().make(server, "knock", room_id, &draft.sender).await.map_err(failed)?;
-        // Of the template nothing is needed: what the knock says is ours.
+        let (made, _) = self.peers().make(server, "knock", room_id, &draft.sender).await.map_err(failed)?;
+        is_of_a_known_version(&made)?;
+        // Of the template nothing else is needed: what the knock says is ours.
         let facts =
             Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned(), shared: false };
         let lpdu = self.sign(&facts, draft)?;

@@ -8,7 +8,7 @@
 //! `intake` (what the hub sends), `gaps` (what is missing of
 //! that), `staged` (where that is much), `look` (whether the log as a whole is what was given), `holes` (what stays missing), `waits` (what waits to be
 //! judged), `finished` (its signatures and hashes), `lpdus` (what goes to the hub) and `ahead` (what has
-//! not come back from there). `shared` is the log of a room that is a graph too. `weight` bounds the state that a foreign hub can have us keep. `feed` is what
+//! not come back from there); `owed` has users leave whose joins were of no use. `shared` is the log of a room that is a graph too. `weight` bounds the state that a foreign hub can have us keep. `feed` is what
 //! the outbound queues read, `peers` what is asked of others, `reads` what the gateway itself asks.
 
 mod actor;
@@ -31,6 +31,7 @@ mod knock;
 mod look;
 mod lpdus;
 mod names;
+mod owed;
 mod participant;
 mod past;
 mod peers;

@@ -7,6 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
+use futures::future::BoxFuture;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
@@ -15,10 +16,11 @@ use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
 use super::intake::Taking;
 use super::join_check::{Claim, Seen, forbidden, is_ban, is_critical, without_forbidden};
+use super::owed::may_have_taken;
 use super::peers::prev_events;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
-use super::ways::as_hub;
+use super::ways::{as_hub, is_of_a_known_version};
 use super::weight::Weight;
 use super::{Appended, Lm, Role};
 use crate::event::{Family, Lpdu, Object, Pdu, Redaction, RoomVersion};
@@ -106,18 +108,38 @@ impl Lm {
                 Err(refusal) => Err(refusal),
             }
         };
-        for (origin, object) in self.joining().leave(room_id, join) {
-            for early in self.receive_in_room(&origin, room_id, vec![object]).await {
-                if let Err(refusal) = early.result {
-                    tracing::info!(room = %room_id, %origin, %refusal, "refused an event that came before the join");
-                }
-            }
+        self.end_turn(room_id, join).await;
+        if joined.is_err() {
+            // What was tried may be owed a leave.
+            self.tell_soon();
         }
         match joined? {
             Inside::Joined(appended) => Ok(appended),
             // Not in turn: others may join meanwhile.
             Inside::Member(cell, room) => self.send_and_wait(&cell, &room.facts, draft).await,
         }
+    }
+
+    async fn end_turn(&self, room_id: &RoomId, join: Arc<Join>) {
+        for (origin, object) in self.joining().leave(room_id, join) {
+            // In a box: a future inside this one gets too deep for the compiler.
+            let received: BoxFuture<'_, _> = Box::pin(self.receive_in_room(&origin, room_id, vec![object]));
+            for early in received.await {
+                if let Err(refusal) = early.result {
+                    tracing::info!(room = %room_id, %origin, %refusal, "refused an event that came before the join");
+                }
+            }
+        }
+    }
+
+    /// Does something while nobody joins a room.
+    pub(super) async fn in_turn<T>(&self, room_id: &RoomId, work: impl Future<Output = T> + Send) -> T {
+        let join = self.joining().enter(room_id);
+        let turn = join.turn.lock().await;
+        let done = work.await;
+        drop(turn);
+        self.end_turn(room_id, join).await;
+        done
     }
 
     async fn join_from_inside(&self, room_id: &RoomId, draft: &Draft) -> Result<Option<Inside>, Refusal> {
@@ -152,7 +174,10 @@ impl Lm {
         while let Some(server) = ways.next() {
             lock(&join.asked).insert(server.clone());
             match self.join_through(&server, room_id, draft).await {
-                Ok(joined) => return Ok(joined),
+                Ok(joined) => {
+                    self.owes_no_leave(room_id, &draft.sender).await;
+                    return Ok(joined);
+                }
                 Err(refusal) => {
                     tracing::info!(room = %room_id, %server, %refusal, "not joined through this server");
                     ways.refused(&server, refusal);
@@ -164,18 +189,26 @@ impl Lm {
 
     async fn join_through(&self, server: &ServerName, room_id: &RoomId, draft: &Draft) -> Result<Appended, Refusal> {
         let failed = |error: RemoteError| as_hub(error, server);
-        let (_, template) = self.peers().make(server, "join", room_id, &draft.sender).await.map_err(failed)?;
+        let (made, template) = self.peers().make(server, "join", room_id, &draft.sender).await.map_err(failed)?;
+        is_of_a_known_version(&made)?;
         // What was taken part in by its log is a log for good: a graph cannot begin in its middle.
         let is_log = self.find(room_id).await.is_ok_and(|(_, room)| !room.facts.shared);
         if !prev_events(&template).is_empty() && !is_log && !self.does_logs_alone(server).await? {
             return self.join_graph(server, room_id, draft).await;
         }
-        // Of the template nothing is needed: what the join says is ours.
+        // Of the template nothing else is needed: what the join says is ours.
         let facts =
             Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned(), shared: false };
         let lpdu = self.sign(&facts, draft)?;
-        let (answer, _held) = self.peers().send(server, "join", &lpdu.lpdu_id, &lpdu.json).await.map_err(failed)?;
-        self.take_join(server, &lpdu, answer).await
+        let taken = match self.peers().send(server, "join", &lpdu.lpdu_id, &lpdu.json).await {
+            Ok((answer, _held)) => self.take_join(server, &lpdu, answer).await,
+            Err(error) if may_have_taken(&error) => Err(failed(error)),
+            Err(error) => return Err(failed(error)),
+        };
+        if let Err(refusal) = &taken {
+            self.owe_leave(server, room_id, &draft.sender, refusal).await;
+        }
+        taken
     }
 
     /// Whether a hub whose template is one for graph servers takes LPDUs all the same. One that does LM alone says so in
@@ -329,7 +362,7 @@ impl Lm {
     ) -> Result<(), Refusal> {
         let mut ways = self.ways(room_id, via).await;
         while let Some(server) = ways.next() {
-            match self.leave_through(&server, room_id, draft).await {
+            match self.leave_through(&server, room_id, draft, false).await {
                 Ok(()) => return Ok(()),
                 Err(refusal) => ways.refused(&server, refusal),
             }
@@ -337,13 +370,26 @@ impl Lm {
         Err(ways.end(&format!("{room_id} can be left")))
     }
 
-    /// By make_leave and send_leave; some hubs know neither and take a leave like any other event.
-    async fn leave_through(&self, server: &ServerName, room_id: &RoomId, draft: &Draft) -> Result<(), Refusal> {
+    /// By make_leave and send_leave; some hubs know neither and take a leave like any other event. After a join that the hub has,
+    /// as `has_join` says, whatever the room's version is.
+    pub(super) async fn leave_through(
+        &self,
+        server: &ServerName,
+        room_id: &RoomId,
+        draft: &Draft,
+        has_join: bool,
+    ) -> Result<(), Refusal> {
         let failed = |error: RemoteError| as_hub(error, server);
+        let made = self.peers().make(server, "leave", room_id, &draft.sender).await;
+        if let Ok((made, _)) = &made
+            && !has_join
+        {
+            is_of_a_known_version(made)?;
+        }
         let facts =
             Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned(), shared: false };
         let lpdu = self.sign(&facts, draft)?;
-        let left = match self.peers().make(server, "leave", room_id, &draft.sender).await {
+        let left = match made {
             Ok(_) => self.peers().send(server, "leave", &lpdu.lpdu_id, &lpdu.json).await,
             Err(error) => Err(error),
         };

@@ -23,7 +23,7 @@ use crate::seam::EventEffect;
 use crate::store::lm::{self as stored, Outsider, Tell, TellLimits};
 use crate::store::{StoreError, Tx};
 
-/// How many servers are told at once. Participants choose whom they invite, and how often.
+/// How many servers are told at once, and how many users leave. Participants choose whom they invite, and how often.
 const AT_ONCE: i64 = 32;
 /// Of how many events one server is still to be told at most, of how many of one server's users others are, and how many in all.
 const WAITING: TellLimits = TellLimits { to: 100, by: 500, all: 10_000 };
@@ -149,7 +149,7 @@ impl Lm {
         self.context().clock.now_ms()
     }
 
-    /// There may be something to tell.
+    /// There may be something to tell, or somebody to leave (`owed`).
     pub(super) fn tell_soon(&self) {
         let begin = {
             let mut at_work = lock(&self.inner.tells.at_work);
@@ -169,18 +169,23 @@ impl Lm {
         Ok(())
     }
 
-    /// Tells what is due. How long nothing more is; none when nothing is left.
+    /// Tells what is due, and has users leave who are to. How long nothing more is; none when nothing is left.
     async fn tell_due(&self) -> Result<Option<Duration>, StoreError> {
         let store = &self.context().store;
         loop {
             let due = stored::tells_due(store, self.now(), AT_ONCE).await?;
-            if due.is_empty() {
-                let next = stored::next_tell(store).await?;
+            let owed = stored::owed_leaves_due(store, self.now(), AT_ONCE).await?;
+            if due.is_empty() && owed.is_empty() {
+                let next = [stored::next_tell(store).await?, stored::next_owed_leave(store).await?];
+                let next = next.into_iter().flatten().min();
                 let left = |next: i64| u64::try_from(next.saturating_sub(self.now())).unwrap_or(0);
                 return Ok(next.map(|next| Duration::from_millis(left(next))));
             }
-            for told in join_all(due.into_iter().map(|tell| self.tell_one(tell))).await {
-                told?;
+            let telling = join_all(due.into_iter().map(|tell| self.tell_one(tell)));
+            let leaving = join_all(owed.into_iter().map(|leave| self.leave_owed(leave)));
+            let (told, left) = futures::future::join(telling, leaving).await;
+            for done in told.into_iter().chain(left) {
+                done?;
             }
         }
     }

@@ -4,9 +4,11 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use ruma::{OwnedServerName, RoomId, ServerName};
+use serde_json::Value;
 
 use super::Lm;
 use super::participant::into_refusal;
+use crate::event::{Family, Object, RoomVersion};
 use crate::federation::RemoteError;
 use crate::refusal::Refusal;
 
@@ -76,9 +78,21 @@ pub(super) fn as_hub(error: RemoteError, server: &ServerName) -> Refusal {
     }
 }
 
+/// Refuses what a server answers to `make_…` for a room of a version that is not known here, or is none of LM's: nothing is signed for it.
+/// A template need not say the version; that of the room's first event holds, whatever it says.
+/// Source: draft-ralston-mimi-linearized-matrix-04, section "`GET /_matrix/federation/v1/make_leave/:roomId/:userId`" (`int-api-make-leave`).
+pub(super) fn is_of_a_known_version(made: &Object) -> Result<(), Refusal> {
+    let Some(version) = made.get("room_version").and_then(Value::as_str) else { return Ok(()) };
+    match RoomVersion::parse(version).map(RoomVersion::family) {
+        Some(Family::Log) => Ok(()),
+        Some(Family::Graph) | None => Err(Refusal::IncompatibleRoomVersion(version.chars().take(100).collect())),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use ruma::server_name;
+    use serde_json::json;
 
     use super::*;
 
@@ -122,5 +136,21 @@ mod tests {
         }
         assert_eq!(ways.end("it can be left").to_string(), Refusal::Forbidden("no".to_owned()).to_string());
         assert!(self::ways(&[]).end("it can be left").to_string().contains("it can be left"));
+    }
+
+    #[test]
+    fn a_template_may_say_a_version_that_is_known_or_none() {
+        let made = |version: Value| {
+            let made = json!({ "event": {}, "room_version": version });
+            is_of_a_known_version(made.as_object().unwrap())
+        };
+        for version in RoomVersion::of(Family::Log) {
+            assert_eq!(made(json!(version.as_str())), Ok(()));
+        }
+        assert_eq!(made(Value::Null), Ok(()));
+        assert_eq!(is_of_a_known_version(&Object::new()), Ok(()));
+        for version in ["I.2", "11", ""] {
+            assert_eq!(made(json!(version)), Err(Refusal::IncompatibleRoomVersion(version.to_owned())));
+        }
     }
 }

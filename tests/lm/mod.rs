@@ -31,3 +31,4 @@ mod shared_schedules;
 mod transactions;
 mod unreadable;
 pub mod world;
+mod unusable_joins;

@@ -4,6 +4,7 @@
 mod blanks;
 mod holes;
 mod looks;
+mod owed;
 mod read;
 mod redactions;
 mod staged;
@@ -21,6 +22,10 @@ pub use self::looks::{
     Came, Fault, FaultRow, Faults, Look, TakenRow, faults, faults_since, forget_memberships, keep_look, looks,
     lost_since, lpdu_echoed, requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus,
     taken_since, waiting_lpdus,
+};
+pub use self::owed::{
+    Owed, OwedLeave, forget_owed_leave, forget_owed_leaves, next_owed_leave, owe_leave, owed_leave, owed_leaves,
+    owed_leaves_due, put_off_leave,
 };
 pub use self::read::{
     Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, members_before, newest_lpdus,
