@@ -18,6 +18,8 @@ use crate::seam::Membership;
 
 /// How many events one page of history has at most.
 const MAX_PAGE: usize = 100;
+/// From how many events one page of history goes back at most.
+const MAX_START: usize = 20;
 /// How many missing events are given at once, at most.
 const MAX_MISSING: usize = 50;
 /// How many events that were rejected are passed on the way at most.
@@ -85,15 +87,52 @@ impl Dag {
         from: &[OwnedEventId],
         limit: i64,
     ) -> Result<Value, Refusal> {
-        let start: Vec<_> = from.iter().take(20).cloned().collect();
+        let start = start_of(from);
         let room = self.reader(origin, room_id, &start).await?;
+        Ok(self.page(self.history_for(origin, &room, start, limit).await?))
+    }
+
+    /// `GET v2/backfill`, as LM's draft has it, of the graph of a shared room: oldest first, nothing beside the events, and for who may
+    /// not read the room there is none.
+    pub async fn backfill_as_log(
+        &self,
+        origin: &ServerName,
+        room_id: &RoomId,
+        from: &[OwnedEventId],
+        limit: i64,
+    ) -> Result<Value, Refusal> {
+        let start = start_of(from);
+        let room = self.reader(origin, room_id, &start).await.map_err(|refusal| match refusal {
+            Refusal::Forbidden(_) => Refusal::UnknownRoom(room_id.to_string()),
+            refusal => refusal,
+        })?;
+        let known = self.shared.events.get_many(&start).await?;
+        let is_here = |event: &Arc<Stored>| {
+            event.pdu.room_id == room.room_id && event.groups.is_some() && event.status != Status::Rejected
+        };
+        if !known.values().any(is_here) {
+            let asked = start.first().map(|id| id.to_string()).unwrap_or_default();
+            return Err(Refusal::NotFound(format!("event {asked} in {room_id}")));
+        }
+        let mut pdus = self.history_for(origin, &room, start, limit).await?;
+        pdus.reverse();
+        Ok(json!({ "pdus": pdus }))
+    }
+
+    /// The events from `start` backwards, newest first, as a server sees them.
+    async fn history_for(
+        &self,
+        origin: &ServerName,
+        room: &Room,
+        start: Vec<OwnedEventId>,
+        limit: i64,
+    ) -> Result<Vec<Value>, Refusal> {
         let limit = usize::try_from(limit).unwrap_or(0).min(MAX_PAGE);
-        let events = self.history(&room, start, &HashSet::new(), 0, limit).await?;
         let mut pdus = Vec::new();
-        for event in events {
+        for event in self.history(room, start, &HashSet::new(), 0, limit).await? {
             pdus.push(self.as_seen_by(origin, &event).await?);
         }
-        Ok(self.page(pdus))
+        Ok(pdus)
     }
 
     /// `POST v1/get_missing_events`
@@ -258,6 +297,11 @@ impl Dag {
         let context = &self.shared.context;
         json!({ "origin": context.server_name, "origin_server_ts": context.clock.now_ms(), "pdus": pdus })
     }
+}
+
+/// From where a page of history goes back at most.
+fn start_of(from: &[OwnedEventId]) -> Vec<OwnedEventId> {
+    from.iter().take(MAX_START).cloned().collect()
 }
 
 /// The auth chain of `roots`, without the events of `known`.

@@ -1,12 +1,14 @@
 //! What other servers read of rooms: events, states, stretches of logs and graphs.
 
+use ruma::{OwnedEventId, OwnedRoomId};
 use serde_json::Value;
 
-use super::routes::{Answer, Federation, side_of};
+use super::routes::{Answer, Federation, Place, place_of, side_of};
 use super::signed::{Asked, Given};
 use crate::dag::DirectoryQuery;
 use crate::event::{Object, parse_event_id};
 use crate::identity::Side;
+use crate::lm::Part;
 use crate::refusal::Refusal;
 
 /// How many types of rooms a search of the directory may name.
@@ -40,16 +42,48 @@ pub(super) async fn state(federation: Federation, asked: Asked, ids: bool) -> An
     }
 }
 
-/// Events before others.
+/// Events before others, under Matrix' name.
 pub(super) async fn backfill(federation: Federation, asked: Asked) -> Answer {
+    let Page { room_id, from, first, limit } = page(&asked)?;
+    match side_of(&federation, &asked.origin, &room_id).await? {
+        Side::Lm => federation.lm.backfill(&asked.origin, &room_id, &first, limit).await,
+        Side::Matrix => federation.dag.backfill(&asked.origin, &room_id, &from, limit).await,
+    }
+}
+
+/// The same under the draft's names: of a shared room in the draft's form, whoever asks. Servers that take part in the graph ask by
+/// these names too, for events that the log may not have.
+pub(super) async fn backfill_lm(federation: Federation, asked: Asked) -> Answer {
+    let (Page { room_id, from, first, limit }, origin) = (page(&asked)?, &asked.origin);
+    let Federation { lm, dag, .. } = &federation;
+    match place_of(&federation, &room_id).await? {
+        Some(Place::On(Side::Matrix)) => dag.backfill(origin, &room_id, &from, limit).await,
+        Some(Place::Shared)
+            if lm.part_in(&room_id, origin).await? == Some(Part::Graph)
+                && side_of(&federation, origin, &room_id).await? == Side::Matrix =>
+        {
+            dag.backfill_as_log(origin, &room_id, &from, limit).await
+        }
+        Some(Place::Shared | Place::On(Side::Lm)) => lm.backfill(origin, &room_id, &first, limit).await,
+        None => Err(Refusal::UnknownRoom(room_id.to_string())),
+    }
+}
+
+/// What a request for events before others names.
+struct Page {
+    room_id: OwnedRoomId,
+    from: Vec<OwnedEventId>,
+    /// The first of these.
+    first: OwnedEventId,
+    limit: i64,
+}
+
+fn page(asked: &Asked) -> Result<Page, Refusal> {
     let room_id = asked.room_id()?;
     let from = asked.values("v").map(|id| parse_event_id("v", &id)).collect::<Result<Vec<_>, _>>()?;
     let limit = asked.number("limit")?.ok_or_else(|| missing("limit"))?;
-    let first = from.first().ok_or_else(|| missing("v"))?;
-    match side_of(&federation, &asked.origin, &room_id).await? {
-        Side::Lm => federation.lm.backfill(&asked.origin, &room_id, first, limit).await,
-        Side::Matrix => federation.dag.backfill(&asked.origin, &room_id, &from, limit).await,
-    }
+    let first = from.first().cloned().ok_or_else(|| missing("v"))?;
+    Ok(Page { room_id, from, first, limit })
 }
 
 /// Events between others.

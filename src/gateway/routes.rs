@@ -26,7 +26,7 @@ use crate::dag::Dag;
 use crate::event::Object;
 use crate::federation::{Askers, Context, Large, Lines, Rate, Rates, Transactions, Underway};
 use crate::identity::Side;
-use crate::lm::Lm;
+use crate::lm::{Lm, Part};
 use crate::media::Media;
 use crate::refusal::Refusal;
 use crate::seam::{Graphs, NoDevices, SharedBetween, SharedDevices};
@@ -200,7 +200,7 @@ pub fn federation_endpoints() -> Vec<Endpoint> {
         all.extend([
             Endpoint::transaction(&at("/send/{txn_id}"), Dialect::Lm),
             Endpoint::get(&at("/event/{event_id}"), reads::event_lm),
-            Endpoint::get(&at("/backfill/{room_id}"), reads::backfill),
+            Endpoint::get(&at("/backfill/{room_id}"), reads::backfill_lm),
         ]);
     }
     all
@@ -365,11 +365,14 @@ pub(super) fn error(status: StatusCode, errcode: &str, error: &str) -> Response 
 pub(super) async fn side_of(federation: &Federation, origin: &ServerName, room_id: &RoomId) -> Result<Side, Refusal> {
     match place_of(federation, room_id).await? {
         Some(Place::On(side)) => Ok(side),
-        // LM servers see the log of a shared room, all others its graph.
-        Some(Place::Shared) => {
-            let keys = federation.context.keyring.server_keys(origin).await;
-            Ok(if keys.is_ok_and(|keys| keys.linearized) { Side::Lm } else { Side::Matrix })
-        }
+        // LM servers see the log of a shared room, all others its graph. Not all LM servers say in their keys that they are.
+        Some(Place::Shared) => match federation.lm.part_in(room_id, origin).await? {
+            Some(Part::Log) => Ok(Side::Lm),
+            Some(Part::Graph) | None => {
+                let keys = federation.context.keyring.server_keys(origin).await;
+                Ok(if keys.is_ok_and(|keys| keys.linearized) { Side::Lm } else { Side::Matrix })
+            }
+        },
         None => Err(Refusal::UnknownRoom(room_id.to_string())),
     }
 }

@@ -99,6 +99,15 @@ pub enum Role {
     },
 }
 
+/// How a server takes part in a room that LM servers and graph servers share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// It sends LPDUs, and gets the log.
+    Log,
+    /// It sends events of the room's graph.
+    Graph,
+}
+
 /// What is known of an LM room.
 #[derive(Debug, Clone)]
 pub struct Room {

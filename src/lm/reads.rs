@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId};
+use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId, ServerName};
 use serde_json::Value;
 
 use super::room::Snapshot;
 use super::rooms::{RoomCell, stored_pdu};
-use super::{Appended, Lm, Position, Role, Room, State};
+use super::{Appended, Lm, Part, Position, Role, Room, State};
 use crate::event::Pdu;
 use crate::refusal::Refusal;
 use crate::seam::Draft;
@@ -106,6 +106,14 @@ impl Lm {
             }
         }
         Ok(room.servers().cloned().partition(|server| !by_graph.contains(&**server)))
+    }
+
+    /// How a server takes part in a shared room; none when it has nobody there.
+    pub async fn part_in(&self, room_id: &RoomId, server: &ServerName) -> Result<Option<Part>, Refusal> {
+        let (by_log, by_graph) = self.servers_by_part(room_id).await?;
+        let is_among = |servers: &[OwnedServerName]| servers.iter().any(|other| other == server);
+        let by_log = is_among(&by_log).then_some(Part::Log);
+        Ok(by_log.or_else(|| is_among(&by_graph).then_some(Part::Graph)))
     }
 
     /// One event, with its place.
