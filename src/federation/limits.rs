@@ -149,12 +149,14 @@ impl Underway {
         Self { limit, ..Self::default() }
     }
 
-    /// Counts a request of `origin` in, or refuses it.
+    /// Counts a request of `origin` in, or refuses it. Half of all is for servers that have nothing under way, so that those who
+    /// have much keep nobody out.
     pub fn enter(&self, origin: &ServerName) -> Result<Counted, Refusal> {
         let mut counts = lock(&self.counts);
         let own = counts.get(origin).copied().unwrap_or_default();
+        let all = if own > 0 { ALL_UNDERWAY / 2 } else { ALL_UNDERWAY };
         // Every count is at least one and at most the limit, so the sum is cheap and cannot overflow.
-        if own >= self.limit || counts.values().sum::<usize>() >= ALL_UNDERWAY {
+        if own >= self.limit || counts.values().sum::<usize>() >= all {
             return Err(Refusal::Budget { what: format!("requests of {origin} under way"), retry_after_ms: 1_000 });
         }
         counts.insert(origin.to_owned(), own.saturating_add(1));
@@ -395,11 +397,24 @@ mod tests {
         held.pop();
         held.push(underway.enter(origin).unwrap());
         for number in UNDERWAY..ALL_UNDERWAY {
-            let other = ServerName::parse(format!("s{}.example", number % 500)).unwrap();
+            let other = ServerName::parse(format!("s{number}.example")).unwrap();
             held.push(underway.enter(&other).unwrap());
         }
         assert!(underway.enter(server_name!("b.example")).is_err());
         drop(held);
+        assert!(lock(&underway.counts).is_empty());
+    }
+
+    #[test]
+    fn those_who_have_much_under_way_leave_half_of_all_to_those_who_have_nothing() {
+        let underway = Underway::waiting();
+        let name = |number: usize| ServerName::parse(format!("s{number}.example")).unwrap();
+        let tried = (0..40 * WAITING).filter_map(|number| underway.enter(&name(number % 40)).ok());
+        let held: Vec<Counted> = tried.collect();
+        assert_eq!(held.len(), ALL_UNDERWAY / 2, "40 servers could have {}", 40 * WAITING);
+        let stranger = underway.enter(server_name!("b.example")).unwrap();
+        assert!(underway.enter(server_name!("b.example")).is_err(), "it has something under way now");
+        drop((held, stranger));
         assert!(lock(&underway.counts).is_empty());
     }
 }

@@ -17,7 +17,7 @@ use super::room::Snapshot;
 use super::rooms::RoomCell;
 use super::{Appended, Lm, Role, Sent};
 use crate::event::{Family, Object, Pdu, Redaction, RoomVersion, VerifiedLpdu, redact, verify_object};
-use crate::federation::RemoteError;
+use crate::federation::{RemoteError, Underway};
 use crate::identity::{Side, Validity};
 use crate::refusal::Refusal;
 use crate::seam::{Draft, EventEffect, Invite, Outgoing, Uninvited, write_effects};
@@ -28,11 +28,15 @@ const TRIES: usize = 3;
 const DISTRUST: Duration = Duration::from_secs(3600);
 /// How often appends in one room may be made to wait.
 const BETWEEN_HOLDS: Duration = Duration::from_secs(60);
+/// How many invites of participants wait for one server at once.
+const WAIT_FOR_ONE: usize = 30;
 /// How many events of stripped state are read.
 const STRIPPED: usize = 100;
 
-/// For whom appends do not wait.
+/// Which servers are waited for, and for whom appends do not wait.
 pub(super) struct Invites {
+    /// Invites of participants, by the server that is to sign them.
+    asked: Underway,
     distrusted: moka::future::Cache<OwnedServerName, ()>,
     held: moka::future::Cache<OwnedRoomId, ()>,
 }
@@ -41,7 +45,7 @@ impl Invites {
     pub fn new() -> Self {
         let distrusted = moka::future::Cache::builder().max_capacity(10_000).time_to_live(DISTRUST);
         let held = moka::future::Cache::builder().max_capacity(10_000).time_to_live(BETWEEN_HOLDS);
-        Self { distrusted: distrusted.build(), held: held.build() }
+        Self { asked: Underway::of(WAIT_FOR_ONE), distrusted: distrusted.build(), held: held.build() }
     }
 }
 
@@ -167,6 +171,8 @@ impl Lm {
             let outcome = self.append(cell, vec![(What::Lpdu(lpdu), from)]).await.pop();
             return outcome.ok_or_else(|| Refusal::Internal("no outcome".to_owned()))?.into_result();
         }
+        let full = |_| Refusal::Budget { what: format!("invites that wait for {server}"), retry_after_ms: 5_000 };
+        let _waiting = self.inner.invites.asked.enter(server).map_err(full)?;
         self.invite_through(cell, &target, Source::Lpdu(lpdu), None).await
     }
 

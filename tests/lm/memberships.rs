@@ -9,6 +9,7 @@ use axum::Json;
 use axum::response::IntoResponse as _;
 use http::{Method, StatusCode};
 use isthmus::event::Object;
+use isthmus::federation::Call;
 use isthmus::lm::{Position, Sent};
 use isthmus::refusal::Refusal;
 use isthmus::seam::Outgoing;
@@ -148,6 +149,39 @@ async fn what_the_invited_server_says_is_passed_on_as_it_is() {
     let refused = part.lm.invite(&room, Outgoing { draft: member(&alice, &carol, "invite"), effect: None }).await;
     assert!(matches!(refused, Err(Refusal::IncompatibleRoomVersion(_))), "{refused:?}");
     assert_eq!(hub.log(&room).await.len(), before);
+}
+
+/// Names of servers cost nothing: many that invite users of one that hangs wait for it so often and no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_so_many_invites_wait_for_one_server_whoever_sends_them() {
+    let names = ["hub.example", "part.example", "other.example", "third.example", "quick.example"];
+    let (_world, [hub, part, other, third, quick]) = World::new(names).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    other.join(&room, "alice", &hub).await;
+    *third.watcher.before_signing.lock().unwrap() = Some(Box::new(|| Box::pin(std::future::pending())));
+    let mut asking = tokio::task::JoinSet::new();
+    for from in [&part, &other] {
+        for number in 0..20 {
+            let invite = member(&from.user("alice"), &third.user(&format!("user{number}")), "invite");
+            let version = "org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+            let body = json!({ "event": from.lpdu(&room, &hub.name, &invite).json, "room_version": version });
+            let call = Call::post(format!("/_matrix/federation/v3/invite/{number}"), body.as_object().unwrap().clone());
+            let (client, to) = (from.context.client.clone(), hub.name.clone());
+            asking.spawn(async move { client.call(&to, call, false).await });
+        }
+    }
+    for _ in 0..10 {
+        let refused = asking.join_next().await.unwrap().unwrap().unwrap_err().to_string();
+        let why = ["M_LIMIT_EXCEEDED", "invites that wait for third.example"];
+        assert!(why.iter().all(|why| refused.contains(why)), "{refused}");
+    }
+    // Nobody waits for who waits there.
+    part.lm
+        .invite(&room, Outgoing { draft: member(&part.user("alice"), &quick.user("quinn"), "invite"), effect: None })
+        .await
+        .unwrap();
+    quick.join(&room, "quinn", &hub).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
