@@ -6,6 +6,7 @@ use ruma::OwnedRoomId;
 use serde_json::{Value, json};
 
 use super::http::ask_signed;
+use super::hub_transfer::{hand_over, hub_at, room_of as room_to_hand_over, three};
 use super::world::{Node, World, bodies, member, message};
 
 const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
@@ -124,4 +125,24 @@ async fn hc_35_a_handshake_s_used_id_gets_its_first_answer_whatever_comes_with_i
         members.map(|appended| appended.event.sender.localpart().to_owned()).collect::<Vec<_>>()
     };
     assert_eq!(members(hub.log(&open).await), ["alice", "alice"], "bob came by a used ID");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_35_a_join_s_used_id_gets_its_first_answer_when_another_server_keeps_the_log_by_then() {
+    let (_world, [a, b, c]) = three().await;
+    let room = room_to_hand_over(&a, &b, &c).await;
+    let dora = c.user("dora");
+    let join = json!(c.lpdu(&room, &a.name, &member(&dora, &dora, "join")).json);
+    let join_as = async |txn: &str| {
+        let uri = format!("{UNSTABLE}/send_join/{txn}");
+        ask_signed(&c, &a, &Method::POST, &uri, Some(&join)).await
+    };
+    let first = join_as("T").await;
+    assert_eq!(first.0, 200, "{}", first.1);
+    hand_over(&a, &room, "bot", &b).await.unwrap();
+    assert_eq!(hub_at(&a, &room).await, b.name.as_str());
+    assert_eq!(join_as("T").await, first);
+    // Under an ID of its own it is a request to who keeps the log now.
+    let anew = join_as("U").await;
+    assert_eq!((anew.0, &anew.1["errcode"]), (400, &json!("M_WRONG_SERVER")), "{}", anew.1);
 }
