@@ -119,7 +119,11 @@ pub(super) fn nothing_added(session: &Session) -> Outcome {
         let server = text(event, "sender").split_once(':').map_or("", |(_, server)| server);
         session.first.name == server || session.second.as_ref().is_some_and(|second| second.name == server)
     };
-    for event in heard(session)?.iter().filter(|event| ours(event)) {
+    let heard = heard(session)?;
+    if !heard.iter().any(ours) {
+        return Err(skip("the hub has sent nothing that the suite's users said"));
+    }
+    for event in heard.iter().filter(|event| ours(event)) {
         let mut keys = event.as_object().into_iter().flat_map(Object::keys);
         let stray = keys.find(|key| !TOP_LEVEL.contains(&key.as_str()) && *key != "unsigned");
         ensure(stray.is_none(), "nothing that was not in the LPDU but what a hub adds", || {
@@ -151,10 +155,18 @@ pub(super) fn inner_hash(event: &Value) -> Option<String> {
         .then(|| format!("hashes.lpdu.sha256 is {found:?}, computed was {expected:?}"))
 }
 
-/// An LPDU's hash where there is no LPDU.
-pub(super) fn no_stray_hash(event: &Value) -> Option<String> {
-    let stray = event.get("hub_server").is_none() && event.pointer("/hashes/lpdu").is_some();
-    stray.then(|| "hashes.lpdu without hub_server".to_owned())
+/// No LPDU's hash where there is no LPDU, in what the hub has sent and in the state that it gave with the join.
+pub(super) fn no_stray_hash(session: &Session) -> Outcome {
+    let joined = session.joined()?;
+    let given = joined.get("state").and_then(Value::as_array).into_iter().flatten().cloned();
+    let mut own = heard(session)?.into_iter().chain(given).filter(|event| event.get("hub_server").is_none()).peekable();
+    if own.peek().is_none() {
+        return Err(skip("each event that it gives has hub_server"));
+    }
+    match own.find(|event| event.pointer("/hashes/lpdu").is_some()) {
+        Some(event) => Err(fail("no hashes.lpdu", format!("hashes.lpdu without hub_server: {event}"))),
+        None => Ok(()),
+    }
 }
 
 /// One event before it.
@@ -183,6 +195,8 @@ pub(super) fn hub_named(session: &Session) -> Outcome {
 pub(super) enum Signer {
     Hub,
     Sender,
+    /// The server of the user whom a member event is about.
+    Target,
 }
 
 /// The hub's signature over the event, or the sender's server's over the LPDU inside (over the event, where there is none).
@@ -204,10 +218,13 @@ pub(super) async fn signature_problem(session: &Session, event: &Value, signer: 
         Signer::Hub if !inside && sender != session.target => return None,
         Signer::Hub => session.target.to_string(),
         Signer::Sender => sender,
+        Signer::Target => text(event, "state_key").split_once(':')?.1.to_owned(),
     };
     let name = <&ServerName>::try_from(server.as_str()).ok()?;
-    // What cannot be had is nobody's mistake that could be seen from here.
-    let keys = session.keys_of(name).await?;
+    // What cannot be had of another server is nobody's mistake that could be seen from here.
+    let Some(keys) = session.keys_of(name).await else {
+        return (*name == session.target).then(|| format!("the keys of {server} cannot be had"));
+    };
     let mut signed = redact(event.as_object()?, Redaction::Draft);
     signed.remove("signatures");
     if signer == Signer::Sender && inside {
@@ -233,6 +250,7 @@ pub(super) async fn signature_problem(session: &Session, event: &Value, signer: 
 /// Each event follows the one that was sent before it.
 pub(super) fn chain(session: &Session) -> Outcome {
     let joined = session.joined()?;
+    heard(session)?;
     let bad = lock(&session.notes).bad.clone();
     let arrivals = session.ear.arrivals();
     let mut before = joined.get("event").map(id_of).unwrap_or_default();
@@ -261,7 +279,7 @@ pub(super) fn chain(session: &Session) -> Outcome {
 
 /// Nothing is sent twice under different transaction IDs.
 pub(super) fn no_repeats(session: &Session) -> Outcome {
-    session.joined()?;
+    heard(session)?;
     let arrivals = session.ear.arrivals();
     let mut seen: BTreeMap<String, String> = BTreeMap::new();
     for (arrival, event) in pushed(&arrivals, &session.first) {
@@ -334,6 +352,9 @@ pub(super) fn auth_events(session: &Session) -> Outcome {
 /// What is wrong with a list of events that an answer holds: with the form, the hashes or the signatures of one.
 pub(super) async fn list_problem(session: &Session, events: Option<&Value>) -> Option<String> {
     let Some(events) = events.and_then(Value::as_array) else { return Some("no array of events".to_owned()) };
+    if events.is_empty() {
+        return Some("there are no events".to_owned());
+    }
     for event in events {
         let found = form(event).or_else(|| whole_hash(event)).or_else(|| inner_hash(event));
         if let Some(problem) = found {
@@ -352,6 +373,9 @@ pub(super) async fn list_problem(session: &Session, events: Option<&Value>) -> O
 pub(super) fn is_closed(events: Option<&Value>, chain: Option<&Value>) -> Option<String> {
     let list = |value: Option<&Value>| value.and_then(Value::as_array).cloned().unwrap_or_default();
     let (events, chain) = (list(events), list(chain));
+    if events.is_empty() {
+        return Some("there are no events".to_owned());
+    }
     let there: BTreeSet<String> = chain.iter().map(id_of).collect();
     for event in events.iter().chain(&chain) {
         for id in event.get("auth_events").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {

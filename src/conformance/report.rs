@@ -28,7 +28,7 @@ pub(super) fn fail(expected: impl Into<String>, found: impl fmt::Display) -> Unm
 
 /// It cannot be looked at.
 pub(super) fn skip(why: impl Into<String>) -> Unmet {
-    Unmet::Skip(why.into())
+    Unmet::Skip(cut(&why.into()))
 }
 
 /// Passes when `holds`.

@@ -246,6 +246,11 @@ impl Session {
         lock(&self.notes).names.get(&endpoint).cloned().unwrap_or(Presence::Absent)
     }
 
+    /// A request that is well signed and says nothing of use, under the name that the endpoint has at the target.
+    pub fn trial(&self, endpoint: Endpoint) -> Result<Ask, Unmet> {
+        Ok(endpoint.trial(self.path(endpoint, endpoint.trial_rest())?))
+    }
+
     /// The path of an endpoint under the name that it has at the target.
     pub fn path(&self, endpoint: Endpoint, rest: &str) -> Result<String, Unmet> {
         match self.presence(endpoint) {

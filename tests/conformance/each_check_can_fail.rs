@@ -6,7 +6,9 @@ use isthmus::identity::SigningKey;
 use serde_json::{Value, json};
 
 use super::faulty::Fault::{Answers, Events, Own, Repeats, Sends, Swallows, TakesBad};
-use super::faulty::{Fault, Faults, Outgoing, Reply, always, as_participant, faulty, finish, resign, resigned_keys};
+use super::faulty::{
+    Fault, Faults, Outgoing, Reply, always, always_all, as_participant, faulty, finish, resign, resigned_keys,
+};
 use super::world::{SECOND, SUITE};
 
 const HUB: &str = "hub.example";
@@ -226,6 +228,66 @@ async fn each_check_fails_for_a_fault_that_is_there_while_it_is_run() {
     let otherwise = report.rows.iter().filter(|row| report.failed().contains(&row.id) != expected.contains(&row.id));
     let otherwise: String = otherwise.map(|row| format!("\n{row}")).collect();
     assert!(otherwise.is_empty(), "not as expected: {otherwise}");
+}
+
+/// An answer without what a check is about shows nothing, so it is no reason to let the check pass.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_check_passes_by_an_answer_that_says_nothing() {
+    let mut silent =
+        vec!["LM-K-003", "LM-K-005", "LM-K-006", "LM-M-002", "LM-M-015", "LM-M-031", "LM-R-006", "LM-R-007"];
+    for check in catalogue() {
+        let id = check.id;
+        if ("LM-A-015"..="LM-A-021").contains(&id) || ("LM-T-020"..="LM-T-033").contains(&id) {
+            silent.push(id);
+        }
+    }
+    let report = faulty(silent.iter().map(|id| (*id, OK)).collect()).await;
+    let passed = report.rows.iter().filter(|row| row.outcome.is_ok()).map(|row| row.id);
+    assert_eq!(passed.filter(|id| silent.contains(id)).collect::<Vec<_>>(), Vec::<&str>::new());
+    let failed: Vec<&str> = report.failed();
+    assert!(failed.iter().all(|id| silent.contains(id)), "{failed:?}");
+    // The same of a participant.
+    let silent: Vec<&str> =
+        catalogue().iter().map(|check| check.id).filter(|id| ("LM-H-060"..="LM-H-074").contains(id)).collect();
+    let report = as_participant(silent.iter().map(|id| (*id, OK)).collect(), false, &["LM-H-06", "LM-H-07"]).await;
+    these_failed(&[], &report);
+    assert_eq!(report.skipped(), silent);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_check_passes_by_a_list_of_nothing() {
+    let skipped = |report: &Report, expected: &[&str]| {
+        let rows: String = report.rows.iter().map(|row| format!("\n{row}")).collect();
+        assert_eq!(report.skipped(), expected, "{rows}");
+    };
+    let no_state = Answers("send_join", |_, reply, _| reply.body["state"] = json!([]));
+    let only = ["LM-M-012", "LM-M-013", "LM-M-014", "LM-S-001", "LM-E-007"];
+    let report = always(no_state, &only).await;
+    // The join rules are not known either.
+    these_failed(&["LM-M-012", "LM-M-013", "LM-M-014"], &report);
+    skipped(&report, &["LM-M-020", "LM-E-007"]);
+    let no_keys = Answers("key/v2/query", |_, reply, _| reply.set(200, json!({ "server_keys": [] })));
+    let report = always(no_keys, &["LM-K-010"]).await;
+    these_failed(&[], &report);
+    skipped(&report, &["LM-K-010"]);
+    let no_stripped = Answers("send_knock", |_, reply, _| reply.body["stripped_state"] = json!([]));
+    let report = always(no_stripped, &["LM-M-023"]).await;
+    these_failed(&[], &report);
+    skipped(&report, &["LM-M-023"]);
+    // A hub that lets in and then sends nothing.
+    let sends_nothing = ["LM-E-012", "LM-E-014", "LM-E-015", "LM-E-021", "LM-E-024"];
+    let report = always(Sends(|out| !out.is("send")), &sends_nothing).await;
+    these_failed(&["LM-M-020"], &report);
+    skipped(&report, &sends_nothing);
+    // One that sends what its own users say, and nothing else.
+    let own_alone = Sends(|out| {
+        let pdus = if out.is("send") { out.body["pdus"].as_array_mut() } else { None };
+        pdus.into_iter().for_each(|pdus| pdus.retain(|event| event.get("hub_server").is_none()));
+        true
+    });
+    let report = always_all(&[Own(|_, _, _| {}), own_alone], &["LM-E-015"]).await;
+    these_failed(&["LM-M-020"], &report);
+    skipped(&report, &["LM-E-015"]);
 }
 
 /// Runs checks against a server whose one fault is there all the time; that one fails alone.
@@ -496,6 +558,8 @@ async fn invites_that_are_passed_on_wrongly_fail_alone() {
         reply.body["pdu"]["signatures"].as_object_mut().into_iter().for_each(|all| drop(all.remove(SECOND)))
     });
     alone("LM-I-003", fault, &only).await;
+    let empty = Answers("/invite/", |_, reply, _| reply.body["pdu"]["signatures"][SECOND] = json!({}));
+    alone("LM-I-003", empty, &only).await;
     let invite = |change: fn(&mut Outgoing<'_>) -> bool| Sends(change);
     alone(
         "LM-I-004",

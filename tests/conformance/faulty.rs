@@ -324,7 +324,13 @@ pub async fn faulty(faults: Faults) -> Report {
 
 /// Runs some checks against a server with one fault that is there all the time.
 pub async fn always(fault: Fault, only: &[&str]) -> Report {
-    examine(vec![("", fault)], true, only.iter().map(|id| (*id).to_owned()).collect(), true).await
+    always_all(&[fault], only).await
+}
+
+/// The same with several faults.
+pub async fn always_all(faults: &[Fault], only: &[&str]) -> Report {
+    let faults = faults.iter().map(|fault| ("", *fault)).collect();
+    examine(faults, true, only.iter().map(|id| (*id).to_owned()).collect(), true).await
 }
 
 /// The same with the suite as the hub; the server's user accepts the invite and speaks.

@@ -21,6 +21,8 @@ enum Target {
     Proxy,
     /// A server that knows none of the endpoints.
     Stranger,
+    /// A server that knows everything and says nothing.
+    Yes,
 }
 
 impl Target {
@@ -29,6 +31,7 @@ impl Target {
             Self::Absent | Self::Silent => None,
             Self::Proxy => Some(("502 Bad Gateway", "text/html", "<h1>nobody</h1>")),
             Self::Stranger => Some(("404 Not Found", "application/json", UNRECOGNIZED)),
+            Self::Yes => Some(("200 OK", "application/json", "{}")),
         }
     }
 
@@ -134,6 +137,16 @@ async fn a_server_without_the_endpoints_lacks_each() {
     let report = look(Target::Stranger, false).await;
     let failed = report.failed();
     assert!(endpoints("T", 20, 33).iter().all(|id| failed.contains(&id.as_str())), "{failed:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_says_yes_to_everything_passes_nothing() {
+    let passed = |report: Report| -> Vec<&str> {
+        report.rows.iter().filter(|row| row.outcome.is_ok()).map(|row| row.id).collect()
+    };
+    assert_eq!(passed(look(Target::Yes, true).await), Vec::<&str>::new());
+    // How its answers are written is as it should be.
+    assert_eq!(passed(look(Target::Yes, false).await), ["LM-T-004", "LM-T-005"]);
 }
 
 #[test]

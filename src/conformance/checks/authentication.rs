@@ -3,9 +3,9 @@
 use serde_json::json;
 
 use super::checks;
-use crate::conformance::report::{Outcome, ensure};
+use crate::conformance::report::{Outcome, ensure, skip};
 use crate::conformance::session::{Endpoint, NOWHERE, Session};
-use crate::conformance::wire::{Ask, Signing};
+use crate::conformance::wire::{Answer, Ask, Signing};
 use crate::conformance::{Check, Unmet};
 use crate::identity::SigningKey;
 
@@ -81,13 +81,30 @@ async fn refused(session: &Session, headers: impl for<'a> Fn(&'a Session, Signin
 pub(super) async fn let_in(session: &Session, change: impl Fn(String) -> String) -> Outcome {
     let ask = trial(session)?;
     let header = change(session.sign(&session.first, &ask));
-    session.ask_with(vec![header], ask).await?.is_good()
+    let answer = session.ask_with(vec![header], ask).await?;
+    answer.is_good()?;
+    tells_apart(session, trial(session)?, &answer).await
+}
+
+/// That something is let in shows nothing of a server that lets everything in: skips where the same with a wrong signature is
+/// answered with the status that it has with a right one.
+async fn tells_apart(session: &Session, ask: Ask, right: &Answer) -> Outcome {
+    let body = ask.body.clone().unwrap_or_else(|| json!({}));
+    let signing = session.signing(&session.first, &ask, &body);
+    let header = Signing { key: &SigningKey::generate(), ..signing }.header();
+    let wrong = session.ask_with(vec![header], ask).await?;
+    if wrong.status == right.status {
+        return Err(skip(format!("what is wrongly signed is let in too: {wrong}")));
+    }
+    Ok(())
 }
 
 async fn two_good(session: &Session, _: &str) -> Outcome {
     let ask = trial(session)?;
     let header = session.sign(&session.first, &ask);
-    session.ask_with(vec![header.clone(), header], ask).await?.is_good()
+    let answer = session.ask_with(vec![header.clone(), header], ask).await?;
+    answer.is_good()?;
+    tells_apart(session, trial(session)?, &answer).await
 }
 
 async fn get_unsigned(session: &Session, _: &str) -> Outcome {
@@ -97,10 +114,11 @@ async fn get_unsigned(session: &Session, _: &str) -> Outcome {
 async fn get_with_content(session: &Session, _: &str) -> Outcome {
     let (ask, content) = (Ask::get(NOWHERE), json!({}));
     let header = session.signing(&session.first, &ask, &content).header();
-    let answer = session.ask_with(vec![header], ask).await?;
+    let answer = session.ask_with(vec![header], ask.clone()).await?;
     ensure(
         answer.status != 401,
         "an answer other than 401 (other checks sign without content where that is let in)",
         || &answer,
-    )
+    )?;
+    tells_apart(session, ask, &answer).await
 }

@@ -21,7 +21,7 @@ pub(super) fn checks() -> Vec<Check> {
         "LM-E-004", "int-pdu", "events are of at most 65,536 bytes", |s, _| each(s, "at most 65,536 bytes", judge::size);
         "LM-E-005", "int-content-hashes", "the hash of the event is right", |s, _| each(s, "hashes.sha256 as computed", judge::whole_hash);
         "LM-E-006", "int-content-hashes", "the hash of the LPDU is right", |s, _| each(s, "hashes.lpdu.sha256 as computed", judge::inner_hash);
-        "LM-E-007", "int-pdu", "an event without hub_server has no hash of an LPDU", |s, _| each(s, "no hashes.lpdu", judge::no_stray_hash);
+        "LM-E-007", "int-pdu", "an event without hub_server has no hash of an LPDU", |s, _| async move { judge::no_stray_hash(s) };
         "LM-E-008", "int-receiving-events", "the hub has signed each event", |s, _| judge::signatures(s, Signer::Hub);
         "LM-E-009", "int-receiving-events", "the sender's server has signed the LPDU in each event", |s, _| judge::signatures(s, Signer::Sender);
         "LM-E-010", "int-pdu", "hub_server is the hub's name", |s, _| async move { judge::hub_named(s) };
@@ -64,7 +64,7 @@ async fn authenticated(session: &Session, _: &str) -> Outcome {
 }
 
 async fn bounded(session: &Session, _: &str) -> Outcome {
-    session.joined()?;
+    judge::heard(session)?;
     for arrival in session.ear.arrivals().iter().filter(|arrival| arrival.endpoint == "send") {
         let length = |field: &str| {
             let list = arrival.body.as_ref().and_then(|body| body.get(field)).and_then(Value::as_array);
@@ -125,7 +125,7 @@ async fn waits(session: &Session, id: &str) -> Outcome {
 }
 
 async fn distinct(session: &Session, _: &str) -> Outcome {
-    session.joined()?;
+    judge::heard(session)?;
     let arrivals = session.ear.arrivals();
     let mut seen: BTreeMap<(String, String), Option<Value>> = BTreeMap::new();
     for arrival in arrivals.iter().filter(|arrival| arrival.endpoint == "send") {

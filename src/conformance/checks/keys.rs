@@ -70,6 +70,7 @@ async fn own_key_ids(session: &Session, _: &str) -> Outcome {
 async fn own_signatures(session: &Session, _: &str) -> Outcome {
     let keys = own(session).await?;
     let Some(object) = keys.as_object() else { return Err(fail("an object", &keys)) };
+    ensure(!decoded(&keys).is_empty(), "verify_keys, and a signature by each of them", || &keys)?;
     for (id, key) in decoded(&keys) {
         let alone = BTreeMap::from([(id, key)]);
         verify_object(object, session.target.as_str(), &alone)
@@ -86,12 +87,17 @@ async fn validity(session: &Session, _: &str) -> Outcome {
 
 async fn linearized(session: &Session, _: &str) -> Outcome {
     let keys = own(session).await?;
+    if ids(&keys).next().is_none() {
+        return Err(skip(format!("there are no keys beside which it could be: {keys}")));
+    }
     ensure(keys.get("m.linearized").is_none_or(Value::is_boolean), "a boolean, or nothing", || &keys)
 }
 
 async fn ignores_headers(session: &Session, _: &str) -> Outcome {
     let ask = Ask::get("/_matrix/key/v2/server");
-    session.ask_with(vec!["X-Matrix nonsense".to_owned()], ask).await?.is_good()
+    let answer = session.ask_with(vec!["X-Matrix nonsense".to_owned()], ask).await?;
+    answer.is_good()?;
+    ensure(answer.json.as_ref().is_some_and(|keys| ids(keys).next().is_some()), "the server's keys", || &answer)
 }
 
 fn listed(answer: &Answer) -> Result<Vec<Value>, Unmet> {
@@ -146,7 +152,9 @@ async fn notary_minimum(session: &Session, _: &str) -> Outcome {
     let far = session.clock.now_ms().saturating_add(30 * 24 * 3_600_000);
     let query = format!("?minimum_valid_until_ts={far}");
     let list = queried(session, session.first.name.as_str(), &query).await?;
-    ensure(list.is_empty(), "an empty list", || Value::from(list.clone()))
+    ensure(list.is_empty(), "an empty list", || Value::from(list.clone()))?;
+    let all = queried(session, session.first.name.as_str(), "").await?;
+    ours(session, &all).map(drop).map_err(|_| skip("it gives no keys, whatever it is asked for"))
 }
 
 async fn bulk_query(session: &Session, body: Value) -> Result<Answer, Unmet> {

@@ -129,6 +129,7 @@ async fn state_ids(session: &Session, id: &str) -> Outcome {
             .flatten()
             .filter_map(|id| id.as_str().map(str::to_owned))
             .collect();
+        ensure(!expected.is_empty(), format!("a state with {events}"), || &whole)?;
         ensure(expected == found, format!("{names} {expected:?}"), || &ids)?;
     }
     Ok(())

@@ -7,7 +7,7 @@ use super::checks;
 use super::membership::{is_stripped, while_join_rule};
 use super::reads::UNKNOWN_EVENT;
 use crate::conformance::ear::{Arrival, lock};
-use crate::conformance::judge;
+use crate::conformance::judge::{self, Signer};
 use crate::conformance::report::{Outcome, ensure, fail, skip};
 use crate::conformance::session::{Endpoint, Session, VERSIONS, id_of, mark_of, pushed, sealed};
 use crate::conformance::wire::{Answer, Ask, Identity};
@@ -163,8 +163,12 @@ async fn signed_thrice(session: &Session, _: &str) -> Outcome {
     let (pdu, _) = the_invite(session)?;
     let second = session.second()?;
     let names = [session.first.name.as_str(), session.target.as_str(), second.name.as_str()];
-    let signatures = pdu.get("signatures").cloned().unwrap_or_default();
-    ensure(names.iter().all(|name| signatures.get(*name).is_some()), format!("signatures of {names:?}"), || &pdu)
+    for signer in [Signer::Sender, Signer::Hub, Signer::Target] {
+        if let Some(problem) = judge::signature_problem(session, &pdu, signer).await {
+            return Err(fail(format!("signatures of {names:?}"), format!("{problem}: {pdu}")));
+        }
+    }
+    Ok(())
 }
 
 async fn invite_verifies(session: &Session, _: &str) -> Outcome {

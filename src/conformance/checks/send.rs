@@ -131,6 +131,7 @@ async fn too_many_edus(session: &Session, _: &str) -> Outcome {
 }
 
 async fn only_edus(session: &Session, _: &str) -> Outcome {
+    session.joined()?;
     let edu = json!({ "type": "im.isthmus.nothing", "sender": session.user, "content": {} });
     edus(session, vec![edu], Vec::new()).await?.is_good()
 }

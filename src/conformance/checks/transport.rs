@@ -12,6 +12,8 @@ use crate::conformance::report::{Outcome, ensure, fail, skip};
 use crate::conformance::session::{Endpoint, Presence, Session};
 use crate::conformance::wire::{Answer, Ask};
 
+/// A path that no server has.
+const NOBODYS: &str = "/_matrix/federation/v1/conformance/nothing";
 const KEYS: &str = "/_matrix/key/v2/server";
 const EVENT_ID: &str = "%24AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
 
@@ -20,7 +22,7 @@ pub(super) fn checks() -> Vec<Check> {
         "LM-T-001", "int-transport", "TLS 1.3 is spoken", tls_version;
         "LM-T-002", "int-transport", "HTTP/2 is spoken", http2;
         "LM-T-003", "int-tls", "the certificate is of a trusted authority and for the name", certificate;
-        "LM-T-006", "int-unknown-endpoints", "an unknown path is 404 M_UNRECOGNIZED", |s, _| unknown(s, "/_matrix/federation/v1/conformance/nothing");
+        "LM-T-006", "int-unknown-endpoints", "an unknown path is 404 M_UNRECOGNIZED", |s, _| unknown(s, NOBODYS);
         "LM-T-007", "int-unknown-endpoints", "another method on a known path is 405 M_UNRECOGNIZED", wrong_method;
         "LM-T-008", "int-transport-requests-responses", "a path with a slash at its end is unknown", |s, _| unknown(s, "/_matrix/key/v2/server/");
         "LM-T-009", "int-transport-requests-responses", "a path with two slashes at its beginning is unknown", |s, _| unknown(s, "//_matrix/key/v2/server");
@@ -138,7 +140,7 @@ async fn incomplete(session: &Session, _: &str) -> Outcome {
 async fn has(session: &Session, endpoint: Endpoint) -> Outcome {
     let expected = "an answer other than M_UNRECOGNIZED under the stable or the unstable name";
     match session.presence(endpoint) {
-        Presence::Found { .. } => Ok(()),
+        Presence::Found { .. } => is_there(session, session.trial(endpoint)?).await,
         Presence::Silent { why, .. } => Err(fail(expected, why)),
         Presence::Absent => {
             Err(fail(expected, format!("none to {} nor to {}", endpoint.stable("…"), endpoint.unstable("…"))))
@@ -146,24 +148,33 @@ async fn has(session: &Session, endpoint: Endpoint) -> Outcome {
     }
 }
 
-fn recognized(answer: &Answer) -> Outcome {
+/// Passes when a request is answered by who knows its path: not as one is whose path nobody has.
+async fn is_there(session: &Session, ask: Ask) -> Outcome {
+    let nobodys = Ask { uri: NOBODYS.to_owned(), ..ask.clone() };
+    let answer = session.ask(&session.first, ask).await?;
     let good = !answer.is_unrecognized() && !answer.is_of_proxy();
-    ensure(good, "an answer other than M_UNRECOGNIZED", || answer)
+    ensure(good, "an answer other than M_UNRECOGNIZED", || &answer)?;
+    match session.ask(&session.first, nobodys).await {
+        Ok(other) if (other.status, &other.text) == (answer.status, &answer.text) => {
+            Err(skip(format!("a path that nobody has is answered in the same way: {other}")))
+        }
+        _ => Ok(()),
+    }
 }
 
 async fn answers(session: &Session, endpoint: &str) -> Outcome {
     let uri = format!("/_matrix/federation/v1/{endpoint}/%21nowhere%3Ainvalid?event_id={EVENT_ID}");
-    recognized(&session.ask(&session.first, Ask::get(uri)).await?)
+    is_there(session, Ask::get(uri)).await
 }
 
 async fn makes(session: &Session, change: &str) -> Outcome {
-    recognized(&session.ask(&session.first, session.make(change, "!nowhere:invalid", &session.user, &["I.1"])).await?)
+    is_there(session, session.make(change, "!nowhere:invalid", &session.user, &["I.1"])).await
 }
 
 const CLAIM: &str = "/_matrix/federation/v1/user/keys/claim";
 
 async fn claim(session: &Session, _: &str) -> Outcome {
-    recognized(&session.ask(&session.first, Ask::post(CLAIM, json!({ "one_time_keys": {} }))).await?)
+    is_there(session, Ask::post(CLAIM, json!({ "one_time_keys": {} }))).await
 }
 
 async fn no_device(session: &Session, _: &str) -> Outcome {
