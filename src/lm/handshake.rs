@@ -7,6 +7,7 @@ use super::actor::What;
 use super::batch::Origin;
 use super::hub::{handshake, membership};
 use super::join_state::in_replay_order;
+use super::names::check_user;
 use super::room::{Snapshot, Subject};
 use super::served::to_values;
 use super::{Appended, Lm};
@@ -151,6 +152,7 @@ impl Lm {
         membership: Membership,
     ) -> Result<Object, Refusal> {
         self.is_of(origin, user_id)?;
+        check_user("user ID", user_id.as_str())?;
         let content = Map::from_iter([("membership".to_owned(), json!(membership.as_str()))]);
         let subject = Subject {
             sender: user_id,

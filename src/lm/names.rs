@@ -22,7 +22,8 @@ pub(super) fn check(lpdu: &Lpdu) -> Result<(), Refusal> {
     }
 }
 
-fn check_user(what: &str, user: &str) -> Result<(), Refusal> {
+/// Refuses users who cannot exist, or whom no log has.
+pub(super) fn check_user(what: &str, user: &str) -> Result<(), Refusal> {
     let wrong = |problem: &str| {
         let shown: String = user.chars().take(60).collect();
         Refusal::malformed(what, format!("{shown:?}: {problem}"))

@@ -149,6 +149,12 @@ async fn hc_43_users_who_cannot_exist_get_into_no_log() {
         }
         let join = part.lpdu(&room, &hub.name, &member(&user, &user, "join"));
         assert!(part.context.client.call(&hub.name, send_join(&join), false).await.is_err(), "{name}");
+        // Nor is there a template for an event that would be refused.
+        let versions = ["org.matrix.i-d.ralston-mimi-linearized-matrix.02".to_owned()];
+        let made = hub.lm.make_join(&part.name, &room, &user, &versions).await.map(drop);
+        assert!(matches!(made, Err(Refusal::Malformed { .. })), "{name}: {made:?}");
+        let knock = hub.lm.make_knock(&part.name, &room, &user, &versions).await.map(drop);
+        assert!(matches!(knock, Err(Refusal::Malformed { .. })), "{name}: {knock:?}");
     }
     assert_eq!(hub.log(&room).await.len(), before);
 }
