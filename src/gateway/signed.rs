@@ -203,5 +203,6 @@ fn origin(
     let proved = claimed.prove(&context.server_name, &parts.method, uri, body)?;
     // Whoever speaks can be spoken to: what waits for that server need not wait for its backoff.
     context.outbound.retry(&proved.origin);
+    state.lm.heard_of(&proved.origin);
     Ok(proved.origin)
 }

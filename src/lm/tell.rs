@@ -2,11 +2,12 @@
 //! participant has sent like any event, and of the end of an invite or a knock. What could not be told is told later, across
 //! restarts, for a day; whatever comes of it, the event stands.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use ruma::{EventId, RoomId, ServerName, UserId};
+use ruma::{EventId, OwnedServerName, RoomId, ServerName, UserId};
 use tokio::sync::Notify;
 
 use super::actor::{Outcome, What};
@@ -30,6 +31,8 @@ const WAITING: TellLimits = TellLimits { to: 100, by: 500, all: 10_000 };
 /// How long is waited after each failure.
 const BACKOFF: [Duration; 4] =
     [Duration::from_secs(30), Duration::from_secs(5 * 60), Duration::from_secs(15 * 60), Duration::from_secs(3600)];
+/// How long a server that could not be told is left alone after that, though it is heard of.
+const HEARD: Duration = Duration::from_secs(2);
 /// For how long it is tried.
 const PATIENCE_MS: i64 = 24 * 3_600_000;
 /// How long is waited when the store fails.
@@ -40,6 +43,8 @@ const STORE_PAUSE: Duration = Duration::from_secs(5);
 pub(super) struct Tells {
     at_work: Mutex<AtWork>,
     news: Arc<Notify>,
+    /// Servers that could not be told, and when it was tried last.
+    away: Mutex<HashMap<OwnedServerName, Instant>>,
 }
 
 #[derive(Default)]
@@ -162,6 +167,26 @@ impl Lm {
         }
     }
 
+    /// A server was heard of: what it is to be told need not wait.
+    pub fn heard_of(&self, server: &ServerName) {
+        let pause = self.looks().pace(HEARD);
+        {
+            let mut away = lock(&self.inner.tells.away);
+            if away.get(server).is_none_or(|tried| tried.elapsed() < pause) {
+                return;
+            }
+            away.remove(server);
+        }
+        let (lm, server) = (self.clone(), server.to_owned());
+        tokio::spawn(async move {
+            let store = &lm.context().store;
+            match store.write(move |tx| Box::pin(async move { stored::hasten_tells_to(tx, &server).await })).await {
+                Ok(()) => lm.tell_soon(),
+                Err(error) => tracing::warn!(%error, "a server outside that is back is told later"),
+            }
+        });
+    }
+
     /// Goes on with what was not told before the last stop.
     pub(super) async fn resume_tells(&self) -> Result<(), Refusal> {
         self.context().store.write(|tx| Box::pin(async move { stored::hasten_tells(tx).await })).await?;
@@ -211,7 +236,13 @@ impl Lm {
                 }
             })
         });
-        write.await
+        write.await?;
+        let mut away = lock(&self.inner.tells.away);
+        match again {
+            Some(_) => drop(away.insert(server, Instant::now())),
+            None => drop(away.remove(&server)),
+        }
+        Ok(())
     }
 
     /// Tells a server of an event, if that is still so: its answer, whatever it is, ends it.

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::Duration;
 
 use axum::Json;
 use axum::response::IntoResponse as _;
@@ -13,6 +14,7 @@ use isthmus::federation::Call;
 use isthmus::lm::{Position, Sent};
 use isthmus::refusal::Refusal;
 use isthmus::seam::Outgoing;
+use isthmus::store::lm::next_tell;
 use ruma::{OwnedRoomId, OwnedUserId, RoomId};
 use serde_json::{Value, json};
 
@@ -60,6 +62,47 @@ async fn who_was_invited_or_has_knocked_and_is_turned_away_has_their_server_told
     hub.send(&room, member(&bot, &heidi, "leave")).await.unwrap();
     let told = tokio::time::timeout(std::time::Duration::from_secs(20), news.recv()).await.unwrap().unwrap();
     assert_eq!(told["pdus"][0]["state_key"], json!(heidi), "{told}");
+}
+
+/// Who was away and speaks again need not wait until its turn comes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_outside_a_room_that_is_heard_of_again_is_told_what_it_has_missed() {
+    let (world, [mut hub, out]) = World::new(["hub.example", "out.example"]).await;
+    let room = hub.create_room("knock").await;
+    let dave = out.user("dave");
+    out.lm.knock(&room, &dave, std::slice::from_ref(&hub.name), Object::new()).await.unwrap();
+    let (is_away, failed, told) =
+        (Arc::new(AtomicBool::new(true)), Arc::new(AtomicI64::new(0)), Arc::new(AtomicI64::new(0)));
+    let (away, fails, tells) = (is_away.clone(), failed.clone(), told.clone());
+    out.meddle(move |request, next| {
+        let is_send = request.uri().path().contains("/send/");
+        let fail = is_send && away.load(Ordering::SeqCst);
+        fails.fetch_add(i64::from(fail), Ordering::SeqCst);
+        tells.fetch_add(i64::from(is_send && !fail), Ordering::SeqCst);
+        async move { if fail { StatusCode::BAD_GATEWAY.into_response() } else { next.run(request).await } }
+    });
+    hub.send(&room, member(&hub.user("bot"), &dave, "leave")).await.unwrap();
+    let pause = || tokio::time::sleep(Duration::from_millis(20));
+    // It is tried at each start, and from the second failure on minutes lie between two tries.
+    let mut before = 0;
+    for start in 0..3 {
+        let is_put_off = async || next_tell(&hub.context.store).await.unwrap().unwrap_or_default() > 0;
+        while failed.load(Ordering::SeqCst) == before || !is_put_off().await {
+            pause().await;
+        }
+        before = failed.load(Ordering::SeqCst);
+        if start < 2 {
+            hub = world.restart(hub).await;
+        }
+    }
+    is_away.store(false, Ordering::SeqCst);
+    let speaks = async {
+        while told.load(Ordering::SeqCst) == 0 {
+            let _ = out.get(&hub, "/_matrix/federation/v1/query/profile?user_id=@bot:hub.example").await;
+            pause().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), speaks).await.expect("it is told");
 }
 
 /// A room of the hub in which `@alice` of the participant may invite, kick and ban.

@@ -37,7 +37,8 @@ pub use self::staged::{
     Gap, Staged, bytes_of_other_gaps, close_gap, gap, note_newest, rooms_with_gaps, stage, staged, staged_of, unstage,
 };
 pub use self::tells::{
-    Outsider, Tell, TellLimits, forget_tell, hasten_tells, keep_tell, next_tell, put_off_tell, tells_due,
+    Outsider, Tell, TellLimits, forget_tell, hasten_tells, hasten_tells_to, keep_tell, next_tell, put_off_tell,
+    tells_due,
 };
 pub use self::write::{
     advance_head, append, complain, forget_lpdus, forget_servers, insert_room, is_hub, is_kept_here, member_events,

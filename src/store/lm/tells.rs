@@ -131,6 +131,12 @@ pub async fn hasten_tells(tx: &mut Tx) -> Result<(), StoreError> {
     Ok(())
 }
 
+/// Those to a server are due: it is back.
+pub async fn hasten_tells_to(tx: &mut Tx, server: &ServerName) -> Result<(), StoreError> {
+    sqlx::query("UPDATE lm_tells SET next_ts = 0 WHERE server = $1").bind(server.as_str()).execute(tx).await?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use ruma::{event_id, room_id, server_name};
@@ -170,6 +176,11 @@ mod tests {
             assert_eq!(due(50).await, [1]);
             assert_eq!(tells_due(&store, 50, 1).await.unwrap()[0].tries, 1);
             assert_eq!(next_tell(&store).await.unwrap(), Some(50));
+            for (back, now) in [(other, 50), (one, 0)] {
+                let write = store.write(move |tx| Box::pin(async move { hasten_tells_to(tx, back).await }));
+                write.await.unwrap();
+                assert_eq!(next_tell(&store).await.unwrap(), Some(now), "{back} is back");
+            }
             let write = store.write(move |tx| {
                 Box::pin(async move {
                     hasten_tells(tx).await?;
