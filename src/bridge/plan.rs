@@ -174,6 +174,8 @@ impl Plan<'_> {
                 Some(self.fix(side, self.member(self.bot, ghost, "leave")))
             }
             ("leave" | "ban", _) => self.leave(side, there, ghost),
+            // The join was taken back by a resolution, which no event says.
+            ("invite" | "knock", "join") => self.leave(side, there, ghost),
             _ => None,
         }
     }
@@ -191,7 +193,7 @@ impl Plan<'_> {
             ("leave", "join") if removed_by_others => self
                 .may_remove(self.following, user, Action::Kick)
                 .then(|| self.fix(self.authority.other(), self.member(self.bot, user, "leave"))),
-            ("leave" | "invite", "join") => self.newcomer(&self.following.member(user)?, user, ghost),
+            ("leave" | "invite" | "knock", "join") => self.newcomer(&self.following.member(user)?, user, ghost),
             // Who is only invited has not come: the join for which the ghost joined was refused.
             ("join", "leave" | "ban" | "invite" | "knock") => self.leave(self.authority, "join", ghost),
             _ => None,

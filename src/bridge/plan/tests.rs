@@ -130,11 +130,16 @@ fn members_follow_the_authority_as_far_as_the_gateway_can() {
         (&alice("ban"), &alice_ghost("join", ghost), vec![fix("lm", BOT, "ban", ghost)]),
         (&alice("leave"), &alice_ghost("ban", BOT), vec![fix("lm", BOT, "leave", ghost)]),
         (&[], &alice_ghost("join", ghost), vec![fix("lm", ghost, "leave", ghost)]),
+        // A resolution has taken her join back, and left her invite or her knock.
+        (&alice("invite"), &alice_ghost("join", ghost), vec![fix("lm", ghost, "leave", ghost)]),
+        (&alice("knock"), &alice_ghost("join", ghost), vec![fix("lm", ghost, "leave", ghost)]),
+        (&alice("invite"), &alice_ghost("invite", BOT), vec![]),
         (&[], &alice_ghost("leave", ghost), vec![]),
         // The authority has removed Bob's ghost: Bob goes. Bob is there and his ghost not yet: it joins.
         (&bob_ghost("ban", "@alice:h"), &bob("join"), vec![fix("lm", BOT, "ban", "@bob:l")]),
         (&bob_ghost("leave", "@alice:h"), &bob("join"), vec![fix("lm", BOT, "leave", "@bob:l")]),
         (&bob_ghost("leave", "@lm_bob_l:g"), &bob("join"), vec![fix("matrix", "@lm_bob_l:g", "join", "@lm_bob_l:g")]),
+        (&bob_ghost("knock", "@lm_bob_l:g"), &bob("join"), vec![fix("matrix", "@lm_bob_l:g", "join", "@lm_bob_l:g")]),
         (&[], &bob("join"), vec![fix("matrix", "@lm_bob_l:g", "join", "@lm_bob_l:g")]),
         // A join is never forged: the ghost of one who is not there leaves.
         (&bob_ghost("join", "@lm_bob_l:g"), &bob("leave"), vec![fix("matrix", "@lm_bob_l:g", "leave", "@lm_bob_l:g")]),
