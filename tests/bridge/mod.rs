@@ -13,6 +13,7 @@ mod explain;
 mod faults;
 mod from_lm;
 mod from_matrix;
+mod hostile;
 mod hub_transfer;
 mod invites;
 mod knocks;
