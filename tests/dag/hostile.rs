@@ -175,6 +175,39 @@ async fn hc_41_auth_events_of_another_room_duplicated_superfluous_or_rejected() 
     }
 }
 
+/// Each of them is allowed by one before it, which nobody has heard of either: fetching them ends, and the room goes on.
+#[tokio::test]
+async fn hc_41_an_endless_chain_of_auth_events_ends() {
+    let peer = Peer::start("peer.example").await;
+    let gateway = Gateway::start(&[&peer]).await;
+    let alice = peer.user("alice");
+    for version in VERSIONS {
+        let users = if version == RoomVersion::V12 { json!({}) } else { json!({ bot().as_str(): 100 }) };
+        let levels = json!({ "users_default": 60, "users": users, "events": { "m.room.power_levels": 50 } });
+        let public = state("m.room.join_rules", "", json!({ "join_rule": "public" }));
+        let room = gateway.room_with(version, vec![public, state("m.room.power_levels", "", levels.clone())]).await;
+        let view = peer.join(&gateway, &room, &alice).await.unwrap();
+        let mut chain = view.clone();
+        for number in 0..2_000 {
+            let mut levels = levels.clone();
+            levels["events"]["org.example.counter"] = json!(number % 50);
+            chain.add(&peer, &alice, "m.room.power_levels", Some(""), levels);
+        }
+        // Where it stands all is known.
+        let mut next = chain.next(&alice, "m.room.message", None, json!({ "body": "allowed by all that" }));
+        next["prev_events"] = json!(view.tips);
+        let (id, event) = peer.sign(version, next);
+        peer.memory.asked.lock().unwrap().clear();
+        assert!(peer.put(&gateway.dag, &[&event]).await.remove(0).result.is_err());
+        let asked = peer.memory.asked.lock().unwrap().len();
+        assert!(asked < 600, "{asked} requests");
+        assert!(gateway.dag.event(&id).await.unwrap().is_none());
+        gateway.send(&room, message(&bot(), "fine")).await.unwrap();
+        let (_, event) = view.clone().say(&peer, &alice, "fine too");
+        assert!(peer.put(&gateway.dag, &[&event]).await.remove(0).result.is_ok());
+    }
+}
+
 #[tokio::test]
 async fn hc_42_leaving_out_the_power_levels_does_not_help() {
     for version in VERSIONS {
