@@ -17,6 +17,7 @@ mod hostile;
 mod hub_transfer;
 mod invites;
 mod knocks;
+mod lies;
 mod loops;
 mod mapping;
 mod media;
