@@ -23,5 +23,6 @@ mod mapping;
 mod media;
 mod pins;
 mod poison;
+mod random;
 mod shared;
 mod world;
