@@ -318,6 +318,7 @@ pub(super) fn refusal_row(core: &Core, portal: &Portal, source: Side, event: &Ev
         code: refusal.code().to_owned(),
         reason: refusal.to_string(),
         refused_ts: core.now_ms(),
+        room_id: Some(event.room_id.clone()),
     }
 }
 

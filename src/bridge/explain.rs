@@ -113,16 +113,17 @@ async fn explain_invite(core: &Core, event_id: &EventId) -> Result<Option<Explan
     }
     for side in [Side::Matrix, Side::Lm] {
         let Some(refusal) = images::refusal(store, side, event_id).await? else { continue };
-        let (Some(portal), Ok(sender)) =
-            (find(core, &format!("p{}", refusal.portal)).await?, UserId::parse(&refusal.sender))
+        let portal = find(core, &format!("p{}", refusal.portal)).await?;
+        let of_portal = || portal.as_ref().map(|portal| portal.room(side).to_owned());
+        let (Some(room_id), Ok(sender)) = (refusal.room_id.clone().or_else(of_portal), UserId::parse(&refusal.sender))
         else {
             continue;
         };
         return Ok(Some(Explanation {
             event_id: event_id.to_owned(),
             side: side.as_str(),
-            portal_id: Some(portal.portal_id.clone()),
-            room_id: portal.room(side).to_owned(),
+            portal_id: portal.map(|portal| portal.portal_id.clone()),
+            room_id,
             sender,
             kind: refusal.kind.clone(),
             status: "refused",

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
-use ruma::{EventId, OwnedEventId, OwnedUserId, UserId};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedUserId, UserId};
 use sqlx::Row as _;
 use sqlx::any::AnyRow;
 
@@ -51,10 +51,12 @@ pub struct RefusalRow {
     pub reason: String,
     /// When it was refused, in milliseconds.
     pub refused_ts: i64,
+    /// The room, where none may have had a portal.
+    pub room_id: Option<OwnedRoomId>,
 }
 
 const IMAGE_COLUMNS: &str = "side, source_event_id, source_lpdu_id, image_event_id, pending, portal, note, made_ts";
-const REFUSAL_COLUMNS: &str = "side, source_event_id, portal, sender, kind, code, reason, refused_ts";
+const REFUSAL_COLUMNS: &str = "side, source_event_id, portal, sender, kind, code, reason, refused_ts, room_id";
 
 static INSERT: LazyLock<Vec<Statement>> = LazyLock::new(|| {
     statements(|rows| format!("INSERT INTO bridge_images ({IMAGE_COLUMNS}) VALUES {}", placeholders(rows, 8, 0)))
@@ -165,8 +167,8 @@ pub async fn forget(tx: &mut Tx, portal: i64) -> Result<(), StoreError> {
 /// Records a refusal; the newest reason counts.
 pub async fn refuse(tx: &mut Tx, row: &RefusalRow) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO bridge_refusals (side, source_event_id, portal, sender, kind, code, reason, refused_ts) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8) \
+        "INSERT INTO bridge_refusals (side, source_event_id, portal, sender, kind, code, reason, refused_ts, room_id) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) \
          ON CONFLICT (side, source_event_id) DO UPDATE SET \
          code = excluded.code, reason = excluded.reason, refused_ts = excluded.refused_ts",
     )
@@ -178,6 +180,7 @@ pub async fn refuse(tx: &mut Tx, row: &RefusalRow) -> Result<(), StoreError> {
     .bind(row.code.as_str())
     .bind(text::encode(&row.reason).as_ref())
     .bind(row.refused_ts)
+    .bind(row.room_id.as_ref().map(|room_id| room_id.as_str()))
     .execute(tx)
     .await?;
     Ok(())
@@ -295,6 +298,10 @@ fn refusal_row(row: &AnyRow) -> Result<RefusalRow, StoreError> {
         code: row.try_get("code")?,
         reason: text::decode(row.try_get("reason")?),
         refused_ts: row.try_get("refused_ts")?,
+        room_id: row
+            .try_get::<Option<String>, _>("room_id")?
+            .map(|room_id| room_id.try_into().map_err(|error| StoreError::corrupt("room ID", error)))
+            .transpose()?,
     })
 }
 
@@ -409,6 +416,7 @@ mod tests {
                 code: "lm_rule".to_owned(),
                 reason: "no\u{0}".to_owned(),
                 refused_ts: 9,
+                room_id: Some(ruma::room_id!("!r:b").to_owned()),
             };
             let written = refused.clone();
             store

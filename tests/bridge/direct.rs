@@ -349,7 +349,12 @@ async fn who_invites_into_an_encrypted_room_is_told_at_once_why_nobody_comes() {
     at_home(&home, &room, &bobs_ghost, "leave").await;
     assert!(reason(&home, &room, &bobs_ghost).await.contains("encrypted"));
     assert!(gateway.bridge.portals(None, 10).await.unwrap().is_empty());
-    so("nothing to be left", || async { gateway.bridge.explain(&event).await.unwrap().is_none() }).await;
+    let (code, reason) = refused(&gateway, &event).await;
+    assert!(code == "encryption" && reason.contains("m.megolm.v1.aes-sha2"), "{code}: {reason}");
+    // That is known also when nothing waits any more.
+    so("nothing to be left", || async { gateway.invitations().await == 0 }).await;
+    let found = gateway.bridge.explain(&event).await.unwrap().unwrap();
+    assert_eq!((found.status, found.portal_id, &found.room_id), ("refused", None, &room));
 
     // Encrypted while bob thinks about it: he does not come in, and both know.
     let room = chat(&home, RoomVersion::V12).await;

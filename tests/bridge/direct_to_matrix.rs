@@ -9,7 +9,7 @@ use isthmus::event::RoomVersion;
 use isthmus::identity::Side;
 use isthmus::refusal::Refusal;
 use isthmus::seam::Outgoing;
-use ruma::{OwnedUserId, RoomId, UserId};
+use ruma::{OwnedEventId, OwnedUserId, RoomId, UserId};
 use serde_json::json;
 
 use super::from_lm::room;
@@ -201,6 +201,12 @@ async fn an_lm_room_that_is_encrypted_takes_no_ghosts_and_says_why() {
     let refusal = format!("{:#}", hub.invite(&carol, &lm, &alice).await.unwrap_err());
     assert!(refusal.contains("encrypted"), "{refusal}");
     assert!(gateway.bridge.portals(None, 10).await.unwrap().is_empty());
+    let reader = gateway.node.context.store.reader();
+    let refused = sqlx::query_scalar("SELECT source_event_id FROM bridge_refusals").fetch_one(reader).await;
+    let refused: OwnedEventId = refused.map(|id: String| id.try_into().unwrap()).unwrap();
+    let found = gateway.bridge.explain(&refused).await.unwrap().unwrap();
+    assert_eq!((found.status, found.side, &found.room_id, &found.sender), ("refused", "lm", &lm, &carol));
+    assert_eq!(found.refusal.unwrap().code, "encryption");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -430,6 +430,12 @@ impl Gateway {
         Some(self.dag.state_event(room, kind, "").await.unwrap()?.content.clone())
     }
 
+    /// How many invites of ghosts are written down.
+    pub async fn invitations(&self) -> i64 {
+        let reader = self.node.context.store.reader();
+        sqlx::query_scalar("SELECT COUNT(*) FROM bridge_invitations").fetch_one(reader).await.unwrap()
+    }
+
     /// The two states are in step, when the queues are empty (INV-4).
     pub async fn in_step(&self, portal: &Portal) -> bool {
         let health = self.bridge.health(&portal.portal_id).await.unwrap();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ruma::UserId;
 
-use super::{PENDING_MS, Shown, lock, soon};
+use super::{PENDING_MS, Shown, lock, refusal_row, soon};
 use crate::bridge::carry::ENCRYPTION;
 use crate::bridge::core::Core;
 use crate::bridge::portal::Cause;
@@ -15,7 +15,9 @@ use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Invite, Uninvited};
+use crate::store::images::{self, RefusalRow};
 use crate::store::invitations::{self, Invitation, Next, Stage};
+use crate::store::{StoreError, Tx};
 
 /// The longest invite content that is kept, in bytes, and the longest text in it that means something.
 const CONTENT_LIMIT: usize = 8_192;
@@ -33,10 +35,13 @@ pub(in crate::bridge) async fn invited(core: &Arc<Core>, invite: &Invite, user: 
     create::may_be_elsewhere(core, side, &invite.room_id).await?;
     let EncryptionPolicy::Refuse = core.context.config.portals.encryption;
     let encrypted = algorithm(invite);
+    let store = &core.context.store;
     if let Some(algorithm) = encrypted.as_ref().filter(|_| side == Side::Lm) {
+        // Who invited is told by the hub, and an operator by `explain`.
+        let refused = refused(core, &row(core, invite, user, encrypted.clone()));
+        store.write(move |tx| Box::pin(write_refusal(tx, refused))).await?;
         return Err(Refusal::Encryption(algorithm.clone()));
     }
-    let store = &core.context.store;
     if let Some(known) = invitations::one(store, side, &invite.room_id, user).await? {
         if known.event_id == invite.event_id {
             // It is signed again.
@@ -59,10 +64,29 @@ pub(in crate::bridge) async fn invited(core: &Arc<Core>, invite: &Invite, user: 
         core.budgets.portal(limits, server, core.now_ms())?;
     }
     let row = row(core, invite, user, encrypted);
-    store.write(move |tx| Box::pin(async move { invitations::put(tx, &row).await })).await?;
+    let refused = refused(core, &row);
+    let write = store.write(move |tx| {
+        Box::pin(async move {
+            invitations::put(tx, &row).await?;
+            write_refusal(tx, refused).await
+        })
+    });
+    write.await?;
     lock(&core.pending.rooms).insert(invite.room_id.clone(), side);
     soon(core, side, &invite.room_id);
     Ok(())
+}
+
+/// What is written of an invite that is refused from the start.
+fn refused(core: &Core, row: &Invitation) -> Option<RefusalRow> {
+    Some(refusal_row(core, row, row.code.as_deref()?, row.reason.as_deref()?))
+}
+
+async fn write_refusal(tx: &mut Tx, refused: Option<RefusalRow>) -> Result<(), StoreError> {
+    match refused {
+        Some(refused) => images::refuse(tx, &refused).await,
+        None => Ok(()),
+    }
 }
 
 fn row(core: &Core, invite: &Invite, user: &UserId, encrypted: Option<String>) -> Invitation {

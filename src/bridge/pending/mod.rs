@@ -173,20 +173,24 @@ pub(super) async fn close(core: &Arc<Core>, portal: &Portal) -> Result<(), Refus
     Ok(())
 }
 
-/// Writes down that an invite is to be declined, and why: also for `explain` and the portal's health.
-async fn refuse(core: &Core, row: &Invitation, code: &str, reason: &str) -> Result<(), Refusal> {
-    let portal = core.registry.of_room(row.side, &row.room_id).map_or(0, |entry| entry.number);
-    let now_ms = core.now_ms();
-    let refused = RefusalRow {
+/// Why an invite came to nothing, for `explain` and the portal's health.
+fn refusal_row(core: &Core, row: &Invitation, code: &str, reason: &str) -> RefusalRow {
+    RefusalRow {
         side: row.side,
         source: row.event_id.clone(),
-        portal,
+        portal: core.registry.of_room(row.side, &row.room_id).map_or(0, |entry| entry.number),
         sender: row.inviter.to_string(),
         kind: super::side::MEMBER.to_owned(),
         code: code.to_owned(),
         reason: reason.to_owned(),
-        refused_ts: now_ms,
-    };
+        refused_ts: core.now_ms(),
+        room_id: Some(row.room_id.clone()),
+    }
+}
+
+/// Writes down that an invite is to be declined, and why: also for `explain` and the portal's health.
+async fn refuse(core: &Core, row: &Invitation, code: &str, reason: &str) -> Result<(), Refusal> {
+    let (refused, now_ms) = (refusal_row(core, row, code, reason), core.now_ms());
     let (code, reason) = (Some(code.to_owned()), Some(reason.to_owned()));
     let next = Next { stage: Stage::Refused, code, reason, image: None, now_ms };
     let row = row.clone();
