@@ -7,10 +7,12 @@ use ruma::{OwnedEventId, OwnedUserId, RoomId, UserId};
 use serde_json::{Value, json};
 
 use super::acl::SERVER_ACL;
+use super::alias::Aliases;
 use super::pins::{Counterparts, PINNED, Pins};
 use super::power::{self, Action, CREATOR_LEVEL, POWER_LEVELS, Power, USER_LIMIT};
 use super::side::{Entry, Event, Key, MEMBER, State};
 use super::translate::{self, Image, Lookups, MediaTo, SOURCE, StateRules};
+use super::upgrade::TOMBSTONE;
 use super::users::{Known, Who};
 use super::{loops, member};
 use crate::event::Object;
@@ -36,6 +38,10 @@ pub(super) struct Case<'a> {
     pub(super) bot_is_there: bool,
     /// Whether who joins the room across is asked about here.
     pub(super) asks: bool,
+    /// Whether the room that the event is of lives elsewhere, so that who replaces it asks nobody here.
+    pub(super) is_elsewhere: bool,
+    /// Whether who has the level may replace the gateway's rooms of the portal.
+    pub(super) replaceable: bool,
     /// Who those are in the room across to whom it gives power, where what crosses changes that.
     pub(super) far_users: &'a Known,
     /// The current state of its room.
@@ -50,6 +56,8 @@ pub(super) struct Case<'a> {
     pub(super) users: &'a Known,
     /// How the events it names are called across.
     pub(super) events: &'a HashMap<OwnedEventId, OwnedEventId>,
+    /// How aliases are called across.
+    pub(super) aliases: Aliases<'a>,
     /// How what is pinned in either room is called across, where the event is about that.
     pub(super) pins: &'a Counterparts,
     /// What it redacts.
@@ -122,6 +130,7 @@ pub(super) fn outcome(case: &Case<'_>) -> Outcome {
         return Outcome::Refuse(Refusal::Encryption(algorithm.chars().take(100).collect()));
     }
     let crossing = match &case.event.state_key {
+        Some(_) if case.event.kind == TOMBSTONE => return tombstone(case, ghost),
         Some(_) => return state(case, ghost),
         None if case.event.kind == "m.room.redaction" => redaction(case, ghost),
         None => message(case),
@@ -289,6 +298,21 @@ pub(super) fn is_public(state: &State) -> bool {
     state.content("m.room.join_rules").and_then(|content| content.get("join_rule")?.as_str()) == Some("public")
 }
 
+/// A tombstone has no image: it moves the portal on (`upgrade.rs`), where its sender may do so on both sides.
+fn tombstone(case: &Case<'_>, ghost: &UserId) -> Outcome {
+    let far = Power::of(case.far);
+    match case.is_elsewhere || (case.replaceable && far.may_send(ghost, TOMBSTONE, true)) {
+        true => Outcome::Nothing("it moves the portal on"),
+        false if !case.replaceable => Outcome::Refuse(Refusal::Forbidden(
+            "a room that a foreign hub keeps is replaced there, and this one with it".to_owned(),
+        )),
+        false => Outcome::Refuse(Refusal::Forbidden(format!(
+            "{ghost} has the level {} across, which is not enough to replace the room",
+            far.level(ghost)
+        ))),
+    }
+}
+
 /// State of the mapped types: sent by the sender's ghost where it has the level; by the bot where the room across follows.
 fn state(case: &Case<'_>, ghost: &UserId) -> Outcome {
     let kind = case.event.kind.as_str();
@@ -305,8 +329,10 @@ fn state(case: &Case<'_>, ghost: &UserId) -> Outcome {
         sovereigns: &sovereigns,
         limit: USER_LIMIT,
         asks: case.asks,
+        replaceable: case.replaceable,
         media: Some(case.media()),
         pins: Pins::Image { there: case.far.content(kind), names: case.pins },
+        aliases: Some(case.aliases),
     };
     let content = match case.lets_in {
         true => translate::state_content(kind, Some(&case.event.content), &rules),
@@ -316,6 +342,12 @@ fn state(case: &Case<'_>, ghost: &UserId) -> Outcome {
             None => None,
         },
     };
+    let content = content.map(|mut content| {
+        if kind == POWER_LEVELS && case.source == Side::Matrix && case.lets_in {
+            power::keep_reserved(&mut content, case.far.content(kind), case.replaceable);
+        }
+        content
+    });
     let Some(content) = content else {
         if kind == PINNED {
             return Outcome::Nothing("nothing of what is pinned is across");
@@ -367,8 +399,10 @@ fn changed(case: &Case<'_>, kind: &str, rules: &StateRules<'_>) -> Option<Change
         sovereigns: &sovereigns,
         limit: USER_LIMIT,
         asks: true,
+        replaceable: case.replaceable,
         media: Some(MediaTo { names: case.media, to: case.source }),
         pins: Pins::Image { there: Some(&case.event.content), names: case.pins },
+        aliases: Some(case.aliases),
     };
     let image = translate::state_content(kind, there, &image).unwrap_or_default();
     let wanted = StateRules {
@@ -379,8 +413,10 @@ fn changed(case: &Case<'_>, kind: &str, rules: &StateRules<'_>) -> Option<Change
         sovereigns: &[],
         limit,
         asks: false,
+        replaceable: case.replaceable,
         media: None,
         pins: Pins::Own { names: case.pins },
+        aliases: None,
     };
     let wanted = translate::state_content(kind, Some(&case.event.content), &wanted)?;
     if same(&image, &wanted) {

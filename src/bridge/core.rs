@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::acl::{self, Acls};
+use super::alias::Aliases;
 use super::budget::Budgets;
 use super::create::Creations;
 use super::ends;
@@ -21,6 +22,7 @@ use super::repair::Repairs;
 use super::resolve::{self, Negative};
 use super::side::{MEMBER, Sides};
 use super::translate::MediaTo;
+use super::upgrade::Moves;
 use super::users::Users;
 use super::worker;
 use crate::event::Object;
@@ -48,6 +50,7 @@ pub(super) struct Core {
     pub(super) pauses: Pauses,
     pub(super) ephemeral: Ephemeral,
     pub(super) pending: Pending,
+    pub(super) moves: Moves,
     pub(super) stop: CancellationToken,
     pub(super) tasks: TaskTracker,
     sides: OnceLock<Sides>,
@@ -72,6 +75,7 @@ impl Core {
             pauses: Pauses::default(),
             ephemeral: Ephemeral::default(),
             pending: Pending::default(),
+            moves: Moves::default(),
             acls: acl::acls(context.config.caches.rooms),
             context,
         }
@@ -80,6 +84,13 @@ impl Core {
     /// How files are called on a side.
     pub(super) fn media(&self, to: Side) -> MediaTo<'_> {
         MediaTo { names: &self.context.media, to }
+    }
+
+    /// How aliases are called across, where the Matrix room's own address is this.
+    pub(super) fn aliases<'a>(&'a self, address: Option<&'a str>) -> Aliases<'a> {
+        let appservice = self.context.config.appservice.as_ref();
+        let homeserver = appservice.map(|appservice| appservice.homeserver_name.as_ref());
+        Aliases { own: &self.context.server_name, homeserver, address }
     }
 
     /// Gives the bridge its sides; once.

@@ -14,13 +14,14 @@ use ruma::OwnedRoomId;
 
 use self::elsewhere::place_of;
 pub(super) use self::elsewhere::{
-    may_be_elsewhere, portal_from_lm, portal_from_matrix, portal_of_ghost_invite, portal_of_invite, portal_of_lm_invite,
+    may_be_elsewhere, portal_from_lm, portal_from_matrix, portal_of_ghost_invite, portal_of_invite,
+    portal_of_lm_invite, portal_of_next,
 };
 use super::core::Core;
 use super::portal::{NewPortal, Portal, PortalKind, PortalState, Request};
 use super::rooms;
 use super::space::{LookedAt, make_space, one_more_of};
-use super::{from_lm, from_matrix, pending, repair};
+use super::{from_lm, from_matrix, pending, repair, upgrade};
 use crate::config::EncryptionPolicy;
 use crate::event::{Family, RoomVersion};
 use crate::identity::Side;
@@ -331,6 +332,9 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Result<Arc<Portal>, Refus
         }
         repair::soon(core, &entry);
     }
+    for side in [Side::Matrix, Side::Lm] {
+        upgrade::comes(core, side, entry.portal().room(side), None);
+    }
     tracing::info!(
         portal = entry.portal().portal_id, matrix_room = %entry.portal().matrix_room_id,
         lm_room = %entry.portal().lm_room_id, "portal made"
@@ -383,9 +387,7 @@ fn request(core: &Core, new: &NewPortal) -> Result<Request, Refusal> {
         join_rule: new.join_rule.clone(),
         matrix_room_version: version(new.matrix_room_version, Family::Graph)?,
         lm_room_version: version(new.lm_room_version, Family::Log)?,
-        via: Vec::new(),
-        invited: false,
-        ghosts_alone: false,
+        ..Request::default()
     })
 }
 

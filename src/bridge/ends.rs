@@ -6,27 +6,24 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ruma::{OwnedRoomId, OwnedServerName, RoomId, UserId};
+use ruma::{OwnedRoomId, UserId};
 
 use super::acl::{self, SERVER_ACL};
 use super::carry::ENCRYPTION;
 use super::core::Core;
 use super::notice::{say, speaker, text};
-use super::portal::{Cause, Portal, PortalKind, PortalState};
+use super::portal::{Portal, PortalKind, PortalState};
 use super::registry::Entry;
 use super::side::{Event, MEMBER, State};
+use super::upgrade::{self, TOMBSTONE};
 use super::users::Who;
-use super::{create, from_matrix, pending, repair};
+use super::{from_matrix, pending, repair};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::Outgoing;
 use crate::store::{appservice, images, inbox, portals};
 
-/// The type of events that say by which room a room is replaced.
-const TOMBSTONE: &str = "m.room.tombstone";
-/// How long it is waited when the room that replaces one could not be connected.
-const REPLACE_AGAIN: Duration = Duration::from_secs(60);
 /// How long the ghosts stay in a suspended portal, in milliseconds.
 pub const GHOSTS_STAY_MS: i64 = 3_600_000;
 /// How long a portal that no admin asked for may go unused, in milliseconds.
@@ -237,18 +234,11 @@ pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool
             core.clone().spawn(async move { ended(&entry, end(&core, &entry, &reason).await) });
             return Ok(true);
         }
-        // The gateway's own rooms are replaced by nobody else.
-        let tombstone = state.get(TOMBSTONE, "").filter(|_| portal.elsewhere() == Some(side));
-        if let Some(tombstone) = tombstone {
-            let replacement = tombstone.content.get("replacement_room").and_then(|room| room.as_str());
-            let replacement = replacement.and_then(|room| RoomId::parse(room).ok());
-            let mut via = vec![tombstone.sender.server_name().to_owned()];
-            via.extend(Some(portal.lm_hub.clone()).filter(|hub| *hub != core.context.server_name));
-            let (core, entry) = (core.clone(), entry.clone());
-            core.clone().spawn(async move { ended(&entry, replace(&core, &entry, replacement, via).await) });
+        if upgrade::look_at(core, entry, side, &state).await? {
             return Ok(true);
         }
     }
+    upgrade::stays(core, entry).await?;
     if portal.kind == PortalKind::FromMatrix {
         let until = match is_empty(core, &portal).await? {
             true => Some(core.now_ms().saturating_add(GHOSTS_STAY_MS)),
@@ -274,57 +264,10 @@ pub(super) fn bot_is_out(by: &UserId, membership: &str, bot: &UserId) -> String 
     format!("{by} has {} {bot}", if membership == "ban" { "banned" } else { "kicked" })
 }
 
-fn ended<T>(entry: &Entry, outcome: Result<T, Refusal>) {
+pub(super) fn ended<T>(entry: &Entry, outcome: Result<T, Refusal>) {
     if let Err(refusal) = outcome {
         tracing::warn!(portal = entry.portal().portal_id, %refusal, "a portal could not be ended");
     }
-}
-
-/// A room that lives elsewhere has a tombstone: the room across gets one too, which leads to the one that is connected with the room that
-/// replaces it.
-async fn replace(
-    core: &Arc<Core>,
-    entry: &Arc<Entry>,
-    replacement: Option<OwnedRoomId>,
-    mut via: Vec<OwnedServerName>,
-) -> Result<(), Refusal> {
-    let portal = entry.portal();
-    let Some(side) = portal.elsewhere() else { return Ok(()) };
-    let what = match side {
-        Side::Lm => "the LM room",
-        Side::Matrix => "the Matrix room",
-    };
-    let Some(room_id) = replacement.filter(|room_id| **room_id != *portal.room(side)) else {
-        return end(core, entry, &format!("{what} was closed")).await.map(drop);
-    };
-    via.extend(room_id.server_name().map(ToOwned::to_owned));
-    let next = match side {
-        Side::Lm => create::portal_from_lm(core, &room_id, &via, None, &Cause::Admin).await,
-        Side::Matrix => create::portal_from_matrix(core, &room_id, &via, None, &Cause::Admin).await,
-    };
-    let next = match next {
-        Ok(next) => next,
-        Err(refusal) if refusal.is_transient() => {
-            let (core, entry) = (core.clone(), entry.clone());
-            core.clone().spawn(async move {
-                tokio::time::sleep(REPLACE_AGAIN).await;
-                repair::soon(&core, &entry);
-            });
-            return Err(refusal);
-        }
-        Err(refusal) => {
-            let reason = format!("{what} was replaced by {room_id}, which cannot be connected: {refusal}");
-            return end(core, entry, &reason).await.map(drop);
-        }
-    };
-    if !entry.portal().state.carries() {
-        return Ok(());
-    }
-    let mut content = Object::new();
-    content.insert("body".to_owned(), "This room has been replaced".into());
-    content.insert("replacement_room".to_owned(), next.room(side.other()).as_str().into());
-    core.send(&portal, side.other(), core.draft(core.users.bot(), TOMBSTONE, Some(""), content)).await?;
-    end(core, entry, &format!("{what} was replaced by {room_id}")).await.map(drop)
 }
 
 /// An admin wants a portal: it stays, used or not.

@@ -67,7 +67,7 @@ async fn make_of(core: &Arc<Core>, row: &mut PortalRow, room_id: &OwnedRoomId) -
             Some(room_id) => room_id,
             None => {
                 let alias = row.alias.clone().or_else(|| alias::of_room(room_id));
-                sides.dag.create_room(rooms::matrix_of_lm(core, &state, &known, alias.as_deref())?).await?
+                sides.dag.create_room(rooms::matrix_of_lm(core, &state, &known, alias.as_deref(), &request)?).await?
             }
         };
         save(core, row, |row| {

@@ -55,7 +55,7 @@ async fn make_of(core: &Arc<Core>, row: &mut PortalRow, room_id: &OwnedRoomId) -
     let known = core.users.all(&core.context.store, Side::Matrix, &members).await?;
     core.users.keep(&core.context.store, Side::Matrix, &members).await?;
     if row.lm_room_id.is_none() {
-        let made = core.sides()?.lm.create_room(rooms::lm_of_matrix(core, &state, &known)).await?;
+        let made = core.sides()?.lm.create_room(rooms::lm_of_matrix(core, &state, &known, &request)).await?;
         save(core, row, |row| row.lm_room_id = Some(made)).await?;
     }
     let shadow = PortalRow { state: "active".to_owned(), ..row.clone() };

@@ -49,6 +49,7 @@ mod seat;
 mod side;
 mod space;
 mod translate;
+mod upgrade;
 mod users;
 mod worker;
 
@@ -66,6 +67,7 @@ pub use self::pending::PENDING_MS;
 pub use self::portal::{Cause, NewPortal, Portal, PortalKind, PortalState};
 use self::seat::Seat;
 use self::side::Sides;
+pub use self::upgrade::LET_IN_MS;
 use self::users::Who;
 pub use self::users::bot_of;
 use crate::federation::Context;

@@ -3,11 +3,13 @@
 use ruma::{OwnedEventId, UserId};
 use serde_json::{Value, json};
 
+use super::alias::Aliases;
 use super::carry::{bot_entry, is_public, same};
 use super::pins::{Counterparts, Pins};
 use super::power::{self, Action, CREATOR_LEVEL, POWER_LEVELS, Power, USER_LIMIT};
 use super::side::{Entry, MEMBER, State};
 use super::translate::{self, MAPPED_STATE, MediaTo, StateRules, member_content, state_content};
+use super::upgrade::TOMBSTONE;
 use super::users::{Known, Who};
 use crate::event::Object;
 use crate::identity::{MediaNames, Side};
@@ -21,6 +23,8 @@ pub(super) struct Plan<'a> {
     pub(super) authority: Side,
     /// Whether the room that leads is one that the gateway made, in which it says who may be.
     pub(super) owns_leading: bool,
+    /// Whether who has the level may replace the gateway's rooms.
+    pub(super) replaceable: bool,
     /// Whether the bot lets ghosts into that room by inviting them.
     pub(super) lets_in: bool,
     pub(super) leading: &'a State,
@@ -29,6 +33,8 @@ pub(super) struct Plan<'a> {
     pub(super) following_users: &'a Known,
     pub(super) bot: &'a UserId,
     pub(super) media: &'a MediaNames,
+    /// How aliases are called across.
+    pub(super) aliases: Aliases<'a>,
     /// How what is pinned in either room is called across.
     pub(super) pins: &'a Counterparts,
     /// Whether a user of the gateway on a side is left alone, because a handshake is under way.
@@ -58,6 +64,7 @@ pub(super) struct Fix {
 /// What must be sent.
 pub(super) fn plan(plan: &Plan<'_>) -> Vec<Fix> {
     let mut fixes: Vec<Fix> = MAPPED_STATE.iter().filter_map(|kind| plan.state(kind)).collect();
+    fixes.extend(plan.tombstone());
     for entry in plan.leading.members() {
         let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
         match plan.leading_users.get(user) {
@@ -96,8 +103,10 @@ impl Plan<'_> {
             sovereigns: &sovereigns,
             limit: USER_LIMIT,
             asks: self.asks(),
+            replaceable: self.replaceable,
             media: Some(self.media(self.authority.other())),
             pins: Pins::Image { there: self.following.content(kind), names: self.pins },
+            aliases: Some(self.aliases),
         };
         let there = self.following.content(kind);
         let nothing = Object::new();
@@ -111,6 +120,15 @@ impl Plan<'_> {
             return None;
         }
         Some(self.fix(self.authority.other(), self.draft(self.bot, kind, "", content)))
+    }
+
+    /// The room that follows was closed by somebody who may not close the one that leads: that is taken back.
+    fn tombstone(&self) -> Option<Fix> {
+        let there = self.following.get(TOMBSTONE, "").filter(|there| there.sender != self.bot)?;
+        let is_one = |content: &Object| content.keys().any(|key| !key.starts_with(translate::OWN_PREFIX));
+        let leads = self.leading.content(TOMBSTONE).is_some_and(is_one);
+        (self.replaceable && is_one(there.content) && !leads)
+            .then(|| self.fix(self.authority.other(), self.draft(self.bot, TOMBSTONE, "", Object::new())))
     }
 
     /// Whether who joins the room that follows is asked about.
@@ -138,8 +156,10 @@ impl Plan<'_> {
             // Who is higher than an image has it is to be seen.
             limit: CREATOR_LEVEL,
             asks: false,
+            replaceable: self.replaceable,
             media: None,
             pins: Pins::Own { names: self.pins },
+            aliases: None,
         };
         state_content(kind, Some(there), &rules).unwrap_or_default()
     }

@@ -134,6 +134,11 @@ impl Portal {
         if self.is_one_room() { &[Side::Lm] } else { &[Side::Matrix, Side::Lm] }
     }
 
+    /// The address of a Matrix room that was made for an LM room.
+    pub(super) fn address(&self) -> Option<&str> {
+        self.alias.as_deref().filter(|_| self.kind == PortalKind::FromLm && !self.ghosts_alone)
+    }
+
     /// Its room on one side.
     pub fn room(&self, side: Side) -> &RoomId {
         match side {
@@ -159,6 +164,11 @@ impl Portal {
     /// The side whose users a portal is made for: in the room of the other one somebody was before.
     pub(super) fn is_for(&self) -> Side {
         if self.kind == PortalKind::FromMatrix { Side::Lm } else { Side::Matrix }
+    }
+
+    /// Whether who has the level on both sides may replace the rooms of it that the gateway made. A foreign hub's room is replaced there.
+    pub(super) fn is_replaceable(&self) -> bool {
+        matches!(self.kind, PortalKind::Created | PortalKind::FromMatrix)
     }
 
     /// Whether the Matrix room may be in the gateway's public directory. No homeserver that reads it could join a shared room, and whether
@@ -230,6 +240,9 @@ pub(super) struct Request {
     /// Whether a ghost was invited, and not the bot: the portal is pending until the ghost's user comes.
     #[serde(default)]
     pub(super) ghosts_alone: bool,
+    /// The room that the one follows which is to be made.
+    #[serde(default)]
+    pub(super) predecessor: Option<OwnedRoomId>,
 }
 
 impl Request {

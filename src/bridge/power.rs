@@ -4,6 +4,7 @@ use ruma::{OwnedUserId, UserId};
 use serde_json::Value;
 
 use super::side::State;
+use super::upgrade::TOMBSTONE;
 use crate::event::Object;
 use crate::identity::Side;
 
@@ -16,8 +17,8 @@ pub(super) const USER_LIMIT: i64 = BOT_LEVEL - 2;
 /// The level in a log of the creators of a version 12 room, who stand above all levels there.
 pub(super) const CREATOR_LEVEL: i64 = BOT_LEVEL - 1;
 
-/// Types that only the bot sends in the gateway's Matrix rooms.
-const RESERVED: [&str; 2] = ["m.room.encryption", "m.room.tombstone"];
+/// What only the bot turns on in the gateway's Matrix rooms.
+const ENCRYPTION: &str = "m.room.encryption";
 
 /// The type of the event that hands a log over, and the least level that it takes.
 const HUB_EVENT: &str = "m.room.hub";
@@ -129,6 +130,8 @@ pub(super) struct Levels<'a> {
     pub(super) sovereigns: &'a [OwnedUserId],
     /// The highest level that anybody else may have across: [`USER_LIMIT`] in an image.
     pub(super) limit: i64,
+    /// Whether who has the level may replace the gateway's rooms of the portal.
+    pub(super) replaceable: bool,
 }
 
 /// The image of a room's power levels: the known keys alone, users by their names across, nobody as high as the bot.
@@ -167,7 +170,7 @@ pub(super) fn image(levels: &Levels<'_>) -> Object {
     for user in levels.sovereigns.iter().filter_map(|user| (levels.across)(user)) {
         users.insert(user.to_string(), CREATOR_LEVEL.into());
     }
-    reserve(&mut image, levels.to);
+    reserve(&mut image, levels.to, levels.replaceable);
     if let Some((bot, level)) = levels.bot {
         users.insert(bot.to_string(), level.into());
     }
@@ -238,9 +241,10 @@ fn set(levels: &mut Object, key: &str, level: Option<i64>) {
     }
 }
 
-/// In the gateway's Matrix rooms these are the bot's alone; the log has no such types. In its logs it takes [`HUB_LEVEL`] to hand them
-/// over, whatever Matrix says of an event that it does not have.
-fn reserve(image: &mut Object, to: Side) {
+/// In the gateway's Matrix rooms encryption is the bot's alone to turn on; a log has no such type. So is replacing the room where its
+/// log is a foreign hub's, whose room is replaced at the hub. In its logs it takes [`HUB_LEVEL`] to hand them over, whatever Matrix
+/// says of an event that it does not have.
+fn reserve(image: &mut Object, to: Side, replaceable: bool) {
     if !image.contains_key("events") {
         image.insert("events".to_owned(), Value::Object(Object::new()));
     }
@@ -252,10 +256,26 @@ fn reserve(image: &mut Object, to: Side) {
             events.insert(HUB_EVENT.to_owned(), level.into());
         }
     }
-    for kind in RESERVED {
+    for kind in reserved(replaceable) {
         match to {
             Side::Matrix => drop(events.insert(kind.to_owned(), BOT_LEVEL.into())),
             Side::Lm => drop(events.remove(kind)),
+        }
+    }
+}
+
+/// The types whose levels do not cross.
+fn reserved(replaceable: bool) -> impl Iterator<Item = &'static str> {
+    [ENCRYPTION].into_iter().chain((!replaceable).then_some(TOMBSTONE))
+}
+
+/// A log's own levels for what is the bot's alone in the Matrix room stay when others are set from there.
+pub(super) fn keep_reserved(image: &mut Object, there: Option<&Object>, replaceable: bool) {
+    let own = there.and_then(|there| there.get("events")?.as_object());
+    let Some(events) = image.get_mut("events").and_then(Value::as_object_mut) else { return };
+    for kind in reserved(replaceable) {
+        if let Some(level) = own.and_then(|own| number(own.get(kind)?)) {
+            events.insert(kind.to_owned(), level.into());
         }
     }
 }
@@ -348,6 +368,7 @@ pub(super) mod tests {
             bot: Some((bot, BOT_LEVEL)),
             sovereigns: &[],
             limit: USER_LIMIT,
+            replaceable: false,
         };
         assert_eq!(
             Value::Object(image(&levels)),
@@ -363,6 +384,37 @@ pub(super) mod tests {
                 "users": {"@mx_a_h:g": 100},
                 "events": {"m.room.encryption": BOT_LEVEL, "m.room.tombstone": BOT_LEVEL},
             })
+        );
+    }
+
+    #[test]
+    fn who_may_replace_a_room_is_the_same_on_both_sides_where_the_gateway_keeps_the_log() {
+        let content = json!({ "events": { "m.room.tombstone": 90, "m.room.encryption": 80 } });
+        let of = |to, replaceable| {
+            let levels = Levels {
+                content: content.as_object(),
+                creator: None,
+                across: &|_| None,
+                to,
+                bot: None,
+                sovereigns: &[],
+                limit: USER_LIMIT,
+                replaceable,
+            };
+            Value::Object(image(&levels))["events"].clone()
+        };
+        assert_eq!(of(Side::Lm, true), json!({ "m.room.tombstone": 90, "m.room.hub": 100 }));
+        assert_eq!(of(Side::Matrix, true), json!({ "m.room.tombstone": 90, "m.room.encryption": BOT_LEVEL }));
+        assert_eq!(of(Side::Lm, false), json!({ "m.room.hub": 100 }));
+        let reserved = json!({ "m.room.tombstone": BOT_LEVEL, "m.room.encryption": BOT_LEVEL });
+        assert_eq!(of(Side::Matrix, false), reserved);
+
+        let mut image = json!({ "events": { "m.room.name": 1 } }).as_object().unwrap().clone();
+        keep_reserved(&mut image, content.as_object(), false);
+        assert_eq!(
+            Value::Object(image),
+            json!({ "events": {
+            "m.room.name": 1, "m.room.tombstone": 90, "m.room.encryption": 80 } })
         );
     }
 }

@@ -310,6 +310,7 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
     let fixes = plan::plan(&Plan {
         authority,
         owns_leading: portal.kind == PortalKind::Created,
+        replaceable: portal.is_replaceable(),
         lets_in: portal.lets_in(authority)
             && (!portal.has_ghosts_alone(authority) || leading.membership(core.users.bot()) == "join"),
         leading: &leading,
@@ -318,6 +319,7 @@ async fn compare(core: &Core, portal: &Portal) -> Result<Comparison, Refusal> {
         following_users: &following_users,
         bot: core.users.bot(),
         media: &core.context.media,
+        aliases: core.aliases(portal.address()),
         pins: &pins,
         spared: &|side, user| joining.contains_key(&(portal.room(side).to_owned(), user.to_owned())),
         denied: &|home, user| {

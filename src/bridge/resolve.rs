@@ -20,6 +20,9 @@ use crate::store::overview;
 const NEGATIVE: Duration = Duration::from_secs(600);
 const TRANSIENT: Duration = Duration::from_secs(30);
 
+/// How long a homeserver may take to say where an alias of its own leads.
+const DIRECTORY: Duration = Duration::from_secs(10);
+
 /// Negative answers, by localpart.
 pub(super) type Negative = Cache<String, Refusal>;
 
@@ -77,12 +80,15 @@ pub(super) async fn asked(
             Some(side) => side,
             None => side_of(core, by).await?,
         };
-        let portal = entry.portal();
-        let found = target(core, portal.room(side));
-        let handed_over = side == Side::Lm && matches!(portal.kind, PortalKind::Created | PortalKind::FromMatrix);
-        // A log that was handed over is joined at its hub; its room's ID does not say where that is.
-        let servers = if handed_over { vec![portal.lm_hub.clone()] } else { found.servers };
-        return Ok(AliasTarget { servers, ..found });
+        return Ok(room_of(core, &entry.portal(), side));
+    }
+    if let Some((matrix_alias, server)) = alias::matrix_alias(localpart) {
+        let portal = of_matrix_alias(core, localpart, &matrix_alias, &server).await?;
+        let side = match side {
+            Some(side) => side,
+            None => side_of(core, by).await?,
+        };
+        return Ok(room_of(core, &portal, side));
     }
     if side == Some(Side::Lm) {
         // What an alias makes is a Matrix room.
@@ -91,6 +97,51 @@ pub(super) async fn asked(
     let homeserver = core.context.config.appservice.as_ref().map(|appservice| appservice.homeserver_name.as_ref());
     let cause = if homeserver == Some(by) { Cause::Appservice } else { Cause::Server(by.to_owned()) };
     resolve(core, localpart, &cause).await
+}
+
+/// A portal's room on a side, and who lets others in there.
+fn room_of(core: &Core, portal: &Portal, side: Side) -> AliasTarget {
+    let found = target(core, portal.room(side));
+    let handed_over = side == Side::Lm && matches!(portal.kind, PortalKind::Created | PortalKind::FromMatrix);
+    // A log that was handed over is joined at its hub; its room's ID does not say where that is.
+    let servers = if handed_over { vec![portal.lm_hub.clone()] } else { found.servers };
+    AliasTarget { servers, ..found }
+}
+
+/// The portal of the Matrix room to which a Matrix alias leads, as its server says. None is made for it.
+async fn of_matrix_alias(
+    core: &Core,
+    localpart: &str,
+    matrix_alias: &str,
+    server: &ServerName,
+) -> Result<Arc<Portal>, Refusal> {
+    let unknown = || Refusal::NotFound(format!("a portal of the Matrix alias {matrix_alias}"));
+    access::takes_part(&core.context.config.access, Side::Matrix, server)?;
+    if *server == core.context.server_name {
+        return Err(unknown());
+    }
+    if let Some(refusal) = core.negative.get(localpart).await {
+        return Err(refusal);
+    }
+    let led = match core.leads.get(localpart).await {
+        Some(led) => led,
+        None => {
+            let asked = core.sides()?.dag.query_directory(server, matrix_alias);
+            let late = || Refusal::Remote { server: server.to_string(), problem: "it does not answer".to_owned() };
+            match tokio::time::timeout(DIRECTORY, asked).await.unwrap_or_else(|_| Err(late())) {
+                Ok(led) => {
+                    core.leads.insert(localpart.to_owned(), led.clone()).await;
+                    led
+                }
+                Err(refusal) => {
+                    core.negative.insert(localpart.to_owned(), refusal.clone()).await;
+                    return Err(refusal);
+                }
+            }
+        }
+    };
+    let entry = core.registry.of_room(Side::Matrix, &led.room_id).ok_or_else(unknown)?;
+    Some(entry.portal()).filter(|portal| portal.state.carries()).ok_or_else(unknown)
 }
 
 /// On which side a server asks that does not say it: one that does LM alone says so in its key document, or shares LM rooms

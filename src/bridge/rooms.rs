@@ -4,11 +4,13 @@ use ruma::UserId;
 use serde_json::{Value, json};
 
 use super::core::Core;
+use super::from_matrix;
 use super::pins::Pins;
 use super::portal::Request;
 use super::power::{self, BOT_LEVEL, POWER_LEVELS, USER_LIMIT};
-use super::side::State;
+use super::side::{MEMBER, State};
 use super::translate::{MAPPED_STATE, StateRules, across, state_content};
+use super::upgrade::TOMBSTONE;
 use super::users::Known;
 use crate::event::{Object, RoomVersion};
 use crate::identity::Side;
@@ -27,27 +29,26 @@ impl Both<'_> {
     /// The LM room, with the gateway as its hub.
     pub(super) fn lm(&self) -> Result<lm::NewRoom, Refusal> {
         let version = self.request.lm_room_version.as_deref().and_then(RoomVersion::parse).unwrap_or(RoomVersion::Lm02);
-        let levels = levels(Side::Lm, Some((self.core.users.bot(), BOT_LEVEL)));
-        Ok(lm::NewRoom { creator: self.core.users.bot().clone(), version, initial_state: self.state(levels, None) })
+        let levels = levels(Side::Lm, Some((self.core.users.bot(), BOT_LEVEL)), true);
+        Ok(lm::NewRoom { creator: self.core.users.bot().clone(), version, initial_state: self.state(levels) })
     }
 
     /// One room for both.
     pub(super) fn shared(&self) -> Result<lm::NewRoom, Refusal> {
-        let alias = self.alias.map(|localpart| format!("#{localpart}:{}", self.core.context.server_name));
         let lm::NewRoom { creator, version, .. } = self.lm()?;
-        let levels = levels(Side::Lm, Some((self.core.users.bot(), BOT_LEVEL)));
-        Ok(lm::NewRoom { creator, version, initial_state: self.state(levels, alias) })
+        let levels = levels(Side::Lm, Some((self.core.users.bot(), BOT_LEVEL)), true);
+        Ok(lm::NewRoom { creator, version, initial_state: self.state(levels) })
     }
 
     /// The Matrix room.
     pub(super) fn matrix(&self) -> Result<dag::NewRoom, Refusal> {
         let version = matrix_version(self.core, self.request)?;
-        let levels = levels(Side::Matrix, bot_in_graph(self.core, version));
-        let alias = self.alias.map(|localpart| format!("#{localpart}:{}", self.core.context.server_name));
-        Ok(dag::NewRoom { creator: self.core.users.bot().clone(), version, initial_state: self.state(levels, alias) })
+        let levels = levels(Side::Matrix, bot_in_graph(self.core, version), true);
+        Ok(dag::NewRoom { creator: self.core.users.bot().clone(), version, initial_state: self.state(levels) })
     }
 
-    fn state(&self, levels: Object, alias: Option<String>) -> Vec<Draft> {
+    fn state(&self, levels: Object) -> Vec<Draft> {
+        let alias = self.alias.map(|localpart| format!("#{localpart}:{}", self.core.context.server_name));
         let rule = self.request.join_rule.as_deref().unwrap_or("invite");
         let mut state = vec![
             (POWER_LEVELS, Value::Object(levels)),
@@ -60,7 +61,8 @@ impl Both<'_> {
         if let Some(name) = &self.request.name {
             state.push(("m.room.name", json!({ "name": name })));
         }
-        state.into_iter().map(|(kind, content)| draft(self.core, kind, content)).collect()
+        let rest = state.into_iter().map(|(kind, content)| draft(self.core, kind, content));
+        founding(self.core, self.request).into_iter().chain(rest).collect()
     }
 }
 
@@ -71,12 +73,14 @@ pub(super) fn matrix_of_lm(
     state: &State,
     users: &Known,
     alias: Option<&str>,
+    request: &Request,
 ) -> Result<dag::NewRoom, Refusal> {
     let version = matrix_version(core, &Request::default())?;
     let bot = core.users.bot();
     let mapped = |user: &UserId| across(users, user).filter(|_| user != bot);
     let creator = state.get("m.room.create", "").map(|entry| entry.sender);
     let bot_there = bot_in_graph(core, version);
+    let alias = alias.map(|localpart| format!("#{localpart}:{}", core.context.server_name));
     let rules = StateRules {
         creator,
         across: &mapped,
@@ -85,20 +89,20 @@ pub(super) fn matrix_of_lm(
         sovereigns: &[],
         limit: USER_LIMIT,
         asks: false,
+        replaceable: false,
         media: Some(core.media(Side::Matrix)),
         pins: Pins::Unknown,
+        aliases: Some(core.aliases(alias.as_deref())),
     };
     let mapped = MAPPED_STATE
         .iter()
         .filter_map(|kind| Some(draft(core, kind, Value::Object(state_content(kind, state.content(kind), &rules)?))));
-    let alias = alias.map(|localpart| format!("#{localpart}:{}", core.context.server_name));
-    let alias = alias.map(|alias| draft(core, "m.room.canonical_alias", json!({ "alias": alias })));
-    let initial_state = mapped.chain(alias).collect();
+    let initial_state = founding(core, request).into_iter().chain(mapped).collect();
     Ok(dag::NewRoom { creator: bot.clone(), version, initial_state })
 }
 
 /// The LM room of a Matrix room that has this state, hubbed here: rules no wider, the same name and topic.
-pub(super) fn lm_of_matrix(core: &Core, state: &State, users: &Known) -> lm::NewRoom {
+pub(super) fn lm_of_matrix(core: &Core, state: &State, users: &Known, request: &Request) -> lm::NewRoom {
     let bot = core.users.bot();
     let mapped = |user: &UserId| across(users, user).filter(|_| user != bot);
     let creator = state.get("m.room.create", "").map(|entry| entry.sender);
@@ -111,13 +115,16 @@ pub(super) fn lm_of_matrix(core: &Core, state: &State, users: &Known) -> lm::New
         sovereigns: &sovereigns,
         limit: USER_LIMIT,
         asks: true,
+        replaceable: true,
         media: Some(core.media(Side::Lm)),
         pins: Pins::Unknown,
+        aliases: Some(core.aliases(None)),
     };
     let mapped = MAPPED_STATE
         .iter()
         .filter_map(|kind| Some(draft(core, kind, Value::Object(state_content(kind, state.content(kind), &rules)?))));
-    lm::NewRoom { creator: bot.clone(), version: RoomVersion::Lm02, initial_state: mapped.collect() }
+    let initial_state = founding(core, request).into_iter().chain(mapped).collect();
+    lm::NewRoom { creator: bot.clone(), version: RoomVersion::Lm02, initial_state }
 }
 
 /// The LM room of a pending portal, hubbed here: what is shown of the Matrix room, and nobody in it yet but the bot.
@@ -146,7 +153,7 @@ fn provisional(
     inviter: &UserId,
     bot: Option<(&UserId, i64)>,
 ) -> Vec<Draft> {
-    let mut levels = levels(to, bot);
+    let mut levels = levels(to, bot, to == Side::Lm);
     // Who invites may take that back.
     let users = levels.entry("users").or_insert_with(|| json!({}));
     if let Some(users) = users.as_object_mut() {
@@ -160,8 +167,10 @@ fn provisional(
         sovereigns: &[],
         limit: USER_LIMIT,
         asks: false,
+        replaceable: to == Side::Lm,
         media: Some(core.media(to)),
         pins: Pins::Unknown,
+        aliases: None,
     };
     let shown = shown.iter().filter(|(kind, _)| kind != POWER_LEVELS && MAPPED_STATE.contains(&kind.as_str()));
     let shown = shown.filter_map(|(kind, content)| Some((kind.as_str(), state_content(kind, Some(content), &rules)?)));
@@ -170,7 +179,8 @@ fn provisional(
         ("m.room.join_rules", Object::from_iter([("join_rule".to_owned(), json!("invite"))])),
         ("m.room.history_visibility", Object::from_iter([("history_visibility".to_owned(), json!("shared"))])),
     ];
-    fixed.into_iter().chain(shown).map(|(kind, content)| draft(core, kind, Value::Object(content))).collect()
+    let rest = fixed.into_iter().chain(shown).map(|(kind, content)| draft(core, kind, Value::Object(content)));
+    founding(core, &Request::default()).into_iter().chain(rest).collect()
 }
 
 /// The version of a Matrix room that is to be made.
@@ -188,7 +198,7 @@ fn bot_in_graph(core: &Core, version: RoomVersion) -> Option<(&UserId, i64)> {
 }
 
 /// The levels of a new room. All are written out, so that the two rooms' events stay alike key by key.
-fn levels(to: Side, bot: Option<(&UserId, i64)>) -> Object {
+fn levels(to: Side, bot: Option<(&UserId, i64)>, replaceable: bool) -> Object {
     let plain = json!({
         "ban": 50, "kick": 50, "redact": 50, "invite": 0,
         "state_default": 50, "events_default": 0, "users_default": 0,
@@ -196,6 +206,7 @@ fn levels(to: Side, bot: Option<(&UserId, i64)>) -> Object {
             "m.room.power_levels": 100,
             "m.room.history_visibility": 100,
             "m.room.server_acl": 100,
+            TOMBSTONE: 100,
         },
     });
     let rules = StateRules {
@@ -206,10 +217,22 @@ fn levels(to: Side, bot: Option<(&UserId, i64)>) -> Object {
         sovereigns: &[],
         limit: USER_LIMIT,
         asks: false,
+        replaceable,
         media: None,
         pins: Pins::Unknown,
+        aliases: None,
     };
     state_content(POWER_LEVELS, plain.as_object(), &rules).unwrap_or_default()
+}
+
+/// What a room begins with: the one that it follows, and what the bot is called.
+fn founding(core: &Core, request: &Request) -> Vec<Draft> {
+    let bot = core.users.bot();
+    let create = request.predecessor.as_ref().map(|predecessor| json!({ "predecessor": { "room_id": predecessor } }));
+    let create = create.map(|content| draft(core, "m.room.create", content));
+    let mut join = from_matrix::bot_content();
+    join.insert("membership".to_owned(), "join".into());
+    create.into_iter().chain([core.draft(bot, MEMBER, Some(bot.as_str()), join)]).collect()
 }
 
 fn draft(core: &Core, kind: &str, content: Value) -> Draft {

@@ -13,7 +13,7 @@ use super::portal::{Cause, Portal, PortalKind, PortalState};
 use super::registry::Entry;
 use super::side::Event;
 use super::users::Who;
-use super::{access, create, effect, ends, from_matrix, gate, pending, repair, resolve, space};
+use super::{access, create, effect, ends, from_matrix, gate, pending, repair, resolve, space, upgrade};
 use crate::event::Edu;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -161,6 +161,10 @@ async fn invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
             }
             let server = invite.sender.server_name();
             access::takes_part(policy, Side::Lm, server)?;
+            if upgrade::waits_for(core, Side::Lm, &invite.room_id) {
+                upgrade::comes(core, Side::Lm, &invite.room_id, Some(&server.to_owned()));
+                return Ok(());
+            }
             let cause = Cause::Invite(invite.sender.clone());
             access::may_create(policy, &cause)?;
             if core.registry.of_room(Side::Lm, &invite.room_id).is_none() {
@@ -209,6 +213,14 @@ async fn bot_invited(core: &Arc<Core>, invite: &Invite) -> Result<(), Refusal> {
     }
     let server = invite.sender.server_name();
     access::takes_part(policy, Side::Matrix, server)?;
+    if upgrade::waits_for(core, Side::Matrix, &invite.room_id) {
+        let (inner, room_id, by) = (core.clone(), invite.room_id.clone(), server.to_owned());
+        core.spawn(async move {
+            tokio::time::sleep(AFTER_INVITE).await;
+            upgrade::comes(&inner, Side::Matrix, &room_id, Some(&by));
+        });
+        return Ok(());
+    }
     let entry = core.registry.of_room(Side::Matrix, &invite.room_id);
     if entry.as_ref().is_some_and(|entry| entry.portal().kind != PortalKind::FromMatrix) {
         return Err(Refusal::Forbidden(format!("{} has its portal", invite.room_id)));

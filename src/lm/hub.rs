@@ -47,9 +47,19 @@ impl Lm {
             content: content.as_object().cloned().unwrap_or_default(),
             origin_server_ts: now,
         };
-        let create = first("m.room.create", "", json!({ "room_version": room.version.as_str() }));
+        // What is said of these two comes first, where they belong.
+        let is_join =
+            |draft: &Draft| draft.kind == "m.room.member" && draft.state_key.as_deref() == Some(room.creator.as_str());
+        let given = |is_it: &dyn Fn(&Draft) -> bool| room.initial_state.iter().find(|draft| is_it(draft));
+        let mut create = first("m.room.create", "", json!({}));
+        create.content.extend(
+            given(&|draft| draft.kind == "m.room.create").map(|draft| draft.content.clone()).unwrap_or_default(),
+        );
+        create.content.insert("room_version".to_owned(), json!(room.version.as_str()));
         let join = first("m.room.member", room.creator.as_str(), json!({ "membership": "join" }));
-        for draft in [create, join].into_iter().chain(room.initial_state) {
+        let join = given(&is_join).cloned().unwrap_or(join);
+        let rest = room.initial_state.iter().filter(|draft| draft.kind != "m.room.create" && !is_join(draft));
+        for draft in [create, join].into_iter().chain(rest.cloned()) {
             let pdu = self.build(&batch.after, &draft)?;
             batch.push(pdu, Origin::default());
         }

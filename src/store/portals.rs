@@ -285,6 +285,33 @@ pub async fn remove_aliases(tx: &mut Tx, portal: i64) -> Result<(), StoreError> 
     Ok(())
 }
 
+/// Makes all aliases of a portal lead to another one, but one; those that do.
+pub async fn move_aliases(tx: &mut Tx, from: i64, to: i64, but: &str) -> Result<Vec<String>, StoreError> {
+    let rows: Vec<(String,)> =
+        sqlx::query_as("SELECT localpart FROM bridge_aliases WHERE portal = $1 AND localpart <> $2")
+            .bind(from)
+            .bind(super::text::encode(but).as_ref())
+            .fetch_all(&mut *tx)
+            .await?;
+    sqlx::query("UPDATE bridge_aliases SET portal = $2 WHERE portal = $1 AND localpart <> $3")
+        .bind(from)
+        .bind(to)
+        .bind(super::text::encode(but).as_ref())
+        .execute(tx)
+        .await?;
+    Ok(rows.into_iter().map(|(localpart,)| super::text::decode(localpart)).collect())
+}
+
+/// A portal is called by another alias, which leads to it.
+pub async fn set_alias(tx: &mut Tx, number: i64, localpart: &str) -> Result<(), StoreError> {
+    sqlx::query("UPDATE bridge_portals SET alias = $2 WHERE number = $1")
+        .bind(number)
+        .bind(super::text::encode(localpart).as_ref())
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
 /// All aliases, as localpart and the portal's number.
 pub async fn aliases(store: &Store) -> Result<Vec<(String, i64)>, StoreError> {
     let rows: Vec<(String, i64)> =

@@ -1,5 +1,6 @@
 //! Portals in one process: a gateway, an LM server and a Matrix homeserver that lives in the test, over loopback HTTP.
 
+mod addresses;
 mod budgets;
 mod clock;
 mod created;
@@ -25,4 +26,5 @@ mod pins;
 mod poison;
 mod random;
 mod shared;
+mod upgrades;
 mod world;

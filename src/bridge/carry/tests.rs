@@ -72,10 +72,11 @@ struct Setting {
     settled: bool,
     ahead: HashMap<OwnedUserId, Coming>,
     redacted: Option<Event>,
+    is_elsewhere: bool,
 }
 
 fn setting(far: State) -> Setting {
-    Setting { authority: Side::Matrix, far, settled: true, ahead: HashMap::new(), redacted: None }
+    Setting { authority: Side::Matrix, far, settled: true, ahead: HashMap::new(), redacted: None, is_elsewhere: false }
 }
 
 impl Setting {
@@ -87,6 +88,8 @@ impl Setting {
             lets_in: true,
             bot_is_there: true,
             asks: false,
+            is_elsewhere: self.is_elsewhere,
+            replaceable: true,
             far_users: &Known::new(),
             near: &near(),
             far: &self.far,
@@ -95,6 +98,7 @@ impl Setting {
             users: &users(),
             events: &HashMap::from([(event_id!("$known").to_owned(), event_id!("$image").to_owned())]),
             pins: &Counterparts::new(),
+            aliases: Aliases { own: server_name!("g"), homeserver: None, address: None },
             redacted: self.redacted.as_ref(),
             far_room: room_id!("!far:g"),
             bot: user_id!("@isthmus:g"),
@@ -314,4 +318,17 @@ fn hc_63_the_bots_removal_suspends_the_portal() {
             matches!(setting.of(&member(BOT, ALICE, membership)), Outcome::Suspend(reason) if reason.contains(ALICE))
         );
     }
+}
+
+#[test]
+fn who_has_the_level_on_both_sides_closes_both_rooms() {
+    let of = |level: i64, is_elsewhere: bool| {
+        let far = far(&[(ALICE_GHOST, "join", ALICE_GHOST)], "public", json!({BOT: 100, ALICE_GHOST: level}));
+        let stone = event(TOMBSTONE, Some(""), ALICE, json!({ "replacement_room": "!x:h" }));
+        Setting { is_elsewhere, ..setting(far) }.of(&stone)
+    };
+    let Outcome::Refuse(refusal) = of(40, false) else { panic!("it takes the level across") };
+    assert!(refusal.to_string().contains("40"), "{refusal}");
+    assert_eq!(of(40, true), Outcome::Nothing("it moves the portal on"));
+    assert_eq!(of(50, false), Outcome::Nothing("it moves the portal on"));
 }

@@ -21,7 +21,7 @@ pub(in crate::bridge) async fn portal_from_lm(
     alias: Option<&str>,
     cause: &Cause,
 ) -> Outcome {
-    of_lm_room(core, lm_room_id, via, alias, cause, false).await
+    of_lm_room(core, lm_room_id, via, alias, cause, Request::default()).await
 }
 
 /// The same for the bot's invite, which the hub may write down a moment after the bot has taken it.
@@ -31,7 +31,7 @@ pub(in crate::bridge) async fn portal_of_lm_invite(
     via: &[OwnedServerName],
     cause: &Cause,
 ) -> Outcome {
-    of_lm_room(core, lm_room_id, via, None, cause, true).await
+    of_lm_room(core, lm_room_id, via, None, cause, Request { invited: true, ..Request::default() }).await
 }
 
 async fn of_lm_room(
@@ -40,7 +40,7 @@ async fn of_lm_room(
     via: &[OwnedServerName],
     alias: Option<&str>,
     cause: &Cause,
-    invited: bool,
+    request: Request,
 ) -> Outcome {
     if let Some(portal) = known(core, Side::Lm, lm_room_id, alias, cause).await? {
         return Ok(portal);
@@ -53,7 +53,7 @@ async fn of_lm_room(
     access::takes_part(&core.context.config.access, Side::Lm, hub)?;
     // Whether another portal has it is told when this one begins: by now it may be this room's own.
     alias.map_or(Ok(()), check_form)?;
-    let request = Request { via: via.to_vec(), invited, ..Request::default() };
+    let request = Request { via: via.to_vec(), ..request };
     let row = PortalRow {
         lm_room_id: Some(lm_room_id.to_owned()),
         lm_hub: hub.clone(),
@@ -74,7 +74,7 @@ pub(in crate::bridge) async fn portal_from_matrix(
     alias: Option<&str>,
     cause: &Cause,
 ) -> Outcome {
-    of_matrix_room(core, matrix_room_id, via, alias, cause, false).await
+    of_matrix_room(core, matrix_room_id, via, alias, cause, Request::default()).await
 }
 
 /// The same for the bot's invite, of which the room may hear a moment later.
@@ -84,7 +84,23 @@ pub(in crate::bridge) async fn portal_of_invite(
     via: &[OwnedServerName],
     cause: &Cause,
 ) -> Outcome {
-    of_matrix_room(core, matrix_room_id, via, None, cause, true).await
+    of_matrix_room(core, matrix_room_id, via, None, cause, Request { invited: true, ..Request::default() }).await
+}
+
+/// Makes a portal of the room by which one is replaced. The room that is made across follows `predecessor`.
+pub(in crate::bridge) async fn portal_of_next(
+    core: &Arc<Core>,
+    side: Side,
+    room_id: &RoomId,
+    via: &[OwnedServerName],
+    predecessor: &RoomId,
+    invited: bool,
+) -> Outcome {
+    let request = Request { invited, predecessor: Some(predecessor.to_owned()), ..Request::default() };
+    match side {
+        Side::Lm => of_lm_room(core, room_id, via, None, &Cause::Admin, request).await,
+        Side::Matrix => of_matrix_room(core, room_id, via, None, &Cause::Admin, request).await,
+    }
 }
 
 async fn of_matrix_room(
@@ -93,7 +109,7 @@ async fn of_matrix_room(
     via: &[OwnedServerName],
     alias: Option<&str>,
     cause: &Cause,
-    invited: bool,
+    request: Request,
 ) -> Outcome {
     if let Some(portal) = known(core, Side::Matrix, matrix_room_id, alias, cause).await? {
         return Ok(portal);
@@ -109,7 +125,7 @@ async fn of_matrix_room(
         access::takes_part(policy, Side::Matrix, first)?;
     }
     alias.map_or(Ok(()), check_form)?;
-    let request = Request { via: via.to_vec(), invited, ..Request::default() };
+    let request = Request { via: via.to_vec(), ..request };
     let row = PortalRow { matrix_room_id: Some(matrix_room_id.to_owned()), ..wanted(core, alias, &request, cause)? };
     let place = (Side::Matrix, matrix_room_id.to_owned());
     match of_room(core, place, PortalKind::FromMatrix, row) {

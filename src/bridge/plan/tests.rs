@@ -59,6 +59,7 @@ fn fixes(leading: &[(&str, &str, &str, Value)], following: &[(&str, &str, &str, 
         authority: Side::Matrix,
         owns_leading: true,
         lets_in: true,
+        replaceable: true,
         leading: &leading,
         following: &following,
         leading_users: &users(Side::Matrix),
@@ -66,6 +67,7 @@ fn fixes(leading: &[(&str, &str, &str, Value)], following: &[(&str, &str, &str, 
         bot: user_id!("@isthmus:g"),
         media: &media(),
         pins: &Counterparts::new(),
+        aliases: Aliases { own: server_name!("g"), homeserver: None, address: None },
         spared: &|_, _| false,
         denied: &|_, user| user.server_name() == "denied.example",
         barred: &|_, user| user.server_name() == "denied.example",
@@ -156,4 +158,16 @@ fn members_follow_the_authority_as_far_as_the_gateway_can() {
     assert_eq!(found[0].instead.as_ref().map(|draft| draft.sender.as_str()), Some(BOT), "who may not join is kicked");
     let banned = fixes(&alice("join"), &alice_ghost("ban", BOT));
     assert_eq!(banned[0].before.len(), 1, "the ban is taken back first");
+}
+
+#[test]
+fn what_closes_the_following_room_alone_is_taken_back() {
+    let closed = |by: &'static str, content: Value| (TOMBSTONE, "", by, content);
+    let moved = || json!({ "body": "moved", "replacement_room": "!x:l" });
+    let taken_back = fixes(&[], &[closed("@bob:l", moved())]);
+    assert_eq!(brief(&taken_back), [fix("lm", "@isthmus:g", TOMBSTONE, "")]);
+    // Not by the bot itself, nor twice, nor where the other room is closed too.
+    assert!(fixes(&[], &[closed("@isthmus:g", moved())]).is_empty());
+    assert!(fixes(&[], &[closed("@bob:l", json!({}))]).is_empty());
+    assert!(fixes(&[closed("@alice:h", moved())], &[closed("@bob:l", moved())]).is_empty());
 }

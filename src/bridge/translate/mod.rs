@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::pins::{self, PINNED};
 use super::side::{Event, MEMBER};
+use super::upgrade::TOMBSTONE;
 use super::users::{Known, Who};
 use crate::event::Object;
 use crate::identity::{MediaNames, Side};
@@ -24,7 +25,7 @@ pub(super) const SOURCE: &str = "im.isthmus.source";
 /// The longest type, in bytes.
 const TYPE_LIMIT: usize = 255;
 /// Types that never cross, whatever their content.
-const NEVER: [&str; 9] = [
+const NEVER: [&str; 8] = [
     "m.room.create",
     "m.room.encryption",
     "m.room.encrypted",
@@ -32,7 +33,6 @@ const NEVER: [&str; 9] = [
     "m.room.hub",
     "m.mls.commit",
     "m.room.server_acl",
-    "m.room.tombstone",
     "m.room.aliases",
 ];
 
@@ -124,7 +124,7 @@ pub(super) fn crosses(event: &Event) -> Result<(), Refusal> {
     if kind.starts_with(OWN_PREFIX) || NEVER.contains(&kind) {
         return Err(Refusal::NotBridged(format!("the type {kind:?}")));
     }
-    let state = kind == MEMBER || MAPPED_STATE.contains(&kind);
+    let state = matches!(kind, MEMBER | TOMBSTONE) || MAPPED_STATE.contains(&kind);
     match &event.state_key {
         Some(_) if kind == MEMBER => Ok(()),
         Some(key) if state && key.is_empty() => Ok(()),

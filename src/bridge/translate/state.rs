@@ -4,13 +4,14 @@ use ruma::{OwnedUserId, UserId};
 use serde_json::{Value, json};
 
 use super::MediaTo;
+use crate::bridge::alias::{self, Aliases};
 use crate::bridge::pins::{PINNED, Pins};
 use crate::bridge::power::{self, Levels, POWER_LEVELS};
 use crate::event::Object;
 use crate::identity::Side;
 
 /// The state, besides members, that is kept in step; all with an empty state key.
-pub(in crate::bridge) const MAPPED_STATE: [&str; 7] = [
+pub(in crate::bridge) const MAPPED_STATE: [&str; 9] = [
     POWER_LEVELS,
     "m.room.join_rules",
     "m.room.history_visibility",
@@ -18,7 +19,10 @@ pub(in crate::bridge) const MAPPED_STATE: [&str; 7] = [
     "m.room.topic",
     "m.room.avatar",
     PINNED,
+    "m.room.guest_access",
+    CANONICAL_ALIAS,
 ];
+const CANONICAL_ALIAS: &str = "m.room.canonical_alias";
 /// The longest text that is taken over in state, in characters.
 const TEXT_LIMIT: usize = 2_000;
 
@@ -38,10 +42,14 @@ pub(in crate::bridge) struct StateRules<'a> {
     pub(in crate::bridge) limit: i64,
     /// Whether the room across asks the source's room about everybody who comes in, so that it need not say itself who meets conditions.
     pub(in crate::bridge) asks: bool,
+    /// Whether who has the level may replace the gateway's rooms of the portal.
+    pub(in crate::bridge) replaceable: bool,
     /// How files are called across; none where they are called so already.
     pub(in crate::bridge) media: Option<MediaTo<'a>>,
     /// How what is pinned is called across.
     pub(in crate::bridge) pins: Pins<'a>,
+    /// How aliases are called across; none where they are called so already.
+    pub(in crate::bridge) aliases: Option<Aliases<'a>>,
 }
 
 /// The content that the image of state of a mapped type has; `content` is none when the source's room has none. None when
@@ -57,6 +65,7 @@ pub(in crate::bridge) fn state_content(kind: &str, content: Option<&Object>, rul
             bot: rules.bot,
             sovereigns: rules.sovereigns,
             limit: rules.limit,
+            replaceable: rules.replaceable,
         })),
         "m.room.join_rules" => Some(object("join_rule", join_rule(text("join_rule"), rules.asks))),
         "m.room.history_visibility" => {
@@ -69,6 +78,15 @@ pub(in crate::bridge) fn state_content(kind: &str, content: Option<&Object>, rul
             None => Object::new(),
         }),
         PINNED => rules.pins.content(content?),
+        // Nobody is a guest who is not let in by this.
+        "m.room.guest_access" => content.map(|_| {
+            let is_open = text("guest_access") == Some("can_join");
+            object("guest_access", if is_open { "can_join" } else { "forbidden" })
+        }),
+        CANONICAL_ALIAS => match rules.aliases {
+            Some(aliases) => aliases.image(content, rules.to),
+            None => content.map(alias::as_image),
+        },
         _ => None,
     }
 }

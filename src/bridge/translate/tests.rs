@@ -3,6 +3,7 @@
 use ruma::{event_id, room_id, server_name, user_id};
 
 use super::*;
+use crate::bridge::alias::Aliases;
 use crate::bridge::pins::Pins;
 use crate::identity::Side;
 
@@ -153,10 +154,10 @@ fn types_that_never_cross() {
         ("m.mls.commit", None, false),
         ("m.room.third_party_invite", Some("t"), false),
         ("m.room.server_acl", Some(""), false),
-        ("m.room.tombstone", Some(""), false),
+        ("m.room.tombstone", Some(""), true),
         ("m.room.aliases", Some("h"), false),
-        ("m.room.canonical_alias", Some(""), false),
-        ("m.room.guest_access", Some(""), false),
+        ("m.room.canonical_alias", Some(""), true),
+        ("m.room.guest_access", Some(""), true),
         ("m.room.pinned_events", Some(""), true),
         ("m.space.child", Some("!x:h"), false),
         ("m.call.member", Some("@a:h"), false),
@@ -173,7 +174,7 @@ fn types_that_never_cross() {
 #[test]
 fn every_type_with_a_rule_of_its_own_stands_in_the_documentation() {
     let table = include_str!("../../../docs/mapping.md");
-    for kind in NEVER.into_iter().chain(MAPPED_STATE).chain([MEMBER]) {
+    for kind in NEVER.into_iter().chain(MAPPED_STATE).chain([MEMBER, TOMBSTONE]) {
         assert!(table.contains(&format!("`{kind}`")), "{kind}");
     }
 }
@@ -191,8 +192,10 @@ fn state_is_rebuilt_from_a_whitelist() {
         sovereigns: &[],
         limit: 1_000,
         asks: false,
+        replaceable: true,
         media,
         pins: Pins::Unknown,
+        aliases: Some(Aliases { own: server_name!("g"), homeserver: None, address: None }),
     };
     let image = |kind: &str, content: Value| state_content(kind, content.as_object(), &rules).map(Value::Object);
     for (kind, source, expected) in [
@@ -216,6 +219,13 @@ fn state_is_rebuilt_from_a_whitelist() {
             Some(json!({"users": {"@bob:l": 50}, "events": {"m.room.hub": 100}})),
         ),
         ("m.room.pinned_events", json!({"pinned": []}), None),
+        ("m.room.guest_access", json!({"guest_access": "can_join", "x": 1}), Some(json!({"guest_access": "can_join"}))),
+        ("m.room.guest_access", json!({"guest_access": ["can_join"]}), Some(json!({"guest_access": "forbidden"}))),
+        (
+            "m.room.canonical_alias",
+            json!({"alias": "#tea:h", "alt_aliases": ["#lm_tea_l:g"], "x": 1}),
+            Some(json!({"alias": "#mx_tea_h:g", "alt_aliases": ["#tea:l"]})),
+        ),
     ] {
         assert_eq!(image(kind, source), expected, "{kind}");
     }
