@@ -29,6 +29,8 @@ pub(super) enum Named {
 const PREFIX: &str = "lm_";
 /// The same for what names a Matrix alias.
 const MATRIX_PREFIX: &str = "mx_";
+/// The form of the names of hubs' spaces.
+const HUB_PREFIX: &str = "hub_";
 /// How many alternative aliases cross.
 const ALTERNATIVES: usize = 20;
 /// The longest alias, with `#`, `:` and the server's name.
@@ -155,6 +157,16 @@ pub fn lm_alias(localpart: &str) -> Option<(String, OwnedServerName)> {
     }
 }
 
+/// The localpart that names the space of an LM hub.
+pub(super) fn of_hub(hub: &ServerName) -> String {
+    format!("{HUB_PREFIX}{}", encode_server(hub.as_str()))
+}
+
+/// The LM hub whose space a localpart names.
+pub(super) fn hub(localpart: &str) -> Option<OwnedServerName> {
+    decode(localpart.strip_prefix(HUB_PREFIX)?)?.try_into().ok()
+}
+
 /// The localpart of `alias` if it is one of `server`.
 pub(super) fn localpart_at<'a>(alias: &'a str, server: &ServerName) -> Option<&'a str> {
     let (localpart, at) = alias.strip_prefix('#')?.split_once(':')?;
@@ -264,6 +276,13 @@ mod tests {
         let many: Vec<String> = (0..50).map(|number| format!("#a{number}:hub")).collect();
         let many = image(None, Some(json!({ "alt_aliases": many }))).unwrap();
         assert_eq!(many["alt_aliases"].as_array().unwrap().len(), ALTERNATIVES);
+    }
+
+    #[test]
+    fn a_hub_is_named_by_the_address_of_its_space() {
+        assert_eq!(of_hub(server_name!("hub.example:8448")), "hub_hub.example=3a8448");
+        assert_eq!(hub("hub_hub.example=3a8448").unwrap(), "hub.example:8448");
+        assert_eq!((hub("hub_"), hub("lm_tea_hub"), hub("hub_=3")), (None, None, None));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use super::registry::{Entry, Registry};
 use super::repair::Repairs;
 use super::resolve::{self, Negative};
 use super::side::{MEMBER, Sides};
+use super::spaces::Spaces;
 use super::translate::MediaTo;
 use super::upgrade::Moves;
 use super::users::Users;
@@ -51,6 +52,7 @@ pub(super) struct Core {
     pub(super) ephemeral: Ephemeral,
     pub(super) pending: Pending,
     pub(super) moves: Moves,
+    pub(super) spaces: Spaces,
     pub(super) stop: CancellationToken,
     pub(super) tasks: TaskTracker,
     sides: OnceLock<Sides>,
@@ -76,6 +78,7 @@ impl Core {
             ephemeral: Ephemeral::default(),
             pending: Pending::default(),
             moves: Moves::default(),
+            spaces: Spaces::default(),
             acls: acl::acls(context.config.caches.rooms),
             context,
         }

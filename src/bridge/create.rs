@@ -21,7 +21,7 @@ use super::core::Core;
 use super::portal::{NewPortal, Portal, PortalKind, PortalState, Request};
 use super::rooms;
 use super::space::{LookedAt, make_space, one_more_of};
-use super::{from_lm, from_matrix, pending, repair, upgrade};
+use super::{from_lm, from_matrix, pending, repair, spaces, upgrade};
 use crate::config::EncryptionPolicy;
 use crate::event::{Family, RoomVersion};
 use crate::identity::Side;
@@ -335,6 +335,7 @@ async fn activate(core: &Arc<Core>, row: PortalRow) -> Result<Arc<Portal>, Refus
     for side in [Side::Matrix, Side::Lm] {
         upgrade::comes(core, side, entry.portal().room(side), None);
     }
+    spaces::soon(core, &entry.portal().lm_hub);
     tracing::info!(
         portal = entry.portal().portal_id, matrix_room = %entry.portal().matrix_room_id,
         lm_room = %entry.portal().lm_room_id, "portal made"

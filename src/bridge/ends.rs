@@ -17,7 +17,7 @@ use super::registry::Entry;
 use super::side::{Event, MEMBER, State};
 use super::upgrade::{self, TOMBSTONE};
 use super::users::Who;
-use super::{from_matrix, pending, repair};
+use super::{from_matrix, pending, repair, spaces};
 use crate::event::Object;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -190,6 +190,7 @@ pub(super) async fn resume(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<Arc<P
         core.sides()?.lm.join(&portal.lm_room_id, bot, &via, Object::new()).await?;
     }
     core.set_state(entry, PortalState::Active, None).await?;
+    spaces::soon(core, &portal.lm_hub);
     // What was said meanwhile is not carried; the states are.
     repair::soon(core, entry);
     Ok(entry.portal())
@@ -217,6 +218,7 @@ pub(super) async fn look_at(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<bool
                 _ => format!("{bot} is not in {} any more", portal.room(side)),
             };
             core.set_state(entry, PortalState::Suspended, Some(reason)).await?;
+            spaces::soon(core, &portal.lm_hub);
             return Ok(true);
         }
         // An LM room is encrypted by its first event or never, unless Matrix servers share it.
@@ -356,6 +358,7 @@ async fn finish(core: &Arc<Core>, entry: &Arc<Entry>) -> Result<(), Refusal> {
     }
     write_down(core, entry, &portal).await?;
     core.registry.put(entry.number, Portal { state: PortalState::Ended, ..portal.as_ref().clone() });
+    spaces::soon(core, &portal.lm_hub);
     tracing::info!(portal = portal.portal_id, reason, "portal ended");
     Ok(())
 }

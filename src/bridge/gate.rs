@@ -33,6 +33,9 @@ pub(super) async fn gate(core: &Arc<Core>, handshake: &Handshake) -> Result<(), 
     let Some(entry) = core.registry.of_room(handshake.side, &handshake.room_id) else {
         return match core.registry.watches(handshake.side, &handshake.room_id) {
             true => Err(Refusal::Forbidden("the portal of this room is still being made".to_owned())),
+            false if core.spaces.contains(&handshake.room_id) => {
+                access::takes_part(&core.context.config.access, handshake.side, handshake.user_id.server_name())
+            }
             false => Ok(()),
         };
     };

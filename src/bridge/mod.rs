@@ -48,6 +48,7 @@ mod rooms;
 mod seat;
 mod side;
 mod space;
+mod spaces;
 mod translate;
 mod upgrade;
 mod users;
@@ -126,6 +127,7 @@ impl Bridge {
             core.registry.set_alias(&localpart, number);
         }
         pending::load(core).await?;
+        spaces::load(core).await?;
         core.set_sides(Sides { lm, dag });
         Ok(Loaded { making })
     }
@@ -140,6 +142,7 @@ impl Bridge {
         create::resume(core, loaded.making);
         pending::at_start(core);
         ends::at_start(core);
+        spaces::at_start(core);
         core.spawn(ephemeral::run(core.clone()));
         Ok(())
     }

@@ -14,7 +14,7 @@ use super::portal::{Portal, PortalKind, PortalState};
 use super::registry::Entry;
 use super::side::State;
 use super::users::{Known, Who};
-use super::{access, acl, effect, ends, loops, populate};
+use super::{access, acl, effect, ends, loops, populate, spaces};
 use crate::admin::metrics;
 use crate::clock::is_recent;
 use crate::identity::Side;
@@ -242,6 +242,9 @@ async fn bring_together(core: &Arc<Core>, entry: &Arc<Entry>, in_haste: bool) ->
         let (side, kind, state_key) = (fix.side, fix.draft.kind.clone(), fix.draft.state_key.clone());
         match apply(core, &portal, fix).await {
             Ok(()) => {
+                if kind == "m.room.join_rules" {
+                    spaces::soon(core, &portal.lm_hub);
+                }
                 sent += 1;
                 metrics::repair(side);
             }

@@ -71,6 +71,9 @@ pub(super) async fn asked(
 ) -> Result<AliasTarget, Refusal> {
     let unknown = || Refusal::NotFound(format!("the alias {alias}"));
     let localpart = alias::localpart_at(alias, &core.context.server_name).ok_or_else(unknown)?;
+    if let Some(space) = space_of(core, localpart).filter(|_| side != Some(Side::Lm)) {
+        return Ok(target(core, &space));
+    }
     let Some(by) = by else {
         let entry = core.registry.of_alias(localpart).ok_or_else(unknown)?;
         return Ok(target(core, &entry.portal().matrix_room_id));
@@ -97,6 +100,12 @@ pub(super) async fn asked(
     let homeserver = core.context.config.appservice.as_ref().map(|appservice| appservice.homeserver_name.as_ref());
     let cause = if homeserver == Some(by) { Cause::Appservice } else { Cause::Server(by.to_owned()) };
     resolve(core, localpart, &cause).await
+}
+
+/// The space that an alias leads to, unless somebody gave it to a portal.
+fn space_of(core: &Core, localpart: &str) -> Option<OwnedRoomId> {
+    let space = core.spaces.of(&alias::hub(localpart)?)?;
+    core.registry.of_alias(localpart).is_none().then_some(space)
 }
 
 /// A portal's room on a side, and who lets others in there.

@@ -1,6 +1,6 @@
 //! What the rooms look like that the gateway makes: their version, power levels, join rules and name.
 
-use ruma::UserId;
+use ruma::{ServerName, UserId};
 use serde_json::{Value, json};
 
 use super::core::Core;
@@ -181,6 +181,28 @@ fn provisional(
     ];
     let rest = fixed.into_iter().chain(shown).map(|(kind, content)| draft(core, kind, Value::Object(content)));
     founding(core, &Request::default()).into_iter().chain(rest).collect()
+}
+
+/// The space of an LM hub: anybody may look in and join, and nobody but the bot says anything.
+pub(super) fn space_of_hub(core: &Core, hub: &ServerName, address: &str) -> Result<dag::NewRoom, Refusal> {
+    let (version, bot) = (matrix_version(core, &Request::default())?, core.users.bot());
+    let mut levels = levels(Side::Matrix, bot_in_graph(core, version), false);
+    for key in ["events_default", "state_default"] {
+        levels.insert(key.to_owned(), 100.into());
+    }
+    let topic = format!("The rooms of {hub} that are connected with Matrix by {}.", core.context.server_name);
+    let state = [
+        ("m.room.create", json!({ "type": "m.space" })),
+        (POWER_LEVELS, Value::Object(levels)),
+        ("m.room.join_rules", json!({ "join_rule": "public" })),
+        ("m.room.history_visibility", json!({ "history_visibility": "world_readable" })),
+        ("m.room.name", json!({ "name": format!("{hub} (Linearized Matrix)") })),
+        ("m.room.topic", json!({ "topic": topic })),
+        ("m.room.canonical_alias", json!({ "alias": address })),
+    ];
+    let state = state.into_iter().map(|(kind, content)| draft(core, kind, content));
+    let initial_state = founding(core, &Request::default()).into_iter().chain(state).collect();
+    Ok(dag::NewRoom { creator: bot.clone(), version, initial_state })
 }
 
 /// The version of a Matrix room that is to be made.

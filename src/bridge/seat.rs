@@ -13,7 +13,7 @@ use super::portal::{Cause, Portal, PortalKind, PortalState};
 use super::registry::Entry;
 use super::side::Event;
 use super::users::Who;
-use super::{access, create, effect, ends, from_matrix, gate, pending, repair, resolve, space, upgrade};
+use super::{access, create, effect, ends, from_matrix, gate, pending, repair, resolve, space, spaces, upgrade};
 use crate::event::Edu;
 use crate::identity::Side;
 use crate::refusal::Refusal;
@@ -117,9 +117,13 @@ impl Between for Seat {
 /// power for it. What differs where another server keeps the log goes by `lm_hub`.
 fn hub_changed(core: &Arc<Core>, room_id: &RoomId, hub: &ServerName) {
     let Some(entry) = core.registry.of_room(Side::Lm, room_id) else { return };
+    let before = entry.portal().lm_hub.clone();
     let portal = Portal { lm_hub: hub.to_owned(), ..Portal::clone(&entry.portal()) };
     tracing::info!(portal = portal.portal_id, room = %room_id, %hub, "the log of a portal has another hub");
     core.registry.put(entry.number, portal);
+    for hub in [&*before, hub] {
+        spaces::soon(core, hub);
+    }
     // Whoever kept the log before is told to wait no more.
     core.pauses.waiting(entry.number, hub, 0, 0);
     let (inner, number, hub) = (core.clone(), entry.number, hub.to_owned());

@@ -55,6 +55,7 @@ pub(super) const KEYS: &[(&str, Kind)] = &[
     ("portals.encryption", Kind::Text),
     ("portals.notices", Kind::Switch),
     ("portals.import_history", Kind::Number),
+    ("portals.hub_spaces", Kind::Switch),
     ("bridge.typing", Kind::Switch),
     ("bridge.receipts", Kind::Switch),
     ("bridge.presence", Kind::Switch),

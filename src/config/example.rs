@@ -120,6 +120,9 @@ server_name = "{server_name}"
 # How many of the last events of a room that lives elsewhere are said again in the room across that is made of it, as far as who comes
 # in later may read them; at most 1000, 0 for none.
 # import_history = 100
+# Whether there is a space for each LM hub, #hub_SERVER at the gateway's name, which holds those of its rooms here that anybody may join or
+# ask to join.
+# hub_spaces = false
 
 # What crosses besides events; each costs a request to every server in the room across.
 [bridge]

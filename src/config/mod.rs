@@ -191,6 +191,8 @@ pub struct Portals {
     pub notices: bool,
     /// How many of the last events of a room that lives elsewhere are said again in the room that is made of it.
     pub import_history: u32,
+    /// Whether each LM hub has a space that holds its public rooms.
+    pub hub_spaces: bool,
 }
 
 /// `[bridge]`: what crosses besides events.
@@ -336,6 +338,7 @@ impl Default for Portals {
             encryption: EncryptionPolicy::Refuse,
             notices: true,
             import_history: 100,
+            hub_spaces: false,
         }
     }
 }

@@ -154,6 +154,7 @@ fn every_key_can_be_set_in_the_environment() {
         ("portals.encryption", "refuse", ""),
         ("portals.notices", "false", ""),
         ("portals.import_history", "0", ""),
+        ("portals.hub_spaces", "true", ""),
         ("bridge.typing", "false", ""),
         ("bridge.receipts", "false", ""),
         ("bridge.presence", "true", ""),

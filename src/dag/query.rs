@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use ruma::{OwnedServerName, RoomId, ServerName};
+use ruma::{OwnedRoomId, OwnedServerName, RoomId, ServerName};
 use serde_json::{Value, json};
 
-use super::Dag;
 use super::fetch::segment;
 use super::room::Room;
+use super::{Dag, GraphEvent};
 use crate::event::Object;
 use crate::federation::Call;
 use crate::refusal::Refusal;
@@ -18,6 +18,8 @@ use crate::store::dag::listed_rooms;
 const MAX_ROOMS: i64 = 500;
 /// How many of them are loaded for it, of those of which it is not known how they are listed.
 const MAX_LOADED: usize = 50;
+/// The type by which a space names its rooms.
+const CHILD: &str = "m.space.child";
 /// How many servers are taken from a directory's answer.
 const MAX_SERVERS: usize = 20;
 
@@ -32,6 +34,11 @@ pub struct DirectoryQuery {
     pub term: Option<String>,
     /// The types that are wanted; none of them is that of rooms without a type.
     pub room_types: Option<Vec<Option<String>>>,
+}
+
+/// Whether anybody may come in, or ask to.
+fn is_open(rule: &str) -> bool {
+    matches!(rule, "public" | "knock" | "knock_restricted")
 }
 
 impl DirectoryQuery {
@@ -111,9 +118,71 @@ impl Dag {
 
     async fn listing(&self, room: &Room) -> Result<Option<Value>, Refusal> {
         let rule = self.content_field(room, "m.room.join_rules", "join_rule").await?;
-        if !rule.as_deref().is_some_and(|rule| matches!(rule, "public" | "knock" | "knock_restricted")) {
+        match rule.as_deref().is_some_and(is_open) {
+            true => self.described(room, rule).await.map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// `GET v1/hierarchy/{roomId}`: what a server may know of a room, and if that is a space, of the rooms of it that are here.
+    /// <https://spec.matrix.org/v1.17/server-server-api/#get_matrixfederationv1hierarchyroomid>
+    pub async fn hierarchy(&self, origin: &ServerName, room_id: &RoomId, suggested: bool) -> Result<Value, Refusal> {
+        let unknown = || Refusal::NotFound(format!("the room {room_id}"));
+        let room = self.shared.find(room_id).await?.ok_or_else(unknown)?;
+        let mut summary = self.summary(origin, &room).await?.ok_or_else(unknown)?;
+        let (mut children, mut inaccessible, mut named) = (Vec::new(), Vec::new(), Vec::new());
+        for (child, event) in self.children(&room).await? {
+            let is_suggested = event.content.get("suggested").and_then(Value::as_bool).unwrap_or(false);
+            if suggested && !is_suggested {
+                continue;
+            }
+            named.push(json!({
+                "type": event.kind, "state_key": child, "content": event.content, "sender": event.sender,
+                "origin_server_ts": event.origin_server_ts,
+            }));
+            if children.len() >= MAX_LOADED {
+                // Whoever asks for it by itself is told.
+                continue;
+            }
+            let Some(child) = self.shared.find(&child).await? else { continue };
+            match self.summary(origin, &child).await? {
+                Some(summary) => children.push(summary),
+                None => inaccessible.push(child.room_id.clone()),
+            }
+        }
+        summary["children_state"] = json!(named);
+        Ok(json!({ "room": summary, "children": children, "inaccessible_children": inaccessible }))
+    }
+
+    /// The rooms that a space names, by its current state.
+    async fn children(&self, room: &Room) -> Result<Vec<(OwnedRoomId, Arc<GraphEvent>)>, Refusal> {
+        if self.content_field(room, "m.room.create", "type").await?.as_deref() != Some("m.space") {
+            return Ok(Vec::new());
+        }
+        let state = self.state(&room.room_id).await?;
+        let children = state.range((CHILD.to_owned(), String::new())..).take_while(|((kind, _), _)| kind == CHILD);
+        let held = children.filter(|(_, event)| event.content.get("via").is_some_and(Value::is_array));
+        Ok(held.filter_map(|((_, room), event)| Some((RoomId::parse(room.as_str()).ok()?, event.clone()))).collect())
+    }
+
+    /// What a server may know of a room: everything of one that anybody may come into or look into, or that its users are in.
+    async fn summary(&self, origin: &ServerName, room: &Room) -> Result<Option<Value>, Refusal> {
+        let rule = self.content_field(room, "m.room.join_rules", "join_rule").await?;
+        let visibility = self.content_field(room, "m.room.history_visibility", "history_visibility").await?;
+        let is_told = rule.as_deref().is_some_and(is_open)
+            || visibility.as_deref() == Some("world_readable")
+            || room.core().has_server(origin);
+        if !is_told {
             return Ok(None);
         }
+        let mut summary = self.described(room, rule).await?;
+        summary["room_version"] = json!(room.version.as_str());
+        summary["children_state"] = json!([]);
+        Ok(Some(summary))
+    }
+
+    /// What the directory says of a room.
+    async fn described(&self, room: &Room, rule: Option<String>) -> Result<Value, Refusal> {
         let name = self.content_field(room, "m.room.name", "name").await?;
         let topic = self.content_field(room, "m.room.topic", "topic").await?;
         let avatar = self.content_field(room, "m.room.avatar", "url").await?;
@@ -140,7 +209,7 @@ impl Dag {
                 listing.insert(key.to_owned(), json!(value));
             }
         }
-        Ok(Some(listing))
+        Ok(listing)
     }
 
     async fn content_field(&self, room: &Room, kind: &str, field: &str) -> Result<Option<String>, Refusal> {

@@ -103,6 +103,12 @@ pub(super) async fn search_public_rooms(federation: Federation, given: Given) ->
     federation.dag.public_rooms(&directory_query(&given.body)?).await
 }
 
+/// A room, and if it is a space the rooms in it.
+pub(super) async fn hierarchy(federation: Federation, asked: Asked) -> Answer {
+    let suggested = asked.value("suggested_only").as_deref() == Some("true");
+    federation.dag.hierarchy(&asked.origin, &asked.room_id()?, suggested).await
+}
+
 fn directory_query(body: &Object) -> Result<DirectoryQuery, Refusal> {
     let wrong = |what: &str, value: &Value, kind| Refusal::malformed(what, format!("{value} is not {kind}"));
     let given = |within: &Object, key: &str| within.get(key).filter(|value| !value.is_null()).cloned();

@@ -172,6 +172,7 @@ pub fn federation_endpoints() -> Vec<Endpoint> {
         Endpoint::post("/v1/get_missing_events/{room_id}", reads::missing_events),
         Endpoint::get("/v1/publicRooms", reads::public_rooms),
         Endpoint::post("/v1/publicRooms", reads::search_public_rooms),
+        Endpoint::get("/v1/hierarchy/{room_id}", reads::hierarchy),
         Endpoint::file("/v1/media/download/{media_id}", media::download),
         Endpoint::file("/v1/media/thumbnail/{media_id}", media::thumbnail),
         Endpoint::get("/v1/user/devices/{user_id}", devices::devices),
@@ -312,7 +313,7 @@ fn rate_of(path: &str) -> Option<Rate> {
         Some(Rate::Media)
     } else if names(&["user"]) {
         Some(Rate::Devices)
-    } else if names(&["event", "event_auth", "state", "state_ids", "backfill", "get_missing_events"]) {
+    } else if names(&["event", "event_auth", "state", "state_ids", "backfill", "get_missing_events", "hierarchy"]) {
         Some(Rate::Reads)
     } else {
         None

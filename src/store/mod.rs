@@ -24,6 +24,7 @@ mod reader;
 pub mod redactions;
 mod rows;
 pub mod server_keys;
+pub mod spaces;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]

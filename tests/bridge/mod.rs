@@ -26,5 +26,6 @@ mod pins;
 mod poison;
 mod random;
 mod shared;
+mod spaces;
 mod upgrades;
 mod world;

@@ -124,6 +124,7 @@ impl Worlds {
         for gateway in &mut gateways {
             gateway.set_raw("access", "create_by_invite", "[\"hub.example\"]");
             gateway.set_raw("access", "create_by_matrix_invite", "[\"@bridger*:*\"]");
+            gateway.set_raw("portals", "hub_spaces", "true");
             resolve.insert(server(&gateway.server_name), gateway.url.parse().unwrap());
         }
         for (name, port) in names.into_iter().zip(ports) {

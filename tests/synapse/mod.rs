@@ -18,3 +18,5 @@ mod media;
 mod outage;
 mod pair;
 mod poison;
+mod spaces;
+mod upgrades;

@@ -22,7 +22,7 @@ use super::inbox;
 use super::linearize::{self, Hold};
 use super::portal::Portal;
 use super::registry::Entry;
-use super::{budget, effect, repair};
+use super::{budget, effect, repair, spaces};
 use crate::admin::metrics;
 use crate::clock::is_recent;
 use crate::identity::Side;
@@ -370,6 +370,9 @@ impl Worker {
             Done::Gone => self.inbox.drop_item(seq),
             Done::Crossed => {
                 if let Some(item) = self.inbox.take(seq) {
+                    if item.event.kind == "m.room.join_rules" {
+                        spaces::soon(&self.core, &portal.lm_hub);
+                    }
                     let waited = u64::try_from(now.saturating_sub(item.row.received_ts)).unwrap_or(0);
                     metrics::image(self.source.other(), Duration::from_millis(waited));
                 }

@@ -9,10 +9,10 @@ use ruma::OwnedEventId;
 
 use super::{Done, ECHO_PATIENCE_MS, Worker};
 use crate::bridge::carry::{Before, Crossing, Outcome};
-use crate::bridge::effect;
 use crate::bridge::inbox::Item;
 use crate::bridge::portal::{Portal, PortalState};
 use crate::bridge::side::Made;
+use crate::bridge::{effect, spaces};
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Outgoing};
@@ -86,6 +86,7 @@ impl Worker {
             }
             Outcome::Suspend(reason) => {
                 self.core.set_state(&self.entry, PortalState::Suspended, Some(reason)).await?;
+                spaces::soon(&self.core, &portal.lm_hub);
                 effect::drop_row(&self.core, seq).await?;
                 Done::Gone
             }
