@@ -6,7 +6,7 @@ use reqwest::Method;
 use ruma::OwnedRoomId;
 use serde_json::{Value, json};
 
-use crate::support::testbed::client::{Client, string};
+use crate::support::testbed::client::{Client, segment, string};
 use crate::support::world::{World, on_both};
 
 /// A direct chat with the bot.
@@ -120,6 +120,105 @@ fn an_admin_exposes_a_room_of_the_synapse_by_the_bot() {
         boss.send_text(&room, "a fine view").await.unwrap();
         let lm_room: OwnedRoomId = lm_room.try_into().unwrap();
         world.spoke.wait_for_text(&lm_room, "a fine view").await.unwrap();
+    });
+}
+
+#[test]
+fn an_admin_invites_by_the_bot_and_ends_the_bridge_in_the_room_itself() {
+    on_both(async |world| {
+        let boss = boss(world).await;
+        let mut chat = Chat::begin(world, &boss).await;
+        let made = json!({ "kind": "create", "name": "The vault", "join_rule": "invite" });
+        let made = world.gateway.admin(Method::POST, "/portals", Some(made)).await.unwrap();
+        let [portal, room, lm_room] =
+            ["portal_id", "matrix_room_id", "lm_room_id"].map(|key| string(&made, key).unwrap());
+        let lm_room: OwnedRoomId = lm_room.try_into().unwrap();
+        // A user of either side, on their own server.
+        let eve = world.spoke.user(&world.name("eve-vault")).unwrap();
+        assert_eq!(chat.ask(&format!("invite {portal} {eve}")).await, format!("{eve} is invited."));
+        world.spoke.wait_for_invite(&eve).await.unwrap();
+        let alice = world.user(world.a, "alice-vault", "Alice").await;
+        let answer = chat.ask(&format!("invite {portal} {}", alice.user_id)).await;
+        assert_eq!(answer, format!("{} is invited.", alice.user_id));
+        assert_eq!(alice.wait_for_invite().await.unwrap(), room);
+        assert!(chat.ask("invite p0 @x:y").await.starts_with("That did not work: "));
+        assert_eq!(chat.ask(&format!("invite {portal}")).await, "It is said so: invite PORTAL @USER:SERVER");
+
+        alice.join(&room, &[&world.gateway.server_name]).await.unwrap();
+        let via = [crate::support::world::server(&world.gateway.server_name)];
+        world.spoke.join(&eve, lm_room.as_str(), &via).await.unwrap();
+        chat.ask(&format!("invite {portal} {}", boss.user_id)).await;
+        boss.join(&room, &[&world.gateway.server_name]).await.unwrap();
+        // Said in a room that is not bridged it names none; in the room itself it ends that one.
+        assert_eq!(chat.ask("!unbridge").await, "This room is not bridged: name the portal, as `list` shows it.");
+        let bot = format!("@_isthmus:{}", world.a.server_name);
+        boss.invite(&room, &bot).await.unwrap();
+        boss.wait_for_member(&room, &bot, "join").await.unwrap();
+        alice.send_text(&room, "!unbridge").await.unwrap();
+        boss.send_text(&room, "!unbridge").await.unwrap();
+        let ended = boss.wait_for(&room, "the answer", |event| {
+            event["sender"] == bot && event["content"]["body"] == format!("{portal} has ended.")
+        });
+        ended.await.unwrap();
+        let goodbye = alice.wait_for(&room, "the goodbye", |event| {
+            event["content"]["body"].as_str().is_some_and(|body| body.starts_with("Goodbye") && body.contains("boss"))
+        });
+        goodbye.await.unwrap();
+    });
+}
+
+#[test]
+fn a_client_finds_lm_rooms_and_users_by_third_party_look_ups() {
+    on_both(async |world| {
+        let (bob, _) = world.lm_room("pantry");
+        let alice = world.user(world.a, "alice-pantry", "Alice").await;
+        let here = world.alias("pantry", &world.a.server_name);
+        let there = format!("#{}:hub.example", world.name("pantry"));
+        let ask = async |path: &str, key: &str, value: &str| {
+            let path = format!("/_matrix/client/v3/thirdparty/{path}?{key}={}", segment(value));
+            alice.call(Method::GET, &path, None).await.unwrap()
+        };
+        let place = json!([{ "alias": here, "protocol": "linearized", "fields": { "alias": there } }]);
+        assert_eq!(ask("location/linearized", "alias", &there).await, place);
+        // The room that is found so can be joined.
+        let room = alice.join(&here, &[]).await.unwrap();
+        let image = world.image_of(&bob);
+        alice.wait_for_member(&room, &image, "join").await.unwrap();
+        let person = json!([{ "userid": image, "protocol": "linearized", "fields": { "user_id": bob } }]);
+        assert_eq!(ask("user/linearized", "user_id", bob.as_str()).await, person);
+        assert_eq!(ask("user/linearized", "user_id", "no user").await, json!([]));
+    });
+}
+
+#[test]
+fn who_says_what_cannot_cross_is_told_in_the_room_and_not_again_at_once() {
+    on_both(async |world| {
+        let (bob, lm_room) = world.lm_room("scullery");
+        let alice = world.user(world.a, "alice-scullery", "Alice").await;
+        let room = alice.join(&world.alias("scullery", &world.a.server_name), &[]).await.unwrap();
+        let bot = format!("@isthmus:{}", world.gateway.server_name);
+        // In a room made by the gateway the bot has a name.
+        let member = alice.wait_for_member(&room, &bot, "join").await.unwrap();
+        assert_eq!(member["content"]["displayname"], "isthmus");
+        let sealed = json!({ "algorithm": "m.megolm.v1.aes-sha2", "ciphertext": "x" });
+        let said = alice.send(&room, "m.room.encrypted", sealed.clone()).await.unwrap();
+        let is_notice = |event: &Value| {
+            event["sender"] == bot
+                && event["content"]["msgtype"] == "m.notice"
+                && event["content"]["body"].as_str().is_some_and(|body| body.contains("was not carried"))
+        };
+        let notice = alice.wait_for(&room, "the notice", is_notice).await.unwrap();
+        assert!(notice["content"]["body"].as_str().unwrap().contains(&alice.user_id), "{notice}");
+        let mut chat = Chat::begin(world, &alice).await;
+        assert!(chat.ask(&format!("explain {said}")).await.starts_with("It did not cross"));
+        // The same again so soon is not worth telling; what comes after it crosses.
+        alice.send(&room, "m.room.encrypted", sealed).await.unwrap();
+        alice.send_text(&room, "in the clear").await.unwrap();
+        world.hub.wait_for_text(&lm_room, "in the clear").await.unwrap();
+        world.hub.send_text(&bob, &lm_room, "I see").unwrap();
+        alice.wait_for_text(&room, "I see").await.unwrap();
+        let told = alice.history(&room).await.unwrap().into_iter().filter(|event| is_notice(event)).count();
+        assert_eq!(told, 1);
     });
 }
 

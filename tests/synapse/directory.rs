@@ -44,5 +44,27 @@ fn a_synapse_shows_and_searches_the_gateways_public_rooms() {
         assert_eq!(directory(&alice, gateway, Some(search("no such thing"))).await, Vec::<Value>::new());
         let room = alice.join(lamps["room_id"].as_str().unwrap(), &[gateway]).await.unwrap();
         assert_eq!(json!(room), made[0]);
+
+        // It is shown with how many are in, what it is about and its picture, as the hub's users say.
+        let (bob, sun) = world.lm_room("solarium");
+        world.hub.send(&bob, &sun, "m.room.topic", Some(""), json!({ "topic": "plants and light" })).unwrap();
+        let picture = world.hub.upload("image/png", b"no real picture");
+        world.hub.send(&bob, &sun, "m.room.avatar", Some(""), json!({ "url": picture })).unwrap();
+        let sunny = alice.join(&world.alias("solarium", &world.a.server_name), &[]).await.unwrap();
+        carol.join(&sunny, &[gateway]).await.unwrap();
+        let ours = |room: &Value| room["room_id"] == sunny.as_str();
+        for _ in 0..60 {
+            let found = directory(&alice, gateway, Some(search("PLANTS"))).await;
+            let listed = found.iter().find(|room| ours(room)).unwrap_or_else(|| panic!("{found:?}"));
+            assert_eq!(listed["topic"], "plants and light");
+            // The bot, bob's ghost, alice and carol.
+            if listed["num_joined_members"] == 4 {
+                let picture = listed["avatar_url"].as_str().unwrap();
+                assert_eq!(alice.download(picture, false).await.unwrap().1, b"no real picture");
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(250)).await;
+        }
+        panic!("not everybody is counted");
     });
 }
