@@ -52,7 +52,8 @@ impl Spaces {
 
 /// Loads the spaces.
 pub(super) async fn load(core: &Core) -> Result<(), Refusal> {
-    lock(&core.spaces.rooms).extend(stored::all(&core.context.store).await?);
+    let rooms = stored::all(&core.context.store).await?;
+    lock(&core.spaces.rooms).extend(rooms);
     Ok(())
 }
 

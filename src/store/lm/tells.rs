@@ -1,6 +1,6 @@
 //! Of what servers outside a room are to be told.
 
-use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, RoomId};
+use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, RoomId, ServerName};
 use sqlx::Row as _;
 
 use super::super::{Store, StoreError, Tx};
