@@ -318,7 +318,7 @@ async fn what_was_missing_of_an_earlier_stay_is_not_asked_for_in_a_later_one() {
     let hole = Hole {
         event_id: old.event.event_id.clone(),
         json: None,
-        place: Some(part.log(&room).await.len() as i64 - 2),
+        place: Some(1),
         given: false,
         tries: 3,
         retry_at: i64::MAX,
