@@ -80,7 +80,7 @@ pub(super) fn plan(plan: &Plan<'_>) -> Vec<Fix> {
                 fixes.extend(plan.newcomer(&entry, user, ghost));
             }
             Some(Who::Ghost { user: real }) if plan.leading.member(real).is_none() => {
-                fixes.extend(plan.leave(plan.authority.other(), entry.membership(), user));
+                fixes.extend(plan.unknown(entry.membership(), user));
             }
             _ => {}
         }
@@ -190,7 +190,7 @@ impl Plan<'_> {
             ("ban", _) if self.may_remove(self.following, ghost, Action::Ban) => {
                 Some(self.fix(side, self.member(self.bot, ghost, "ban")))
             }
-            ("leave", "ban") if self.may_remove(self.following, ghost, Action::Ban) => {
+            ("leave" | "invite" | "knock", "ban") if self.may_remove(self.following, ghost, Action::Ban) => {
                 Some(self.fix(side, self.member(self.bot, ghost, "leave")))
             }
             ("leave" | "ban", _) => self.leave(side, there, ghost),
@@ -231,6 +231,17 @@ impl Plan<'_> {
             return kick.map(|kick| self.fix(self.authority.other(), kick));
         }
         Some(Fix { instead: kick, ..self.join(self.authority, there, ghost, Vec::new()) })
+    }
+
+    /// A ghost on the following side of a user of whom the authority knows nothing, or nothing any more.
+    fn unknown(&self, membership: &str, ghost: &UserId) -> Option<Fix> {
+        let side = self.authority.other();
+        match membership {
+            "ban" if self.may_remove(self.following, ghost, Action::Ban) => {
+                Some(self.fix(side, self.member(self.bot, ghost, "leave")))
+            }
+            _ => self.leave(side, membership, ghost),
+        }
     }
 
     fn leave(&self, side: Side, membership: &str, ghost: &UserId) -> Option<Fix> {

@@ -137,6 +137,9 @@ fn members_follow_the_authority_as_far_as_the_gateway_can() {
         (&alice("knock"), &alice_ghost("join", ghost), vec![fix("lm", ghost, "leave", ghost)]),
         (&alice("invite"), &alice_ghost("invite", BOT), vec![]),
         (&[], &alice_ghost("leave", ghost), vec![]),
+        // Nor is anybody banned whom the authority does not ban.
+        (&[], &alice_ghost("ban", BOT), vec![fix("lm", BOT, "leave", ghost)]),
+        (&alice("invite"), &alice_ghost("ban", BOT), vec![fix("lm", BOT, "leave", ghost)]),
         // The authority has removed Bob's ghost: Bob goes. Bob is there and his ghost not yet: it joins.
         (&bob_ghost("ban", "@alice:h"), &bob("join"), vec![fix("lm", BOT, "ban", "@bob:l")]),
         (&bob_ghost("leave", "@alice:h"), &bob("join"), vec![fix("lm", BOT, "leave", "@bob:l")]),
