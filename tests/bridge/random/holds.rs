@@ -144,7 +144,10 @@ fn order(
 ) -> Holds {
     // What repair says is made of both states as they are, and stands where it was made.
     let is_repair = |content: &Object| content.contains_key("im.isthmus.repair");
-    let said = log.iter().filter(|appended| !is_repair(appended.event.content()));
+    let returned = returned(log, across);
+    let counts =
+        |appended: &&Appended| !is_repair(appended.event.content()) && !returned.contains(&appended.event.event_id);
+    let said = log.iter().filter(counts);
     let places: HashMap<_, _> = said.map(|appended| (&appended.event.event_id, appended.position.0)).collect();
     let numbers: HashMap<_, _> = graph.iter().enumerate().map(|(number, (id, _, _))| (id.as_str(), number)).collect();
     // Where an event of the graph is in the log, as an image or as a source.
@@ -196,6 +199,25 @@ fn order(
         last = Some((here, number));
     }
     Ok(())
+}
+
+/// The joins by which ghosts come back that were taken out in the log alone, when their users next speak: of a join that was carried long ago, or
+/// had nothing to carry then, as state is that stands.
+fn returned<'a>(log: &'a [Appended], across: &HashMap<OwnedEventId, OwnedEventId>) -> HashSet<&'a OwnedEventId> {
+    let images: HashSet<_> = across.values().collect();
+    let mut last: HashMap<&str, &Appended> = HashMap::new();
+    let mut returned = HashSet::new();
+    for appended in log.iter().filter(|appended| appended.event.kind == "m.room.member") {
+        let membership = |appended: &Appended| appended.event.content().get("membership").cloned().unwrap_or_default();
+        let Some(user) = appended.event.state_key.as_deref() else { continue };
+        let before = last.insert(user, appended);
+        let was_taken_out = before
+            .is_some_and(|before| membership(before) != json!("join") && !images.contains(&before.event.event_id));
+        if membership(appended) == json!("join") && was_taken_out {
+            returned.insert(&appended.event.event_id);
+        }
+    }
+    returned
 }
 
 /// INV-4: the log's state is what the graph's comes to, looked at without the planner of repairs.
