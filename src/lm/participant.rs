@@ -7,7 +7,6 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
-use futures::future::BoxFuture;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
@@ -123,7 +122,8 @@ impl Lm {
     async fn end_turn(&self, room_id: &RoomId, join: Arc<Join>) {
         for (origin, object) in self.joining().leave(room_id, join) {
             // In a box: a future inside this one gets too deep for the compiler.
-            let received: BoxFuture<'_, _> = Box::pin(self.receive_in_room(&origin, room_id, vec![object]));
+            let received: futures::future::BoxFuture<'_, _> =
+                Box::pin(self.receive_in_room(&origin, room_id, vec![object]));
             for early in received.await {
                 if let Err(refusal) = early.result {
                     tracing::info!(room = %room_id, %origin, %refusal, "refused an event that came before the join");
