@@ -266,27 +266,33 @@ pub async fn forget_memberships(
         #[serde(default)]
         state_key: Option<String>,
     }
-    let sql = "SELECT position, lpdu_id, json, taken_ts FROM lm_lpdu_queue WHERE room_id = $1 ORDER BY position";
-    let rows = sqlx::query(sql).bind(room_id.as_str()).fetch_all(&mut *tx).await?;
-    let mut said = Vec::new();
-    let mut until = (came == Came::Anew).then_some(i64::MAX);
-    for row in &rows {
-        let (position, id): (i64, OwnedEventId) = (row.try_get("position")?, parsed(row, "lpdu_id")?);
-        if came == Came::In(Some(&id)) {
-            until = Some(position);
-            continue;
+    let until = match came {
+        Came::Anew => Some(i64::MAX),
+        Came::In(None) => None,
+        Came::In(Some(id)) => {
+            let sql = "SELECT position FROM lm_lpdu_queue WHERE lpdu_id = $1 AND room_id = $2";
+            let found: Option<(i64,)> =
+                sqlx::query_as(sql).bind(id.as_str()).bind(room_id.as_str()).fetch_optional(&mut *tx).await?;
+            found.map(|(position,)| position)
         }
+    };
+    // Of a long queue little stands before what comes back, and little is taken and not in the log.
+    let (of, bound) = until.map_or(("taken_ts > $2", 0), |until| ("position < $2", until));
+    let sql =
+        format!("SELECT position, lpdu_id, json FROM lm_lpdu_queue WHERE room_id = $1 AND {of} ORDER BY position");
+    let rows = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(room_id.as_str()).bind(bound).fetch_all(&mut *tx).await?;
+    let mut said: Vec<(i64, OwnedEventId)> = Vec::new();
+    for row in &rows {
         let json: Vec<u8> = row.try_get("json")?;
         let peek: Peek = serde_json::from_slice(&json).map_err(|error| StoreError::corrupt("LPDU", error))?;
         let is_own = peek.sender == user.as_str() && peek.state_key.as_deref() == Some(user.as_str());
         if is_own && peek.kind == "m.room.member" {
-            said.push((position, id, row.try_get::<i64, _>("taken_ts")? != 0));
+            said.push((row.try_get("position")?, parsed(row, "lpdu_id")?));
         }
     }
-    said.retain(|(position, _, is_taken)| until.map_or(*is_taken, |until| *position < until));
-    let positions: Vec<i64> = said.iter().map(|(position, ..)| *position).collect();
+    let positions: Vec<i64> = said.iter().map(|(position, _)| *position).collect();
     super::forget_lpdus(tx, room_id, &positions).await?;
-    Ok(said.into_iter().map(|(_, id, _)| id).collect())
+    Ok(said.into_iter().map(|(_, id)| id).collect())
 }
 
 /// An LPDU that the hub took, and that is not in its log, waits again, at another position. False when it came meanwhile.
