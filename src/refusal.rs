@@ -51,6 +51,17 @@ pub enum Refusal {
         /// What is wrong.
         problem: String,
     },
+    /// A signature is right, and by a key of its server that was not valid when the event says that it was made: the server's clock is
+    /// wrong, or it signs with a key out of use.
+    #[error(
+        "signature of {entity}: right, by a key that is not valid for the event's time ({problem}, all in milliseconds)"
+    )]
+    KeyOutOfTime {
+        /// The server that has signed.
+        entity: String,
+        /// The key, until when it is valid, and the event's time.
+        problem: String,
+    },
     /// The keys of a server could not be had, so its signatures cannot be checked now. Worth another try later.
     #[error("the keys of {server} could not be fetched: {problem}")]
     KeysUnavailable {
@@ -224,6 +235,7 @@ impl Refusal {
             Self::TooManyEvents { .. } => "too_many_events",
             Self::Unauthenticated(_) => "unauthenticated",
             Self::BadSignature { .. } => "bad_signature",
+            Self::KeyOutOfTime { .. } => "key_out_of_time",
             Self::KeysUnavailable { .. } => "keys_unavailable",
             Self::HashMismatch { .. } => "hash_mismatch",
             Self::WrongOrigin { .. } => "wrong_origin",

@@ -16,7 +16,7 @@ use super::room::Room;
 use super::{Dag, GraphEvent};
 use crate::event::{Family, Object, RoomVersion};
 use crate::federation::Call;
-use crate::identity::Side;
+use crate::identity::{Side, Validity};
 use crate::refusal::Refusal;
 use crate::seam::{Invite, Outgoing, Uninvited};
 use crate::store::dag::{InviteRow, invite as find_invite, put_invite};
@@ -87,8 +87,8 @@ impl Dag {
             return Err(Refusal::Remote { server: server.to_string(), problem });
         }
         let servers = [server.to_owned(), self.shared.context.server_name.clone()];
-        let keys =
-            self.shared.context.keyring.keys_for_event(&signed.signatures(), &servers, event.origin_server_ts).await?;
+        let validity = Validity::At(event.origin_server_ts);
+        let keys = self.shared.context.keyring.keys_for_event(&signed.signatures(), &servers, validity).await?;
         signed.verify_by(&servers, &keys)
     }
 

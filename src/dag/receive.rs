@@ -14,8 +14,9 @@ use super::order::linearize;
 use super::pdu::{Unverified, Verified, id_as_received};
 use super::room::Room;
 use super::{Dag, Shared};
-use crate::event::{RoomVersion, parse_object};
+use crate::event::{RoomVersion, VerifyKeys, parse_object};
 use crate::guard::{fails_on, guarded, trip};
+use crate::identity::Validity;
 use crate::refusal::Refusal;
 use crate::seam::{Raw, Received};
 
@@ -195,8 +196,11 @@ impl Shared {
         trip("verify", &event.pdu().kind);
         let signers: Vec<OwnedServerName> = event.signers()?.into_iter().collect();
         let ts = event.pdu().origin_server_ts;
-        let keys = self.context.keyring.keys_for_event(&event.signatures(), &signers, ts).await?;
-        event.verify(&keys)
+        let (keyring, signatures) = (&self.context.keyring, event.signatures());
+        let keys = keyring.keys_for_event(&signatures, &signers, Validity::At(ts)).await?;
+        let is_right = |keys: &VerifyKeys| event.clone().verify(keys).is_ok();
+        let late = keyring.out_of_time(&signatures, ts, &keys, is_right).await;
+        late.map_or_else(|| event.verify(&keys), Err)
     }
 
     /// Takes verified events of one room in their order, without fetching anything.

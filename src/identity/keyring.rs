@@ -235,7 +235,12 @@ impl Keyring {
         }
         let mut lookup = self.inner.lookup(server, None).await;
         let mut found = lookup.keys.as_deref().map(select).unwrap_or_default();
-        if found.len() < wanted.len() && lookup.is_stale(now_ms, Some(again)) {
+        let may_be_told = |keys: &Arc<ServerKeys>| {
+            let mut missing = wanted.iter().filter(|id| keys.key(id, validity, now_ms).is_none());
+            missing.any(|id| keys.may_become_valid(id, validity, now_ms))
+        };
+        let asks = found.len() < wanted.len() && lookup.keys.as_ref().is_none_or(may_be_told);
+        if asks && lookup.is_stale(now_ms, Some(again)) {
             lookup = self.inner.lookup(server, Some(again)).await;
             found = lookup.keys.as_deref().map(select).unwrap_or_default();
         }
@@ -254,12 +259,12 @@ impl Keyring {
         lookup.is_stale(now_ms, None) || (lookup.is_stale(now_ms, Some(REFETCH_MS)) && !wanted.all(known))
     }
 
-    /// Collects the keys that an event's `signatures` name for `servers`, for an event made at the time given.
+    /// Collects the keys that an event's `signatures` name for `servers`, as far as they are valid for it.
     pub async fn keys_for_event(
         &self,
         event: &Object,
         servers: &[OwnedServerName],
-        origin_server_ts: i64,
+        validity: Validity,
     ) -> Result<VerifyKeys, Refusal> {
         let mut collected = VerifyKeys::new();
         for server in servers {
@@ -268,10 +273,7 @@ impl Keyring {
                 // The missing signature is named when it is looked for.
                 continue;
             }
-            let keys = self
-                .keys_for(server, &wanted, Validity::At(origin_server_ts))
-                .await
-                .map_err(KeyringError::into_refusal)?;
+            let keys = self.keys_for(server, &wanted, validity).await.map_err(KeyringError::into_refusal)?;
             collected.insert(server.clone(), keys);
         }
         Ok(collected)
@@ -283,13 +285,13 @@ impl Keyring {
         &self,
         event: &Object,
         server: &ServerName,
-        origin_server_ts: i64,
+        validity: Validity,
     ) -> Result<VerifyKeys, Refusal> {
         let wanted = signed_with(event, server);
         if wanted.is_empty() {
             return Ok(VerifyKeys::new());
         }
-        let keys = self.keys_after(FRESH_MS, server, &wanted, Validity::At(origin_server_ts)).await;
+        let keys = self.keys_after(FRESH_MS, server, &wanted, validity).await;
         Ok(VerifyKeys::from([(server.to_owned(), keys.map_err(KeyringError::into_refusal)?)]))
     }
 
@@ -297,6 +299,7 @@ impl Keyring {
     /// key may be newer than the answer that is known. `found` are those of the event's keys that the server vouches for.
     pub async fn knows_better_than(
         &self,
+        event: &Object,
         server: &ServerName,
         found: Option<&BTreeMap<String, VerifyKey>>,
     ) -> Result<(), Refusal> {
@@ -304,12 +307,48 @@ impl Keyring {
             return Ok(());
         }
         let Some(lookup) = self.inner.lookups.get(server).await else { return Ok(()) };
+        let mut named = signed_with(event, server).into_iter();
+        if lookup.keys.as_ref().is_some_and(|keys| named.all(|id| keys.known(id).is_some())) {
+            // They are known, and were not valid when the event was made.
+            return Ok(());
+        }
         let age = self.inner.clock.now_ms().saturating_sub(lookup.asked_ts);
         if (0..=FRESH_MS).contains(&age) {
             return Ok(());
         }
         let problem = format!("its answer of {} s ago has none of the keys", age / 1000);
         Err(Refusal::KeysUnavailable { server: server.to_string(), problem })
+    }
+
+    /// Why an event is not taken whose signatures are right, and by a key that is known of its server and was not valid when the
+    /// event says that it was made: nobody has forged it or changed it on its way. `found` are the keys that are valid for it,
+    /// `is_right` says whether its signatures are right with others.
+    pub async fn out_of_time(
+        &self,
+        event: &Object,
+        origin_server_ts: i64,
+        found: &VerifyKeys,
+        is_right: impl FnOnce(&VerifyKeys) -> bool,
+    ) -> Option<Refusal> {
+        let (mut keys, mut why) = (found.clone(), None);
+        for (server, found) in &mut keys {
+            if !found.is_empty() {
+                continue;
+            }
+            let known = match *server == self.inner.server_name {
+                true => self.inner.own_keys.load_full(),
+                false => self.inner.lookups.get(server).await?.keys.clone()?,
+            };
+            for key_id in signed_with(event, server) {
+                let Some((key, validity)) = known.known(key_id) else { continue };
+                found.insert(key_id.to_owned(), key.clone());
+                why.get_or_insert_with(|| (server.clone(), format!("{key_id} {validity}")));
+            }
+        }
+        let (server, validity) = why.filter(|_| is_right(&keys))?;
+        let now_ms = self.inner.clock.now_ms();
+        let problem = format!("{validity}, the event is of {origin_server_ts}, and it is {now_ms} now");
+        Some(Refusal::KeyOutOfTime { entity: server.to_string(), problem })
     }
 
     /// The signed body of our own `GET /_matrix/key/v2/server`: valid for 12 hours, without `m.linearized`.

@@ -29,6 +29,20 @@ pub enum Validity {
     Now,
     /// For an event made at this time, in milliseconds: current keys valid then, and old keys not yet expired then.
     At(i64),
+    /// For an event of a log, which says that it was made at this time: the same, but a time that is yet to come counts as now. Its
+    /// place is given to it by its hub, and no server's clock decides whether it is there.
+    InLog(i64),
+}
+
+impl Validity {
+    /// For which time, in milliseconds.
+    fn moment(self, now_ms: i64) -> i64 {
+        match self {
+            Self::Now => now_ms,
+            Self::At(ts) => ts,
+            Self::InLog(ts) => ts.min(now_ms),
+        }
+    }
 }
 
 /// The checked keys of one server.
@@ -165,15 +179,28 @@ impl ServerKeys {
 
     /// The key with this ID, when it is valid for `validity`.
     pub(super) fn key(&self, key_id: &str, validity: Validity, now_ms: i64) -> Option<&VerifyKey> {
-        let moment = match validity {
-            Validity::Now => now_ms,
-            Validity::At(ts) => ts,
-        };
+        let moment = validity.moment(now_ms);
         if let Some(key) = self.current.get(key_id) {
             return Some(key).filter(|_| moment <= self.valid_until_ts);
         }
         let (key, expired_ts) = self.old.get(key_id)?;
         Some(key).filter(|_| validity != Validity::Now && moment <= *expired_ts)
+    }
+
+    /// The key with this ID whatever it is valid for, and until when it is or was.
+    pub(super) fn known(&self, key_id: &str) -> Option<(&VerifyKey, String)> {
+        if let Some(key) = self.current.get(key_id) {
+            return Some((key, format!("is known to be valid until {}", self.valid_until_ts)));
+        }
+        let (key, expired_ts) = self.old.get(key_id)?;
+        Some((key, format!("is out of use since {expired_ts}")))
+    }
+
+    /// Whether a newer answer of the server could have a key with this ID that is valid for `validity`.
+    pub(super) fn may_become_valid(&self, key_id: &str, validity: Validity, now_ms: i64) -> bool {
+        // No answer is believed for a time that is farther ahead.
+        let reached = validity.moment(now_ms) <= now_ms.saturating_add(MAX_VALIDITY_MS);
+        reached || !self.current.contains_key(key_id)
     }
 
     pub(super) fn to_bytes(&self) -> Vec<u8> {

@@ -11,10 +11,13 @@ use super::peers::prev_events;
 use super::redactions::is_copy;
 use crate::event::{HashCheck, Object, Pdu, Redaction, VerifyKeys, event_id, reference_hash, verify_signatures};
 use crate::guard::{guarded, guarded_now, trip};
+use crate::identity::Validity;
 use crate::refusal::Refusal;
 
 /// How many servers are asked for their keys at once.
 const KEYS_AT_ONCE: usize = 16;
+/// By which tables a hub may redact.
+const TABLES: [Redaction; 2] = [Redaction::Draft, Redaction::GraphServer];
 
 /// An event whose required signatures are right.
 pub(super) struct Finished {
@@ -36,7 +39,7 @@ pub(super) enum Bad {
     Malformed { event_id: OwnedEventId, prev_events: Vec<OwnedEventId>, refusal: Refusal },
     /// Its keys cannot be had now: nothing is proved either way.
     Unproved(Box<Pdu>, Refusal),
-    /// A signature is missing or wrong.
+    /// A signature is missing or wrong, or by a key that was not valid when the event was made.
     Forged(Box<Pdu>, Refusal),
 }
 
@@ -114,11 +117,16 @@ impl Lm {
     async fn keys_of(&self, pdu: &Pdu) -> Result<VerifyKeys, Refusal> {
         let signers = pdu.required_signers();
         let keyring = &self.context().keyring;
-        let keys = keyring.keys_for_event(&pdu.json, &signers, pdu.origin_server_ts).await?;
+        // Whatever is in the hub's log stands there.
+        let validity = Validity::InLog(pdu.origin_server_ts);
+        let keys = keyring.keys_for_event(&pdu.json, &signers, validity).await?;
         for signer in signers {
-            keyring.knows_better_than(&signer, keys.get(&signer)).await?;
+            keyring.knows_better_than(&pdu.json, &signer, keys.get(&signer)).await?;
         }
-        Ok(keys)
+        let is_right =
+            |keys: &VerifyKeys| TABLES.iter().any(|redaction| pdu.verify_signatures(keys, *redaction).is_ok());
+        let late = keyring.out_of_time(&pdu.json, pdu.origin_server_ts, &keys, is_right).await;
+        late.map_or(Ok(keys), Err)
     }
 }
 

@@ -508,7 +508,7 @@ impl Taking<'_> {
                     self.batch.after.redaction = redaction;
                     self.append(pdu);
                 }
-                Err(Bad::Forged(pdu, refusal)) => self.fault(Fault::Rewritten, &pdu.event_id, &refusal.to_string()),
+                Err(Bad::Forged(pdu, refusal)) => self.forged(&pdu, &refusal),
                 Err(Bad::Unproved(pdu, refusal)) => self.keep_given(&pdu, &refusal),
                 Err(Bad::Dropped(refusal) | Bad::Malformed { refusal, .. }) => {
                     tracing::warn!(%refusal, "a state event was not taken")

@@ -278,7 +278,7 @@ impl Lm {
             }
         }
         let mut waiting = Vec::new();
-        for (place, verified) in self.verify(origin, facts.redaction(), parsed).await {
+        for (place, verified) in self.verify(origin, facts, parsed).await {
             let passed = match verified {
                 Ok(lpdu) if let Some(membership) = gated(&lpdu) => {
                     // What comes before it in the transaction may decide whether it is allowed.
@@ -329,13 +329,13 @@ impl Lm {
     async fn verify(
         &self,
         origin: &ServerName,
-        redaction: Redaction,
+        facts: &Facts,
         lpdus: Vec<(usize, Lpdu)>,
     ) -> Vec<(usize, Result<VerifiedLpdu, Refusal>)> {
         let mut results = Vec::with_capacity(lpdus.len());
         let mut groups: Vec<(VerifyKeys, Vec<usize>, Vec<Lpdu>)> = Vec::new();
         for (place, lpdu) in lpdus {
-            match guarded(&lpdu.lpdu_id, self.keys(origin, &lpdu)).await {
+            match guarded(&lpdu.lpdu_id, self.keys(origin, facts, &lpdu)).await {
                 Ok(keys) => match groups.iter_mut().find(|(of_group, ..)| *of_group == keys) {
                     Some((_, places, lpdus)) => {
                         places.push(place);
@@ -351,15 +351,19 @@ impl Lm {
             }
         }
         for (keys, places, lpdus) in groups {
-            results.extend(places.into_iter().zip(verify_all(keys, redaction, lpdus).await));
+            results.extend(places.into_iter().zip(verify_all(keys, facts.redaction(), lpdus).await));
         }
         // The order of a transaction is the order in the log.
         results.sort_by_key(|(place, _)| *place);
         results
     }
 
-    async fn keys(&self, origin: &ServerName, lpdu: &Lpdu) -> Result<VerifyKeys, Refusal> {
-        self.context().keyring.keys_for_own_event(&lpdu.json, origin, lpdu.origin_server_ts).await
+    async fn keys(&self, origin: &ServerName, facts: &Facts, lpdu: &Lpdu) -> Result<VerifyKeys, Refusal> {
+        let (keyring, ts) = (&self.context().keyring, lpdu.origin_server_ts);
+        let keys = keyring.keys_for_own_event(&lpdu.json, origin, facts.validity(ts)).await?;
+        let is_right = |keys: &VerifyKeys| lpdu.clone().verify_as(keys, facts.redaction()).is_ok();
+        let late = keyring.out_of_time(&lpdu.json, ts, &keys, is_right).await;
+        late.map_or(Ok(keys), Err)
     }
 
     /// One LPDU that came with a handshake: everything but the rules and the gate.
@@ -374,7 +378,7 @@ impl Lm {
         if !is_own_leave(&lpdu) {
             self.admits(facts, origin).await?;
         }
-        let keys = self.keys(origin, &lpdu).await?;
+        let keys = self.keys(origin, facts, &lpdu).await?;
         lpdu.verify_as(&keys, facts.redaction())
     }
 

@@ -540,6 +540,14 @@ impl<'a> Taking<'a> {
         Ok(room.judge(&subject, &chosen))
     }
 
+    /// Remarks on an event whose signatures prove nothing.
+    pub(super) fn forged(&mut self, pdu: &Pdu, refusal: &Refusal) {
+        // What is signed rightly at a wrong time was neither forged nor changed: the hub has passed on what it was given.
+        let fault = (!matches!(refusal, Refusal::KeyOutOfTime { .. })).then_some(Fault::Rewritten);
+        self.record(fault, &pdu.event_id, &refusal.to_string(), false);
+        self.remark(pdu.event_id.clone());
+    }
+
     /// Remarks on a fault of the hub: the event is taken all the same, or may come again and be right.
     pub fn fault(&mut self, fault: Fault, event_id: &EventId, problem: &str) {
         self.record(Some(fault), event_id, problem, false);

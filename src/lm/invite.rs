@@ -232,7 +232,8 @@ impl Lm {
             // The participant is told what the target's server says.
             Source::Lpdu(_) => passed_on(error, server),
         })?;
-        self.take_signature(server, &mut pdu, room.facts.redaction(), signed).await;
+        let by = (room.facts.redaction(), room.facts.validity(pdu.origin_server_ts));
+        self.take_signature(server, &mut pdu, by, signed).await;
         Ok(What::Signed { pdu: Box::new(pdu), after: room.last_id().cloned() })
     }
 
@@ -255,12 +256,18 @@ impl Lm {
     }
 
     /// Takes the target's signature, if it is right, and nothing else of what came back.
-    async fn take_signature(&self, server: &ServerName, pdu: &mut Pdu, redaction: Redaction, mut signed: Object) {
+    async fn take_signature(
+        &self,
+        server: &ServerName,
+        pdu: &mut Pdu,
+        (redaction, validity): (Redaction, Validity),
+        mut signed: Object,
+    ) {
         let Some(Value::Object(mut signatures)) = signed.remove("signatures") else { return };
         let Some(Value::Object(by_target)) = signatures.remove(server.as_str()) else { return };
         let ids: Vec<&str> = by_target.keys().map(String::as_str).take(10).collect();
         let keyring = &self.context().keyring;
-        let Ok(keys) = keyring.keys_for(server, &ids, Validity::At(pdu.origin_server_ts)).await else { return };
+        let Ok(keys) = keyring.keys_for(server, &ids, validity).await else { return };
         let mut countersigned = pdu.json.clone();
         let all = countersigned.entry("signatures").or_insert_with(|| json!({}));
         if let Some(all) = all.as_object_mut() {

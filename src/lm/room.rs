@@ -11,6 +11,7 @@ use super::rules::{Before, HUB_EVENT, Judged, Slot, check, selected_slots};
 use super::weight::Weight;
 use crate::event::{Lpdu, Object, Pdu, Redaction, RoomVersion};
 use crate::guard::trip;
+use crate::identity::Validity;
 use crate::refusal::Refusal;
 use crate::seam::{Draft, SHARED};
 
@@ -29,6 +30,12 @@ impl Facts {
     /// The table of redaction by which a hub goes: in shared rooms that of graph servers.
     pub fn redaction(&self) -> Redaction {
         if self.shared { Redaction::GraphServer } else { Redaction::Draft }
+    }
+
+    /// For what moment the keys must be valid of who signs an event that is to be appended. In shared rooms graph servers check it
+    /// after us, and take none that is dated beyond its keys.
+    pub fn validity(&self, origin_server_ts: i64) -> Validity {
+        if self.shared { Validity::At(origin_server_ts) } else { Validity::InLog(origin_server_ts) }
     }
 }
 

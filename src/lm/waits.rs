@@ -230,7 +230,7 @@ impl Taking<'_> {
             }
             Err(Bad::Dropped(refusal)) => Err(Err(refusal)),
             Err(Bad::Forged(pdu, refusal)) => {
-                self.fault(Fault::Rewritten, &pdu.event_id, &refusal.to_string());
+                self.forged(&pdu, &refusal);
                 Err(Err(refusal))
             }
         }

@@ -56,6 +56,24 @@ async fn hc_29_bad_and_missing_signatures_are_refused() {
 }
 
 #[tokio::test]
+async fn hc_06_an_event_dated_beyond_its_signers_keys_is_refused_and_both_times_are_named() {
+    let scene = scene(RoomVersion::V12).await;
+    let (far, valid_until) = (NOW + 30 * 86_400_000, NOW + 86_400_000);
+    let (id, event) = scene.changed("origin_server_ts", json!(far));
+    let refused = scene.put(&event).await.result.unwrap_err();
+    let text = refused.to_string();
+    assert_eq!((refused.code(), refused.is_transient()), ("key_out_of_time", false), "{text}");
+    for named in ["peer.example", &far.to_string(), &valid_until.to_string()] {
+        assert!(text.contains(named), "{text} does not name {named}");
+    }
+    assert!(scene.gateway.dag.event(&id).await.unwrap().is_none());
+    // Who has not signed it has forged it, whatever it is dated.
+    let mut forged = event;
+    forged["signatures"][scene.peer.name.as_str()][scene.peer.key.id()] = json!("A".repeat(86));
+    assert_eq!(scene.put(&forged).await.result.unwrap_err().code(), "bad_signature");
+}
+
+#[tokio::test]
 async fn hc_14_an_integer_that_is_not_written_as_one_is_refused_by_its_id() {
     for version in [RoomVersion::V10, RoomVersion::V12] {
         let scene = scene(version).await;

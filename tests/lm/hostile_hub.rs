@@ -1,7 +1,7 @@
 //! What a participant takes from a hub that misbehaves: what is forged or not allowed is not taken, and is remembered.
 
 use isthmus::event::{Completion, Lpdu, Object, Pdu, VerifyKey, VerifyKeys};
-use isthmus::identity::SigningKey;
+use isthmus::identity::{SigningKey, Validity};
 use isthmus::lm::Appended;
 use isthmus::refusal::Refusal;
 use isthmus::seam::{Draft, Received};
@@ -167,12 +167,8 @@ async fn hc_31_an_event_finished_by_another_hub_is_refused() {
         .await;
     // An LPDU that names another hub, finished by that one, and brought by the right one.
     let lpdu = part.lpdu(&room, &other.name, &message(&part.user("alice"), "astray"));
-    let keys = part
-        .context
-        .keyring
-        .keys_for_event(&lpdu.json, std::slice::from_ref(&part.name), lpdu.origin_server_ts)
-        .await
-        .unwrap();
+    let keys =
+        part.context.keyring.keys_for_event(&lpdu.json, std::slice::from_ref(&part.name), Validity::Now).await.unwrap();
     let completion =
         Completion { auth_events: Vec::new(), prev_event: Some(log.last().unwrap().event.event_id.clone()) };
     let pdu = Pdu::complete(lpdu.verify(&keys).unwrap(), completion, &other.name, &other.context.signing_key).unwrap();

@@ -16,6 +16,7 @@ pub mod http;
 mod hub_and_participant;
 mod hub_changes;
 mod hub_transfer;
+mod key_times;
 mod knocks;
 pub mod log_hub;
 mod long_gaps;

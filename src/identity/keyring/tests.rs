@@ -8,6 +8,7 @@ use ruma::server_name;
 
 use super::*;
 use crate::clock::{Clock, ManualClock};
+use crate::event::verify_object;
 use crate::store::testing::{both_databases, both_stores};
 
 const NOW: i64 = 1_795_226_877_068;
@@ -276,7 +277,9 @@ async fn what_an_old_answer_does_not_name_may_be_a_new_key() {
         servers.set(hub(), answer(hub(), &[&key, &new], json!({}), NOW + DAY));
         let verdict = async |id: &str| {
             let found = ring.keys_for(hub(), &[id], Validity::Now).await.unwrap();
-            (found.len(), ring.knows_better_than(hub(), Some(&found)).await.is_ok())
+            let event = json!({ "signatures": { hub(): { id: "" } } });
+            let event = event.as_object().unwrap();
+            (found.len(), ring.knows_better_than(event, hub(), Some(&found)).await.is_ok())
         };
         // Asked a moment ago: the server has no such key. Later it may, and cannot be asked yet; then it is.
         assert_eq!(verdict(new.id()).await, (0, true));
@@ -301,7 +304,7 @@ async fn hc_20_of_a_key_that_a_server_itself_names_it_is_asked_at_once() {
         assert!(has(&ring, key.id(), Validity::Now).await);
         let found = async |id: &str| {
             let event = json!({ "signatures": { hub(): { id: "" } } });
-            let keys = ring.keys_for_own_event(event.as_object().unwrap(), hub(), NOW).await.unwrap();
+            let keys = ring.keys_for_own_event(event.as_object().unwrap(), hub(), Validity::At(NOW)).await.unwrap();
             keys[hub()].len()
         };
         clock.advance(FRESH_MS - 1);
@@ -313,6 +316,59 @@ async fn hc_20_of_a_key_that_a_server_itself_names_it_is_asked_at_once() {
         clock.advance(10_000);
         assert_eq!((found(key.id()).await, servers.fetches()), (1, 2));
         assert_eq!((found(new.id()).await, servers.fetches()), (1, 3));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn hc_06_an_event_dated_ahead_is_proved_by_a_key_in_use_where_a_hub_gives_it_its_place() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let (key, old) = (SigningKey::generate(), SigningKey::generate());
+        let old_keys = json!({ old.id(): { "key": old.public_base64(), "expired_ts": NOW - DAY } });
+        servers.set(hub(), answer(hub(), &[&key], old_keys, NOW + DAY));
+        let ring = keyring(&servers, &store, &clock);
+        assert!(has(&ring, key.id(), Validity::InLog(NOW + 30 * DAY)).await);
+        assert!(has(&ring, key.id(), Validity::InLog(i64::MAX)).await);
+        assert!(has(&ring, old.id(), Validity::InLog(NOW - 2 * DAY)).await);
+        // A key out of use is in use no more by what an event says.
+        assert!(!has(&ring, old.id(), Validity::InLog(NOW + 30 * DAY)).await);
+        assert!(!has(&ring, old.id(), Validity::InLog(NOW)).await);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_right_signature_by_a_key_of_another_time_is_told_from_a_forged_one() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let key = SigningKey::generate();
+        servers.set(hub(), answer(hub(), &[&key], json!({}), NOW + DAY));
+        let ring = keyring(&servers, &store, &clock);
+        let (far, signers) = (NOW + 30 * DAY, [hub().to_owned()]);
+        let mut event = Object::from_iter([("origin_server_ts".to_owned(), json!(far))]);
+        sign_object(&mut event, hub().as_str(), &key);
+        let mut forged = event.clone();
+        forged.insert("more".to_owned(), json!(true));
+        for _ in 0..5 {
+            // No newer answer could say otherwise: the server is not asked again, and there is a verdict on the event.
+            clock.advance(REFETCH_MS / 2);
+            let found = ring.keys_for_event(&event, &signers, Validity::At(far)).await.unwrap();
+            assert!(found[hub()].is_empty());
+            ring.knows_better_than(&event, hub(), found.get(hub())).await.unwrap();
+            let verdict = async |event: &Object| {
+                let is_right = |keys: &VerifyKeys| verify_object(event, hub().as_str(), &keys[hub()]).is_ok();
+                ring.out_of_time(event, far, &found, is_right).await
+            };
+            let refusal = verdict(&event).await.unwrap();
+            let text = refusal.to_string();
+            assert_eq!(refusal.code(), "key_out_of_time");
+            for named in [hub().as_str(), key.id(), &far.to_string(), &(NOW + DAY).to_string()] {
+                assert!(text.contains(named), "{text} does not name {named}");
+            }
+            assert_eq!(verdict(&forged).await, None);
+        }
+        assert_eq!(servers.fetches(), 1);
     })
     .await;
 }

@@ -1,0 +1,153 @@
+//! Events that say they were made when their signer's key was not valid.
+
+use http::StatusCode;
+use isthmus::clock::{Clock as _, SystemClock};
+use isthmus::event::{Completion, Lpdu, Object, Pdu, VerifyKey, VerifyKeys, sign_object};
+use isthmus::identity::SigningKey;
+use isthmus::refusal::Refusal;
+use isthmus::seam::{Draft, Received};
+use ruma::{OwnedRoomId, RoomId};
+use serde_json::json;
+
+use super::log_hub::respond;
+use super::shared::{does_lm_alone, shared_room};
+use super::world::{Node, World, member, message, raw};
+
+const DAY_MS: i64 = 24 * 3600 * 1000;
+
+async fn give(to: &Node, origin: &Node, event: &Object) -> Received {
+    to.lm.receive(&origin.name, vec![raw(event)]).await.pop().unwrap()
+}
+
+/// A message that says it was made in thirty days.
+fn ahead(node: &Node, body: &str) -> Draft {
+    let origin_server_ts = SystemClock.now_ms() + 30 * DAY_MS;
+    Draft { origin_server_ts, ..message(&node.user("alice"), body) }
+}
+
+/// Has a server say that a key went out of use when nothing of these tests was made yet.
+const EXPIRED_TS: i64 = 1_600_000_000_000;
+
+fn retire(node: &Node, old: &SigningKey) {
+    let mut keys = node.context.keyring.own_keys();
+    keys.remove("signatures");
+    keys.insert(
+        "old_verify_keys".to_owned(),
+        json!({ old.id(): { "key": old.public_base64(), "expired_ts": EXPIRED_TS } }),
+    );
+    sign_object(&mut keys, node.name.as_str(), &node.context.signing_key);
+    node.meddle(move |request, next| {
+        let answer = request.uri().path().contains("/key/").then(|| respond(StatusCode::OK, json!(keys)));
+        async move {
+            match answer {
+                Some(answer) => answer,
+                None => next.run(request).await,
+            }
+        }
+    });
+}
+
+/// What a server has said with another of its keys.
+fn signed_with(key: &SigningKey, node: &Node, hub: &Node, room: &RoomId, draft: &Draft) -> Lpdu {
+    let mut template = node.lpdu(room, &hub.name, draft).json;
+    for added in ["signatures", "hashes", "hub_server"] {
+        template.remove(added);
+    }
+    Lpdu::build(template, &hub.name, &node.name, key).unwrap()
+}
+
+/// An LPDU as a hub puts it at the end of its log that looks at no times.
+async fn finished(hub: &Node, room: &RoomId, lpdu: Lpdu, key: &SigningKey) -> Pdu {
+    let log = hub.log(room).await;
+    let sender = lpdu.sender.clone();
+    let of_kind = |kind: &str, state_key: &str| {
+        let is_it = |event: &&isthmus::lm::Appended| {
+            event.event.kind == kind && event.event.state_key.as_deref() == Some(state_key)
+        };
+        log.iter().rev().find(is_it).unwrap().event.event_id.clone()
+    };
+    let auth_events = vec![
+        of_kind("m.room.create", ""),
+        of_kind("m.room.power_levels", ""),
+        of_kind("m.room.member", sender.as_str()),
+    ];
+    let public = VerifyKey::from_base64(&key.public_base64()).unwrap();
+    let keys = VerifyKeys::from([(sender.server_name().to_owned(), [(key.id().to_owned(), public)].into())]);
+    let completion = Completion { auth_events, prev_event: Some(log.last().unwrap().event.event_id.clone()) };
+    Pdu::complete(lpdu.verify(&keys).unwrap(), completion, &hub.name, &hub.context.signing_key).unwrap()
+}
+
+async fn room_of(hub: &Node, others: [&Node; 2]) -> OwnedRoomId {
+    let room = hub.create_room("public").await;
+    for node in others {
+        node.join(&room, "alice", hub).await;
+    }
+    room
+}
+
+/// In a log the hub decides what comes after what: a clock that is ahead keeps nobody's words out of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_06_an_event_dated_beyond_its_signers_keys_is_taken_into_a_log_and_from_it() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let room = room_of(&hub, [&part, &third]).await;
+    let lpdu = part.lpdu(&room, &hub.name, &ahead(&part, "tomorrow's"));
+    assert_eq!(give(&hub, &part, &lpdu.json).await.result, Ok(()));
+    third.wait_for_body(&room, "tomorrow's").await;
+    hub.say(&room, "bot", "goes on").await;
+    third.wait_for_body(&room, "goes on").await;
+    assert_eq!(third.bodies(&room).await, ["tomorrow's", "goes on"]);
+    assert_eq!(third.lm.room(&room).await.unwrap().unwrap().complaints, Vec::<String>::new());
+    assert_eq!(third.fault_kinds(&room).await, [""; 0]);
+}
+
+/// Graph servers check the same events after the hub, by Matrix' rule.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_a_shared_room_an_event_dated_beyond_its_signers_keys_is_refused_and_both_times_are_named() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    does_lm_alone(&part);
+    let room = shared_room(&hub, "public").await;
+    part.join(&room, "alice", &hub).await;
+    let draft = ahead(&part, "tomorrow's");
+    let refused = give(&hub, &part, &part.lpdu(&room, &hub.name, &draft).json).await.result.unwrap_err();
+    let text = refused.to_string();
+    assert_eq!((refused.code(), refused.errcode(), refused.is_transient()), ("key_out_of_time", "M_FORBIDDEN", false));
+    let valid_until = hub.context.keyring.server_keys(&part.name).await.unwrap().valid_until_ts;
+    for named in ["part.example", &draft.origin_server_ts.to_string(), &valid_until.to_string()] {
+        assert!(text.contains(named), "{text} does not name {named}");
+    }
+    let now = part.lpdu(&room, &hub.name, &message(&part.user("alice"), "today's")).json;
+    assert_eq!(give(&hub, &part, &now).await.result, Ok(()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hc_06_a_key_out_of_use_signs_nothing_new_and_the_hub_is_not_blamed_for_it() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let old = SigningKey::generate();
+    retire(&part, &old);
+    let room = room_of(&hub, [&part, &third]).await;
+    let draft = message(&part.user("alice"), "late");
+    let lpdu = signed_with(&old, &part, &hub, &room, &draft);
+    let is_named = |refused: &Refusal| {
+        let text = refused.to_string();
+        assert_eq!(refused.code(), "key_out_of_time", "{text}");
+        for named in ["part.example", old.id(), &draft.origin_server_ts.to_string(), &EXPIRED_TS.to_string()] {
+            assert!(text.contains(named), "{text} does not name {named}");
+        }
+    };
+    is_named(&give(&hub, &part, &lpdu.json).await.result.unwrap_err());
+    // Another hub may have taken it.
+    let pdu = finished(&hub, &room, lpdu.clone(), &old).await;
+    is_named(&give(&third, &hub, &pdu.json).await.result.unwrap_err());
+    let seen = third.lm.room(&room).await.unwrap().unwrap().complaints;
+    assert!(seen.len() == 1 && seen[0].contains("part.example"), "{seen:?}");
+    assert_eq!(third.fault_kinds(&room).await, [""; 0]);
+    hub.say(&room, "bot", "goes on").await;
+    third.wait_for_body(&room, "goes on").await;
+    // What such a key has not signed is forged like anything else.
+    let mut forged = finished(&hub, &room, lpdu, &old).await.json;
+    let signature = "A".repeat(86);
+    forged["signatures"][part.name.as_str()][old.id()] = json!(signature);
+    let refused = give(&third, &hub, &forged).await.result;
+    assert!(matches!(refused, Err(Refusal::BadSignature { .. })), "{refused:?}");
+    assert_eq!(third.fault_kinds(&room).await, ["rewritten"]);
+}
