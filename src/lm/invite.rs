@@ -8,6 +8,7 @@ use http::StatusCode;
 use ruma::{OwnedRoomId, OwnedServerName, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::actor::{Item, Job, Outcome, What};
 use super::batch::Origin;
@@ -24,6 +25,8 @@ use crate::seam::{Draft, EventEffect, Invite, Outgoing, Uninvited, write_effects
 
 /// How often an invite is built anew because the log has moved, before appends wait for it.
 const TRIES: usize = 3;
+/// How long a participant waits for its invite to be signed, however often it is built: those who ask give up after 30 seconds.
+const WITHIN: Duration = Duration::from_secs(25);
 /// How long a target that let appends wait in vain is not waited for again.
 const DISTRUST: Duration = Duration::from_secs(3600);
 /// How often appends in one room may be made to wait.
@@ -54,6 +57,28 @@ impl Invites {
 enum Source {
     Own(Draft),
     Lpdu(VerifiedLpdu),
+}
+
+/// An invite that the target's server is to sign.
+struct Asking {
+    source: Source,
+    /// How long whoever asks for it waits.
+    until: Option<Instant>,
+}
+
+impl Asking {
+    /// Waits for what the target's server does.
+    async fn wait<T>(&self, server: &ServerName, asked: impl Future<Output = T>) -> Result<T, Refusal> {
+        let late = || {
+            let problem = format!("it has not signed the invite within {} s", WITHIN.as_secs());
+            Refusal::Remote { server: server.to_string(), problem }
+        };
+        match self.until {
+            None => Ok(asked.await),
+            Some(until) if until <= Instant::now() => Err(late()),
+            Some(until) => tokio::time::timeout_at(until, asked).await.map_err(|_| late()),
+        }
+    }
 }
 
 impl Lm {
@@ -205,8 +230,9 @@ impl Lm {
         mut effect: Option<EventEffect>,
     ) -> Result<Appended, Refusal> {
         let foreign = matches!(source, Source::Lpdu(_));
+        let asking = Asking { source, until: foreign.then(|| Instant::now() + WITHIN) };
         for _ in 0..TRIES {
-            let what = self.ask_target(cell, server, &source).await?;
+            let what = self.ask_target(cell, server, &asking).await?;
             let origin = Origin { foreign, effect: effect.take(), ..Origin::default() };
             match self.append(cell, vec![(what, origin)]).await.pop() {
                 Some(Outcome::Moved(returned)) => effect = returned,
@@ -214,10 +240,11 @@ impl Lm {
                 None => return Err(Refusal::Internal("no outcome".to_owned())),
             }
         }
-        self.invite_while_log_stands(cell, server, &source, Origin { foreign, effect, ..Origin::default() }).await
+        self.invite_while_log_stands(cell, server, &asking, Origin { foreign, effect, ..Origin::default() }).await
     }
 
-    async fn ask_target(&self, cell: &Arc<RoomCell>, server: &ServerName, source: &Source) -> Result<What, Refusal> {
+    async fn ask_target(&self, cell: &Arc<RoomCell>, server: &ServerName, asking: &Asking) -> Result<What, Refusal> {
+        let source = &asking.source;
         let room = cell.snapshot(&self.context().store).await?;
         let mut pdu = match source {
             Source::Own(draft) if matches!(self.role(&room), Role::GraphServer { .. }) => {
@@ -226,14 +253,14 @@ impl Lm {
             Source::Own(draft) => self.build(&room, draft)?,
             Source::Lpdu(lpdu) => self.complete(&room, lpdu.clone())?,
         };
-        let answer = self.have_signed(server, &room, &pdu).await;
+        let answer = asking.wait(server, self.have_signed(server, &room, &pdu)).await?;
         let signed = answer.map_err(|error| match source {
             Source::Own(_) => of_own_invite(error, server),
             // The participant is told what the target's server says.
             Source::Lpdu(_) => passed_on(error, server),
         })?;
         let by = (room.facts.redaction(), room.facts.validity(pdu.origin_server_ts));
-        self.take_signature(server, &mut pdu, by, signed).await;
+        asking.wait(server, self.take_signature(server, &mut pdu, by, signed)).await?;
         Ok(What::Signed { pdu: Box::new(pdu), after: room.last_id().cloned() })
     }
 
@@ -286,7 +313,7 @@ impl Lm {
         &self,
         cell: &Arc<RoomCell>,
         server: &ServerName,
-        source: &Source,
+        asking: &Asking,
         origin: Origin,
     ) -> Result<Appended, Refusal> {
         let invites = &self.inner.invites;
@@ -297,12 +324,13 @@ impl Lm {
         if invites.distrusted.contains_key(server) || invites.held.contains_key(&cell.room_id) {
             return Err(busy());
         }
+        asking.wait(server, std::future::ready(())).await?;
         invites.held.insert(cell.room_id.clone(), ()).await;
         let (still, stands) = oneshot::channel();
         let (give, ready) = oneshot::channel();
         self.submit(cell, Job::Hold { still, ready }).await;
         stands.await.map_err(|_| busy())?;
-        let what = match self.ask_target(cell, server, source).await {
+        let what = match self.ask_target(cell, server, asking).await {
             Err(refusal @ (Refusal::Remote { .. } | Refusal::Declined { status: 500.., .. })) => {
                 invites.distrusted.insert(server.to_owned(), ()).await;
                 return Err(refusal);

@@ -151,3 +151,26 @@ async fn hc_06_a_key_out_of_use_signs_nothing_new_and_the_hub_is_not_blamed_for_
     assert!(matches!(refused, Err(Refusal::BadSignature { .. })), "{refused:?}");
     assert_eq!(third.fault_kinds(&room).await, ["rewritten"]);
 }
+
+/// Those who ask for an invite do not wait for ever, and who is invited may.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_participant_whose_invite_is_not_signed_is_told_so_before_it_gives_up() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let levels = json!({ "users": { hub.user("bot"): 100, part.user("alice"): 100 } });
+    let room = hub.create_room_with("public", levels).await;
+    part.join(&room, "alice", &hub).await;
+    third.meddle(|request, next| async move {
+        if request.uri().path().contains("/invite/") {
+            std::future::pending::<()>().await;
+        }
+        next.run(request).await
+    });
+    let before = hub.log(&room).await.len();
+    let invite = part.lpdu(&room, &hub.name, &member(&part.user("alice"), &third.user("carol"), "invite"));
+    let version = "org.matrix.i-d.ralston-mimi-linearized-matrix.02";
+    let body = json!({ "event": invite.json, "room_version": version, "invite_room_state": [] });
+    let refused = hub.lm.invited(&part.name, body.as_object().unwrap().clone()).await.map(drop).unwrap_err();
+    let text = refused.to_string();
+    assert!(refused.is_transient() && text.contains("third.example") && text.contains("25 s"), "{text}");
+    assert_eq!(hub.log(&room).await.len(), before);
+}
