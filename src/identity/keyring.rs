@@ -6,9 +6,12 @@ mod notary;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use moka::future::Cache;
 use ruma::{OwnedServerName, ServerName};
 use serde_json::{Value, json};
@@ -109,6 +112,8 @@ struct Inner {
     clock: SharedClock,
     trust: Trust,
     lookups: Cache<OwnedServerName, Arc<Lookup>>,
+    /// The servers that are being asked, and since when.
+    asking: moka::sync::Cache<OwnedServerName, Instant>,
     heard: Cache<OwnedServerName, Arc<notary::Heard>>,
     meter: metrics::CacheMeter,
 }
@@ -172,9 +177,9 @@ impl Keyring {
         let lookups = Cache::new(CACHED_SERVERS);
         let meter = metrics::CacheMeter::watch("server_keys", &lookups);
         let heard = notary::Heard::cache();
-        Self {
-            inner: Arc::new(Inner { server_name, own, own_keys, fetcher, store, clock, trust, lookups, heard, meter }),
-        }
+        let asking = moka::sync::Cache::new(CACHED_SERVERS);
+        let inner = Inner { server_name, own, own_keys, fetcher, store, clock, trust, lookups, asking, heard, meter };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Takes up, at the start, the keys that this server had before: they are published as old ones from now on, so that
@@ -257,6 +262,11 @@ impl Keyring {
         let known = |id| lookup.keys.as_ref().is_some_and(|keys| keys.key(id, Validity::Now, now_ms).is_some());
         let mut wanted = wanted;
         lookup.is_stale(now_ms, None) || (lookup.is_stale(now_ms, Some(REFETCH_MS)) && !wanted.all(known))
+    }
+
+    /// Whether a server has been asked for its keys this long ago and has not answered yet.
+    pub fn is_silent(&self, server: &ServerName, since: Duration) -> bool {
+        self.inner.asking.get(server).is_some_and(|begun| begun.elapsed() >= since)
     }
 
     /// Collects the keys that an event's `signatures` name for `servers`, as far as they are valid for it.
@@ -371,21 +381,38 @@ impl Keyring {
 
 impl Inner {
     /// What is known of a server, from memory when that is not stale. Those who ask for the same server at the same time
-    /// wait for one answer.
-    async fn lookup(&self, server: &ServerName, again: Option<i64>) -> Arc<Lookup> {
-        let now_ms = self.clock.now_ms();
-        let entry = self
-            .lookups
-            .entry_by_ref(server)
-            .or_insert_with_if(async { Arc::new(self.learn(server, now_ms).await) }, |known| {
-                known.is_stale(now_ms, again)
-            })
-            .await;
-        self.meter.count((!entry.is_fresh()).then_some(()));
-        entry.into_value()
+    /// wait for one answer; it is learned also when nobody waits for it any more.
+    fn lookup<'a>(self: &'a Arc<Self>, server: &'a ServerName, again: Option<i64>) -> BoxFuture<'a, Arc<Lookup>> {
+        // Boxed, because the keys of notaries are looked up on the way.
+        self.look_up(server, again).boxed()
     }
 
-    async fn learn(&self, server: &ServerName, now_ms: i64) -> Lookup {
+    async fn look_up(self: &Arc<Self>, server: &ServerName, again: Option<i64>) -> Arc<Lookup> {
+        let now_ms = self.clock.now_ms();
+        if let Some(known) = self.lookups.get(server).await.filter(|known| !known.is_stale(now_ms, again)) {
+            self.meter.count(Some(()));
+            return known;
+        }
+        let (inner, name) = (self.clone(), server.to_owned());
+        let learning = async move {
+            let learn = async {
+                inner.asking.insert(name.clone(), Instant::now());
+                let learned = inner.learn(&name, now_ms).await;
+                inner.asking.invalidate(&name);
+                Arc::new(learned)
+            };
+            let is_stale = |known: &Arc<Lookup>| known.is_stale(now_ms, again);
+            let entry = inner.lookups.entry_by_ref(&name).or_insert_with_if(learn, is_stale).await;
+            inner.meter.count((!entry.is_fresh()).then_some(()));
+            entry.into_value()
+        };
+        tokio::spawn(learning).await.unwrap_or_else(|error| {
+            let error = Some(unreachable(server, &error.to_string()));
+            Arc::new(Lookup { keys: None, error, asked_ts: now_ms, failures: 0 })
+        })
+    }
+
+    async fn learn(self: &Arc<Self>, server: &ServerName, now_ms: i64) -> Lookup {
         let before = self.remembered(server).await;
         let last = self.lookups.get(server).await;
         if last.is_none()

@@ -1,10 +1,12 @@
 //! Finished events as they come from a hub: their form, their signatures and their hashes.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use futures::{StreamExt as _, stream};
-use ruma::{OwnedEventId, OwnedServerName};
+use ruma::{OwnedEventId, OwnedServerName, RoomId, ServerName};
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::Lm;
 use super::peers::prev_events;
@@ -13,9 +15,12 @@ use crate::event::{HashCheck, Object, Pdu, Redaction, VerifyKeys, event_id, refe
 use crate::guard::{guarded, guarded_now, trip};
 use crate::identity::Validity;
 use crate::refusal::Refusal;
+use crate::store::lm as stored;
 
 /// How many servers are asked for their keys at once.
 const KEYS_AT_ONCE: usize = 16;
+/// How long others wait for the keys of a server: whoever brings its events, and the room.
+const SOON: Duration = Duration::from_secs(2);
 /// By which tables a hub may redact.
 const TABLES: [Redaction; 2] = [Redaction::Draft, Redaction::GraphServer];
 
@@ -63,18 +68,38 @@ impl Bad {
 }
 
 impl Lm {
-    /// Checks events; `redaction` is the table that the room's hub is thought to use, the other one is tried too.
+    /// Checks events; `redaction` is the table that the room's hub is thought to use, the other one is tried too. What keys do not
+    /// come soon is not waited for: others wait meanwhile, and the events can.
     pub(super) async fn check_finished(
         &self,
         objects: Vec<Object>,
         redaction: Redaction,
     ) -> Vec<Result<Finished, Bad>> {
+        self.check_within(Some(SOON), objects, redaction).await
+    }
+
+    /// The same of events that nobody brings again: all keys are waited for.
+    pub(super) async fn check_finished_patiently(
+        &self,
+        objects: Vec<Object>,
+        redaction: Redaction,
+    ) -> Vec<Result<Finished, Bad>> {
+        self.check_within(None, objects, redaction).await
+    }
+
+    async fn check_within(
+        &self,
+        patience: Option<Duration>,
+        objects: Vec<Object>,
+        redaction: Redaction,
+    ) -> Vec<Result<Finished, Bad>> {
+        let until = patience.map(|patience| Instant::now() + patience);
         let parsed: Vec<Result<Pdu, Bad>> = objects.into_iter().map(|object| parse(object, redaction)).collect();
-        self.fetch_keys(parsed.iter().flatten()).await;
+        self.fetch_keys(parsed.iter().flatten(), until).await;
         let mut with_keys = Vec::with_capacity(parsed.len());
         for pdu in parsed {
             with_keys.push(match pdu {
-                Ok(pdu) => match guarded(&pdu.event_id, self.keys_of(&pdu)).await {
+                Ok(pdu) => match guarded(&pdu.event_id, self.keys_of(&pdu, until)).await {
                     Ok(keys) => Ok((pdu, keys)),
                     Err(refusal @ Refusal::KeysUnavailable { .. }) => Err(Bad::Unproved(Box::new(pdu), refusal)),
                     Err(refusal) if refusal.is_failure() => Err(Bad::Dropped(refusal)),
@@ -102,26 +127,54 @@ impl Lm {
             .collect()
     }
 
+    /// Asks for the keys that events of a room wait for, while nobody waits for the room.
+    pub(super) async fn ask_for_keys(&self, room_id: &RoomId) -> Result<(), Refusal> {
+        let mut waiting = stored::holes(&self.context().store, room_id, false).await?;
+        waiting.extend(stored::holes(&self.context().store, room_id, true).await?);
+        let events = waiting.iter().filter_map(|hole| serde_json::from_slice(hole.json.as_deref()?).ok());
+        let parsed: Vec<Pdu> = events.filter_map(|event| parse(event, Redaction::Draft).ok()).collect();
+        self.fetch_keys(parsed.iter(), None).await;
+        Ok(())
+    }
+
     /// Gets the keys that will be needed into the key ring, many servers at once.
-    async fn fetch_keys<'a>(&self, pdus: impl Iterator<Item = &'a Pdu>) {
+    async fn fetch_keys<'a>(&self, pdus: impl Iterator<Item = &'a Pdu>, until: Option<Instant>) {
         let servers: BTreeSet<OwnedServerName> = pdus.flat_map(Pdu::required_signers).collect();
-        let keyring = &self.context().keyring;
         let fetched = stream::iter(servers).for_each_concurrent(KEYS_AT_ONCE, |server| async move {
-            if let Err(error) = keyring.server_keys(&server).await {
+            let asked = self.context().keyring.server_keys(&server);
+            if let Ok(Err(error)) = self.in_time(&server, until, asked).await {
                 tracing::debug!(%server, %error, "no keys");
             }
         });
         fetched.await;
     }
 
-    async fn keys_of(&self, pdu: &Pdu) -> Result<VerifyKeys, Refusal> {
+    /// Waits for something of a server's keys until then; not at all where others have waited for long enough.
+    async fn in_time<T>(
+        &self,
+        server: &ServerName,
+        until: Option<Instant>,
+        asked: impl Future<Output = T>,
+    ) -> Result<T, Refusal> {
+        let Some(until) = until else { return Ok(asked.await) };
+        let until = if self.context().keyring.is_silent(server, SOON) { Instant::now() } else { until };
+        let late = |_| {
+            let problem = "it has been asked, and has not answered yet".to_owned();
+            Refusal::KeysUnavailable { server: server.to_string(), problem }
+        };
+        tokio::time::timeout_at(until, asked).await.map_err(late)
+    }
+
+    async fn keys_of(&self, pdu: &Pdu, until: Option<Instant>) -> Result<VerifyKeys, Refusal> {
         let signers = pdu.required_signers();
         let keyring = &self.context().keyring;
         // Whatever is in the hub's log stands there.
         let validity = Validity::InLog(pdu.origin_server_ts);
-        let keys = keyring.keys_for_event(&pdu.json, &signers, validity).await?;
-        for signer in signers {
-            keyring.knows_better_than(&pdu.json, &signer, keys.get(&signer)).await?;
+        let mut keys = VerifyKeys::new();
+        for signer in &signers {
+            let asked = keyring.keys_for_event(&pdu.json, std::slice::from_ref(signer), validity);
+            keys.extend(self.in_time(signer, until, asked).await??);
+            keyring.knows_better_than(&pdu.json, signer, keys.get(signer)).await?;
         }
         let is_right =
             |keys: &VerifyKeys| TABLES.iter().any(|redaction| pdu.verify_signatures(keys, *redaction).is_ok());

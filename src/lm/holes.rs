@@ -176,6 +176,7 @@ impl Lm {
     /// Tries what is due at `now`; what was in the way.
     async fn try_holes(&self, cell: &Arc<RoomCell>, now: i64) -> Result<BTreeMap<OwnedEventId, String>, Refusal> {
         let store = &self.context().store;
+        self.ask_for_keys(&cell.room_id).await?;
         let _turn = cell.intake.lock().await;
         let room = cell.snapshot(store).await?;
         if !room.has_server(&self.context().server_name) {

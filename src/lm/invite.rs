@@ -352,7 +352,7 @@ impl Lm {
         let room_version = RoomVersion::parse(version)
             .filter(|version| version.family() == Family::Log)
             .ok_or_else(|| Refusal::IncompatibleRoomVersion(version.to_owned()))?;
-        let finished = self.check_finished(vec![event], Redaction::Draft).await.pop();
+        let finished = self.check_finished_patiently(vec![event], Redaction::Draft).await.pop();
         let finished = finished.ok_or_else(|| Refusal::malformed("event", "missing"))?;
         let finished = finished.map_err(|bad| bad.refusal().clone())?;
         if let Some(refusal) = finished.redacted {
@@ -405,7 +405,7 @@ impl Lm {
         if self.between().invited_into(room_id) != Some(Side::Lm) {
             return Ok(());
         }
-        for finished in self.check_finished(objects, Redaction::Draft).await.into_iter().flatten() {
+        for finished in self.check_finished_patiently(objects, Redaction::Draft).await.into_iter().flatten() {
             let pdu = &finished.pdu;
             let hub = pdu.hub_server.as_deref().unwrap_or(pdu.sender.server_name());
             if finished.redacted.is_some() || pdu.kind != "m.room.member" || hub != origin || pdu.room_id != *room_id {

@@ -508,7 +508,7 @@ impl Lm {
         let (hub, room_id) = (&room.facts.hub, &room.facts.room_id);
         match self.peers().backfill(hub, room_id, event_id, 10).await {
             Ok(page) => {
-                let page = self.check_finished(page, room.redaction).await;
+                let page = self.check_finished_patiently(page, room.redaction).await;
                 if page.iter().filter_map(super::gaps::event_of).any(|pdu| pdu.event_id == *event_id) {
                     return Ok(true);
                 }

@@ -228,7 +228,7 @@ impl Lm {
             Value::Object(event) => Some(event),
             _ => None,
         });
-        let state = self.check_finished(state.collect(), Redaction::Draft).await;
+        let state = self.check_finished_patiently(state.collect(), Redaction::Draft).await;
         let chain = match answer.remove("auth_chain") {
             Some(Value::Array(chain)) => chain,
             _ => Vec::new(),
@@ -237,8 +237,8 @@ impl Lm {
             Value::Object(event) => Some(event),
             _ => None,
         });
-        let chain = self.check_finished(chain.collect(), Redaction::Draft).await;
-        let joined = self.check_finished(vec![event], Redaction::Draft).await.pop();
+        let chain = self.check_finished_patiently(chain.collect(), Redaction::Draft).await;
+        let joined = self.check_finished_patiently(vec![event], Redaction::Draft).await.pop();
         let joined = match joined {
             Some(Ok(joined)) if joined.redacted.is_none() => joined,
             Some(Ok(Finished { redacted: Some(refusal), .. })) => return Err(refusal),

@@ -104,7 +104,7 @@ impl Lm {
             return Ok(());
         }
         let told = self.ask_for_changes(&before, who.as_deref()).await;
-        let changes = self.check_finished(told, before.redaction).await;
+        let changes = self.check_finished_patiently(told, before.redaction).await;
         let current = before.state_event(HUB_EVENT, "").map(|event| event.event_id.clone());
         let path = path(&cell.room_id, &before.facts.hub, current, changes.into_iter().flatten().collect());
         let _turn = cell.intake.lock().await;

@@ -1,4 +1,8 @@
-//! Events that say they were made when their signer's key was not valid.
+//! Events that say they were made when their signer's key was not valid, and servers whose keys do not come.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use http::StatusCode;
 use isthmus::clock::{Clock as _, SystemClock};
@@ -13,6 +17,8 @@ use super::log_hub::respond;
 use super::shared::{does_lm_alone, shared_room};
 use super::world::{Node, World, member, message, raw};
 
+/// Between two looks at something.
+const PAUSE: Duration = Duration::from_millis(20);
 const DAY_MS: i64 = 24 * 3600 * 1000;
 
 async fn give(to: &Node, origin: &Node, event: &Object) -> Received {
@@ -25,9 +31,10 @@ fn ahead(node: &Node, body: &str) -> Draft {
     Draft { origin_server_ts, ..message(&node.user("alice"), body) }
 }
 
-/// Has a server say that a key went out of use when nothing of these tests was made yet.
+/// Before anything of these tests was made.
 const EXPIRED_TS: i64 = 1_600_000_000_000;
 
+/// Has a server say that a key went out of use then.
 fn retire(node: &Node, old: &SigningKey) {
     let mut keys = node.context.keyring.own_keys();
     keys.remove("signatures");
@@ -150,6 +157,58 @@ async fn hc_06_a_key_out_of_use_signs_nothing_new_and_the_hub_is_not_blamed_for_
     let refused = give(&third, &hub, &forged).await.result;
     assert!(matches!(refused, Err(Refusal::BadSignature { .. })), "{refused:?}");
     assert_eq!(third.fault_kinds(&room).await, ["rewritten"]);
+}
+
+/// Counts when it is dropped.
+struct GivenUp(Arc<AtomicUsize>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_does_not_answer_who_asks_for_its_keys_holds_up_no_other_room_of_the_hub() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let (room, other) = (hub.create_room("public").await, hub.create_room("public").await);
+    for room in [&room, &other] {
+        part.join(room, "alice", &hub).await;
+    }
+    // The hub knows its keys, and nobody else is to have them.
+    third.join(&hub.create_room("public").await, "carol", &hub).await;
+    let (asked, given_up) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let is_back = Arc::new(AtomicBool::new(false));
+    let kept = (asked.clone(), given_up.clone(), is_back.clone());
+    third.meddle(move |request, next| {
+        let (asked, given_up, is_back) = kept.clone();
+        async move {
+            if request.uri().path().contains("/key/") && !is_back.load(Ordering::SeqCst) {
+                let _given_up = GivenUp(given_up);
+                asked.fetch_add(1, Ordering::SeqCst);
+                while !is_back.load(Ordering::SeqCst) {
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+            next.run(request).await
+        }
+    });
+    third.join(&room, "carol", &hub).await;
+    let waiting = async {
+        while asked.load(Ordering::SeqCst) == 0 {
+            tokio::time::sleep(PAUSE).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("the keys are asked for");
+    // The transaction that has the join goes before this.
+    hub.say(&other, "bot", "elsewhere").await;
+    part.wait_for_body(&other, "elsewhere").await;
+    assert_eq!(given_up.load(Ordering::SeqCst), 0, "the answer to the hub waited for the keys of another server");
+    // What waits for them is taken when they come.
+    is_back.store(true, Ordering::SeqCst);
+    third.say(&room, "carol", "back").await;
+    part.wait_for_body(&room, "back").await;
+    assert_eq!(part.fault_kinds(&room).await, [""; 0]);
 }
 
 /// Those who ask for an invite do not wait for ever, and who is invited may.

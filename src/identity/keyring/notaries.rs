@@ -2,6 +2,7 @@
 //! give must be signed by them and by the server itself, and, where keys of that server are known, by one of those.
 //! Source: draft-ralston-mimi-linearized-matrix-04, section "Retrieving Server Keys" (`int-transport-get-server-keys`).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ruma::ServerName;
@@ -21,7 +22,7 @@ impl Inner {
     /// What the first notary that knows something says of `server`, added to what was known before. Notaries do not vouch for each
     /// other.
     pub(super) async fn ask_notaries(
-        &self,
+        self: &Arc<Self>,
         server: &ServerName,
         before: Option<&ServerKeys>,
         now_ms: i64,
@@ -32,8 +33,7 @@ impl Inner {
         }
         let asking = async {
             for notary in notaries {
-                // Boxed, because the notary's own keys are looked up in the same way.
-                match Box::pin(self.ask_notary(notary, server, before, now_ms)).await {
+                match self.ask_notary(notary, server, before, now_ms).await {
                     Ok(told) => return Some(told),
                     Err(problem) => tracing::info!(%server, %notary, problem, "a notary is of no help"),
                 }
@@ -47,7 +47,7 @@ impl Inner {
     }
 
     async fn ask_notary(
-        &self,
+        self: &Arc<Self>,
         notary: &ServerName,
         server: &ServerName,
         before: Option<&ServerKeys>,
@@ -81,7 +81,7 @@ impl Inner {
 
     /// The keys in one of a notary's answers, when it and the server have signed them.
     async fn vouched(
-        &self,
+        self: &Arc<Self>,
         notary: &ServerName,
         server: &ServerName,
         entry: &Object,

@@ -374,6 +374,24 @@ async fn a_right_signature_by_a_key_of_another_time_is_told_from_a_forged_one() 
 }
 
 #[tokio::test]
+async fn what_a_server_answers_is_learned_also_when_nobody_waits_for_it() {
+    both_stores(|store| async move {
+        let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
+        let key = SigningKey::generate();
+        servers.set(hub(), answer(hub(), &[&key], json!({}), NOW + DAY));
+        let ring = keyring(&servers, &store, &clock);
+        // Asked, and given up at once.
+        assert!(ring.server_keys(hub()).now_or_never().is_none());
+        while ring.inner.lookups.get(hub()).await.is_none() {
+            tokio::task::yield_now().await;
+        }
+        assert!(has(&ring, key.id(), Validity::Now).await);
+        assert_eq!(servers.fetches(), 1);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn keys_outlive_a_restart_a_rotation_and_their_server() {
     both_databases(|url| async move {
         let (servers, clock) = (Arc::new(Servers::default()), ManualClock::new(NOW));
