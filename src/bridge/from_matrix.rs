@@ -29,9 +29,11 @@ pub(super) async fn make(core: &Arc<Core>, row: &mut PortalRow) -> Result<(), Re
         row.matrix_room_id.clone().ok_or_else(|| Refusal::Internal("the Matrix room is missing".to_owned()))?;
     let made = make_of(core, row, &room_id).await;
     if made.as_ref().is_err_and(|refusal| !refusal.is_transient()) && !is_own(core, &room_id).await.unwrap_or(true) {
-        // Nobody is served by a bot in a room without a portal.
-        let left = core.sides()?.dag.leave(&room_id, core.users.bot(), &[], None).await;
-        if let Err(refusal) = left {
+        // Nobody is served by a bot in a room without a portal. An invite that comes only now is for whoever waits for it.
+        let dag = &core.sides()?.dag;
+        if (Request::of(row).invited || matches!(dag.room(&room_id).await, Ok(Some(_))))
+            && let Err(refusal) = dag.leave(&room_id, core.users.bot(), &[], None).await
+        {
             tracing::debug!(room = %room_id, %refusal, "the bot did not leave a room that gets no portal");
         }
     }

@@ -371,17 +371,20 @@ async fn hc_51_hc_54_nobody_learns_more_of_a_user_than_that_the_gateway_has_met_
             assert!(refused.to_string().starts_with("404"), "{path}{of}: {refused}");
         }
     }
-    // Nor is anything said of rooms by the ways that need no membership at some servers: there is no such way.
-    for room in [&portal.matrix_room_id, &portal.lm_room_id] {
-        for path in [
-            format!("/_matrix/federation/v1/timestamp_to_event/{room}?ts=0&dir=f"),
-            format!("/_matrix/federation/v1/hierarchy/{room}?suggested_only=false"),
-        ] {
-            let call = isthmus::federation::Call::get(path.clone());
-            let refused = world.server.context.client.call(&own, call, false).await.unwrap_err().to_string();
-            assert!(refused.starts_with("404") && refused.contains("M_UNRECOGNIZED"), "{path}: {refused}");
+    // Nor is anything said of rooms by the ways that need no membership at some servers, but what the directory says of public ones.
+    let secret = gateway.bridge.create_portal(NewPortal::default()).await.unwrap();
+    for portal in [&portal, &secret] {
+        for room in [&portal.matrix_room_id, &portal.lm_room_id] {
+            let refused = get(&format!("timestamp_to_event/{room}?ts=0&dir=f"), "").await.unwrap_err().to_string();
+            assert!(refused.starts_with("404") && refused.contains("M_UNRECOGNIZED"), "{room}: {refused}");
         }
     }
+    for room in [&portal.lm_room_id, &secret.matrix_room_id, &secret.lm_room_id] {
+        let refused = get(&format!("hierarchy/{room}?suggested_only=false"), "").await.unwrap_err().to_string();
+        assert!(refused.starts_with("404") && refused.contains("M_NOT_FOUND"), "{room}: {refused}");
+    }
+    let told = get(&format!("hierarchy/{}", portal.matrix_room_id), "").await.unwrap();
+    assert_eq!((&told["room"]["name"], &told["children"]), (&json!("Tea"), &json!([])));
     world.matrix_join(&gateway, &portal.matrix_room_id, &world.matrix_user("alice")).await.unwrap();
     world.lm_join(&portal.lm_room_id, "bob").await.unwrap();
     so("all members everywhere", || gateway.in_step(&portal)).await;

@@ -103,7 +103,7 @@ fn a_private_room_of_a_synapse_is_upgraded_and_goes_on_when_its_members_are_invi
 fn a_room_of_an_lm_hub_is_replaced_and_users_of_a_synapse_follow() {
     on_both(async |world| {
         let (bob, lm_room) = world.lm_room("loft");
-        let (_, next_lm) = world.lm_room("new-loft");
+        let (builder, next_lm) = world.lm_room("new-loft");
         let alice = world.user(world.a, "alice-loft", "Alice").await;
         let alias = world.alias("loft", &world.a.server_name);
         let room = alice.join(&alias, &[]).await.unwrap();
@@ -120,7 +120,7 @@ fn a_room_of_an_lm_hub_is_replaced_and_users_of_a_synapse_follow() {
         assert_eq!(create["predecessor"]["room_id"], room.as_str());
         alice.send_text(&joined, "more light").await.unwrap();
         world.hub.wait_for_text(&next_lm, "more light").await.unwrap();
-        world.hub.send_text(&bob, &next_lm, "and air").unwrap();
+        world.hub.send_text(&builder, &next_lm, "and air").unwrap();
         alice.wait_for_text(&joined, "and air").await.unwrap();
     });
 }
