@@ -49,7 +49,7 @@ async fn portals_are_made_listed_explained_and_removed_from_the_command_line() {
     assert_eq!(made["alias"], format!("#tea:{}", gateway.server_name));
     let listed = run(&["portal", "list"]).unwrap();
     let [head, line] = listed.lines().collect::<Vec<_>>()[..] else { panic!("{listed}") };
-    assert!(head.starts_with("PORTAL  STATE ") && line.starts_with("p1      active "), "{listed}");
+    assert!(head.starts_with("PORTAL  KIND     STATE ") && line.starts_with("p1      created  active "), "{listed}");
     for (name, key) in [("MATRIX ROOM", "matrix_room_id"), ("LM ROOM", "lm_room_id"), ("ALIAS", "alias")] {
         let value = made[key].as_str().unwrap();
         assert_eq!(head.find(name), line.find(value), "{name} and {value} in one column: {listed}");
