@@ -116,14 +116,20 @@ impl Dag {
         // Asked before the template, which shows what the server has by then.
         let feed = Feed { kind: FeedKind::Graph, room_id: wish.room_id.clone() };
         let has_all = !self.shared.context.outbound.waits_for(server, &feed).await?;
-        let (version, join) = self.make_at(server, wish).await?;
-        if is_shared(version)
+        let made = self.make_at(server, wish).await;
+        // A server that has us by the log gives a template of the log, which is none of a graph.
+        let may_be_of_a_log = match &made {
+            Ok((version, _)) => is_shared(*version),
+            Err(_) => true,
+        };
+        if may_be_of_a_log
             && let Some(logs) = self.shared.logs.get()
             && let Some(hub) = logs.hub_of_another(&wish.room_id).await?
         {
             let problem = format!("{} is here as a log that {hub} keeps, and is not joined as a graph", wish.room_id);
             return Err(Refusal::Forbidden(problem));
         }
+        let (version, join) = made?;
         let uri = format!("{}?omit_members=false", send_uri("v2/send_join", &join, wish));
         let call = Call::put(uri, body_of(&join)).with_state();
         let client = &self.shared.context.client;
