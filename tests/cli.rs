@@ -98,7 +98,7 @@ async fn portals_are_made_listed_explained_and_removed_from_the_command_line() {
 
     let removed = shown(&["portal", "remove", "p1"]);
     assert_eq!(removed["state"], "ended");
-    assert!(run(&["portal", "list"]).unwrap().contains("\np1      ended "));
+    assert!(run(&["portal", "list"]).unwrap().contains("\np1      created  ended "));
     let metrics = gateway.metrics().await.unwrap();
     let count = |state: &str| {
         let wanted = |line: &&str| line.contains("portals{") && line.contains(&format!("\"{state}\""));

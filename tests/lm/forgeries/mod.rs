@@ -63,7 +63,12 @@ impl Genuine {
         let user = node.user(localpart);
         self.moves.insert((user.clone(), "join"));
         let joined = node.lm.join(room, &user, std::slice::from_ref(&hub.name), Object::new()).await;
-        joined.inspect_err(|refusal| println!("{user} does not join: {refusal}")).is_ok()
+        if let Err(refusal) = &joined {
+            println!("{user} does not join: {refusal}");
+            // Where the hub may have taken it all the same, the server takes it back.
+            self.moves.insert((user, "leave"));
+        }
+        joined.is_ok()
     }
 }
 
