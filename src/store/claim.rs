@@ -222,7 +222,7 @@ mod tests {
                 return;
             }
             let proxy = Proxy::before(&url).await;
-            let store = Store::open_alone_with(&proxy.url, Duration::from_millis(500), NOW).await.unwrap();
+            let store = Store::open_alone_with(&proxy.url, Duration::from_secs(3), NOW).await.unwrap();
             let mut admin = AnyConnection::connect(&url).await.unwrap();
             end_claiming_session(&mut admin).await;
             // What was about to be written may fail, or not.

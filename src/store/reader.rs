@@ -148,7 +148,7 @@ mod tests {
                 return;
             }
             let proxy = Proxy::before(&url).await;
-            let store = Store::open_with(&proxy.url, Duration::from_millis(500)).await.unwrap();
+            let store = Store::open_with(&proxy.url, Duration::from_secs(3)).await.unwrap();
             let many = || join_all((0..20).map(|_| read(&store)));
             let all = async {
                 for result in many().await {
@@ -173,7 +173,7 @@ mod tests {
                     assert_eq!(result.unwrap(), 7);
                 }
             };
-            timeout(Duration::from_secs(30), all).await.expect("nothing waits for the old connections");
+            timeout(Duration::from_secs(90), all).await.expect("nothing waits for the old connections");
             store.close().await;
         })
         .await;

@@ -39,7 +39,7 @@ async fn hc_22_answers_that_are_worked_on_are_bounded_together_and_small_ones_al
     let resolve = servers.iter().map(|name| (name.clone(), base.clone())).collect();
     let options = ClientOptions { resolve, ..ClientOptions::default() };
     let kinds = [(16 << 10, 16 << 10, 8 << 10), (usize::MAX, 400 << 10, 200 << 10)];
-    let answers = Answers::new(&kinds, Duration::from_millis(300));
+    let answers = Answers::new(&kinds, Duration::from_secs(2));
     let client = Client::within(server_name!("g.example").to_owned(), key(), options, answers).unwrap();
     let ask = |server: &OwnedServerName, uri: &'static str| {
         let (client, server) = (client.clone(), server.clone());

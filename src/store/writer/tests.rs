@@ -156,7 +156,7 @@ async fn inv_6_a_job_is_answered_only_after_its_group_is_committed() {
 #[tokio::test]
 async fn a_transaction_that_does_not_end_is_given_up_and_seen_meanwhile() {
     both_databases(|url| async move {
-        let store = Store::open_with(&url, Duration::from_millis(300)).await.unwrap();
+        let store = Store::open_with(&url, Duration::from_secs(2)).await.unwrap();
         table(&store).await;
         assert_eq!(store.write_lasts(), Duration::ZERO);
         let (_release, stuck) = hold(&store).await;
