@@ -11,7 +11,7 @@ use super::version::is_shared;
 use super::{Dag, NewRoom};
 use crate::event::{Family, Pdu, RoomVersion};
 use crate::refusal::Refusal;
-use crate::seam::{Draft, Graphs, JoinShared, Membership, NewShared, Next, NextEvent};
+use crate::seam::{Graphs, JoinShared, LogOrigin, Membership, NewShared, Next, NextEvent};
 
 #[async_trait]
 impl Graphs for Dag {
@@ -23,14 +23,15 @@ impl Graphs for Dag {
         }
     }
 
-    async fn build(&self, room_id: &RoomId, draft: &Draft) -> Result<Pdu, Refusal> {
+    async fn build(&self, room_id: &RoomId, what: Next) -> Result<Pdu, Refusal> {
         let room = self.shared.room(room_id).await?;
         if !is_shared(room.version) {
             return Err(Refusal::IncompatibleRoomVersion(room.version.as_str().to_owned()));
         }
         let mut trial = Batch::new(self.shared.clone(), &room);
-        let event = trial.build(draft).await?;
-        trial.accept(event.clone(), &Source::Own, None).await?.accepted()?;
+        let event = trial.next(what).await?;
+        let source = Source::Linear(LogOrigin::default());
+        trial.accept(event.clone(), &source, None).await?.accepted()?;
         event.pdu().to_linear()
     }
 
@@ -99,30 +100,18 @@ impl Batch {
     /// Puts an event after all that is there.
     async fn add(&mut self, event: NextEvent) -> Result<OwnedEventId, Refusal> {
         let NextEvent { what, origin, effect } = event;
-        if self.linear.log.is_none() {
-            let hub = self.hub_of(&self.core.current).await?;
-            self.open_log(hub).await?;
-        }
-        let event = match what {
-            Next::Lpdu(lpdu) => {
-                if let Some(log) = &self.linear.log
-                    && let Some(known) = log.find_lpdu(&lpdu.lpdu_id).await?
-                {
-                    return Ok(known);
-                }
-                if !self.is_hub() {
-                    let hub = self.linear.hub.as_ref().map(ToString::to_string).unwrap_or_default();
-                    return Err(Refusal::WrongHub { hub, found: lpdu.hub_server.to_string() });
-                }
-                self.complete(lpdu).await?
-            }
-            Next::Own(draft) => self.build(&draft).await?,
-            Next::Finished(event) => Verified::own_linear(&event, self.version)?,
+        self.begin_to_add().await?;
+        let lpdu_id = match &what {
+            Next::Lpdu(lpdu) => Some(&lpdu.lpdu_id),
+            Next::Finished(event) => event.lpdu_id.as_ref(),
+            Next::Own(_) => None,
         };
-        if event.pdu().room_id != self.room_id {
-            let problem = format!("{}, expected {}", event.pdu().room_id, self.room_id);
-            return Err(Refusal::malformed("room_id", problem));
+        if let (Some(lpdu_id), Some(log)) = (lpdu_id, &self.linear.log)
+            && let Some(known) = log.find_lpdu(lpdu_id).await?
+        {
+            return Ok(known);
         }
+        let event = self.next(what).await?;
         // It may be known, when somebody asks again.
         let outcome = self.accept(event, &Source::Linear(origin), None).await?;
         let event_id = outcome.accepted()?.pdu.event_id.clone();
@@ -130,5 +119,33 @@ impl Batch {
             self.add_effect(event_id.clone(), effect);
         }
         Ok(event_id)
+    }
+
+    /// The log is known from now on, and who lines it up.
+    async fn begin_to_add(&mut self) -> Result<(), Refusal> {
+        if self.linear.log.is_some() {
+            return Ok(());
+        }
+        let hub = self.hub_of(&self.core.current).await?;
+        self.open_log(hub).await
+    }
+
+    /// The event that is to follow all that is there, built on the newest forward extremities.
+    async fn next(&mut self, what: Next) -> Result<Verified, Refusal> {
+        self.begin_to_add().await?;
+        let event = match what {
+            Next::Lpdu(lpdu) if !self.is_hub() => {
+                let hub = self.linear.hub.as_ref().map(ToString::to_string).unwrap_or_default();
+                return Err(Refusal::WrongHub { hub, found: lpdu.hub_server.to_string() });
+            }
+            Next::Lpdu(lpdu) => self.complete(lpdu).await?,
+            Next::Own(draft) => self.build(&draft).await?,
+            Next::Finished(event) => Verified::own_linear(&event, self.version)?,
+        };
+        if event.pdu().room_id != self.room_id {
+            let problem = format!("{}, expected {}", event.pdu().room_id, self.room_id);
+            return Err(Refusal::malformed("room_id", problem));
+        }
+        Ok(event)
     }
 }

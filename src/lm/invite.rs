@@ -1,5 +1,5 @@
-//! Invites. The hub builds the event on the end of its log and has the target's server sign it; as the target's server the
-//! gateway checks and signs.
+//! Invites. The hub builds the event on the end of its log, or of a shared room's graph, and has the target's server sign it; as
+//! the target's server the gateway checks and signs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use crate::event::{Family, Object, Pdu, Redaction, RoomVersion, VerifiedLpdu, re
 use crate::federation::{RemoteError, Underway};
 use crate::identity::{Side, Validity};
 use crate::refusal::Refusal;
-use crate::seam::{Draft, EventEffect, Invite, Outgoing, Uninvited, write_effects};
+use crate::seam::{Draft, EventEffect, Invite, Next, Outgoing, Uninvited, write_effects};
 
 /// How often an invite is built anew because the log has moved, before appends wait for it.
 const TRIES: usize = 3;
@@ -57,6 +57,15 @@ impl Invites {
 enum Source {
     Own(Draft),
     Lpdu(VerifiedLpdu),
+}
+
+impl From<Source> for Next {
+    fn from(source: Source) -> Self {
+        match source {
+            Source::Own(draft) => Self::Own(draft),
+            Source::Lpdu(lpdu) => Self::Lpdu(lpdu),
+        }
+    }
 }
 
 /// An invite that the target's server is to sign.
@@ -247,9 +256,8 @@ impl Lm {
         let source = &asking.source;
         let room = cell.snapshot(&self.context().store).await?;
         let mut pdu = match source {
-            Source::Own(draft) if matches!(self.role(&room), Role::GraphServer { .. }) => {
-                self.graphs()?.build(&cell.room_id, draft).await?
-            }
+            // The log's end is one of several that the graph may have.
+            source if room.facts.shared => self.graphs()?.build(&cell.room_id, source.clone().into()).await?,
             Source::Own(draft) => self.build(&room, draft)?,
             Source::Lpdu(lpdu) => self.complete(&room, lpdu.clone())?,
         };

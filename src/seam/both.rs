@@ -135,8 +135,8 @@ pub trait Graphs: Send + Sync + 'static {
     /// has already is the event that was made of it. Answers with their IDs, after the commit.
     async fn add(&self, room_id: &RoomId, events: Vec<NextEvent>) -> Vec<Result<OwnedEventId, Refusal>>;
 
-    /// An event of the gateway's as it would be put after all that the graph has, checked and signed; it is not put there.
-    async fn build(&self, room_id: &RoomId, draft: &Draft) -> Result<Pdu, Refusal>;
+    /// An event as [`Graphs::add`] would put it, checked and signed; it is not put there.
+    async fn build(&self, room_id: &RoomId, what: Next) -> Result<Pdu, Refusal>;
 
     /// Refuses a server that the room's list (`m.room.server_acl`) denies, by whichever door it comes.
     async fn admits(&self, room_id: &RoomId, server: &ServerName) -> Result<(), Refusal>;

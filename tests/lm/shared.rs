@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::response::Response;
 use http::{Method, StatusCode};
+use isthmus::clock::{Clock as _, SystemClock};
 use isthmus::event::{Links, Pdu, Redaction, RoomVersion, sign_object};
 use isthmus::lm::{NewRoom, Role};
 use isthmus::refusal::Refusal;
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 use super::http::ask_signed;
 use super::log_hub::respond;
 use super::world::{Node, World, assert_dense, bodies, draft, ids, member, message, raw};
+use crate::dag::peer::{Peer, View};
 
 /// Has a server do LM alone: it says so in its keys, and has none of Matrix' endpoints.
 pub(super) fn does_lm_alone(node: &Node) {
@@ -177,6 +179,59 @@ async fn invites_into_a_shared_room_are_signed_by_the_invited_server_and_in_its_
     for (appended, server) in invites.iter().zip(["part.example", "third.example"]) {
         assert!(appended.event.json["signatures"].get(server).is_some(), "{:?}", appended.event.json);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn invites_into_a_shared_room_follow_all_that_its_graph_has_also_where_it_forks() {
+    let clock = Arc::new(SystemClock);
+    let home = Peer::start_at("home.example", clock.now_ms()).await;
+    let at = format!("{}:{}", home.url.host_str().unwrap(), home.url.port().unwrap()).parse().unwrap();
+    let names = ["hub.example", "part.example", "third.example"];
+    let (_world, [hub, part, third]) = World::begin(names, &[("home.example", at)], clock, None).await;
+    does_lm_alone(&part);
+    does_lm_alone(&third);
+    let room = shared_room(&hub, "public").await;
+    let grace = home.user("grace");
+    let mut view = home.join_at(&hub.dag, &room, &grace).await.unwrap();
+    // What the homeserver says follows what it has heard, and that is never what the log has last.
+    let says = async |view: &mut View, body: &str| {
+        let (id, event) = view.say(&home, &grace, body);
+        assert!(hub.dag.receive(&home.name, vec![raw(&event)]).await.iter().all(|one| one.result.is_ok()));
+        assert!(hub.dag.event(&id).await.unwrap().is_some());
+    };
+    let invite = |by: ruma::OwnedUserId, name: &str| isthmus::seam::Outgoing {
+        draft: member(&by, &third.user(name), "invite"),
+        effect: None,
+    };
+    let asked = || third.watcher.invites.lock().unwrap().len();
+
+    part.join(&room, "alice", &hub).await;
+    says(&mut view, "alice is not in yet").await;
+    part.lm.invite(&room, invite(part.user("alice"), "carol")).await.unwrap();
+    let by_alice = hub.wait(&room, "alice's invite", |log| log.last().unwrap().event.lpdu_id.is_some()).await;
+    let by_alice = by_alice.last().unwrap().event.clone();
+    assert_eq!((by_alice.kind.as_str(), by_alice.prev_events.len()), ("m.room.member", 2));
+    assert!(by_alice.json["signatures"].get("third.example").is_some(), "{:?}", by_alice.json);
+    third.join(&room, "carol", &hub).await;
+
+    // Whoever was let in again can be invited again, also by the hub.
+    let (bot, carol) = (hub.user("bot"), third.user("carol"));
+    hub.send(&room, member(&bot, &carol, "ban")).await.unwrap();
+    hub.send(&room, member(&bot, &carol, "leave")).await.unwrap();
+    says(&mut view, "carol is in").await;
+    hub.lm.invite(&room, invite(bot.clone(), "carol")).await.unwrap();
+    let state = hub.lm.state(&room).await.unwrap();
+    let mut members = state.iter().filter(|(kind, user, _)| (*kind, *user) == ("m.room.member", carol.as_str()));
+    assert_eq!(members.next().unwrap().2.content()["membership"], "invite");
+
+    // What is forbidden is so before anybody is asked.
+    hub.send(&room, member(&bot, &carol, "ban")).await.unwrap();
+    says(&mut view, "carol is asked").await;
+    let before = asked();
+    hub.lm.invite(&room, invite(bot, "carol")).await.unwrap_err();
+    part.lm.invite(&room, invite(part.user("alice"), "carol")).await.unwrap_err();
+    assert_eq!(asked(), before);
+    in_step(&hub, &room).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
