@@ -88,7 +88,9 @@ impl Lm {
         while !behind.is_empty() && last >= until {
             let first = last.saturating_sub(AT_ONCE).saturating_add(1).max(until);
             for row in stored::range(store, room_id, first, last, AT_ONCE).await? {
-                links_of(&row)?.iter().for_each(|id| drop(behind.remove(id)));
+                for id in links_of(&row)? {
+                    behind.remove(&id);
+                }
             }
             last = first.saturating_sub(1);
         }
