@@ -52,6 +52,8 @@ pub(super) struct Notes {
     pub invite: Option<(Value, Value)>,
     /// Marks of what must not get into the room.
     pub bad: BTreeSet<String>,
+    /// Whether the target, as a participant, gives the events that it has taken, once that was tried.
+    pub gives_events: Option<bool>,
     /// The content of the room's join rules, while they are others for a moment.
     pub join_rules: Option<Value>,
     /// The same of its power levels.
@@ -257,6 +259,16 @@ impl Session {
             Presence::Found { stable } | Presence::Silent { stable, .. } if stable => Ok(endpoint.stable(rest)),
             Presence::Found { .. } | Presence::Silent { .. } => Ok(endpoint.unstable(rest)),
             Presence::Absent => Err(skip(format!("the target has no {}", endpoint.names().1))),
+        }
+    }
+
+    /// Skips where the target does not give this either, which is there and is for who asks: then it says nothing that it does not give
+    /// something else.
+    pub async fn gives(&self, ask: Ask) -> Outcome {
+        let answer = self.ask(&self.first, ask).await?;
+        match answer.status {
+            200 => Ok(()),
+            _ => Err(skip(format!("the target does not give what there is either: {answer}"))),
         }
     }
 

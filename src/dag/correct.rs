@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use imbl::{OrdMap, Vector};
-use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, UserId};
 use serde_json::json;
 
 use super::batch::Batch;
@@ -193,6 +193,7 @@ impl Batch {
 
     async fn send_correction(&mut self, key: &StateKey, difference: Difference, now: i64) -> Result<(), Refusal> {
         let bot = self.creator().await?;
+        let lost = difference.lost(key);
         let content = difference.content(key, &bot)?;
         let (kind, state_key) = (key.0.clone(), Some(key.1.clone()));
         let draft = Draft { sender: bot, kind, state_key, content, origin_server_ts: now };
@@ -203,6 +204,10 @@ impl Batch {
             self.linear.dirty = dirty;
         }
         let sent = sent?;
+        // To the graph nobody of that server is in the room, and to the log the server is one that has the graph.
+        if let Some(server) = lost.filter(|server| !self.core.has_server(server)) {
+            self.once.push((server, self.core.head));
+        }
         tracing::info!(room = %self.room_id, event = %sent.pdu.event_id, kind = key.0, "the log's state was corrected");
         Ok(())
     }
@@ -246,7 +251,8 @@ impl Batch {
         let membership =
             |id: &Option<OwnedEventId>| event(id).and_then(|event| event.membership()).unwrap_or(Membership::Leave);
         let (here, there) = (membership(&standing.here), membership(&standing.there));
-        Ok((here != there).then_some(Difference::Member { here, there, content }))
+        let by_graph = event(&standing.there).is_some_and(|event| event.pdu.hub_server.is_none());
+        Ok((here != there).then_some(Difference::Member { here, there, by_graph, content }))
     }
 }
 
@@ -268,17 +274,24 @@ fn nothing(kind: &str) -> Result<Object, Refusal> {
 enum Difference {
     /// State with this content in the graph, or none.
     State(Option<Object>),
-    /// A membership.
-    Member { here: Membership, there: Membership, content: Object },
+    /// A membership; what the log has of it came by the graph, or not.
+    Member { here: Membership, there: Membership, by_graph: bool, content: Object },
 }
 
 impl Difference {
+    /// The graph server of whose user the log alone has the join, which ends with the correction.
+    fn lost(&self, key: &StateKey) -> Option<OwnedServerName> {
+        let Self::Member { there: Membership::Join, by_graph: true, .. } = self else { return None };
+        let user = <&UserId>::try_from(key.1.as_str()).ok()?;
+        Some(user.server_name().to_owned())
+    }
+
     /// What is said so that both have the same.
     fn content(self, key: &StateKey, bot: &OwnedUserId) -> Result<Object, Refusal> {
         let (here, there, content) = match self {
             Self::State(Some(content)) => return Ok(content),
             Self::State(None) => return nothing(&key.0),
-            Self::Member { here, there, content } => (here, there, content),
+            Self::Member { here, there, content, .. } => (here, there, content),
         };
         if key.1 == bot.as_str() {
             return Err(Refusal::Forbidden(format!("{bot} corrects the room and is not kicked by itself")));

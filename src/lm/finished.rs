@@ -1,6 +1,6 @@
 //! Finished events as they come from a hub: their form, their signatures and their hashes.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use futures::{StreamExt as _, stream};
@@ -17,10 +17,10 @@ use crate::identity::Validity;
 use crate::refusal::Refusal;
 use crate::store::lm as stored;
 
-/// How many servers are asked for their keys at once.
-const KEYS_AT_ONCE: usize = 16;
-/// How long others wait for the keys of a server: whoever brings its events, and the room.
-const SOON: Duration = Duration::from_secs(2);
+/// How many servers are asked for their keys at once: those that sign what a page of a log has, so that none of them waits for another.
+const KEYS_AT_ONCE: usize = 100;
+/// How long others wait for the keys of servers: whoever brings their events, and the room.
+pub(super) const SOON: Duration = Duration::from_secs(2);
 /// By which tables a hub may redact.
 const TABLES: [Redaction; 2] = [Redaction::Draft, Redaction::GraphServer];
 
@@ -76,6 +76,16 @@ impl Lm {
         redaction: Redaction,
     ) -> Vec<Result<Finished, Bad>> {
         self.check_within(Some(SOON), objects, redaction).await
+    }
+
+    /// The same, where others have waited before and do not wait for so long any more.
+    pub(super) async fn check_finished_within(
+        &self,
+        patience: Duration,
+        objects: Vec<Object>,
+        redaction: Redaction,
+    ) -> Vec<Result<Finished, Bad>> {
+        self.check_within(Some(patience), objects, redaction).await
     }
 
     /// The same of events that nobody brings again: all keys are waited for.
@@ -137,13 +147,26 @@ impl Lm {
         Ok(())
     }
 
-    /// Gets the keys that will be needed into the key ring, many servers at once.
+    /// Gets the keys that events name into the key ring, of all servers at once and each until then: one that does not answer, or is asked
+    /// anew for a key that it has not told yet, holds up no other.
     async fn fetch_keys<'a>(&self, pdus: impl Iterator<Item = &'a Pdu>, until: Option<Instant>) {
-        let servers: BTreeSet<OwnedServerName> = pdus.flat_map(Pdu::required_signers).collect();
-        let fetched = stream::iter(servers).for_each_concurrent(KEYS_AT_ONCE, |server| async move {
-            let asked = self.context().keyring.server_keys(&server);
-            if let Ok(Err(error)) = self.in_time(&server, until, asked).await {
-                tracing::debug!(%server, %error, "no keys");
+        let mut signed: BTreeMap<OwnedServerName, Vec<&Pdu>> = BTreeMap::new();
+        for pdu in pdus {
+            for server in pdu.required_signers() {
+                signed.entry(server).or_default().push(pdu);
+            }
+        }
+        let fetched = stream::iter(signed).for_each_concurrent(KEYS_AT_ONCE, |(server, pdus)| async move {
+            let keyring = &self.context().keyring;
+            let asked = async {
+                for pdu in pdus {
+                    let validity = Validity::InLog(pdu.origin_server_ts);
+                    keyring.keys_for_event(&pdu.json, std::slice::from_ref(&server), validity).await?;
+                }
+                Ok::<_, Refusal>(())
+            };
+            if let Err(refusal) | Ok(Err(refusal)) = self.in_time(&server, until, asked).await {
+                tracing::debug!(%server, %refusal, "no keys");
             }
         });
         fetched.await;

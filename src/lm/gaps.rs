@@ -405,11 +405,21 @@ impl Taking<'_> {
         Ok(if left.is_empty() { Fetched::All } else { Fetched::Long("there is more than was asked for".to_owned()) })
     }
 
-    /// What the hub gives up to an event.
-    pub(super) async fn page(&self, facts: &Facts, from: &EventId) -> Result<Vec<Result<Finished, Bad>>, RemoteError> {
+    /// What the hub gives up to an event. Each time that servers do not give their keys in time the next page waits half as long for
+    /// others: so all pages of a gap together wait for silent servers hardly twice as long as one. What is not proved is kept.
+    pub(super) async fn page(
+        &mut self,
+        facts: &Facts,
+        from: &EventId,
+    ) -> Result<Vec<Result<Finished, Bad>>, RemoteError> {
         let (givers, lm) = (self.lm().givers(self.room(), self.announced.as_ref()), self.lm());
         let page = lm.backfill_of(&givers, &facts.room_id, from, PAGE).await?.into_iter().take(PAGE).collect();
-        Ok(lm.check_finished(page, self.room().redaction).await)
+        let (begun, patience) = (Instant::now(), self.key_patience);
+        let page = lm.check_finished_within(patience, page, self.room().redaction).await;
+        if begun.elapsed() >= patience {
+            self.key_patience = patience / 2;
+        }
+        Ok(page)
     }
 
     /// Where an event is in the log if that is behind the hole that is being filled: as state that was taken instead of it,

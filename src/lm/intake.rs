@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::FutureExt as _;
 use ruma::{EventId, OwnedEventId, OwnedServerName, ServerName, UserId};
 use serde_json::Value;
 
 use super::batch::{Batch, Origin};
-use super::finished::{Bad, Finished};
+use super::finished::{Bad, Finished, SOON};
 use super::gaps::Filled;
 use super::hub::received;
 use super::remarks::Skipped;
@@ -267,6 +268,8 @@ pub(super) struct Taking<'a> {
     pub(super) looks: bool,
     /// What the hub had, and had not given, when it gave what follows it.
     pub(super) skipped: Skipped,
+    /// How long the next page of what is missing waits for the keys of servers.
+    pub(super) key_patience: Duration,
 }
 
 impl<'a> Taking<'a> {
@@ -289,6 +292,7 @@ impl<'a> Taking<'a> {
             forked: false,
             looks: false,
             skipped: Skipped::default(),
+            key_patience: SOON,
         }
     }
 

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::actor::{Item, Job, Outcome, What};
 use super::batch::Origin;
+use super::finished::{Bad, Finished};
 use super::handshake::stripped_state;
 use super::participant::{into_refusal, of_own_invite, passed_on};
 use super::room::Snapshot;
@@ -33,6 +34,8 @@ const DISTRUST: Duration = Duration::from_secs(3600);
 const BETWEEN_HOLDS: Duration = Duration::from_secs(60);
 /// How many invites of participants wait for one server at once.
 const WAIT_FOR_ONE: usize = 30;
+/// How many transactions of one server have ends of invites that wait for the keys of others.
+const ENDS_OF_ONE: usize = 3;
 /// How many events of stripped state are read.
 const STRIPPED: usize = 100;
 
@@ -40,6 +43,8 @@ const STRIPPED: usize = 100;
 pub(super) struct Invites {
     /// Invites of participants, by the server that is to sign them.
     asked: Underway,
+    /// Ends of invites that wait for keys, by the server that told them.
+    ended: Underway,
     distrusted: moka::future::Cache<OwnedServerName, ()>,
     held: moka::future::Cache<OwnedRoomId, ()>,
 }
@@ -48,7 +53,8 @@ impl Invites {
     pub fn new() -> Self {
         let distrusted = moka::future::Cache::builder().max_capacity(10_000).time_to_live(DISTRUST);
         let held = moka::future::Cache::builder().max_capacity(10_000).time_to_live(BETWEEN_HOLDS);
-        Self { asked: Underway::of(WAIT_FOR_ONE), distrusted: distrusted.build(), held: held.build() }
+        let (asked, ended) = (Underway::of(WAIT_FOR_ONE), Underway::of(ENDS_OF_ONE));
+        Self { asked, ended, distrusted: distrusted.build(), held: held.build() }
     }
 }
 
@@ -403,29 +409,65 @@ fn is_for_hub(event: &Object, own: &ServerName) -> bool {
 
 impl Lm {
     /// Finished events of a room that the gateway is not in: perhaps somebody takes an invite of one of its users back. The room's hub
-    /// has signed it, if it is the server that asked for the invite, which is for the bridge to see.
+    /// has signed it, if it is the server that asked for the invite, which is for the bridge to see. What waits for the keys of others is
+    /// looked at when they are there: the hub, which has more to say and of other rooms, does not wait for that.
     pub(super) async fn outside_events(
         &self,
         origin: &ServerName,
         room_id: &RoomId,
-        objects: Vec<Object>,
+        mut objects: Vec<Object>,
     ) -> Result<(), Refusal> {
         if self.between().invited_into(room_id) != Some(Side::Lm) {
             return Ok(());
         }
-        for finished in self.check_finished_patiently(objects, Redaction::Draft).await.into_iter().flatten() {
-            let pdu = &finished.pdu;
-            let hub = pdu.hub_server.as_deref().unwrap_or(pdu.sender.server_name());
-            if finished.redacted.is_some() || pdu.kind != "m.room.member" || hub != origin || pdu.room_id != *room_id {
-                continue;
-            }
-            let said = (room_id, &*pdu.sender, pdu.state_key.as_deref(), pdu.content());
-            if let Some(ended) = Uninvited::of(Side::Lm, origin, &self.context().server_name, said) {
-                self.between().uninvited(ended).await?;
+        let own = &self.context().server_name;
+        objects.retain(|object| may_end_invite(object, own));
+        let mut late = Vec::new();
+        for finished in self.check_finished(objects, Redaction::Draft).await {
+            match finished {
+                Ok(finished) => self.ends_invite(origin, room_id, &finished).await?,
+                Err(Bad::Unproved(pdu, _)) => late.push(pdu.json),
+                Err(_) => {}
             }
         }
+        if late.is_empty() {
+            return Ok(());
+        }
+        let Ok(turn) = self.inner.invites.ended.enter(origin) else {
+            tracing::warn!(room = %room_id, %origin, "too much waits for keys: the end of an invite is not looked at");
+            return Ok(());
+        };
+        let (lm, origin, room_id) = (self.clone(), origin.to_owned(), room_id.to_owned());
+        tokio::spawn(async move {
+            let _turn = turn;
+            for finished in lm.check_finished_patiently(late, Redaction::Draft).await.into_iter().flatten() {
+                if let Err(refusal) = lm.ends_invite(&origin, &room_id, &finished).await {
+                    tracing::warn!(room = %room_id, %refusal, "the end of an invite was not noted");
+                }
+            }
+        });
         Ok(())
     }
+
+    async fn ends_invite(&self, origin: &ServerName, room_id: &RoomId, finished: &Finished) -> Result<(), Refusal> {
+        let pdu = &finished.pdu;
+        let hub = pdu.hub_server.as_deref().unwrap_or(pdu.sender.server_name());
+        if finished.redacted.is_some() || pdu.kind != "m.room.member" || hub != origin || pdu.room_id != *room_id {
+            return Ok(());
+        }
+        let said = (room_id, &*pdu.sender, pdu.state_key.as_deref(), pdu.content());
+        match Uninvited::of(Side::Lm, origin, &self.context().server_name, said) {
+            Some(ended) => self.between().uninvited(ended).await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether an event, as it came, says something of a membership of this server's: nobody is asked for the keys of others.
+fn may_end_invite(event: &Object, own: &ServerName) -> bool {
+    let text = |key: &str| event.get(key).and_then(Value::as_str);
+    let target = text("state_key").and_then(|user| <&UserId>::try_from(user).ok());
+    text("type") == Some("m.room.member") && target.is_some_and(|user| user.server_name() == own)
 }
 
 /// The inviter knows in which version the room is, and says it.

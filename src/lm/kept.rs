@@ -2,7 +2,7 @@
 //! its end, the state that came with a join before that, and of a time outside the room nothing. Its positions never change; so what is
 //! vouched for is told by what follows what, from the event on that handed the log over: up to there it was whole at the hub before.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use ruma::{EventId, OwnedEventId, ServerName};
@@ -19,6 +19,9 @@ use crate::store::lm::{self as stored, EventRow};
 
 /// How many events of a copy are read at once.
 const AT_ONCE: i64 = 1_000;
+/// How far before what a log is said to end with it is looked for what follows the events that stand behind that, and how many those may be.
+const LOOKED_BACK: i64 = 100_000;
+const BEHIND: i64 = 10_000;
 /// Among how many changes of the hub the one is looked for by which we took the log over.
 const CHANGES: i64 = 50;
 
@@ -59,6 +62,39 @@ impl Lm {
         let copied = Arc::new(self.follow_back(room, taken).await?);
         *known = Some(copied.clone());
         Ok(Some(copied))
+    }
+
+    /// Whether a log ends with an event, as far as can be told here. What stands behind it in the copy came late: something that is not behind it
+    /// follows that, so in the log it is before it. And nothing follows the event itself.
+    pub(super) async fn ends_with(&self, room: &Snapshot, end: &EventId) -> Result<bool, Refusal> {
+        if room.last_id().is_some_and(|last| last == end) {
+            return Ok(true);
+        }
+        let (store, room_id) = (&self.context().store, &room.facts.room_id);
+        let row = stored::event(store, end).await?.filter(|row| row.room_id == *room_id);
+        let Some(at) = row.map(|row| row.position).filter(|at| room.head.saturating_sub(*at) <= BEHIND) else {
+            return Ok(false);
+        };
+        let (mut behind, mut followed) = (HashSet::new(), HashSet::new());
+        for row in stored::range(store, room_id, at.saturating_add(1), room.head, BEHIND).await? {
+            followed.extend(links_of(&row)?);
+            behind.insert(row.event_id);
+        }
+        if followed.contains(end) {
+            return Ok(false);
+        }
+        behind.retain(|id| !followed.contains(id));
+        let (mut last, until) = (at, at.saturating_sub(LOOKED_BACK).max(0));
+        while !behind.is_empty() && last >= until {
+            let first = last.saturating_sub(AT_ONCE).saturating_add(1).max(until);
+            for row in stored::range(store, room_id, first, last, AT_ONCE).await? {
+                for id in links_of(&row)? {
+                    behind.remove(&id);
+                }
+            }
+            last = first.saturating_sub(1);
+        }
+        Ok(behind.is_empty())
     }
 
     /// Whether an event is given, as far as it is one of a copy.
@@ -171,7 +207,12 @@ impl Lm {
 
 /// What an event of a log follows.
 fn prev_of(row: &EventRow) -> Result<Option<OwnedEventId>, StoreError> {
-    let links: Links = serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("event", error))?;
-    let mut prev_events = links.prev_events.into_iter();
+    let mut prev_events = links_of(row)?.into_iter();
     Ok(prev_events.next().filter(|_| prev_events.next().is_none()))
+}
+
+/// The same of an event that may follow several.
+fn links_of(row: &EventRow) -> Result<Vec<OwnedEventId>, StoreError> {
+    let links: Links = serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("event", error))?;
+    Ok(links.prev_events)
 }

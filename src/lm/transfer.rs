@@ -262,7 +262,7 @@ impl Lm {
         // From here on nothing may come in between.
         let _turn = cell.intake.lock().await;
         let room = cell.snapshot(&context.store).await?;
-        if let Some(missing) = missing(&cell, &room, &pdu) {
+        if let Some(missing) = self.missing_before(&cell, &room, &pdu).await? {
             return Err(missing);
         }
         let subject = Subject::of(&pdu);
@@ -280,7 +280,7 @@ impl Lm {
     /// Fetches what is missing before the event, for as long as the hub can wait; the rest is fetched after that.
     async fn has_all_before(&self, cell: &Arc<RoomCell>, pdu: &Pdu) -> Result<(), Refusal> {
         let room = cell.snapshot(&self.context().store).await?;
-        if missing(cell, &room, pdu).is_none() {
+        if self.missing_before(cell, &room, pdu).await?.is_none() {
             return Ok(());
         }
         let ends = pdu.prev_events.iter().cloned().collect();
@@ -290,24 +290,35 @@ impl Lm {
             Ok(Ok(Ok(Filled::Whole))) => Ok(()),
             _ => {
                 let room = cell.snapshot(&self.context().store).await?;
-                missing(cell, &room, pdu).map_or(Ok(()), Err)
+                self.missing_before(cell, &room, pdu).await?.map_or(Ok(()), Err)
             }
         }
     }
-}
 
-/// What of the log is not here, of which everything is needed.
-pub(super) fn missing(cell: &RoomCell, room: &Snapshot, pdu: &Pdu) -> Option<Refusal> {
-    if lock(&cell.missing).is_any() {
-        return Some(Refusal::Forbidden("a part of the log is missing here, and is being asked for".to_owned()));
+    /// What of the log before an event is not here, of which everything is needed.
+    pub(super) async fn missing_before(
+        &self,
+        cell: &RoomCell,
+        room: &Snapshot,
+        pdu: &Pdu,
+    ) -> Result<Option<Refusal>, Refusal> {
+        if lock(&cell.missing).is_any() {
+            return Ok(Some(Refusal::Forbidden(
+                "a part of the log is missing here, and is being asked for".to_owned(),
+            )));
+        }
+        let last = room.last_id();
+        let is_at_end = match &*pdu.prev_events {
+            [end] => self.ends_with(room, end).await?,
+            all => all.is_empty() && last.is_none(),
+        };
+        if is_at_end {
+            return Ok(None);
+        }
+        let names = |ids: &[OwnedEventId]| ids.iter().map(|id| id.as_str()).collect::<Vec<_>>().join(", ");
+        let (named, here) = (names(&pdu.prev_events), last.map_or("nothing", |last| last.as_str()));
+        Ok(Some(Refusal::Forbidden(format!("the event follows {named}, the log here ends with {here}"))))
     }
-    let last = room.last_id();
-    if pdu.prev_events.iter().collect::<Vec<_>>() == last.into_iter().collect::<Vec<_>>() {
-        return None;
-    }
-    let names = |ids: &[OwnedEventId]| ids.iter().map(|id| id.as_str()).collect::<Vec<_>>().join(", ");
-    let (named, here) = (names(&pdu.prev_events), last.map_or("nothing", |last| last.as_str()));
-    Some(Refusal::Forbidden(format!("the event follows {named}, the log here ends with {here}")))
 }
 
 fn done(outcome: Outcome) -> Result<(OwnedEventId, Position), Refusal> {

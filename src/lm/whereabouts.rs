@@ -17,7 +17,6 @@ use super::room::Snapshot;
 use super::rooms::{RoomCell, lock};
 use super::rules::HUB_EVENT;
 use super::served::to_values;
-use super::transfer::missing;
 use super::{Lm, Role};
 use crate::event::{Object, Pdu};
 use crate::refusal::Refusal;
@@ -123,7 +122,7 @@ impl Lm {
             return remarked;
         };
         if hub == self.context().server_name
-            && let Some(missing) = missing(cell, &room, &last.pdu)
+            && let Some(missing) = self.missing_before(cell, &room, &last.pdu).await?
         {
             // Whatever is here is not what was here when we agreed to it.
             return Err(Refusal::Forbidden(format!("{} gave us this log, but {missing}", last.pdu.sender)));

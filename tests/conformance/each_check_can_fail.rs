@@ -254,6 +254,52 @@ async fn no_check_passes_by_an_answer_that_says_nothing() {
     assert_eq!(report.skipped(), silent);
 }
 
+/// What is said to be not there, whatever it is.
+fn nothing_there(path: &'static str) -> Fault {
+    Answers(path, |_, reply, _| reply.set(404, json!({ "errcode": "M_NOT_FOUND", "error": "not here" })))
+}
+
+/// Of the checks that were asked for, those that passed.
+fn passed(report: &Report, only: &[&str]) -> Vec<&'static str> {
+    let rows = report.rows.iter().filter(|row| row.outcome.is_ok()).map(|row| row.id);
+    rows.filter(|id| only.iter().any(|only| id.starts_with(only))).collect()
+}
+
+/// Who does not give what there is shows nothing by not giving what there is not, or what is bad.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_check_passes_for_a_participant_that_does_nothing() {
+    let only = ["LM-H-02", "LM-H-031", "LM-H-032", "LM-H-033"];
+    for idle in [nothing_there("/event/"), Swallows] {
+        let report = as_participant(vec![("", idle)], true, &only).await;
+        these_failed(&[], &report);
+        assert_eq!(passed(&report, &only), [""; 0]);
+        assert!(report.skipped().len() > 10, "{:?}", report.skipped());
+    }
+    // Who gives events takes them, or does not.
+    let report = as_participant(vec![("LM-H-032", nothing_there("/event/"))], false, &["LM-H-020", "LM-H-032"]).await;
+    these_failed(&["LM-H-032"], &report);
+    let refuses = Answers("/invite/", |_, reply, _| reply.set(403, json!({ "errcode": "M_FORBIDDEN", "error": "no" })));
+    let only = ["LM-H-00", "LM-H-010"];
+    let report = as_participant(vec![("", refuses)], true, &only).await;
+    assert_eq!(passed(&report, &only), [""; 0]);
+    assert!(!report.failed().contains(&"LM-H-005") && report.failed().contains(&"LM-H-010"), "{:?}", report.failed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_check_passes_for_a_hub_to_which_nothing_is_there() {
+    for (path, only) in [
+        ("/event/", &["LM-R-002", "LM-R-003", "LM-V-001", "LM-V-022"][..]),
+        ("/state/", &["LM-R-008", "LM-R-009", "LM-V-002", "LM-V-023"][..]),
+        ("/state_ids/", &["LM-R-011", "LM-R-012", "LM-V-003"][..]),
+        ("/backfill/", &["LM-R-017", "LM-R-018", "LM-R-019", "LM-V-004", "LM-V-024"][..]),
+        ("/make_", &["LM-M-003", "LM-M-006", "LM-M-008"][..]),
+        ("/send_", &["LM-M-024", "LM-M-025", "LM-M-026"][..]),
+    ] {
+        let report = always(nothing_there(path), only).await;
+        assert_eq!(passed(&report, only), [""; 0], "{path}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_check_passes_by_a_list_of_nothing() {
     let skipped = |report: &Report, expected: &[&str]| {

@@ -91,12 +91,8 @@ fn id_of(log: &[Appended], body: &str) -> OwnedEventId {
     log.iter().find(is_it).unwrap().event.event_id.clone()
 }
 
-/// A room of `a`'s, of which `b` has got two events late and then taken the log over.
-async fn taken_over_with_a_late_part(
-    world: &World,
-    [a, b, c]: [Node; 3],
-    hidden: bool,
-) -> ([Node; 3], OwnedRoomId, HandedOver) {
+/// A room of `a`'s, of which `b` has got two events late: its copy ends with them.
+async fn with_a_late_part(world: &World, [a, b, c]: [Node; 3], hidden: bool) -> ([Node; 3], OwnedRoomId) {
     let levels = json!({ "users": { a.user("bot"): 100, b.user("bob"): 100 } });
     let room = a.create_room_with("public", levels).await;
     if hidden {
@@ -119,6 +115,17 @@ async fn taken_over_with_a_late_part(
     refuses.store(false, Ordering::SeqCst);
     let b = world.restart(b).await;
     b.wait_for_body(&room, "missed two").await;
+    assert_eq!(b.bodies(&room).await, ["before", "after", "missed one", "missed two"]);
+    ([a, b, c], room)
+}
+
+/// The same, and it has taken the log over.
+async fn taken_over_with_a_late_part(
+    world: &World,
+    nodes: [Node; 3],
+    hidden: bool,
+) -> ([Node; 3], OwnedRoomId, HandedOver) {
+    let ([a, b, c], room) = with_a_late_part(world, nodes, hidden).await;
     // From here on the copy is in order again.
     a.say(&room, "bot", "end").await;
     b.wait_for_body(&room, "end").await;
@@ -144,6 +151,25 @@ fn cut_off(node: &Node, what: &'static str) -> Arc<AtomicBool> {
         }
     });
     refuses
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_ends_with_what_came_late_can_be_gone_on_with() {
+    let (world, nodes) = three().await;
+    let ([a, b, c], room) = with_a_late_part(&world, nodes, false).await;
+    let end = id_of(&a.log(&room).await, "after");
+    let given = hand_over_in_time(&a, &room, &b).await;
+    for node in [&b, &c] {
+        wait_for_hub(node, &room, &b).await;
+    }
+    let handed = a.log(&room).await.into_iter().find(|event| event.event.event_id == given.event_id).unwrap();
+    assert_eq!(handed.event.prev_events, [end]);
+    for (node, user, body) in [(&a, "bot", "a"), (&b, "bob", "b"), (&c, "carol", "c")] {
+        node.say(&room, user, body).await;
+    }
+    let said = one_log(&[&a, &c], &room, 7).await;
+    assert_eq!(said[..4], ["before", "missed one", "missed two", "after"]);
+    b.wait_for_body(&room, "c").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

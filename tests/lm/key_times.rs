@@ -9,11 +9,11 @@ use isthmus::clock::{Clock as _, SystemClock};
 use isthmus::event::{Completion, Lpdu, Object, Pdu, VerifyKey, VerifyKeys, sign_object};
 use isthmus::identity::SigningKey;
 use isthmus::refusal::Refusal;
-use isthmus::seam::{Draft, Received};
+use isthmus::seam::{Draft, Outgoing, Received};
 use ruma::{OwnedRoomId, RoomId};
 use serde_json::json;
 
-use super::log_hub::respond;
+use super::log_hub::{deafen, respond};
 use super::shared::{does_lm_alone, shared_room};
 use super::world::{Node, World, member, message, raw};
 
@@ -168,6 +168,42 @@ impl Drop for GivenUp {
     }
 }
 
+/// Servers that are silent when they are asked for their keys.
+#[derive(Clone, Default)]
+struct Silence {
+    /// How often they were asked.
+    asked: Arc<AtomicUsize>,
+    /// How often somebody has waited for the answer in vain.
+    given_up: Arc<AtomicUsize>,
+    is_over: Arc<AtomicBool>,
+}
+
+impl Silence {
+    fn over(&self, node: &Node) {
+        let silence = self.clone();
+        node.meddle(move |request, next| {
+            let silence = silence.clone();
+            async move {
+                if request.uri().path().contains("/key/") && !silence.is_over.load(Ordering::SeqCst) {
+                    let _given_up = GivenUp(silence.given_up.clone());
+                    silence.asked.fetch_add(1, Ordering::SeqCst);
+                    while !silence.is_over.load(Ordering::SeqCst) {
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                }
+                next.run(request).await
+            }
+        });
+    }
+
+    /// Nobody has waited for as long as somebody who asks for keys does at most.
+    #[track_caller]
+    fn nobody_waited(&self) {
+        assert!(self.asked.load(Ordering::SeqCst) > 0);
+        assert_eq!(self.given_up.load(Ordering::SeqCst), 0, "the answer to the hub waited for the keys of others");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_does_not_answer_who_asks_for_its_keys_holds_up_no_other_room_of_the_hub() {
     let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
@@ -177,25 +213,11 @@ async fn a_server_that_does_not_answer_who_asks_for_its_keys_holds_up_no_other_r
     }
     // The hub knows its keys, and nobody else is to have them.
     third.join(&hub.create_room("public").await, "carol", &hub).await;
-    let (asked, given_up) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-    let is_back = Arc::new(AtomicBool::new(false));
-    let kept = (asked.clone(), given_up.clone(), is_back.clone());
-    third.meddle(move |request, next| {
-        let (asked, given_up, is_back) = kept.clone();
-        async move {
-            if request.uri().path().contains("/key/") && !is_back.load(Ordering::SeqCst) {
-                let _given_up = GivenUp(given_up);
-                asked.fetch_add(1, Ordering::SeqCst);
-                while !is_back.load(Ordering::SeqCst) {
-                    tokio::time::sleep(PAUSE).await;
-                }
-            }
-            next.run(request).await
-        }
-    });
+    let silence = Silence::default();
+    silence.over(&third);
     third.join(&room, "carol", &hub).await;
     let waiting = async {
-        while asked.load(Ordering::SeqCst) == 0 {
+        while silence.asked.load(Ordering::SeqCst) == 0 {
             tokio::time::sleep(PAUSE).await;
         }
     };
@@ -203,12 +225,99 @@ async fn a_server_that_does_not_answer_who_asks_for_its_keys_holds_up_no_other_r
     // The transaction that has the join goes before this.
     hub.say(&other, "bot", "elsewhere").await;
     part.wait_for_body(&other, "elsewhere").await;
-    assert_eq!(given_up.load(Ordering::SeqCst), 0, "the answer to the hub waited for the keys of another server");
+    silence.nobody_waited();
     // What waits for them is taken when they come.
-    is_back.store(true, Ordering::SeqCst);
+    silence.is_over.store(true, Ordering::SeqCst);
     third.say(&room, "carol", "back").await;
     part.wait_for_body(&room, "back").await;
     assert_eq!(part.fault_kinds(&room).await, [""; 0]);
+}
+
+/// Has a hub give one event at once, whatever is asked for.
+fn gives_one_at_once(hub: &Node) {
+    hub.meddle(|request, next| async move {
+        let is_page = request.uri().path().contains("/backfill/");
+        let response = next.run(request).await;
+        if !is_page || !response.status().is_success() {
+            return response;
+        }
+        let bytes = axum::body::to_bytes(response.into_body(), 1 << 24).await.unwrap();
+        let mut page: Object = serde_json::from_slice(&bytes).unwrap();
+        let last = page["pdus"].as_array().unwrap().last().cloned();
+        page.insert("pdus".to_owned(), json!(last.as_slice()));
+        respond(StatusCode::OK, json!(page))
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gap_does_not_wait_for_each_of_the_silent_servers_that_signed_it() {
+    const NAMES: [&str; 16] = [
+        "hub.example",
+        "part.example",
+        "a.example",
+        "b.example",
+        "c.example",
+        "d.example",
+        "e.example",
+        "f.example",
+        "g.example",
+        "h.example",
+        "i.example",
+        "j.example",
+        "k.example",
+        "l.example",
+        "m.example",
+        "n.example",
+    ];
+    let (_world, nodes) = World::new(NAMES).await;
+    let (hub, part, others) = (&nodes[0], &nodes[1], &nodes[2..]);
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", hub).await;
+    deafen(part);
+    let silence = Silence::default();
+    for other in others {
+        other.join(&room, "carol", hub).await;
+        silence.over(other);
+    }
+    gives_one_at_once(hub);
+    hub.say(&room, "bot", "end").await;
+    let end = hub.log(&room).await.pop().unwrap();
+    let _ = give(part, hub, &end.event.json).await;
+    silence.nobody_waited();
+    // All of it is there when they answer.
+    silence.is_over.store(true, Ordering::SeqCst);
+    part.wait_for_body(&room, "end").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_an_invite_that_waits_for_keys_holds_nothing_up_and_is_heard_all_the_same() {
+    let (_world, [hub, part, third]) = World::new(["hub.example", "part.example", "third.example"]).await;
+    let levels = json!({ "users": { hub.user("bot"): 100, third.user("carol"): 100 } });
+    let room = hub.create_room_with("public", levels).await;
+    third.join(&room, "carol", &hub).await;
+    let bob = part.user("bob");
+    let invite = Outgoing { draft: member(&hub.user("bot"), &bob, "invite"), effect: None };
+    hub.lm.invite(&room, invite).await.unwrap();
+    part.watcher.pending.lock().unwrap().push(room.clone());
+    // It comes by hand.
+    deafen(&part);
+    third.send(&room, member(&third.user("carol"), &bob, "leave")).await.unwrap();
+    let log = hub
+        .wait(&room, "the end of the invite", |log| {
+            log.last().unwrap().event.content().get("membership") == Some(&json!("leave"))
+        })
+        .await;
+    let silence = Silence::default();
+    silence.over(&third);
+    let received = give(&part, &hub, &log.last().unwrap().event.json).await;
+    assert_eq!(received.result, Ok(()));
+    silence.nobody_waited();
+    assert!(part.watcher.ended.lock().unwrap().is_empty(), "nothing is proved yet");
+    silence.is_over.store(true, Ordering::SeqCst);
+    part.wait_for_watcher("the end of the invite", |watcher| {
+        watcher.ended.lock().unwrap().iter().any(|ended| ended.target == bob && ended.told_by == hub.name)
+    })
+    .await;
 }
 
 /// Those who ask for an invite do not wait for ever, and who is invited may.

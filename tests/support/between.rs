@@ -7,8 +7,8 @@ use futures::future::BoxFuture;
 use isthmus::event::Edu;
 use isthmus::identity::Side;
 use isthmus::refusal::Refusal;
-use isthmus::seam::{AliasTarget, Between, EventEffect, Handshake, Invite, Profile};
-use ruma::{OwnedEventId, OwnedUserId, RoomId, ServerName, UserId};
+use isthmus::seam::{AliasTarget, Between, EventEffect, Handshake, Invite, Profile, Uninvited};
+use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId, ServerName, UserId};
 use tokio::sync::watch;
 
 /// The bridge of the tests of one side.
@@ -31,6 +31,10 @@ pub struct Watcher {
     pub devices: Mutex<Vec<(OwnedUserId, String)>>,
     /// What other servers' users did besides events.
     pub edus: Mutex<Vec<(Side, Edu)>>,
+    /// Rooms into which users of this server are invited and in which it is not, of the linear side.
+    pub pending: Mutex<Vec<OwnedRoomId>>,
+    /// Invites that have ended.
+    pub ended: Mutex<Vec<Uninvited>>,
     /// Where aliases lead.
     pub aliases: Mutex<Vec<(String, AliasTarget)>>,
 }
@@ -76,6 +80,16 @@ impl Between for Watcher {
             return Err(Refusal::Forbidden("does not want to be invited".to_owned()));
         }
         self.invites.lock().unwrap().push(invite);
+        self.news.send_modify(|news| *news += 1);
+        Ok(())
+    }
+
+    fn invited_into(&self, room_id: &RoomId) -> Option<Side> {
+        self.pending.lock().unwrap().iter().any(|pending| pending == room_id).then_some(Side::Lm)
+    }
+
+    async fn uninvited(&self, ended: Uninvited) -> Result<(), Refusal> {
+        self.ended.lock().unwrap().push(ended);
         self.news.send_modify(|news| *news += 1);
         Ok(())
     }

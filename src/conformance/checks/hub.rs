@@ -25,13 +25,13 @@ use crate::identity::SigningKey;
 pub(super) fn checks() -> Vec<Check> {
     checks![
         "LM-H-001", "int-api-invite", "an invite of an unknown room version is 400 M_INCOMPATIBLE_ROOM_VERSION", incompatible;
+        "LM-H-006", "Malformed Requests", "an invite without its event is 400 M_BAD_JSON", incomplete;
+        "LM-H-010", "int-api-invite", "a good invite is answered with the event", invite;
+        "LM-H-011", "int-api-invite", "the target has signed it, and changed nothing else", countersigned;
         "LM-H-002", "int-api-invite", "an event that is not m.room.member is no invite", |s, _| no_invite(s, |event| drop(event.insert("type".to_owned(), json!("m.room.message"))));
         "LM-H-003", "int-api-invite", "a membership other than invite is no invite", |s, _| no_invite(s, |event| drop(event.insert("content".to_owned(), json!({ "membership": "join" }))));
         "LM-H-004", "int-api-invite", "an invite of another server's user is refused", |s, _| no_invite(s, |event| drop(event.insert("state_key".to_owned(), json!("@somebody:elsewhere.invalid"))));
         "LM-H-005", "int-receiving-events", "an invite that the hub has not signed rightly is refused", badly_signed_invite;
-        "LM-H-006", "Malformed Requests", "an invite without its event is 400 M_BAD_JSON", incomplete;
-        "LM-H-010", "int-api-invite", "a good invite is answered with the event", invite;
-        "LM-H-011", "int-api-invite", "the target has signed it, and changed nothing else", countersigned;
         "LM-H-012", "int-api-make-join", "the target asks for a template with the versions it supports", asks_for_template;
         "LM-H-013", "int-lpdu", "its join is an LPDU with none of the fields that the hub sets", |s, _| join_is(s, "no auth_events, prev_events or other hashes", lpdu_form);
         "LM-H-014", "int-lpdu", "the LPDU names this hub", |s, _| join_is(s, "hub_server of this hub", lpdu_hub);
@@ -123,6 +123,13 @@ fn draft(session: &Session, mark: &str) -> Object {
     event
 }
 
+/// Another room of the suite's, into which nothing but bad invites lead.
+fn other_room(session: &Session) -> Result<HubRoom, Unmet> {
+    let room_id = format!("!conformance-other-{}:{}", session.run, session.first.name);
+    let room_id = ruma::OwnedRoomId::try_from(room_id).map_err(|error| skip(error.to_string()))?;
+    Ok(HubRoom::new(room_id, session.first.clone(), creator(session), session.clock.now_ms()))
+}
+
 fn invitation(session: &Session) -> Result<Object, Unmet> {
     let target = invitee(session)?;
     Ok(object(
@@ -181,20 +188,22 @@ fn failed(answer: &Answer) -> Object {
 async fn good(session: &Session, id: &str) -> Outcome {
     the_join(session).await?;
     let event = appended(session, &session.mark(id));
-    let answer = send(session, vec![event]).await?;
+    let answer = send(session, vec![event.clone()]).await?;
     answer.is_good()?;
-    ensure(failed(&answer).is_empty(), "no failed_pdus", || &answer)
+    ensure(failed(&answer).is_empty(), "no failed_pdus", || &answer)?;
+    given(session, &event).await
 }
 
 async fn same_answer(session: &Session, id: &str) -> Outcome {
     the_join(session).await?;
     let event = appended(session, &session.mark(id));
     let uri = session.path(Endpoint::Send, &session.txn())?;
-    let ask = Ask::put(uri, json!({ "pdus": [event] }));
+    let ask = Ask::put(uri, json!({ "pdus": [&event] }));
     let once = session.ask(&session.first, ask.clone()).await?;
     let again = session.ask(&session.first, ask).await?;
     once.is_good()?;
-    ensure(once.json == again.json && once.status == again.status, &once.text, || &again)
+    ensure(once.json == again.json && once.status == again.status, &once.text, || &again)?;
+    given(session, &event).await
 }
 
 async fn unknown_room(session: &Session, id: &str) -> Outcome {
@@ -204,9 +213,10 @@ async fn unknown_room(session: &Session, id: &str) -> Outcome {
     let stray = room(session, |room| room.finish(stray));
     let event = appended(session, &session.mark(id));
     let wanted = id_of(&Value::Object(event.clone()));
-    let answer = send(session, vec![stray, event]).await?;
+    let answer = send(session, vec![stray, event.clone()]).await?;
     answer.is_good()?;
-    ensure(!failed(&answer).contains_key(&wanted), format!("{wanted} is not in failed_pdus"), || &answer)
+    ensure(!failed(&answer).contains_key(&wanted), format!("{wanted} is not in failed_pdus"), || &answer)?;
+    given(session, &event).await
 }
 
 async fn stray_lpdu(session: &Session, id: &str) -> Outcome {
@@ -215,9 +225,10 @@ async fn stray_lpdu(session: &Session, id: &str) -> Outcome {
     let stray = crate::conformance::session::sealed(stray, &session.first);
     let event = appended(session, &session.mark(id));
     let wanted = id_of(&Value::Object(event.clone()));
-    let answer = send(session, vec![stray, event]).await?;
+    let answer = send(session, vec![stray, event.clone()]).await?;
     answer.is_good()?;
-    ensure(!failed(&answer).contains_key(&wanted), format!("{wanted} is not in failed_pdus"), || &answer)
+    ensure(!failed(&answer).contains_key(&wanted), format!("{wanted} is not in failed_pdus"), || &answer)?;
+    given(session, &event).await
 }
 
 /// What becomes of a bad event.
@@ -245,9 +256,49 @@ async fn bad(session: &Session, id: &str, fate: Fate, spoil: impl Fn(&HubRoom, O
             &answer
         })?;
     }
-    let served = session.ask(&session.first, session.event(&name)?).await?;
-    let shown = served.status == 200 && (fate != Fate::Redacted || served.text.contains(&mark));
-    ensure(!shown, "the event is not served", || &served)
+    let look = async || {
+        let served = session.ask(&session.first, session.event(&name)?).await?;
+        let shown = served.status == 200 && (fate != Fate::Redacted || served.text.contains(&mark));
+        ensure(!shown, "the event is not served", || &served)
+    };
+    look().await?;
+    if fate == Fate::Named {
+        return Ok(());
+    }
+    and_gives_what_follows(session, id).await?;
+    look().await
+}
+
+/// Sends a good event after a bad one: whoever does not give that either shows nothing by not giving the bad one.
+async fn and_gives_what_follows(session: &Session, id: &str) -> Outcome {
+    let event = appended(session, &session.mark(id));
+    send(session, vec![event.clone()]).await?.is_good()?;
+    given(session, &event).await
+}
+
+/// Passes when the target gives a good event that it was sent. A participant that gives none has taken none, or does not give what it has:
+/// nothing can be told then.
+async fn given(session: &Session, event: &Object) -> Outcome {
+    let wanted = HubRoom::id(event);
+    let begun = Instant::now();
+    loop {
+        let answer = session.ask(&session.first, session.event(&wanted)?).await?;
+        if answer.status == 200 && answer.json.as_ref().map(id_of) == Some(wanted.clone()) {
+            lock(&session.notes).gives_events = Some(true);
+            return Ok(());
+        }
+        let gives = lock(&session.notes).gives_events;
+        if gives == Some(false) || begun.elapsed() > session.limit {
+            if gives == Some(true) {
+                return Err(fail("the good event is taken, and given as others are", &answer));
+            }
+            lock(&session.notes).gives_events = Some(false);
+            return Err(skip(format!(
+                "the target does not give a good event that it was sent, so nothing is known of others: {answer}"
+            )));
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
 }
 
 /// A message with other events in its `auth_events` than the selection has.
@@ -298,10 +349,12 @@ async fn beside(session: &Session, id: &str) -> Outcome {
     let spoilt = room(session, |room| spoilt_signature(room.finish(spoilt), room.identity.name.as_str()));
     let after = appended(session, &session.mark(id));
     let wanted = [&before, &after].map(|event| id_of(&Value::Object(event.clone())));
-    let answer = send(session, vec![before, spoilt, after]).await?;
+    let answer = send(session, vec![before.clone(), spoilt, after.clone()]).await?;
     answer.is_good()?;
     let failed = failed(&answer);
-    ensure(wanted.iter().all(|id| !failed.contains_key(id)), format!("none of {wanted:?} in failed_pdus"), || &answer)
+    ensure(wanted.iter().all(|id| !failed.contains_key(id)), format!("none of {wanted:?} in failed_pdus"), || &answer)?;
+    given(session, &before).await?;
+    given(session, &after).await
 }
 
 async fn not_the_hub(session: &Session, id: &str) -> Outcome {
@@ -314,8 +367,13 @@ async fn not_the_hub(session: &Session, id: &str) -> Outcome {
     let name = id_of(&Value::Object(event.clone()));
     let answer = session.send(&second, vec![event]).await?;
     ensure(answer.status < 500, "200, or an error of the 400s", || &answer)?;
-    let served = session.ask(&session.first, session.event(&name)?).await?;
-    ensure(served.status != 200, "the event is not served", || &served)
+    let look = async || {
+        let served = session.ask(&session.first, session.event(&name)?).await?;
+        ensure(served.status != 200, "the event is not served", || &served)
+    };
+    look().await?;
+    and_gives_what_follows(session, id).await?;
+    look().await
 }
 
 async fn wrong_server(session: &Session, endpoint: &str) -> Outcome {

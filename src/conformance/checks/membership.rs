@@ -110,15 +110,26 @@ async fn partial(session: &Session, change: &str) -> Outcome {
 }
 
 async fn make_nowhere(session: &Session, change: &str) -> Outcome {
-    let ask = session.make(change, NOWHERE, &session.user, &VERSIONS);
-    session.ask(&session.first, ask).await?.is_error(404, "M_NOT_FOUND")
+    let ask = |room: &str| session.make(change, room, &session.user, &VERSIONS);
+    session.ask(&session.first, ask(NOWHERE)).await?.is_error(404, "M_NOT_FOUND")?;
+    knows_the_room(&session.ask(&session.first, ask(session.room.as_str())).await?)
+}
+
+/// Skips where the answer of the room that is there is that of one that is not.
+fn knows_the_room(answer: &Answer) -> Outcome {
+    match answer.is_error(404, "M_NOT_FOUND") {
+        Ok(()) => Err(skip(format!("the target says the same of the room that is there: {answer}"))),
+        Err(_) => Ok(()),
+    }
 }
 
 async fn send_nowhere(session: &Session, endpoint: Endpoint, membership: &str) -> Outcome {
     let mut event =
         session.state(&session.user, "m.room.member", session.user.as_str(), json!({ "membership": membership }));
+    let forged = signed_by(event.clone(), session.first.name.as_str(), session.first.key.id(), &SigningKey::generate());
     event.insert("room_id".to_owned(), json!(NOWHERE));
-    handshake(session, endpoint, sealed(event, &session.first)).await?.is_error(404, "M_NOT_FOUND")
+    handshake(session, endpoint, sealed(event, &session.first)).await?.is_error(404, "M_NOT_FOUND")?;
+    knows_the_room(&handshake(session, endpoint, forged).await?)
 }
 
 async fn incompatible(session: &Session, change: &str) -> Outcome {

@@ -23,10 +23,10 @@ pub(super) fn checks() -> Vec<Check> {
         "LM-R-005", "int-api-get-state", "the state's events are rightly hashed and signed", state_verifies;
         "LM-R-006", "int-api-get-state", "auth_chain holds everything by which the state is allowed", state_chain;
         "LM-R-007", "Event and State APIs", "state_ids gives the IDs of what state gives", state_ids;
-        "LM-R-008", "int-api-get-state", "state at an unknown event is 404 M_NOT_FOUND", |s, _| no_state(s, "state");
-        "LM-R-009", "int-api-get-state", "state of an unknown room is 404 M_NOT_FOUND", |s, _| nowhere(s, "state");
-        "LM-R-011", "Event and State APIs", "state_ids at an unknown event is 404 M_NOT_FOUND", |s, _| no_state(s, "state_ids");
-        "LM-R-012", "Event and State APIs", "state_ids of an unknown room is 404 M_NOT_FOUND", |s, _| nowhere(s, "state_ids");
+        "LM-R-008", "int-api-get-state", "state at an unknown event is 404 M_NOT_FOUND", |s, id| no_state(s, id, "state");
+        "LM-R-009", "int-api-get-state", "state of an unknown room is 404 M_NOT_FOUND", |s, id| nowhere(s, id, "state");
+        "LM-R-011", "Event and State APIs", "state_ids at an unknown event is 404 M_NOT_FOUND", |s, id| no_state(s, id, "state_ids");
+        "LM-R-012", "Event and State APIs", "state_ids of an unknown room is 404 M_NOT_FOUND", |s, id| nowhere(s, id, "state_ids");
         "LM-R-013", "Event and State APIs", "backfill gives no more than limit", backfill_limit;
         "LM-R-014", "Event and State APIs", "backfill is from the oldest to the newest, and ends with v", backfill_order;
         "LM-R-015", "Event and State APIs", "the events of backfill are finished, and rightly hashed and signed", backfill_verifies;
@@ -56,25 +56,27 @@ async fn event(session: &Session, id: &str) -> Outcome {
     ensure(found == wanted, format!("the event {wanted}"), || &answer)
 }
 
-async fn no_event(session: &Session, _: &str) -> Outcome {
-    session.joined()?;
-    asked(session, session.event(UNKNOWN_EVENT)?).await?.is_error(404, "M_NOT_FOUND")
+async fn no_event(session: &Session, id: &str) -> Outcome {
+    let said = id_of(&said(session, id).await?);
+    asked(session, session.event(UNKNOWN_EVENT)?).await?.is_error(404, "M_NOT_FOUND")?;
+    session.gives(session.event(&said)?).await
 }
 
-/// Says something; the ID of its LPDU.
-async fn lpdu_id(session: &Session, id: &str) -> Result<String, Unmet> {
+/// Says something; the ID of its LPDU, and that of the event.
+async fn lpdu_id(session: &Session, id: &str) -> Result<(String, String), Unmet> {
     session.joined()?;
     let mark = session.mark(id);
     let lpdu = sealed(session.message(&session.user, &mark), &session.first);
     let lpdu_id = id_of(&Value::Object(lpdu.clone()));
     session.send(&session.first, vec![lpdu]).await?.is_good()?;
-    session.echo(&session.first, &mark).await?;
-    Ok(lpdu_id)
+    let event = session.echo(&session.first, &mark).await?;
+    Ok((lpdu_id, id_of(&event)))
 }
 
 async fn no_lpdu(session: &Session, id: &str) -> Outcome {
-    let lpdu_id = lpdu_id(session, id).await?;
-    asked(session, session.event(&lpdu_id)?).await?.is_error(404, "M_NOT_FOUND")
+    let (lpdu_id, said) = lpdu_id(session, id).await?;
+    asked(session, session.event(&lpdu_id)?).await?.is_error(404, "M_NOT_FOUND")?;
+    session.gives(session.event(&said)?).await
 }
 
 async fn state_at(session: &Session, id: &str) -> Result<Answer, Unmet> {
@@ -135,14 +137,17 @@ async fn state_ids(session: &Session, id: &str) -> Outcome {
     Ok(())
 }
 
-async fn no_state(session: &Session, endpoint: &str) -> Outcome {
-    session.joined()?;
-    asked(session, session.about_room(endpoint, &[("event_id", UNKNOWN_EVENT)])).await?.is_error(404, "M_NOT_FOUND")
+async fn no_state(session: &Session, id: &str, endpoint: &str) -> Outcome {
+    let said = id_of(&said(session, id).await?);
+    asked(session, session.about_room(endpoint, &[("event_id", UNKNOWN_EVENT)])).await?.is_error(404, "M_NOT_FOUND")?;
+    session.gives(session.about_room(endpoint, &[("event_id", &said)])).await
 }
 
-async fn nowhere(session: &Session, endpoint: &str) -> Outcome {
+async fn nowhere(session: &Session, id: &str, endpoint: &str) -> Outcome {
+    let said = id_of(&said(session, id).await?);
     let uri = format!("/_matrix/federation/v1/{endpoint}/{NOWHERE}?event_id={}", UNKNOWN_EVENT.replace('$', "%24"));
-    asked(session, Ask::get(uri)).await?.is_error(404, "M_NOT_FOUND")
+    asked(session, Ask::get(uri)).await?.is_error(404, "M_NOT_FOUND")?;
+    session.gives(session.about_room(endpoint, &[("event_id", &said)])).await
 }
 
 async fn filled(session: &Session, from: &str, limit: usize) -> Result<Vec<Value>, Unmet> {
@@ -191,20 +196,24 @@ async fn backfill_start(session: &Session, _: &str) -> Outcome {
     ensure(found == [id_of(&create)], format!("{} alone", id_of(&create)), || Value::from(pdus.clone()))
 }
 
-async fn no_backfill(session: &Session, _: &str) -> Outcome {
-    session.joined()?;
-    asked(session, session.backfill(UNKNOWN_EVENT, 5)?).await?.is_error(404, "M_NOT_FOUND")
+async fn no_backfill(session: &Session, id: &str) -> Outcome {
+    let said = id_of(&said(session, id).await?);
+    asked(session, session.backfill(UNKNOWN_EVENT, 5)?).await?.is_error(404, "M_NOT_FOUND")?;
+    session.gives(session.backfill(&said, 5)?).await
 }
 
-async fn backfill_nowhere(session: &Session, _: &str) -> Outcome {
+async fn backfill_nowhere(session: &Session, id: &str) -> Outcome {
+    let said = id_of(&said(session, id).await?);
     let mut ask = session.backfill(UNKNOWN_EVENT, 5)?;
     ask.uri = ask.uri.replace(&crate::conformance::wire::segment(session.room.as_str()), NOWHERE);
-    asked(session, ask).await?.is_error(404, "M_NOT_FOUND")
+    asked(session, ask).await?.is_error(404, "M_NOT_FOUND")?;
+    session.gives(session.backfill(&said, 5)?).await
 }
 
 async fn no_backfill_of_lpdu(session: &Session, id: &str) -> Outcome {
-    let lpdu_id = lpdu_id(session, id).await?;
-    asked(session, session.backfill(&lpdu_id, 5)?).await?.is_error(404, "M_NOT_FOUND")
+    let (lpdu_id, said) = lpdu_id(session, id).await?;
+    asked(session, session.backfill(&lpdu_id, 5)?).await?.is_error(404, "M_NOT_FOUND")?;
+    session.gives(session.backfill(&said, 5)?).await
 }
 
 async fn redacted(session: &Session, id: &str) -> Outcome {

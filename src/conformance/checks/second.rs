@@ -92,7 +92,8 @@ async fn hidden(session: &Session, id: &str, read: Read) -> Outcome {
     no_world(session)?;
     let said = id_of(&session.say(&session.first, &session.user, id).await?);
     session.ask(second, read.ask(session, &said)?).await?.is_error(404, "M_NOT_FOUND")?;
-    session.ask(second, read.ask(session, UNKNOWN_EVENT)?).await?.is_error(404, "M_NOT_FOUND")
+    session.ask(second, read.ask(session, UNKNOWN_EVENT)?).await?.is_error(404, "M_NOT_FOUND")?;
+    session.gives(read.ask(session, &said)?).await
 }
 
 async fn stranger_speaks(session: &Session, id: &str) -> Outcome {
@@ -429,5 +430,7 @@ async fn later(session: &Session, _: &str, read: Read) -> Outcome {
     is_gone(session)?;
     no_world(session)?;
     let after = lock(&session.notes).after_second.clone().ok_or_else(|| skip("nothing was said since"))?;
-    session.ask(session.second()?, read.ask(session, &id_of(&after))?).await?.is_error(404, "M_NOT_FOUND")
+    let after = id_of(&after);
+    session.ask(session.second()?, read.ask(session, &after)?).await?.is_error(404, "M_NOT_FOUND")?;
+    session.gives(read.ask(session, &after)?).await
 }

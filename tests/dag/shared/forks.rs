@@ -126,6 +126,30 @@ async fn levels_set_at_once_are_resolved_and_said() {
     }
 }
 
+/// Of the server with nobody else in the room, to which the graph has nothing to tell any more.
+#[tokio::test]
+async fn who_is_taken_out_because_the_graph_forgot_the_join_is_told_so() {
+    for real in [false, true] {
+        let (peer, other) = (Peer::start("graph.example").await, Peer::start("other.example").await);
+        let hub = if real { Hub::real(&[&peer, &other]).await } else { Hub::start(&[&peer, &other]).await };
+        let room = hub.room().await;
+        let (alice, dora) = (peer.user("alice"), other.user("dora"));
+        peer.join(&hub.gateway, &room, &alice).await.unwrap();
+        let base = hub.view(&room).await;
+        let close = draft(&alice, "m.room.join_rules", Some(""), json!({ "join_rule": "invite" }));
+        assert!(hub.pdu(&other, &mut base.clone(), &member(&dora, &dora, "join")).await);
+        assert!(hub.pdu(&peer, &mut base.clone(), &close).await);
+        hub.assert_in_step(&room).await;
+        let (last, _) = hub.log(&room).await.events.last().unwrap().clone();
+        assert_eq!((last.state_key.as_deref(), &last.sender), (Some(dora.as_str()), &bot()));
+        assert_eq!(outbox(&hub, &room, &other).await, std::slice::from_ref(&last.event_id));
+        assert_eq!(outbox(&hub, &room, &peer).await.last(), Some(&last.event_id));
+        // And of nothing else after that.
+        hub.gateway.send(&room, message(&bot(), "among us")).await.unwrap();
+        assert_eq!(outbox(&hub, &room, &other).await, [last.event_id.clone()]);
+    }
+}
+
 #[tokio::test]
 async fn a_join_that_the_graph_forgets_is_a_kick_in_the_log() {
     let two = two(true).await;

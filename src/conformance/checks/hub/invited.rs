@@ -8,11 +8,20 @@ pub(super) async fn incompatible(session: &Session, _: &str) -> Outcome {
     ask_invite(session, event, "org.example.nothing").await?.is_error(400, "M_INCOMPATIBLE_ROOM_VERSION")
 }
 
+/// What is no invite, into a room into which nobody was invited yet; a good invite was taken before, so not every one is refused.
 pub(super) async fn no_invite(session: &Session, change: impl Fn(&mut Object)) -> Outcome {
-    let mut event = invitation(session)?;
-    change(&mut event);
-    let event = room(session, |room| room.finish(event));
-    ask_invite(session, event, version()).await?.is_refusal()
+    refused_invite(session, |room, mut event| {
+        change(&mut event);
+        room.finish(event)
+    })
+    .await
+}
+
+async fn refused_invite(session: &Session, spoil: impl Fn(&HubRoom, Object) -> Object) -> Outcome {
+    the_invite(session)?;
+    let (room, mut event) = (other_room(session)?, invitation(session)?);
+    event.insert("room_id".to_owned(), json!(room.room_id));
+    ask_invite(session, spoil(&room, event), version()).await?.is_refusal()
 }
 
 pub(super) fn spoilt_signature(mut event: Object, server: &str) -> Object {
@@ -25,9 +34,7 @@ pub(super) fn spoilt_signature(mut event: Object, server: &str) -> Object {
 }
 
 pub(super) async fn badly_signed_invite(session: &Session, _: &str) -> Outcome {
-    let event = invitation(session)?;
-    let event = room(session, |room| spoilt_signature(room.finish(event), room.identity.name.as_str()));
-    ask_invite(session, event, version()).await?.is_refusal()
+    refused_invite(session, |room, event| spoilt_signature(room.finish(event), room.identity.name.as_str())).await
 }
 
 pub(super) async fn incomplete(session: &Session, _: &str) -> Outcome {
