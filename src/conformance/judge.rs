@@ -216,6 +216,8 @@ pub(super) async fn signature_problem(session: &Session, event: &Value, signer: 
     let inside = event.get("hub_server").is_some();
     let server = match signer {
         Signer::Hub if !inside && sender != session.target => return None,
+        // Whoever was the hub at the time has signed.
+        Signer::Hub if inside && session.was_handed_over() => text(event, "hub_server").to_owned(),
         Signer::Hub => session.target.to_string(),
         Signer::Sender => sender,
         Signer::Target => text(event, "state_key").split_once(':')?.1.to_owned(),

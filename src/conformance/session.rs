@@ -388,6 +388,11 @@ impl Session {
         })
     }
 
+    /// Whether the target has the log, or had it once, from another server.
+    pub fn was_handed_over(&self) -> bool {
+        self.state_event("m.room.hub", "").is_some()
+    }
+
     /// The room's state as far as the suite knows it: by the join's answer and by everything that came since.
     pub fn state_event(&self, kind: &str, state_key: &str) -> Option<Value> {
         let (joined, bad) = {

@@ -11,6 +11,7 @@ use reqwest::Method;
 use serde_json::json;
 
 use super::world::{NOBODY, SECOND, SUITE, accept, examine, options, room_of, shared_room_of, target, targets};
+use crate::lm::hub_transfer::wait_for_hub;
 use crate::support::testbed::certificates::Authority;
 use crate::support::testbed::gateway::Plan;
 use crate::support::world::{scratch, server};
@@ -80,6 +81,26 @@ async fn isthmus_passes_as_the_hub_of_a_shared_room_but_for_what_graph_servers_n
     assert_eq!(report.skipped(), ["LM-T-001", "LM-T-002", "LM-T-003"]);
     graph.say(&room, "grace", "still here").await;
     node.wait_for_body(&room, "still here").await;
+}
+
+/// What was said before it took the log over its predecessor has signed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn isthmus_passes_as_the_hub_of_a_log_that_it_took_over() {
+    let (world, nodes, socket) = targets(["old.example", "hub.example"]).await;
+    let on = || crate::lm::hub_transfer::on();
+    let (_world, [old, node]) = world.as_they_hand_over(nodes, [("old.example", on()), ("hub.example", on())]).await;
+    let users = json!({ old.user("bot"): 100, node.user("bot"): 100, format!("@conformance:{SUITE}"): 100 });
+    let room = old.create_room_with("public", json!({ "users": users })).await;
+    node.join(&room, "bot", &old).await;
+    node.say(&room, "bot", "before").await;
+    old.wait_for_body(&room, "before").await;
+    old.lm.hand_over(&room, &old.user("bot"), &node.name, false).await.unwrap();
+    wait_for_hub(&node, &room, &node).await;
+    let report = examine(socket, options(&node, Role::Participant { room })).await;
+    println!("{}", report.summary());
+    assert_eq!(report.failed(), Vec::<&str>::new());
+    // There is no TLS on loopback, and the log's beginning is the predecessor's.
+    assert_eq!(report.skipped(), ["LM-R-016", "LM-T-001", "LM-T-002", "LM-T-003"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

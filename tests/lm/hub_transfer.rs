@@ -20,7 +20,7 @@ use super::world::{Node, World, bodies, draft, ids, message, raw};
 const PATIENCE: Duration = Duration::from_secs(30);
 const UNSTABLE: &str = "/_matrix/federation/unstable/org.matrix.i-d.ralston-mimi-linearized-matrix.02";
 
-pub(super) fn on() -> Value {
+pub fn on() -> Value {
     json!({ "give": true, "accept": ["*"] })
 }
 
@@ -48,7 +48,7 @@ pub(super) async fn hub_at(node: &Node, room: &RoomId) -> String {
     }
 }
 
-pub(super) async fn wait_for_hub(node: &Node, room: &RoomId, hub: &Node) {
+pub async fn wait_for_hub(node: &Node, room: &RoomId, hub: &Node) {
     let waiting = async {
         while hub_at(node, room).await != hub.name.as_str() {
             tokio::time::sleep(Duration::from_millis(20)).await;

@@ -15,7 +15,7 @@ mod hostile_participant;
 pub mod http;
 mod hub_and_participant;
 mod hub_changes;
-mod hub_transfer;
+pub mod hub_transfer;
 mod key_times;
 mod knocks;
 pub mod log_hub;

@@ -85,13 +85,22 @@ impl World {
 
     /// The same, where logs change hands as these settings of `[hub_transfer]` have it.
     pub async fn handing_over<const N: usize>(servers: [(&str, Value); N]) -> (Self, [Node; N]) {
-        let (mut world, nodes) = Self::new(servers.each_ref().map(|(name, _)| *name)).await;
-        world.hub_transfer = servers.into_iter().map(|(name, setting)| (name.to_owned(), setting)).collect();
+        let (world, nodes) = Self::new(servers.each_ref().map(|(name, _)| *name)).await;
+        world.as_they_hand_over(nodes, servers).await
+    }
+
+    /// Starts these servers again, with these settings of `[hub_transfer]`.
+    pub async fn as_they_hand_over<const N: usize>(
+        mut self,
+        nodes: [Node; N],
+        servers: [(&str, Value); N],
+    ) -> (Self, [Node; N]) {
+        self.hub_transfer = servers.into_iter().map(|(name, setting)| (name.to_owned(), setting)).collect();
         let mut restarted = Vec::new();
         for node in nodes {
-            restarted.push(world.restart(node).await);
+            restarted.push(self.restart(node).await);
         }
-        (world, restarted.try_into().unwrap_or_else(|_| panic!("as many nodes as names")))
+        (self, restarted.try_into().unwrap_or_else(|_| panic!("as many nodes as names")))
     }
 
     /// The same, among others that are somewhere else.

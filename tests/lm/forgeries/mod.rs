@@ -10,7 +10,7 @@ mod shared;
 
 use std::collections::BTreeSet;
 
-use isthmus::event::{Object, Pdu, Redaction, VerifyKey, canonical_json, lpdu_hash, redact};
+use isthmus::event::{Object, Pdu, Redaction, VerifyKey, canonical_json, content_hash, lpdu_hash, redact};
 use isthmus::lm::{Appended, Sent};
 use rand::Rng as _;
 use ruma::{OwnedEventId, OwnedUserId, RoomId};
@@ -93,16 +93,18 @@ fn forged(event: &Pdu, servers: &[&Node], honest: &[&Node], genuine: &Genuine) -
     let json = &event.json;
     let mut signed = redact(json, Redaction::Draft);
     let signatures = signed.remove("signatures").unwrap_or_default();
+    let is_copy = [Redaction::Draft, Redaction::GraphServer].into_iter().any(|table| redact(json, table) == *json);
     if json.contains_key("hub_server") {
         for hubs in ["auth_events", "prev_events"] {
             signed.remove(hubs);
         }
         let hash = json["hashes"]["lpdu"]["sha256"].clone();
         signed.insert("hashes".to_owned(), json!({ "lpdu": { "sha256": hash } }));
-        let is_copy = redact(json, Redaction::Draft) == *json;
         if !is_copy && hash != lpdu_hash(json) {
             return Some("changed after it was made");
         }
+    } else if !is_copy && json["hashes"]["sha256"] != content_hash(json) {
+        return Some("changed after it was made");
     }
     let key = &server.context.signing_key;
     let signature = signatures[server.name.as_str()][key.id()].as_str().unwrap_or_default().to_owned();
@@ -263,7 +265,18 @@ async fn what_is_planted_in_a_log_is_found() {
         forged.insert(hubs.to_owned(), event.event.json[hubs].clone());
     }
     forged["hashes"]["sha256"] = json!("AAAA");
-    for (planted, why) in [(changed, "changed after"), (forged, "not signed by"), (event.event.json.clone(), "")] {
+    // One of the hub's own, in which there is no LPDU.
+    let own = log.iter().find(|event| event.event.kind == "m.room.join_rules").unwrap();
+    let mut hubs_own = own.event.json.clone();
+    hubs_own.insert("content".to_owned(), json!({ "join_rule": "public", "more": "changed" }));
+    let planted = [
+        (event, changed, "changed after"),
+        (event, forged, "not signed by"),
+        (event, event.event.json.clone(), ""),
+        (own, hubs_own, "changed after"),
+        (own, own.event.json.clone(), ""),
+    ];
+    for (event, planted, why) in planted {
         let (room, position) = (room.clone(), event.position.0);
         let write = hub.context.store.write(move |tx| {
             Box::pin(async move {
