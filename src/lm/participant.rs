@@ -27,7 +27,7 @@ use crate::federation::RemoteError;
 use crate::identity::KeyringError;
 use crate::refusal::Refusal;
 use crate::seam::{AliasTarget, Draft, Membership, Outgoing};
-use crate::store::lm::{self as stored, Fault};
+use crate::store::lm::Fault;
 
 /// How many events are kept that come for a room while its join is under way.
 const EARLY: usize = 1000;
@@ -277,7 +277,6 @@ impl Lm {
         // State that the hub gives as redaction leaves it may be here as it was said: what redacted it was said while we were out.
         let copies: Vec<OwnedEventId> =
             allowed.iter().flatten().filter(|event| event.copy).map(|event| event.pdu.event_id.clone()).collect();
-        let was_out = !batch.after.has_server(&self.context().server_name);
         let mut taking = Taking::new(self, batch);
         taking.adopt(allowed).await?;
         for event_id in copies {
@@ -302,28 +301,12 @@ impl Lm {
             taking.batch.after.redaction = Redaction::GraphServer;
         }
         taking.append(joined.pdu);
-        if let Some(cell) = known.as_ref().filter(|_| was_out) {
-            self.forget_earlier_stay(cell, &lpdu.sender).await?;
-        }
         let committed = taking.finish(known.as_ref()).await?;
         drop(turn);
         let joined = committed.appended.into_iter().last();
         let joined = joined.ok_or_else(|| Refusal::Internal("the join was not stored".to_owned()))?;
         tracing::info!(room = %lpdu.room_id, %hub, user = %lpdu.sender, "joined a room");
         Ok(joined)
-    }
-
-    /// What was missing of an earlier stay is not of the one that begins, and would stand in it if it came; what a user said of an
-    /// earlier one would end it.
-    async fn forget_earlier_stay(&self, cell: &Arc<RoomCell>, user: &UserId) -> Result<(), Refusal> {
-        self.forget_holes(&cell.room_id).await?;
-        self.attend(cell);
-        let (room_id, user) = (cell.room_id.clone(), user.to_owned());
-        let job = self.context().store.write(move |tx| {
-            Box::pin(async move { stored::forget_memberships(tx, &room_id, &user, stored::Came::Anew).await })
-        });
-        self.were_superseded(cell, job.await?);
-        Ok(())
     }
 
     /// Leaves a room, or rejects an invite to one that the gateway is not in, through the hub.

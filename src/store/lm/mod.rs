@@ -15,8 +15,8 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
 pub use self::blanks::{blanks, forget_blanks, forget_blanks_of, forget_named_blanks, note_blank, rooms_with_blanks};
 pub use self::holes::{
-    Counts, Hole, Missing, Overflow, close_holes, close_overflow, count_holes, forget_holes, hasten_overflows, holes,
-    missing, next_try, note_holes, put_off_holes, rooms_with_holes,
+    Counts, Hole, Missing, Overflow, close_holes, close_overflow, count_holes, forget_holes, forget_holes_of_before,
+    hasten_overflows, holes, missing, next_try, note_holes, put_off_holes, rooms_with_holes,
 };
 pub use self::looks::{
     Came, Fault, FaultRow, Faults, Look, TakenRow, faults, faults_since, forget_memberships, keep_look, looks,
