@@ -174,8 +174,8 @@ impl Dag {
         let outliers = shared.new_outliers(&room, server, verified, Vec::new).await;
         let entered = match outliers {
             Ok(outliers) => {
-                let lacks = (!has_all).then(|| server.to_owned());
-                shared.run(&room, move |batch| Box::pin(enter(batch, outliers, given, join, lacks))).await
+                let giver = Giver { server: server.to_owned(), has_all };
+                shared.run(&room, move |batch| Box::pin(enter(batch, outliers, given, join, giver))).await
             }
             Err(refusal) => Err(refusal),
         };
@@ -236,14 +236,20 @@ impl Shared {
     }
 }
 
-/// Takes in the state and the join: the room is from now on what they say. `lacks` is the server that gave them, where it has not got
-/// yet all that the gateway has said in the room.
+/// Who gave a state with a join.
+struct Giver {
+    server: OwnedServerName,
+    /// Whether it has got all that the gateway has said in the room. It may still wait there for what is before it.
+    has_all: bool,
+}
+
+/// Takes in the state and the join: the room is from now on what they say.
 async fn enter(
     batch: &mut Batch,
     outliers: Vec<Verified>,
     given: Given,
     join: Verified,
-    lacks: Option<OwnedServerName>,
+    giver: Giver,
 ) -> Result<Arc<Stored>, Refusal> {
     batch.accept_given(outliers).await?;
     let ids: Vec<OwnedEventId> = given.state.iter().map(|(_, id)| id.clone()).collect();
@@ -258,9 +264,9 @@ async fn enter(
             "a room was joined with a state of which some events cannot be had");
     }
     batch.begin_log_with(&before).await?;
-    // What was known of the room, if it was, ended with the last user's leave. One that is still on its way will stand beside the join
-    // there, and so it does here: else a join that it undoes would be one for this gateway alone.
-    let is_beside = lacks.is_some() && batch.have_left(&before).await?;
+    // What was known of the room, if it was, ended with the last user's leave. One that is still on its way, or waits there for what is
+    // before it, will stand beside the join there, and so it does here: else a join that it undoes would be one for this gateway alone.
+    let is_beside = batch.have_left(&before, giver.has_all).await?;
     if !is_beside {
         batch.core.tips.clear();
     }
@@ -274,18 +280,17 @@ async fn enter(
         EventEffect::new(move |tx, event_id| Box::pin(async move { begin(tx, &room_id, &event_id).await })),
     );
     let join = outcome.accepted().cloned()?;
-    match lacks.filter(|_| is_beside && !batch.core.joined.contains(&user)) {
-        Some(server) => {
-            let problem = format!("has not heard yet that {user} left {}, which undoes its join", batch.room_id);
-            Err(Refusal::Forbidden(format!("{server} {problem}")))
-        }
-        None => Ok(join),
+    if is_beside && !batch.core.joined.contains(&user) {
+        let problem = format!("has not heard yet that {user} left {}, which undoes its join", batch.room_id);
+        return Err(Refusal::Forbidden(format!("{} {problem}", giver.server)));
     }
+    Ok(join)
 }
 
 impl Batch {
-    /// Whether users of the gateway who are in the room by this state have left it since.
-    async fn have_left(&self, state: &Snapshot) -> Result<bool, Refusal> {
+    /// Whether users of the gateway who are in the room by this state have left it since. Of whom who gave the state `has_all`, by joins
+    /// that are older than the leaves here: what is not known may be newer, as a join of which no answer came.
+    async fn have_left(&self, state: &Snapshot, has_all: bool) -> Result<bool, Refusal> {
         let own = &self.shared.context.server_name;
         let mut parted = Vec::new();
         for item in self.core.current.map.diff(&state.map) {
@@ -303,7 +308,11 @@ impl Batch {
                 event.membership() == Some(Membership::Leave) && event.pdu.sender.server_name() == own
             })
         };
-        let is_in = |id| events.get(id).and_then(|event| event.membership()) == Some(Membership::Join);
+        let is_in = |id| {
+            events.get(id).is_some_and(|event| {
+                event.membership() == Some(Membership::Join) && (!has_all || event.groups.is_some())
+            })
+        };
         Ok(parted.iter().any(|(here, there)| is_left(here) && is_in(there)))
     }
 }

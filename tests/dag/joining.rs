@@ -1,13 +1,13 @@
 //! Gateways that join each other's rooms over their real routes.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::http::StatusCode;
 use axum::response::IntoResponse as _;
 use isthmus::dag::NewRoom;
 use isthmus::event::{Object, RoomVersion};
+use isthmus::federation::{Feed, FeedKind};
 use isthmus::refusal::Refusal;
 use isthmus::seam::Outgoing;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId};
@@ -116,15 +116,46 @@ async fn a_room_that_was_left_is_joined_anew() {
     }
 }
 
+/// What a server does with transactions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hears {
+    All,
+    /// As while a queue waits after an outage.
+    Nothing,
+    /// It says that it has them, and has them wait, as for what is before them.
+    Later,
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leave_that_has_not_arrived_stands_beside_the_join_that_overtakes_it() {
+    leaves_are_overtaken(Hears::Nothing).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leave_that_has_arrived_and_waits_there_stands_beside_the_join_that_overtakes_it() {
+    leaves_are_overtaken(Hears::Later).await;
+}
+
+async fn leaves_are_overtaken(away: Hears) {
     let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
-    // Handshakes reach it, and transactions do not, as while a queue waits after an outage.
-    let deaf = Arc::new(AtomicBool::new(false));
-    let kept = deaf.clone();
+    // Handshakes reach it in any case.
+    let (hears, kept) = (Arc::new(Mutex::new(Hears::All)), Arc::new(Mutex::new(Vec::<Value>::new())));
+    let (hearing, keeping) = (hears.clone(), kept.clone());
     a.meddle(move |request, next| {
-        let is_lost = kept.load(Ordering::SeqCst) && request.uri().path().contains("/send/");
-        async move { if is_lost { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { next.run(request).await } }
+        let hears = if request.uri().path().contains("/send/") { *hearing.lock().unwrap() } else { Hears::All };
+        let kept = keeping.clone();
+        async move {
+            match hears {
+                Hears::All => next.run(request).await,
+                Hears::Nothing => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+                Hears::Later => {
+                    let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
+                    let body: Value = serde_json::from_slice(&body).unwrap();
+                    kept.lock().unwrap().extend(body["pdus"].as_array().into_iter().flatten().cloned());
+                    axum::Json(json!({ "pdus": {} })).into_response()
+                }
+            }
+        }
     });
     let is =
         async |user: &OwnedUserId, room: &RoomId| (membership(&a, room, user).await, membership(&b, room, user).await);
@@ -140,9 +171,14 @@ async fn a_leave_that_has_not_arrived_stands_beside_the_join_that_overtakes_it()
         let said = send(&a, &room, draft(&a.user("bot"), "m.room.join_rules", Some(""), rules(rule))).await.unwrap();
         hear(&[&b], &said).await;
 
-        deaf.store(true, Ordering::SeqCst);
+        *hears.lock().unwrap() = away;
         for user in [&carol, &bob] {
             b.dag.leave(&room, user, &[], None).await.unwrap();
+        }
+        if away == Hears::Later {
+            let feed = Feed { kind: FeedKind::Graph, room_id: room.clone() };
+            eventually("the leaves to be taken", async || !b.context.outbound.waits_for(&a.name, &feed).await.unwrap())
+                .await;
         }
         let joined = join(&b, &room, "bob", &[&a]).await;
         assert_eq!(is(&carol, &room).await, (Some("join".to_owned()), Some("leave".to_owned())));
@@ -160,7 +196,12 @@ async fn a_leave_that_has_not_arrived_stands_beside_the_join_that_overtakes_it()
         };
         assert_eq!(is(&bob, &room).await, (Some("join".to_owned()), Some(after.to_owned())));
 
-        deaf.store(false, Ordering::SeqCst);
+        *hears.lock().unwrap() = Hears::All;
+        let late: Vec<Value> = std::mem::take(&mut *kept.lock().unwrap());
+        let late: Vec<_> = late.iter().map(|event| serde_json::value::to_raw_value(event).unwrap()).collect();
+        for received in a.dag.receive(&b.name, late).await {
+            assert_eq!(received.result, Ok(()));
+        }
         eventually("the leave to arrive", async || {
             b.context.outbound.retry(&a.name);
             is(&carol, &room).await == both("leave") && is(&bob, &room).await == both(after)
