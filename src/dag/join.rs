@@ -28,6 +28,7 @@ use crate::refusal::Refusal;
 use crate::seam::{EventEffect, Membership, Outgoing};
 use crate::store::dag::remove_invite;
 use crate::store::gaps::begin;
+use crate::store::owed::forget_owed_leaves;
 
 /// How long checking an answer may take: large rooms have the keys of many servers.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -64,8 +65,15 @@ impl Dag {
     pub(super) async fn join_as(&self, wish: Wish, via: Vec<OwnedServerName>) -> Result<Joined, Refusal> {
         let dag = self.clone();
         // On a task of its own: a join that another server has taken is stored, whoever still waits for it.
-        let joined = tokio::spawn(async move { dag.join_in_turn(wish, &via).await }).await;
-        joined.map_err(|error| Refusal::Internal(error.to_string()))?
+        let joined = tokio::spawn(async move {
+            let joined = dag.join_in_turn(wish, &via).await;
+            if joined.is_err() {
+                // What was tried may be owed a leave.
+                dag.leave_soon();
+            }
+            joined
+        });
+        joined.await.map_err(|error| Refusal::Internal(error.to_string()))?
     }
 
     /// Whether this room is being joined: what comes for it waits until it is.
@@ -133,12 +141,25 @@ impl Dag {
         let uri = format!("{}?omit_members=false", send_uri("v2/send_join", &join, wish));
         let call = Call::put(uri, body_of(&join)).with_state();
         let client = &self.shared.context.client;
-        let (answer, _held) =
-            client.call_held(server, call, false).await.map_err(|error| error.into_verdict(server))?;
-        let taking = self.take_join(server, has_all, wish, (version, join), answer, known);
-        let join = tokio::time::timeout(PATIENCE, Box::pin(taking)).await;
-        let join = join.map_err(|_| bad(server, format!("its answer was not checked within {PATIENCE:?}")))??;
-        Ok((version, join))
+        let owed = &self.shared.owed;
+        let begun = owed.begin(server, &wish.room_id, &wish.user_id, Some(version)).await?;
+        let joined = match client.call_held(server, call, false).await {
+            Ok((answer, _held)) => {
+                let taking = self.take_join(server, has_all, wish, (version, join), answer, known);
+                let joined = tokio::time::timeout(PATIENCE, Box::pin(taking)).await;
+                joined.unwrap_or_else(|_| Err(bad(server, format!("its answer was not checked within {PATIENCE:?}"))))
+            }
+            Err(error) if error.may_have_taken() => Err(error.into_verdict(server)),
+            Err(error) => {
+                owed.refused(begun).await;
+                return Err(error.into_verdict(server));
+            }
+        };
+        if let Err(refusal) = &joined {
+            // Not at once: a leave of before may be on its way, and would do.
+            owed.owe(begun, refusal, false).await;
+        }
+        Ok((version, joined?))
     }
 
     /// Checks and takes in what a server answers to a join. `has_all` says whether it has got all that the gateway has said in the
@@ -212,11 +233,16 @@ impl Dag {
         outcome.accepted().cloned()
     }
 
-    /// An invite that was followed has done its work. Left behind it would be of no harm.
+    /// An invite that was followed has done its work, and no leave is owed to any server. Left behind they would be of no harm.
     async fn forget_invite(&self, wish: &Wish) {
         let (room_id, user_id) = (wish.room_id.clone(), wish.user_id.clone());
         let store = &self.shared.context.store;
-        let write = store.write(move |tx| Box::pin(async move { remove_invite(tx, &room_id, &user_id).await }));
+        let write = store.write(move |tx| {
+            Box::pin(async move {
+                remove_invite(tx, &room_id, &user_id).await?;
+                forget_owed_leaves(tx, &room_id, &user_id).await
+            })
+        });
         if let Err(error) = write.await {
             tracing::warn!(room = %wish.room_id, user = %wish.user_id, %error, "an invite that was followed is kept");
         }

@@ -122,6 +122,12 @@ impl RemoteError {
         Refusal::Remote { server: server.to_string(), problem: self.to_string() }
     }
 
+    /// Whether a server that answers so to an event may have taken it: it has not where it says that the request is at fault.
+    pub fn may_have_taken(&self) -> bool {
+        !matches!(self, Self::Status { status, .. }
+            if status.is_client_error() && *status != StatusCode::REQUEST_TIMEOUT)
+    }
+
     /// What another server answered to what a user of this one wants, as a verdict where it is one.
     pub fn into_verdict(self, server: &ServerName) -> Refusal {
         let Self::Status { status, errcode, error: text, .. } = &self else { return self.into_refusal(server) };

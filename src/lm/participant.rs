@@ -15,7 +15,6 @@ use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
 use super::intake::Taking;
 use super::join_check::{Claim, Seen, forbidden, is_ban, is_critical, without_forbidden};
-use super::owed::may_have_taken;
 use super::peers::prev_events;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
@@ -110,7 +109,7 @@ impl Lm {
         self.end_turn(room_id, join).await;
         if joined.is_err() {
             // What was tried may be owed a leave.
-            self.tell_soon();
+            self.leave_soon();
         }
         match joined? {
             Inside::Joined(appended) => Ok(appended),
@@ -175,7 +174,7 @@ impl Lm {
             lock(&join.asked).insert(server.clone());
             match self.join_through(&server, room_id, draft).await {
                 Ok(joined) => {
-                    self.owes_no_leave(room_id, &draft.sender).await;
+                    self.owed().came_in(room_id, &draft.sender).await;
                     return Ok(joined);
                 }
                 Err(refusal) => {
@@ -200,13 +199,17 @@ impl Lm {
         let facts =
             Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned(), shared: false };
         let lpdu = self.sign(&facts, draft)?;
+        let join = self.owed().begin(server, room_id, &draft.sender, None).await?;
         let taken = match self.peers().send(server, "join", &lpdu.lpdu_id, &lpdu.json).await {
             Ok((answer, _held)) => self.take_join(server, &lpdu, answer).await,
-            Err(error) if may_have_taken(&error) => Err(failed(error)),
-            Err(error) => return Err(failed(error)),
+            Err(error) if error.may_have_taken() => Err(failed(error)),
+            Err(error) => {
+                self.owed().refused(join).await;
+                return Err(failed(error));
+            }
         };
         if let Err(refusal) = &taken {
-            self.owe_leave(server, room_id, &draft.sender, refusal).await;
+            self.owed().owe(join, refusal, !refusal.is_transient()).await;
         }
         taken
     }

@@ -4,12 +4,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use axum::response::IntoResponse as _;
+use axum::response::{IntoResponse as _, Response};
+use isthmus::clock::{Clock as _, ManualClock, SystemClock};
 use isthmus::dag::NewRoom;
 use isthmus::event::{Object, RoomVersion};
 use isthmus::federation::{Feed, FeedKind};
 use isthmus::refusal::Refusal;
 use isthmus::seam::Outgoing;
+use isthmus::store::owed::owed_leaves;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId};
 use serde_json::{Value, json};
 
@@ -295,4 +297,103 @@ async fn a_knock_is_let_in_or_taken_back() {
     let draft = member(&a.user("bot"), &b.user("bob"), "invite");
     a.dag.invite(&room, Outgoing { draft, effect: None }).await.unwrap();
     join(&b, &room, "bob", &[]).await.unwrap();
+}
+
+/// Has a server answer the joins that it takes with something of no use; with nothing, and a word to who waits for that, where `spoil`
+/// gives none.
+fn spoils(node: &Node, spoil: impl Fn(Value) -> Option<Response> + Send + Sync + 'static) -> Arc<tokio::sync::Notify> {
+    let (spoil, taken) = (Arc::new(spoil), Arc::new(tokio::sync::Notify::new()));
+    let tell = taken.clone();
+    node.meddle(move |request, next| {
+        let (spoil, tell) = (spoil.clone(), tell.clone());
+        async move {
+            let joins = request.uri().path().contains("/send_join/");
+            let response = next.run(request).await;
+            if !joins || !response.status().is_success() {
+                return response;
+            }
+            let body = axum::body::to_bytes(response.into_body(), 1 << 24).await.unwrap();
+            match spoil(serde_json::from_slice(&body).unwrap()) {
+                Some(spoilt) => spoilt,
+                None => {
+                    tell.notify_one();
+                    std::future::pending().await
+                }
+            }
+        }
+    });
+    taken
+}
+
+async fn owed(node: &Node) -> i64 {
+    owed_leaves(&node.context.store).await.unwrap().count
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hc_40_who_was_joined_by_an_answer_of_no_use_leaves_again() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    b.dag.hasten_leaves(1_000);
+    let bob = b.user("bob");
+    type Spoil = fn(Value) -> Option<Response>;
+    let stateless: Spoil = |mut answer| {
+        answer.as_object_mut().unwrap().remove("state");
+        Some(axum::Json(answer).into_response())
+    };
+    let of_another_version: Spoil = |mut answer| {
+        let state = answer["state"].as_array_mut().unwrap();
+        let create = state.iter_mut().find(|event| event["type"] == "m.room.create").unwrap();
+        create["content"]["room_version"] = json!("org.example");
+        Some(axum::Json(answer).into_response())
+    };
+    let no_json: Spoil = |_| Some("<html>".into_response());
+    let failed: Spoil = |_| Some(StatusCode::GATEWAY_TIMEOUT.into_response());
+    for (version, spoil) in VERSIONS.into_iter().flat_map(|version| {
+        [("no state", stateless), ("another version", of_another_version), ("no JSON", no_json), ("failed", failed)]
+            .map(|spoil| (version, spoil))
+    }) {
+        let (what, spoil) = spoil;
+        let room = room(&a, version, json!({ "join_rule": "public" })).await;
+        spoils(&a, spoil);
+        assert!(join(&b, &room, "bob", &[&a]).await.is_err(), "{version}: {what}");
+        assert!(!b.dag.knows(&room).await.unwrap(), "{version}: {what}: nothing of it is believed");
+        eventually(what, async || membership(&a, &room, &bob).await.as_deref() == Some("leave")).await;
+        eventually(what, async || owed(&b).await == 0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_was_joined_when_the_gateway_ended_leaves_again_unless_they_come_in() {
+    let clock = ManualClock::new(SystemClock.now_ms());
+    let (world, [a, b]) = World::with_clock(["a.example", "b.example"], clock.clone()).await;
+    let mut b = b;
+    let bob = b.user("bob");
+    for (version, comes_in) in VERSIONS.into_iter().flat_map(|version| [(version, false), (version, true)]) {
+        let room = room(&a, version, json!({ "join_rule": "public" })).await;
+        let taken = spoils(&a, |_| None);
+        let (dag, id, via, user) = (b.dag.clone(), room.clone(), a.name.clone(), bob.clone());
+        let joining = tokio::spawn(async move { dag.join(&id, &[via], &user, Object::new()).await.map(drop) });
+        taken.notified().await;
+        assert_eq!(owed(&b).await, 0, "nothing, so far");
+        let stopped = world.stop(b).await;
+        joining.abort();
+        a.meddle(|request, next| next.run(request));
+        assert_eq!(membership(&a, &room, &bob).await.as_deref(), Some("join"));
+        b = world.start(stopped).await;
+        assert_eq!(owed(&b).await, 1);
+        if comes_in {
+            join(&b, &room, "bob", &[&a]).await.unwrap();
+            assert_eq!(owed(&b).await, 0);
+        }
+        // Nobody has tried again for a while.
+        clock.advance(61_000);
+        b.dag.hasten_leaves(1_000);
+        if comes_in {
+            let said = say(&b, &room, "bob", "here").await;
+            hear(&[&a], &said).await;
+            assert_eq!(membership(&a, &room, &bob).await.as_deref(), Some("join"));
+        } else {
+            eventually("the leave", async || membership(&a, &room, &bob).await.as_deref() == Some("leave")).await;
+            eventually("nothing to be owed", async || owed(&b).await == 0).await;
+        }
+    }
 }
