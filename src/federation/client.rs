@@ -472,6 +472,21 @@ mod tests {
     }
 
     #[test]
+    fn a_request_that_is_refused_as_such_was_not_taken() {
+        let of = |status| failure(status, &HeaderMap::new(), b"{}").may_have_taken();
+        for refused in
+            [StatusCode::BAD_REQUEST, StatusCode::FORBIDDEN, StatusCode::NOT_FOUND, StatusCode::TOO_MANY_REQUESTS]
+        {
+            assert!(!of(refused), "{refused}");
+        }
+        for uncertain in [StatusCode::INTERNAL_SERVER_ERROR, StatusCode::GATEWAY_TIMEOUT, StatusCode::REQUEST_TIMEOUT] {
+            assert!(of(uncertain), "{uncertain}");
+        }
+        assert!(RemoteError::BadAnswer("no JSON".to_owned()).may_have_taken());
+        assert!(RemoteError::Unreachable("timed out".to_owned()).may_have_taken());
+    }
+
+    #[test]
     fn a_server_says_how_long_it_wants_to_be_left_alone() {
         let date = "Wed, 21 Oct 2015 07:28:00 GMT";
         let later = "Wed, 21 Oct 2015 07:30:00 GMT";

@@ -258,7 +258,7 @@ mod tests {
             assert!(due(4).await.is_empty());
             assert_eq!(due(19).await, [second.clone(), elsewhere.clone()]);
             assert_eq!(due(20).await, [second.clone(), elsewhere.clone()], "one of each server");
-            assert_eq!(owed_leaves_due(&store, Side::Matrix, 20, 10).await.unwrap(), [], "of the other side");
+            assert!(owed_leaves_due(&store, Side::Matrix, 20, 10).await.unwrap().is_empty(), "of the other side");
             assert_eq!(next_owed_leave(&store, Side::Lm).await.unwrap(), Some(5));
             assert_eq!(owed_leave(&store, &first).await.unwrap(), Some(20));
             assert_eq!(owed_leaves(&store).await.unwrap(), Owed { count: 3, since: Some(1), given_up: 0 });
