@@ -64,9 +64,12 @@ pub struct Health {
     pub graph_missing: Waiting,
     /// What foreign hubs did wrong with their logs.
     pub hub_faults: HubFaults,
-    /// Leaves of users whose joins foreign hubs may have taken, and which came to nothing here.
+    /// Leaves of users whose joins other servers may have taken, and which came to nothing here.
     #[serde(default)]
     pub owed_leaves: Waiting,
+    /// Those that were given up: the users may be in rooms there for good. They are shown for as long as other records are kept.
+    #[serde(default)]
+    pub leaves_given_up: i64,
     /// State of shared rooms of which their log has something else than the room, and which could not be corrected.
     pub uncorrected: Uncorrected,
     /// Long parts of foreign hubs' logs, from an absence, that are being fetched.
@@ -398,8 +401,15 @@ fn judge(findings: Findings) -> Health {
     if owed_leaves.oldest_age_ms > LONGEST_WAIT {
         let (count, minutes) = (owed_leaves.waiting, owed_leaves.oldest_age_ms / 60_000);
         problems.push(format!(
-            "{count} users could not leave rooms again whose hubs may have taken a join that came to nothing here, the first for \
-             {minutes} minutes: the log says which"
+            "{count} users could not leave rooms again where other servers may have taken a join that came to nothing here, the \
+             first for {minutes} minutes: the log says which"
+        ));
+    }
+    let leaves_given_up = store.owed.given_up;
+    if leaves_given_up > 0 {
+        past.push(format!(
+            "{leaves_given_up} users could not leave rooms again for a day, and nobody tries any more: there they may be in the rooms \
+             for good"
         ));
     }
     let uncorrected = findings.uncorrected;
@@ -451,6 +461,7 @@ fn judge(findings: Findings) -> Health {
         graph_missing,
         hub_faults: HubFaults { count, rooms: faulty, last_ts, lost },
         owed_leaves,
+        leaves_given_up,
         uncorrected,
         catching_up: CatchingUp { rooms, fetched, taken },
         events_of_unknown_rooms: METRICS.events_of_unknown_rooms.get(),
@@ -492,6 +503,7 @@ mod tests {
     use super::*;
     use crate::federation::{Feed, FeedKind, HeldFeed};
     use crate::store::lm::Missing;
+    use crate::store::owed::Owed;
 
     fn good() -> Findings {
         Findings {
@@ -541,7 +553,7 @@ mod tests {
         };
         let forgot =
             Overview { faults: lm::Faults { count: 0, rooms: 0, last_ts: None, lost: 1 }, ..Overview::default() };
-        let owed = lm::Owed { count: 2, since: Some(10_000_000 - 14 * 60_000) };
+        let owed = Owed { count: 2, since: Some(10_000_000 - 14 * 60_000), given_up: 0 };
         let owed = Overview { owed, ..Overview::default() };
         let down = HomeserverStatus { error: Some("502".to_owned()), ..HomeserverStatus::default() };
         let failing = 5;
@@ -602,6 +614,14 @@ mod tests {
         assert!(over.past[0].starts_with(told) && as_text(&over).contains(&format!("over by now: {told}")), "{over:?}");
         // A clock that was set back does not make it old.
         assert!(!at(20_000_000).ok);
+    }
+
+    #[test]
+    fn leaves_that_were_given_up_are_told_and_are_no_problem() {
+        let owed = Owed { given_up: 2, ..Owed::default() };
+        let health = judge(Findings { store: Ok(Overview { owed, ..Overview::default() }), ..good() });
+        assert!(health.ok && health.leaves_given_up == 2, "{health:?}");
+        assert!(health.past[0].starts_with("2 users could not leave rooms again for a day"), "{health:?}");
     }
 
     fn held(room_id: &str, since: i64) -> HeldFeed {

@@ -98,6 +98,7 @@ mod tests {
             graph_missing: Waiting::default(),
             hub_faults: HubFaults::default(),
             owed_leaves: Waiting::default(),
+            leaves_given_up: 0,
             uncorrected: Uncorrected::default(),
             catching_up: CatchingUp::default(),
             events_of_unknown_rooms: 0,

@@ -83,8 +83,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Dag {
-    /// Goes on with the gaps that were there when the gateway was stopped.
+    /// Goes on with the gaps that were there when the gateway was stopped, and with what joins have left. Before anybody joins.
     pub async fn resume(&self) -> Result<(), Refusal> {
+        self.shared.owed.resume().await?;
+        self.leave_soon();
         for room_id in stored::rooms(&self.shared.context.store).await? {
             self.shared.attend(&room_id, true);
         }

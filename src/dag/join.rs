@@ -28,6 +28,7 @@ use crate::refusal::Refusal;
 use crate::seam::{EventEffect, Membership, Outgoing};
 use crate::store::dag::remove_invite;
 use crate::store::gaps::begin;
+use crate::store::owed::forget_owed_leaves;
 
 /// How long checking an answer may take: large rooms have the keys of many servers.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -64,8 +65,15 @@ impl Dag {
     pub(super) async fn join_as(&self, wish: Wish, via: Vec<OwnedServerName>) -> Result<Joined, Refusal> {
         let dag = self.clone();
         // On a task of its own: a join that another server has taken is stored, whoever still waits for it.
-        let joined = tokio::spawn(async move { dag.join_in_turn(wish, &via).await }).await;
-        joined.map_err(|error| Refusal::Internal(error.to_string()))?
+        let joined = tokio::spawn(async move {
+            let joined = dag.join_in_turn(wish, &via).await;
+            if joined.is_err() {
+                // What was tried may be owed a leave.
+                dag.leave_soon();
+            }
+            joined
+        });
+        joined.await.map_err(|error| Refusal::Internal(error.to_string()))?
     }
 
     /// Whether this room is being joined: what comes for it waits until it is.
@@ -133,12 +141,25 @@ impl Dag {
         let uri = format!("{}?omit_members=false", send_uri("v2/send_join", &join, wish));
         let call = Call::put(uri, body_of(&join)).with_state();
         let client = &self.shared.context.client;
-        let (answer, _held) =
-            client.call_held(server, call, false).await.map_err(|error| error.into_verdict(server))?;
-        let taking = self.take_join(server, has_all, wish, (version, join), answer, known);
-        let join = tokio::time::timeout(PATIENCE, Box::pin(taking)).await;
-        let join = join.map_err(|_| bad(server, format!("its answer was not checked within {PATIENCE:?}")))??;
-        Ok((version, join))
+        let owed = &self.shared.owed;
+        let begun = owed.begin(server, &wish.room_id, &wish.user_id, Some(version)).await?;
+        let joined = match client.call_held(server, call, false).await {
+            Ok((answer, _held)) => {
+                let taking = self.take_join(server, has_all, wish, (version, join), answer, known);
+                let joined = tokio::time::timeout(PATIENCE, Box::pin(taking)).await;
+                joined.unwrap_or_else(|_| Err(bad(server, format!("its answer was not checked within {PATIENCE:?}"))))
+            }
+            Err(error) if error.may_have_taken() => Err(error.into_verdict(server)),
+            Err(error) => {
+                owed.refused(begun).await;
+                return Err(error.into_verdict(server));
+            }
+        };
+        if let Err(refusal) = &joined {
+            // Not at once: a leave of before may be on its way, and would do.
+            owed.owe(begun, refusal, false).await;
+        }
+        Ok((version, joined?))
     }
 
     /// Checks and takes in what a server answers to a join. `has_all` says whether it has got all that the gateway has said in the
@@ -174,8 +195,8 @@ impl Dag {
         let outliers = shared.new_outliers(&room, server, verified, Vec::new).await;
         let entered = match outliers {
             Ok(outliers) => {
-                let lacks = (!has_all).then(|| server.to_owned());
-                shared.run(&room, move |batch| Box::pin(enter(batch, outliers, given, join, lacks))).await
+                let giver = Giver { server: server.to_owned(), has_all };
+                shared.run(&room, move |batch| Box::pin(enter(batch, outliers, given, join, giver))).await
             }
             Err(refusal) => Err(refusal),
         };
@@ -212,11 +233,16 @@ impl Dag {
         outcome.accepted().cloned()
     }
 
-    /// An invite that was followed has done its work. Left behind it would be of no harm.
+    /// An invite that was followed has done its work, and no leave is owed to any server. Left behind they would be of no harm.
     async fn forget_invite(&self, wish: &Wish) {
         let (room_id, user_id) = (wish.room_id.clone(), wish.user_id.clone());
         let store = &self.shared.context.store;
-        let write = store.write(move |tx| Box::pin(async move { remove_invite(tx, &room_id, &user_id).await }));
+        let write = store.write(move |tx| {
+            Box::pin(async move {
+                remove_invite(tx, &room_id, &user_id).await?;
+                forget_owed_leaves(tx, &room_id, &user_id).await
+            })
+        });
         if let Err(error) = write.await {
             tracing::warn!(room = %wish.room_id, user = %wish.user_id, %error, "an invite that was followed is kept");
         }
@@ -236,14 +262,20 @@ impl Shared {
     }
 }
 
-/// Takes in the state and the join: the room is from now on what they say. `lacks` is the server that gave them, where it has not got
-/// yet all that the gateway has said in the room.
+/// Who gave a state with a join.
+struct Giver {
+    server: OwnedServerName,
+    /// Whether it has got all that the gateway has said in the room. It may still wait there for what is before it.
+    has_all: bool,
+}
+
+/// Takes in the state and the join: the room is from now on what they say.
 async fn enter(
     batch: &mut Batch,
     outliers: Vec<Verified>,
     given: Given,
     join: Verified,
-    lacks: Option<OwnedServerName>,
+    giver: Giver,
 ) -> Result<Arc<Stored>, Refusal> {
     batch.accept_given(outliers).await?;
     let ids: Vec<OwnedEventId> = given.state.iter().map(|(_, id)| id.clone()).collect();
@@ -258,9 +290,9 @@ async fn enter(
             "a room was joined with a state of which some events cannot be had");
     }
     batch.begin_log_with(&before).await?;
-    // What was known of the room, if it was, ended with the last user's leave. One that is still on its way will stand beside the join
-    // there, and so it does here: else a join that it undoes would be one for this gateway alone.
-    let is_beside = lacks.is_some() && batch.have_left(&before).await?;
+    // What was known of the room, if it was, ended with the last user's leave. One that is still on its way, or waits there for what is
+    // before it, will stand beside the join there, and so it does here: else a join that it undoes would be one for this gateway alone.
+    let is_beside = batch.have_left(&before, giver.has_all).await?;
     if !is_beside {
         batch.core.tips.clear();
     }
@@ -274,18 +306,17 @@ async fn enter(
         EventEffect::new(move |tx, event_id| Box::pin(async move { begin(tx, &room_id, &event_id).await })),
     );
     let join = outcome.accepted().cloned()?;
-    match lacks.filter(|_| is_beside && !batch.core.joined.contains(&user)) {
-        Some(server) => {
-            let problem = format!("has not heard yet that {user} left {}, which undoes its join", batch.room_id);
-            Err(Refusal::Forbidden(format!("{server} {problem}")))
-        }
-        None => Ok(join),
+    if is_beside && !batch.core.joined.contains(&user) {
+        let problem = format!("has not heard yet that {user} left {}, which undoes its join", batch.room_id);
+        return Err(Refusal::Forbidden(format!("{} {problem}", giver.server)));
     }
+    Ok(join)
 }
 
 impl Batch {
-    /// Whether users of the gateway who are in the room by this state have left it since.
-    async fn have_left(&self, state: &Snapshot) -> Result<bool, Refusal> {
+    /// Whether users of the gateway who are in the room by this state have left it since. Of whom who gave the state `has_all`, by joins
+    /// that are older than the leaves here: what is not known may be newer, as a join of which no answer came.
+    async fn have_left(&self, state: &Snapshot, has_all: bool) -> Result<bool, Refusal> {
         let own = &self.shared.context.server_name;
         let mut parted = Vec::new();
         for item in self.core.current.map.diff(&state.map) {
@@ -303,7 +334,11 @@ impl Batch {
                 event.membership() == Some(Membership::Leave) && event.pdu.sender.server_name() == own
             })
         };
-        let is_in = |id| events.get(id).and_then(|event| event.membership()) == Some(Membership::Join);
+        let is_in = |id| {
+            events.get(id).is_some_and(|event| {
+                event.membership() == Some(Membership::Join) && (!has_all || event.groups.is_some())
+            })
+        };
         Ok(parted.iter().any(|(here, there)| is_left(here) && is_in(there)))
     }
 }

@@ -23,6 +23,7 @@ mod order;
 mod outbox;
 mod outliers;
 mod outside;
+mod owed;
 mod past;
 mod pdu;
 mod query;
@@ -55,8 +56,9 @@ use crate::admin::metrics::CacheMeter;
 use crate::event::{Object, RoomVersion};
 use crate::federation::{Context, FeedKind, FeedSource};
 use crate::guard::Careful;
+use crate::identity::Side;
 use crate::refusal::Refusal;
-use crate::seam::{Draft, Logs, Outgoing, SharedBetween};
+use crate::seam::{Draft, Logs, Outgoing, OwedLeaves, SharedBetween};
 
 /// An accepted event of a graph.
 #[derive(Debug, Clone)]
@@ -128,6 +130,7 @@ struct Shared {
     rooms: Rooms,
     careful: Careful,
     joining: joining::Joining,
+    owed: OwedLeaves,
     /// The groups that states were resolved to.
     resolved: Cache<Vec<i64>, i64>,
     acls: Cache<OwnedEventId, Arc<Acl>>,
@@ -155,6 +158,7 @@ impl Dag {
         let (rooms, outbound) = (caches.rooms, context.outbound.clone());
         let (resolved, acls, states) = (Cache::new(rooms.saturating_mul(8)), Cache::new(rooms), Cache::new(rooms));
         let shared = Arc::new(Shared {
+            owed: OwedLeaves::new(Side::Matrix, context.store.clone(), context.clock.clone()),
             context,
             between,
             logs: OnceLock::new(),

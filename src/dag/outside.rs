@@ -215,7 +215,13 @@ impl Dag {
         Ok((version, sign(event, version, context.server_name.as_str(), &context.signing_key)?))
     }
 
-    async fn send_to(&self, server: &ServerName, path: &str, event: &Verified, wish: &Wish) -> Result<Object, Refusal> {
+    pub(super) async fn send_to(
+        &self,
+        server: &ServerName,
+        path: &str,
+        event: &Verified,
+        wish: &Wish,
+    ) -> Result<Object, Refusal> {
         let call = Call::put(send_uri(path, event, wish), body_of(event));
         self.shared.context.client.call(server, call, false).await.map_err(|error| error.into_verdict(server))
     }

@@ -122,6 +122,12 @@ impl RemoteError {
         Refusal::Remote { server: server.to_string(), problem: self.to_string() }
     }
 
+    /// Whether a server that answers so to an event may have taken it: it has not where it says that the request is at fault.
+    pub fn may_have_taken(&self) -> bool {
+        !matches!(self, Self::Status { status, .. }
+            if status.is_client_error() && *status != StatusCode::REQUEST_TIMEOUT)
+    }
+
     /// What another server answered to what a user of this one wants, as a verdict where it is one.
     pub fn into_verdict(self, server: &ServerName) -> Refusal {
         let Self::Status { status, errcode, error: text, .. } = &self else { return self.into_refusal(server) };
@@ -463,6 +469,21 @@ mod tests {
         let bare = of(br#"{"errcode":"M_FORBIDDEN"}"#);
         assert!(bare.ends_with("a.example: 403 Forbidden, M_FORBIDDEN"), "{bare}");
         assert!(of(br#"{"errcode":"M_FORBIDDEN","error":"no"}"#).ends_with("a.example: no"));
+    }
+
+    #[test]
+    fn a_request_that_is_refused_as_such_was_not_taken() {
+        let of = |status| failure(status, &HeaderMap::new(), b"{}").may_have_taken();
+        for refused in
+            [StatusCode::BAD_REQUEST, StatusCode::FORBIDDEN, StatusCode::NOT_FOUND, StatusCode::TOO_MANY_REQUESTS]
+        {
+            assert!(!of(refused), "{refused}");
+        }
+        for uncertain in [StatusCode::INTERNAL_SERVER_ERROR, StatusCode::GATEWAY_TIMEOUT, StatusCode::REQUEST_TIMEOUT] {
+            assert!(of(uncertain), "{uncertain}");
+        }
+        assert!(RemoteError::BadAnswer("no JSON".to_owned()).may_have_taken());
+        assert!(RemoteError::Unreachable("timed out".to_owned()).may_have_taken());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::federation::Context;
 use crate::store::pruning::{self, Prune};
 use crate::store::times::{self, Longest};
 use crate::store::{Store, StoreError};
-use crate::{appservice, bridge, lm};
+use crate::{appservice, bridge, lm, seam};
 
 /// How often it is looked.
 const EVERY: Duration = Duration::from_secs(3_600);
@@ -22,6 +22,7 @@ const LONGEST: Longest = Longest {
     ghosts_leave: bridge::GHOSTS_STAY_MS,
     unused: bridge::UNUSED_MS,
     invitations: bridge::PENDING_MS,
+    owed: seam::LONGEST_PAUSE_MS,
 };
 /// After how many days the keys of a server are forgotten with which no room is shared any more. What it signed and is in a
 /// room here was checked long ago; when it says something again its keys are fetched again.

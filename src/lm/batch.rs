@@ -234,6 +234,7 @@ impl Batch {
             feed: Feed { kind: FeedKind::Log, room_id },
             is_hub: self.before.facts.hub == context.server_name,
             handed_over,
+            comes_in: !self.before.has_server(&context.server_name) && self.after.has_server(&context.server_name),
             after: self.after,
             head_before: self.before.head,
             redaction_before: self.before.redaction,
@@ -440,6 +441,8 @@ pub(super) struct Job {
     is_hub: bool,
     /// When another server keeps it after them.
     handed_over: Option<Succession>,
+    /// Whether nobody of ours was in the room before them, and somebody is after them.
+    comes_in: bool,
     after: Snapshot,
     head_before: i64,
     redaction_before: Redaction,
@@ -593,7 +596,11 @@ impl Job {
         let mut superseded = Vec::new();
         for entry in self.entries.iter().filter(|_| !self.is_hub) {
             let Some(user) = member_of(&entry.pdu, &self.server_name) else { continue };
-            let by = stored::Came::In(entry.pdu.lpdu_id.as_deref());
+            let lpdu_id = entry.pdu.lpdu_id.as_deref();
+            let by = match self.comes_in || matches!(entry.moved, Some(Move::Came(_))) {
+                true => stored::Came::Anew(lpdu_id),
+                false => stored::Came::In(lpdu_id),
+            };
             superseded.extend(stored::forget_memberships(tx, room_id, user, by).await?);
         }
         let events: Vec<NewEvent> = self

@@ -210,6 +210,7 @@ impl Taking<'_> {
         let place = late.unwrap_or(self.batch.after.head);
         let since = self.reaches_back_to().unwrap_or(place);
         let found = in_order(found, &passed, place);
+        let was_out = self.is_out();
         if filled == Filled::Bridged && late.is_none() {
             let first = found.first().and_then(|(_, event)| event_of(event)).map_or(event, |first| &first.event_id);
             let first = first.to_owned();
@@ -229,8 +230,11 @@ impl Taking<'_> {
             };
         }
         self.waits.late = late;
-        for event_id in left {
-            self.note(&event_id, Some(since), None, &problem);
+        // What is before the join with which our stay begins is not ours.
+        if !was_out || self.is_out() {
+            for event_id in left {
+                self.note(&event_id, Some(since), None, &problem);
+            }
         }
         Ok(filled)
     }

@@ -63,6 +63,8 @@ impl Lm {
                 None => self.forget_holes(&room_id).await?,
             }
         }
+        self.owed().resume().await?;
+        self.leave_soon();
         self.resume_stranded().await?;
         self.resume_tells().await?;
         self.resume_looks().await

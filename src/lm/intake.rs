@@ -270,6 +270,8 @@ pub(super) struct Taking<'a> {
     pub(super) skipped: Skipped,
     /// How long the next page of what is missing waits for the keys of servers.
     pub(super) key_patience: Duration,
+    /// Whether a stay of ours begins with these events, by whichever way its first join comes.
+    pub(super) begins_stay: bool,
 }
 
 impl<'a> Taking<'a> {
@@ -293,13 +295,15 @@ impl<'a> Taking<'a> {
             looks: false,
             skipped: Skipped::default(),
             key_patience: SOON,
+            begins_stay: false,
         }
     }
 
     /// Goes on from a room as it is, first with what waits there.
     pub async fn begin(lm: &'a Lm, cell: &RoomCell, room: Arc<Snapshot>) -> Result<Self, Refusal> {
         let mut taking = Self::new(lm, Batch::new(room));
-        if lock(&cell.missing).is_any() {
+        // Of a room in which we are not nothing is missing: what is written down is of an earlier stay.
+        if lock(&cell.missing).is_any() && !taking.is_out() {
             if let Some(gap) = stored::gap(&lm.context().store, &cell.room_id).await? {
                 (taking.gap_is_open, taking.asked) = (true, Some(Filled::NotNow));
                 taking.waits.newest = gap.newest;
@@ -471,9 +475,18 @@ impl<'a> Taking<'a> {
     /// Puts an event at the end of the batch.
     pub fn append(&mut self, pdu: Pdu) {
         let (event_id, weight) = (pdu.event_id.clone(), self.room().weight_after(&pdu));
+        let was_out = self.is_out();
         self.batch.push(pdu, Origin { foreign: true, ..Origin::default() });
         self.batch.after.weight = weight;
         self.fresh.insert(event_id);
+        if was_out && !self.is_out() {
+            self.forget_earlier_stay();
+        }
+    }
+
+    /// Whether nobody of ours is in the room.
+    pub(super) fn is_out(&self) -> bool {
+        !self.room().has_server(&self.lm.context().server_name)
     }
 
     /// The rules, and that the hub chose the right events to allow this one.

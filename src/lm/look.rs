@@ -266,6 +266,7 @@ impl Lm {
     /// Does all of this so many times faster: for tests.
     pub fn hasten_looks(&self, times: u32) {
         self.looks().haste.store(times, Ordering::Relaxed);
+        self.owed().hasten(times);
     }
 
     /// The hub is asked after a while, whatever comes until then.

@@ -76,7 +76,8 @@ use crate::admin::metrics::CacheMeter;
 use crate::event::{Pdu, RoomVersion};
 use crate::federation::{Context, FeedKind};
 use crate::guard::Careful;
-use crate::seam::{Draft, Graphs, SharedBetween};
+use crate::identity::Side;
+use crate::seam::{Draft, Graphs, OwedLeaves, SharedBetween};
 
 /// An index in a log, from 0; once written it never changes (INV-1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -174,6 +175,7 @@ struct Inner {
     invites: Invites,
     looks: Looks,
     tells: Tells,
+    owed: OwedLeaves,
     /// Events that are named in logs which do not have them.
     not_in_logs: moka::sync::Cache<(OwnedRoomId, OwnedEventId), ()>,
     /// The graphs of shared rooms.
@@ -200,6 +202,7 @@ impl Lm {
             invites: Invites::new(),
             looks: Looks::new(),
             tells: Tells::default(),
+            owed: OwedLeaves::new(Side::Lm, context.store.clone(), context.clock.clone()),
             not_in_logs: moka::sync::Cache::new(in_line::REMEMBERED),
             graphs: OnceLock::new(),
             context,

@@ -1,179 +1,71 @@
-//! Leaves that are owed: a foreign hub may have taken a join of a user of ours whose answer could not be used here. Nobody here is in
-//! that room, and there the user would be for good. So the user leaves it again, across restarts, for a day: at once where the join
-//! can come to nothing, and otherwise when nobody has tried again for a while, since a leave also ends the invite that the next try needs.
+//! Leaves that are owed on this side ([`crate::seam::OwedLeaves`]): how a user leaves a room of a foreign hub again into which a join
+//! of theirs may have come that was of no use here.
 
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use ruma::{RoomId, ServerName, UserId};
+use async_trait::async_trait;
+use ruma::{RoomId, ServerName};
 use serde_json::json;
 
 use super::Lm;
 use crate::event::Object;
-use crate::federation::RemoteError;
 use crate::refusal::Refusal;
-use crate::seam::Membership;
+use crate::seam::{Leaver, Membership, OwedLeave, OwedLeaves};
 use crate::store::StoreError;
-use crate::store::lm::{self as stored, OwedLeave};
-
-/// How many leaves may be owed.
-const OWED: i64 = 1_000;
-/// How long who could not be told of a join may try again.
-const ANOTHER_TRY: Duration = Duration::from_secs(60);
-/// How long a leave waits for a join into the same room that is under way.
-const JOINING: Duration = Duration::from_secs(5);
-/// How long is waited after each failure.
-const BACKOFF: [Duration; 4] =
-    [Duration::from_secs(30), Duration::from_secs(5 * 60), Duration::from_secs(15 * 60), Duration::from_secs(3600)];
-/// For how long it is tried.
-const PATIENCE_MS: i64 = 24 * 3_600_000;
-
-/// Whether a server that answered a join so may have taken it: it has not where it says that the request is at fault.
-pub(super) fn may_have_taken(error: &RemoteError) -> bool {
-    !matches!(error, RemoteError::Status { status, .. }
-        if status.is_client_error() && *status != http::StatusCode::REQUEST_TIMEOUT)
-}
 
 impl Lm {
-    /// A user's join was sent to a server, and what came of it cannot be used here: `refusal` says why.
-    pub(super) async fn owe_leave(&self, server: &ServerName, room_id: &RoomId, user: &UserId, refusal: &Refusal) {
-        tracing::warn!(
-            room = %room_id, %server, %user, %refusal,
-            "a join that the hub may have taken cannot be used: the user leaves again"
-        );
-        let now = self.context().clock.now_ms();
-        let leave = OwedLeave {
-            server: server.to_owned(),
-            room_id: room_id.to_owned(),
-            user_id: user.to_owned(),
-            made_ts: now,
-            tries: 0,
-        };
-        let next = match refusal.is_transient() {
-            true => self.after(now, ANOTHER_TRY),
-            false => now,
-        };
-        let write = self
-            .context()
-            .store
-            .write(move |tx| Box::pin(async move { stored::owe_leave(tx, &leave, next, OWED).await }));
-        match write.await {
-            // It is looked for when the join has ended.
-            Ok(true) => {}
-            Ok(false) => {
-                tracing::warn!(room = %room_id, %server, %user, "the user does not leave again: too many are to leave already");
-            }
-            Err(error) => {
-                tracing::warn!(room = %room_id, %server, %user, %error, "that the user is to leave again could not be kept");
-            }
-        }
+    pub(super) fn owed(&self) -> &OwedLeaves {
+        &self.inner.owed
     }
 
-    /// A user has come in after all.
-    pub(super) async fn owes_no_leave(&self, room_id: &RoomId, user: &UserId) {
-        let (room, who) = (room_id.to_owned(), user.to_owned());
-        let store = &self.context().store;
-        let forgotten =
-            store.write(move |tx| Box::pin(async move { stored::forget_owed_leaves(tx, &room, &who).await })).await;
-        if let Err(error) = forgotten {
-            // When it is due it is seen that they are in the room.
-            tracing::info!(room = %room_id, %user, %error, "a leave is owed that is not");
-        }
+    /// Somebody may have to leave.
+    pub(super) fn leave_soon(&self) {
+        let inner = Arc::downgrade(&self.inner);
+        self.owed().attend(move || inner.upgrade().map(|inner| Self { inner }));
     }
 
-    /// Has a user leave that is to, unless they have come in meanwhile or are coming in.
-    pub(super) async fn leave_owed(&self, leave: OwedLeave) -> Result<(), StoreError> {
-        let (now, store) = (self.context().clock.now_ms(), &self.context().store);
-        if self.joining().contains(&leave.room_id) {
-            let (tries, next) = (leave.tries, self.after(now, JOINING));
-            return store
-                .write(move |tx| Box::pin(async move { stored::put_off_leave(tx, &leave, tries, next).await }))
-                .await;
-        }
-        let left = self.in_turn(&leave.room_id, self.leave_if_due(&leave, now)).await;
-        let OwedLeave { server, room_id, user_id, made_ts, tries } = &leave;
-        let again = match left {
-            Ok(false) => return Ok(()),
-            Ok(true) => {
-                tracing::info!(room = %room_id, %server, user = %user_id, "what followed from a join of no use is settled");
-                None
-            }
-            Err(refusal) if refusal.is_transient() && now.saturating_sub(*made_ts) < PATIENCE_MS => {
-                tracing::info!(room = %room_id, %server, user = %user_id, tries, %refusal, "a room is not left again yet");
-                let pause = usize::try_from(*tries).ok().and_then(|tries| BACKOFF.get(tries)).or(BACKOFF.last());
-                Some(self.after(now, pause.copied().unwrap_or_default()))
-            }
-            Err(refusal) => {
-                tracing::warn!(
-                    room = %room_id, %server, user = %user_id, %refusal,
-                    "a room is not left again: its hub may have the user in it"
-                );
-                None
-            }
-        };
-        let tries = tries.saturating_add(1);
-        let write = store.write(move |tx| {
-            Box::pin(async move {
-                match again {
-                    Some(next) => stored::put_off_leave(tx, &leave, tries, next).await,
-                    None => stored::forget_owed_leave(tx, &leave).await,
-                }
-            })
-        });
-        write.await
-    }
-
-    /// Whether it is settled; not, where it is not due any more. Nobody joins the room meanwhile.
-    async fn leave_if_due(&self, leave: &OwedLeave, now: i64) -> Result<bool, Refusal> {
+    /// Has a user leave. Where we are in the room, what the log has of the user is so, and is for the bridge to see.
+    async fn leave_again(&self, leave: &OwedLeave) -> Result<(), Refusal> {
         let OwedLeave { server, room_id, user_id, .. } = leave;
-        if stored::owed_leave(&self.context().store, leave).await?.is_none_or(|next| next > now) {
-            return Ok(false);
-        }
         match self.find(room_id).await {
-            Ok((_, room)) if room.membership(user_id.as_str()) == Some(Membership::Join.as_str()) => return Ok(true),
+            Ok((_, room)) if room.has_server(&self.context().server_name) => return Ok(()),
             Ok(_) | Err(Refusal::UnknownRoom(_)) => {}
             Err(refusal) => return Err(refusal),
         }
         let content = Object::from_iter([("membership".to_owned(), json!(Membership::Leave.as_str()))]);
         let draft = self.own_member(user_id, content);
-        match self.leave_through(server, room_id, &draft, true).await {
-            Ok(()) => Ok(true),
-            // It says that there is nobody who could leave.
-            Err(refusal @ (Refusal::Forbidden(_) | Refusal::NotFound(_))) => {
-                tracing::info!(room = %room_id, %server, user = %user_id, %refusal, "there is nothing to leave again");
-                Ok(true)
+        // Who was sent the join, and the hub that it names if it is none: what these say counts. Of the others, that the user has left.
+        let mut believed = BTreeSet::from([server.clone()]);
+        let mut ways = self.ways(room_id, std::slice::from_ref(server)).await;
+        while let Some(asked) = ways.next() {
+            let Err(refusal) = self.leave_through(&asked, room_id, &draft, true).await else { return Ok(()) };
+            tracing::info!(room = %room_id, server = %asked, user = %user_id, %refusal, "not left again through this server");
+            match &refusal {
+                // There is nobody who could leave.
+                Refusal::Forbidden(_) | Refusal::NotFound(_) if believed.contains(&asked) => return Ok(()),
+                Refusal::WrongHub { hub, .. } if believed.contains(&asked) => {
+                    believed.extend(ServerName::parse(hub).ok());
+                }
+                _ => {}
             }
-            Err(refusal) => Err(refusal),
+            ways.refused(&asked, refusal);
         }
-    }
-
-    /// A time that is `pause` after another, in milliseconds.
-    fn after(&self, now: i64, pause: Duration) -> i64 {
-        let pause = self.looks().pace(pause);
-        now.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX))
+        Err(ways.end(&format!("{room_id} can be left again")))
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use http::StatusCode;
+#[async_trait]
+impl Leaver for Lm {
+    fn owed(&self) -> &OwedLeaves {
+        Self::owed(self)
+    }
 
-    use super::*;
+    fn is_joining(&self, room_id: &RoomId) -> bool {
+        self.joining().contains(room_id)
+    }
 
-    #[test]
-    fn a_join_was_not_taken_where_the_request_is_refused() {
-        let status = |status| {
-            let (errcode, error) = (String::new(), String::new());
-            may_have_taken(&RemoteError::Status { status, errcode, error, retry_after: None, hub_server: None })
-        };
-        for refused in
-            [StatusCode::BAD_REQUEST, StatusCode::FORBIDDEN, StatusCode::NOT_FOUND, StatusCode::TOO_MANY_REQUESTS]
-        {
-            assert!(!status(refused), "{refused}");
-        }
-        for uncertain in [StatusCode::INTERNAL_SERVER_ERROR, StatusCode::GATEWAY_TIMEOUT, StatusCode::REQUEST_TIMEOUT] {
-            assert!(status(uncertain), "{uncertain}");
-        }
-        assert!(may_have_taken(&RemoteError::BadAnswer("no JSON".to_owned())));
-        assert!(may_have_taken(&RemoteError::Unreachable("timed out".to_owned())));
+    async fn leave_in_turn(&self, leave: &OwedLeave) -> Result<(), StoreError> {
+        self.in_turn(&leave.room_id, self.owed().settle(leave, self.leave_again(leave))).await
     }
 }

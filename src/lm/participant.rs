@@ -15,7 +15,6 @@ use super::batch::{Batch, Origin};
 use super::finished::{Bad, Finished};
 use super::intake::Taking;
 use super::join_check::{Claim, Seen, forbidden, is_ban, is_critical, without_forbidden};
-use super::owed::may_have_taken;
 use super::peers::prev_events;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
@@ -27,7 +26,7 @@ use crate::federation::RemoteError;
 use crate::identity::KeyringError;
 use crate::refusal::Refusal;
 use crate::seam::{AliasTarget, Draft, Membership, Outgoing};
-use crate::store::lm::{self as stored, Fault};
+use crate::store::lm::Fault;
 
 /// How many events are kept that come for a room while its join is under way.
 const EARLY: usize = 1000;
@@ -110,7 +109,7 @@ impl Lm {
         self.end_turn(room_id, join).await;
         if joined.is_err() {
             // What was tried may be owed a leave.
-            self.tell_soon();
+            self.leave_soon();
         }
         match joined? {
             Inside::Joined(appended) => Ok(appended),
@@ -175,7 +174,7 @@ impl Lm {
             lock(&join.asked).insert(server.clone());
             match self.join_through(&server, room_id, draft).await {
                 Ok(joined) => {
-                    self.owes_no_leave(room_id, &draft.sender).await;
+                    self.owed().came_in(room_id, &draft.sender).await;
                     return Ok(joined);
                 }
                 Err(refusal) => {
@@ -200,13 +199,17 @@ impl Lm {
         let facts =
             Facts { room_id: room_id.to_owned(), version: RoomVersion::Lm02, hub: server.to_owned(), shared: false };
         let lpdu = self.sign(&facts, draft)?;
+        let join = self.owed().begin(server, room_id, &draft.sender, None).await?;
         let taken = match self.peers().send(server, "join", &lpdu.lpdu_id, &lpdu.json).await {
             Ok((answer, _held)) => self.take_join(server, &lpdu, answer).await,
-            Err(error) if may_have_taken(&error) => Err(failed(error)),
-            Err(error) => return Err(failed(error)),
+            Err(error) if error.may_have_taken() => Err(failed(error)),
+            Err(error) => {
+                self.owed().refused(join).await;
+                return Err(failed(error));
+            }
         };
         if let Err(refusal) = &taken {
-            self.owe_leave(server, room_id, &draft.sender, refusal).await;
+            self.owed().owe(join, refusal, !refusal.is_transient()).await;
         }
         taken
     }
@@ -277,7 +280,6 @@ impl Lm {
         // State that the hub gives as redaction leaves it may be here as it was said: what redacted it was said while we were out.
         let copies: Vec<OwnedEventId> =
             allowed.iter().flatten().filter(|event| event.copy).map(|event| event.pdu.event_id.clone()).collect();
-        let was_out = !batch.after.has_server(&self.context().server_name);
         let mut taking = Taking::new(self, batch);
         taking.adopt(allowed).await?;
         for event_id in copies {
@@ -302,28 +304,12 @@ impl Lm {
             taking.batch.after.redaction = Redaction::GraphServer;
         }
         taking.append(joined.pdu);
-        if let Some(cell) = known.as_ref().filter(|_| was_out) {
-            self.forget_earlier_stay(cell, &lpdu.sender).await?;
-        }
         let committed = taking.finish(known.as_ref()).await?;
         drop(turn);
         let joined = committed.appended.into_iter().last();
         let joined = joined.ok_or_else(|| Refusal::Internal("the join was not stored".to_owned()))?;
         tracing::info!(room = %lpdu.room_id, %hub, user = %lpdu.sender, "joined a room");
         Ok(joined)
-    }
-
-    /// What was missing of an earlier stay is not of the one that begins, and would stand in it if it came; what a user said of an
-    /// earlier one would end it.
-    async fn forget_earlier_stay(&self, cell: &Arc<RoomCell>, user: &UserId) -> Result<(), Refusal> {
-        self.forget_holes(&cell.room_id).await?;
-        self.attend(cell);
-        let (room_id, user) = (cell.room_id.clone(), user.to_owned());
-        let job = self.context().store.write(move |tx| {
-            Box::pin(async move { stored::forget_memberships(tx, &room_id, &user, stored::Came::Anew).await })
-        });
-        self.were_superseded(cell, job.await?);
-        Ok(())
     }
 
     /// Leaves a room, or rejects an invite to one that the gateway is not in, through the hub.

@@ -3,55 +3,40 @@
 //! restarts, for a day; whatever comes of it, the event stands.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use futures::future::join_all;
 use ruma::{EventId, OwnedServerName, RoomId, ServerName, UserId};
-use tokio::sync::Notify;
 
 use super::actor::{Outcome, What};
 use super::batch::Origin;
 use super::gaps::is_verdict;
 use super::room::Snapshot;
 use super::rooms::{RoomCell, lock};
-use super::{Inner, Lm, Role};
+use super::{Lm, Role};
 use crate::event::{Object, Pdu};
 use crate::federation::RemoteError;
 use crate::identity::KeyringError;
 use crate::refusal::Refusal;
-use crate::seam::EventEffect;
+use crate::seam::{Errands, EventEffect, Runner, again};
 use crate::store::lm::{self as stored, Outsider, Tell, TellLimits};
-use crate::store::{StoreError, Tx};
+use crate::store::{Store, StoreError, Tx};
 
-/// How many servers are told at once, and how many users leave. Participants choose whom they invite, and how often.
+/// How many servers are told at once. Participants choose whom they invite, and how often.
 const AT_ONCE: i64 = 32;
 /// Of how many events one server is still to be told at most, of how many of one server's users others are, and how many in all.
 const WAITING: TellLimits = TellLimits { to: 100, by: 500, all: 10_000 };
-/// How long is waited after each failure.
-const BACKOFF: [Duration; 4] =
-    [Duration::from_secs(30), Duration::from_secs(5 * 60), Duration::from_secs(15 * 60), Duration::from_secs(3600)];
 /// How long a server that could not be told is left alone after that, though it is heard of.
 const HEARD: Duration = Duration::from_secs(2);
-/// For how long it is tried.
-const PATIENCE_MS: i64 = 24 * 3_600_000;
-/// How long is waited when the store fails.
-const STORE_PAUSE: Duration = Duration::from_secs(5);
 
 /// Who tells servers.
 #[derive(Default)]
 pub(super) struct Tells {
-    at_work: Mutex<AtWork>,
-    news: Arc<Notify>,
+    errands: Errands,
     /// Servers that could not be told, and when it was tried last.
     away: Mutex<HashMap<OwnedServerName, Instant>>,
-}
-
-#[derive(Default)]
-struct AtWork {
-    runs: bool,
-    /// Whether there is more since it was looked last.
-    news: bool,
 }
 
 /// A member event about a user of a server that is not in the room.
@@ -154,17 +139,10 @@ impl Lm {
         self.context().clock.now_ms()
     }
 
-    /// There may be something to tell, or somebody to leave (`owed`).
+    /// There may be something to tell.
     pub(super) fn tell_soon(&self) {
-        let begin = {
-            let mut at_work = lock(&self.inner.tells.at_work);
-            at_work.news = true;
-            !std::mem::replace(&mut at_work.runs, true)
-        };
-        self.inner.tells.news.notify_one();
-        if begin {
-            tokio::spawn(tell_all(Arc::downgrade(&self.inner)));
-        }
+        let inner = Arc::downgrade(&self.inner);
+        self.inner.tells.errands.run_soon(move || inner.upgrade().map(|inner| Telling(Self { inner })));
     }
 
     /// A server was heard of: what it is to be told need not wait.
@@ -194,23 +172,18 @@ impl Lm {
         Ok(())
     }
 
-    /// Tells what is due, and has users leave who are to. How long nothing more is; none when nothing is left.
+    /// Tells what is due. How long nothing more is; none when nothing is left.
     async fn tell_due(&self) -> Result<Option<Duration>, StoreError> {
         let store = &self.context().store;
         loop {
             let due = stored::tells_due(store, self.now(), AT_ONCE).await?;
-            let owed = stored::owed_leaves_due(store, self.now(), AT_ONCE).await?;
-            if due.is_empty() && owed.is_empty() {
-                let next = [stored::next_tell(store).await?, stored::next_owed_leave(store).await?];
-                let next = next.into_iter().flatten().min();
+            if due.is_empty() {
+                let next = stored::next_tell(store).await?;
                 let left = |next: i64| u64::try_from(next.saturating_sub(self.now())).unwrap_or(0);
                 return Ok(next.map(|next| Duration::from_millis(left(next))));
             }
-            let telling = join_all(due.into_iter().map(|tell| self.tell_one(tell)));
-            let leaving = join_all(owed.into_iter().map(|leave| self.leave_owed(leave)));
-            let (told, left) = futures::future::join(telling, leaving).await;
-            for done in told.into_iter().chain(left) {
-                done?;
+            for told in join_all(due.into_iter().map(|tell| self.tell_one(tell))).await {
+                told?;
             }
         }
     }
@@ -218,19 +191,19 @@ impl Lm {
     async fn tell_one(&self, tell: Tell) -> Result<(), StoreError> {
         let Tell { seq, server, room_id, event_id, made_ts, tries } = tell;
         let now = self.now();
-        let again = match self.tell(&server, &room_id, &event_id).await {
+        let next = match self.tell(&server, &room_id, &event_id).await {
             Ok(()) => None,
             Err(refusal) => {
                 tracing::info!(room = %room_id, %server, event = %event_id, tries, %refusal, "a server outside is not told yet");
-                let pause = usize::try_from(tries).ok().and_then(|tries| BACKOFF.get(tries)).or(BACKOFF.last());
-                let pause = self.looks().pace(pause.copied().unwrap_or_default());
-                let next = now.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX));
-                Some(next).filter(|_| now.saturating_sub(made_ts) < PATIENCE_MS)
+                again(made_ts, tries, now).map(|pause| {
+                    let pause = self.looks().pace(pause);
+                    now.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX))
+                })
             }
         };
         let write = self.context().store.write(move |tx| {
             Box::pin(async move {
-                match again {
+                match next {
                     Some(next) => stored::put_off_tell(tx, seq, next).await,
                     None => stored::forget_tell(tx, seq).await,
                 }
@@ -238,7 +211,7 @@ impl Lm {
         });
         write.await?;
         let mut away = lock(&self.inner.tells.away);
-        match again {
+        match next {
             Some(_) => drop(away.insert(server, Instant::now())),
             None => drop(away.remove(&server)),
         }
@@ -325,30 +298,20 @@ fn outside<'a>(sender: &UserId, kind: &str, state_key: Option<&'a str>, content:
     Some(Outside { user: target, server: target.server_name(), invites })
 }
 
-/// Tells as long as there is something to tell. Holds nothing while it sleeps.
-async fn tell_all(inner: Weak<Inner>) {
-    loop {
-        let Some(lm) = inner.upgrade().map(|inner| Lm { inner }) else { return };
-        lock(&lm.inner.tells.at_work).news = false;
-        let wait = match lm.tell_due().await {
-            Ok(Some(wait)) => wait,
-            Ok(None) => {
-                let mut at_work = lock(&lm.inner.tells.at_work);
-                if at_work.news {
-                    continue;
-                }
-                at_work.runs = false;
-                return;
-            }
-            Err(_) if lm.context().store.reader().is_closed() => return,
-            Err(error) => {
-                tracing::warn!(%error, "servers outside of rooms are told later");
-                STORE_PAUSE
-            }
-        };
-        let news = lm.inner.tells.news.clone();
-        drop(lm);
-        // What is new is told at once.
-        let _ = tokio::time::timeout(wait, news.notified()).await;
+/// What servers are to be told.
+struct Telling(Lm);
+
+#[async_trait]
+impl Runner for Telling {
+    fn errands(&self) -> &Errands {
+        &self.0.inner.tells.errands
+    }
+
+    fn store(&self) -> &Store {
+        &self.0.context().store
+    }
+
+    async fn run_due(&self) -> Result<Option<Duration>, StoreError> {
+        self.0.tell_due().await
     }
 }

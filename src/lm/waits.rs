@@ -402,6 +402,18 @@ impl Taking<'_> {
         }
     }
 
+    /// What was missing of an earlier stay, or of the time since, is not of the one that begins, and would stand in it if it came. State
+    /// that was given is of now.
+    pub(super) fn forget_earlier_stay(&mut self) {
+        self.begins_stay = true;
+        let waits = &mut self.waits;
+        waits.noted.retain(|hole| hole.given);
+        waits.given = !waits.noted.is_empty();
+        waits.stayed.clear();
+        waits.overflows.clear();
+        waits.again.clear();
+    }
+
     /// Writes all of it: first what is missing, so that nothing that stands behind it hides it; last what no longer is.
     pub(super) async fn finish(self, cell: Option<&Arc<RoomCell>>) -> Result<Committed, Refusal> {
         let lm = self.lm().clone();
@@ -412,10 +424,18 @@ impl Taking<'_> {
         if any {
             closed.extend(self.fresh);
         }
-        let (forked, looks) = (self.forked, self.looks);
+        let (forked, looks, begins_stay) = (self.forked, self.looks, self.begins_stay);
         let hasten = freed && !overflows.is_empty();
         let settled = !closed.is_empty() || !asked.is_empty() || hasten;
-        let changes = !noted.is_empty() || settled || self.gap_is_open;
+        let changes = !noted.is_empty() || settled || self.gap_is_open || begins_stay;
+        if begins_stay {
+            // The rest of a long gap in which it begins is of this stay.
+            let (room_id, gap_goes_on) = (room_id.clone(), self.gap_is_open);
+            let job = lm.context().store.write(move |tx| {
+                Box::pin(async move { stored::forget_holes_of_before(tx, &room_id, gap_goes_on).await })
+            });
+            job.await?;
+        }
         if let Some(newest) = newest.filter(|_| heard) {
             let (room_id, soon) = (room_id.clone(), first_try(lm.context().clock.now_ms()));
             let job = lm

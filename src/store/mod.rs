@@ -18,6 +18,7 @@ pub mod outbound;
 pub mod outbound_edus;
 pub mod outliers;
 pub mod overview;
+pub mod owed;
 pub mod portals;
 pub mod pruning;
 mod reader;

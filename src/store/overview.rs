@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use ruma::ServerName;
 
-use super::lm::{Faults, Missing, Owed};
+use super::lm::{Faults, Missing};
+use super::owed::{Owed, owed_leaves};
 use super::{Store, StoreError};
 
 /// For how long a fault of a hub is shown, in milliseconds.
@@ -27,7 +28,7 @@ pub struct Overview {
     pub graph_missing: super::gaps::Missing,
     /// What these hubs did wrong of late.
     pub faults: Faults,
-    /// Which of our users are to leave rooms of such hubs again.
+    /// Which of our users are to leave rooms of other servers again.
     pub owed: Owed,
     /// How many portals are in each state.
     pub portals: Vec<(String, i64)>,
@@ -49,7 +50,7 @@ pub async fn overview(store: &Store, now: i64) -> Result<Overview, StoreError> {
     let faults = super::lm::faults_since(store, now.saturating_sub(FAULTS_FOR_MS)).await?;
     Ok(Overview {
         faults,
-        owed: super::lm::owed_leaves(store).await?,
+        owed: owed_leaves(store).await?,
         inbox_waiting,
         inbox_oldest_ts,
         echoes_waiting,

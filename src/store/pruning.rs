@@ -56,6 +56,10 @@ pub async fn prune(store: &Store, prune: Prune) -> Result<u64, StoreError> {
                 .bind(before)
                 .execute(&mut *tx)
                 .await?;
+            let given_up = sqlx::query("DELETE FROM owed_leaves WHERE given_up_ts < $1 AND joining = 0")
+                .bind(before)
+                .execute(&mut *tx)
+                .await?;
             let keys = sqlx::query(
                 "DELETE FROM server_keys WHERE fetched_ts < $1 AND server_name <> $2 \
                  AND server_name NOT IN (SELECT destination FROM outbound_cursors) \
@@ -68,7 +72,8 @@ pub async fn prune(store: &Store, prune: Prune) -> Result<u64, StoreError> {
             let answers =
                 "DELETE FROM server_key_answers WHERE server_name NOT IN (SELECT server_name FROM server_keys)";
             sqlx::query(answers).execute(tx).await?;
-            Ok(work.rows_affected().saturating_add(keys.rows_affected()))
+            let given_up = given_up.rows_affected();
+            Ok(work.rows_affected().saturating_add(given_up).saturating_add(keys.rows_affected()))
         })
     });
     Ok(gone.saturating_add(rest.await?))

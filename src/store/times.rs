@@ -16,6 +16,8 @@ pub struct Longest {
     pub unused: i64,
     /// The end of an invite that nobody answers.
     pub invitations: i64,
+    /// The leave of who came into a room for nothing.
+    pub owed: i64,
 }
 
 /// Brings what is in the future back to `now_ms`. Returns how many rows.
@@ -49,6 +51,9 @@ pub async fn bring_back(store: &Store, now_ms: i64, longest: Longest) -> Result<
                     longest.unused,
                     longest.unused,
                 ),
+                ("UPDATE owed_leaves SET made_ts = $2 WHERE made_ts > $1", 0, 0),
+                ("UPDATE owed_leaves SET next_ts = $2 WHERE next_ts > $1", longest.owed, 0),
+                ("UPDATE owed_leaves SET given_up_ts = $2 WHERE given_up_ts > $1", 0, 0),
                 ("UPDATE bridge_invitations SET retry_ts = $2 WHERE retry_ts > $1", 0, 0),
                 ("UPDATE bridge_invitations SET stage_ts = $2 WHERE stage_ts > $1", 0, 0),
                 (
@@ -85,7 +90,7 @@ mod tests {
     use crate::store::testing::both_stores;
 
     const LONGEST: Longest =
-        Longest { holes: &[2, 10, 100], appservice: 50, ghosts_leave: 60, unused: 70, invitations: 80 };
+        Longest { holes: &[2, 10, 100], appservice: 50, ghosts_leave: 60, unused: 70, invitations: 80, owed: 90 };
     const NOW: i64 = 1_000;
 
     async fn run(store: &Store, sql: String) {

@@ -1,15 +1,17 @@
 //! Gateways that join each other's rooms over their real routes.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use axum::response::IntoResponse as _;
+use axum::response::{IntoResponse as _, Response};
+use isthmus::clock::{Clock as _, ManualClock, SystemClock};
 use isthmus::dag::NewRoom;
 use isthmus::event::{Object, RoomVersion};
+use isthmus::federation::{Feed, FeedKind};
 use isthmus::refusal::Refusal;
 use isthmus::seam::Outgoing;
+use isthmus::store::owed::owed_leaves;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedUserId, RoomId};
 use serde_json::{Value, json};
 
@@ -116,15 +118,46 @@ async fn a_room_that_was_left_is_joined_anew() {
     }
 }
 
+/// What a server does with transactions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hears {
+    All,
+    /// As while a queue waits after an outage.
+    Nothing,
+    /// It says that it has them, and has them wait, as for what is before them.
+    Later,
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leave_that_has_not_arrived_stands_beside_the_join_that_overtakes_it() {
+    leaves_are_overtaken(Hears::Nothing).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leave_that_has_arrived_and_waits_there_stands_beside_the_join_that_overtakes_it() {
+    leaves_are_overtaken(Hears::Later).await;
+}
+
+async fn leaves_are_overtaken(away: Hears) {
     let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
-    // Handshakes reach it, and transactions do not, as while a queue waits after an outage.
-    let deaf = Arc::new(AtomicBool::new(false));
-    let kept = deaf.clone();
+    // Handshakes reach it in any case.
+    let (hears, kept) = (Arc::new(Mutex::new(Hears::All)), Arc::new(Mutex::new(Vec::<Value>::new())));
+    let (hearing, keeping) = (hears.clone(), kept.clone());
     a.meddle(move |request, next| {
-        let is_lost = kept.load(Ordering::SeqCst) && request.uri().path().contains("/send/");
-        async move { if is_lost { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { next.run(request).await } }
+        let hears = if request.uri().path().contains("/send/") { *hearing.lock().unwrap() } else { Hears::All };
+        let kept = keeping.clone();
+        async move {
+            match hears {
+                Hears::All => next.run(request).await,
+                Hears::Nothing => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+                Hears::Later => {
+                    let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
+                    let body: Value = serde_json::from_slice(&body).unwrap();
+                    kept.lock().unwrap().extend(body["pdus"].as_array().into_iter().flatten().cloned());
+                    axum::Json(json!({ "pdus": {} })).into_response()
+                }
+            }
+        }
     });
     let is =
         async |user: &OwnedUserId, room: &RoomId| (membership(&a, room, user).await, membership(&b, room, user).await);
@@ -140,9 +173,14 @@ async fn a_leave_that_has_not_arrived_stands_beside_the_join_that_overtakes_it()
         let said = send(&a, &room, draft(&a.user("bot"), "m.room.join_rules", Some(""), rules(rule))).await.unwrap();
         hear(&[&b], &said).await;
 
-        deaf.store(true, Ordering::SeqCst);
+        *hears.lock().unwrap() = away;
         for user in [&carol, &bob] {
             b.dag.leave(&room, user, &[], None).await.unwrap();
+        }
+        if away == Hears::Later {
+            let feed = Feed { kind: FeedKind::Graph, room_id: room.clone() };
+            eventually("the leaves to be taken", async || !b.context.outbound.waits_for(&a.name, &feed).await.unwrap())
+                .await;
         }
         let joined = join(&b, &room, "bob", &[&a]).await;
         assert_eq!(is(&carol, &room).await, (Some("join".to_owned()), Some("leave".to_owned())));
@@ -160,7 +198,12 @@ async fn a_leave_that_has_not_arrived_stands_beside_the_join_that_overtakes_it()
         };
         assert_eq!(is(&bob, &room).await, (Some("join".to_owned()), Some(after.to_owned())));
 
-        deaf.store(false, Ordering::SeqCst);
+        *hears.lock().unwrap() = Hears::All;
+        let late: Vec<Value> = std::mem::take(&mut *kept.lock().unwrap());
+        let late: Vec<_> = late.iter().map(|event| serde_json::value::to_raw_value(event).unwrap()).collect();
+        for received in a.dag.receive(&b.name, late).await {
+            assert_eq!(received.result, Ok(()));
+        }
         eventually("the leave to arrive", async || {
             b.context.outbound.retry(&a.name);
             is(&carol, &room).await == both("leave") && is(&bob, &room).await == both(after)
@@ -254,4 +297,103 @@ async fn a_knock_is_let_in_or_taken_back() {
     let draft = member(&a.user("bot"), &b.user("bob"), "invite");
     a.dag.invite(&room, Outgoing { draft, effect: None }).await.unwrap();
     join(&b, &room, "bob", &[]).await.unwrap();
+}
+
+/// Has a server answer the joins that it takes with something of no use; with nothing, and a word to who waits for that, where `spoil`
+/// gives none.
+fn spoils(node: &Node, spoil: impl Fn(Value) -> Option<Response> + Send + Sync + 'static) -> Arc<tokio::sync::Notify> {
+    let (spoil, taken) = (Arc::new(spoil), Arc::new(tokio::sync::Notify::new()));
+    let tell = taken.clone();
+    node.meddle(move |request, next| {
+        let (spoil, tell) = (spoil.clone(), tell.clone());
+        async move {
+            let joins = request.uri().path().contains("/send_join/");
+            let response = next.run(request).await;
+            if !joins || !response.status().is_success() {
+                return response;
+            }
+            let body = axum::body::to_bytes(response.into_body(), 1 << 24).await.unwrap();
+            match spoil(serde_json::from_slice(&body).unwrap()) {
+                Some(spoilt) => spoilt,
+                None => {
+                    tell.notify_one();
+                    std::future::pending().await
+                }
+            }
+        }
+    });
+    taken
+}
+
+async fn owed(node: &Node) -> i64 {
+    owed_leaves(&node.context.store).await.unwrap().count
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hc_40_who_was_joined_by_an_answer_of_no_use_leaves_again() {
+    let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
+    b.dag.hasten_leaves(1_000);
+    let bob = b.user("bob");
+    type Spoil = fn(Value) -> Option<Response>;
+    let stateless: Spoil = |mut answer| {
+        answer.as_object_mut().unwrap().remove("state");
+        Some(axum::Json(answer).into_response())
+    };
+    let of_another_version: Spoil = |mut answer| {
+        let state = answer["state"].as_array_mut().unwrap();
+        let create = state.iter_mut().find(|event| event["type"] == "m.room.create").unwrap();
+        create["content"]["room_version"] = json!("org.example");
+        Some(axum::Json(answer).into_response())
+    };
+    let no_json: Spoil = |_| Some("<html>".into_response());
+    let failed: Spoil = |_| Some(StatusCode::GATEWAY_TIMEOUT.into_response());
+    for (version, spoil) in VERSIONS.into_iter().flat_map(|version| {
+        [("no state", stateless), ("another version", of_another_version), ("no JSON", no_json), ("failed", failed)]
+            .map(|spoil| (version, spoil))
+    }) {
+        let (what, spoil) = spoil;
+        let room = room(&a, version, json!({ "join_rule": "public" })).await;
+        spoils(&a, spoil);
+        assert!(join(&b, &room, "bob", &[&a]).await.is_err(), "{version}: {what}");
+        assert!(!b.dag.knows(&room).await.unwrap(), "{version}: {what}: nothing of it is believed");
+        eventually(what, async || membership(&a, &room, &bob).await.as_deref() == Some("leave")).await;
+        eventually(what, async || owed(&b).await == 0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_was_joined_when_the_gateway_ended_leaves_again_unless_they_come_in() {
+    let clock = ManualClock::new(SystemClock.now_ms());
+    let (world, [a, b]) = World::with_clock(["a.example", "b.example"], clock.clone()).await;
+    let mut b = b;
+    let bob = b.user("bob");
+    for (version, comes_in) in VERSIONS.into_iter().flat_map(|version| [(version, false), (version, true)]) {
+        let room = room(&a, version, json!({ "join_rule": "public" })).await;
+        let taken = spoils(&a, |_| None);
+        let (dag, id, via, user) = (b.dag.clone(), room.clone(), a.name.clone(), bob.clone());
+        let joining = tokio::spawn(async move { dag.join(&id, &[via], &user, Object::new()).await.map(drop) });
+        taken.notified().await;
+        assert_eq!(owed(&b).await, 0, "nothing, so far");
+        let stopped = world.stop(b).await;
+        joining.abort();
+        a.meddle(|request, next| next.run(request));
+        assert_eq!(membership(&a, &room, &bob).await.as_deref(), Some("join"));
+        b = world.start(stopped).await;
+        assert_eq!(owed(&b).await, 1);
+        if comes_in {
+            join(&b, &room, "bob", &[&a]).await.unwrap();
+            assert_eq!(owed(&b).await, 0);
+        }
+        // Nobody has tried again for a while.
+        clock.advance(61_000);
+        b.dag.hasten_leaves(1_000);
+        if comes_in {
+            let said = say(&b, &room, "bob", "here").await;
+            hear(&[&a], &said).await;
+            assert_eq!(membership(&a, &room, &bob).await.as_deref(), Some("join"));
+        } else {
+            eventually("the leave", async || membership(&a, &room, &bob).await.as_deref() == Some("leave")).await;
+            eventually("nothing to be owed", async || owed(&b).await == 0).await;
+        }
+    }
 }

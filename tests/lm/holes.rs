@@ -12,7 +12,7 @@ use ruma::{OwnedRoomId, RoomId};
 use serde_json::{Value, json};
 
 use super::log_hub::{Faulty, deafen, respond};
-use super::world::{Node, World, bodies, draft, ids, raw};
+use super::world::{Node, World, bodies, draft, ids, message, raw};
 
 async fn count_missing(node: &Node) -> i64 {
     missing(&node.context.store, None).await.unwrap().count
@@ -338,4 +338,60 @@ async fn what_was_missing_of_an_earlier_stay_is_not_asked_for_in_a_later_one() {
     hub.say(&room, "bot", "later").await;
     part.wait_for_body(&room, "later").await;
     assert_eq!(part.bodies(&room).await, ["later"]);
+}
+
+/// The hub sends what follows the join before its answer is here: the join comes as what is missing before that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_missing_of_an_earlier_stay_is_forgotten_too_where_the_join_comes_before_its_answer() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    let Sent::Appended(old) = hub.say(&room, "bot", "of another time").await else { panic!("a hub appends") };
+    part.join(&room, "alice", &hub).await;
+    let alice = part.user("alice");
+    part.lm.leave(&room, &alice, std::slice::from_ref(&hub.name)).await.unwrap();
+    let is_out = |log: &[Appended]| log.last().is_some_and(|last| last.event.content()["membership"] == "leave");
+    part.wait(&room, "the leave", is_out).await;
+    let hole = Hole {
+        event_id: old.event.event_id.clone(),
+        json: None,
+        place: Some(1),
+        given: false,
+        tries: 3,
+        retry_at: i64::MAX,
+        noticed_ts: 0,
+        last_error: String::new(),
+        overflow: None,
+    };
+    let (store, of) = (part.context.store.clone(), room.clone());
+    let bounds = Counts { absent: 9, waiting: 9, given: 9 };
+    let job = part.context.store.write(move |tx| {
+        Box::pin(async move { note_holes(&store, tx, &of, std::slice::from_ref(&hole), bounds).await })
+    });
+    job.await.unwrap();
+    let (of, kept, lm, bot) = (room.clone(), part.lm.clone(), hub.lm.clone(), hub.user("bot"));
+    hub.meddle(move |request, next| {
+        let (of, part, lm, bot) = (of.clone(), kept.clone(), lm.clone(), bot.clone());
+        async move {
+            let joins = request.uri().path().contains("/send_join/");
+            let answer = next.run(request).await;
+            if joins {
+                let outgoing = isthmus::seam::Outgoing { draft: message(&bot, "welcome"), effect: None };
+                lm.send(&of, vec![outgoing]).await.pop().unwrap().unwrap();
+                for _ in 0..1_000 {
+                    let log = part.log(&of, isthmus::lm::Position(0), 1000).await.unwrap();
+                    if bodies(&log).iter().any(|body| body == "welcome") {
+                        break;
+                    }
+                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                }
+            }
+            answer
+        }
+    });
+    part.join(&room, "alice", &hub).await;
+    assert_eq!((part.bodies(&room).await, count_missing(&part).await), (vec!["welcome".to_owned()], 0));
+    let part = world.restart(part).await;
+    hub.say(&room, "bot", "later").await;
+    part.wait_for_body(&room, "later").await;
+    assert_eq!(part.bodies(&room).await, ["welcome", "later"]);
 }

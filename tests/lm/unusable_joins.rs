@@ -7,14 +7,17 @@ use std::time::Duration;
 use axum::body::{Body, to_bytes};
 use axum::response::Response;
 use http::StatusCode;
+use isthmus::clock::{Clock as _, ManualClock, SystemClock};
 use isthmus::event::{Completion, Object, Pdu};
 use isthmus::lm::Appended;
 use isthmus::refusal::Refusal;
 use isthmus::seam::Outgoing;
-use isthmus::store::lm::owed_leaves;
+use isthmus::store::owed::owed_leaves;
 use ruma::UserId;
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
+use super::hub_transfer::{three, wait_for_hub};
 use super::log_hub::respond;
 use super::world::{Node, World, member};
 
@@ -236,4 +239,103 @@ async fn a_leave_that_is_owed_is_tried_again_after_a_restart() {
     let part = world.start(part).await;
     hub.wait(&room, "the leave", |log| last(log, &alice).as_deref() == Some("leave")).await;
     owes_nothing(&part).await;
+}
+
+/// Has a hub never answer the joins that it takes; told of each.
+fn falls_silent(hub: &Node) -> Arc<Notify> {
+    let taken = Arc::new(Notify::new());
+    let tell = taken.clone();
+    hub.meddle(move |request, next| {
+        let tell = tell.clone();
+        async move {
+            let joins = request.uri().path().contains("/send_join/");
+            let response = next.run(request).await;
+            if joins {
+                assert_eq!(response.status(), StatusCode::OK);
+                tell.notify_one();
+                std::future::pending::<()>().await;
+            }
+            response
+        }
+    });
+    taken
+}
+
+/// A gateway that ends when the hub has taken a join, and before it knows.
+async fn ends_while_joining(world: &World, hub: &Node, part: Node, room: &ruma::RoomId) -> Node {
+    let taken = falls_silent(hub);
+    let (lm, id, via, alice) = (part.lm.clone(), room.to_owned(), hub.name.clone(), part.user("alice"));
+    let joining = tokio::spawn(async move { lm.join(&id, &alice, &[via], Object::new()).await.map(drop) });
+    taken.notified().await;
+    assert_eq!(owed(&part).await, 0, "nothing, so far");
+    let alice = part.user("alice");
+    let part = world.stop(part).await;
+    joining.abort();
+    hub.meddle(|request, next| next.run(request));
+    assert_eq!(last(&hub.log(room).await, &alice).as_deref(), Some("join"));
+    world.start(part).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_was_joined_when_the_gateway_ended_leaves_again() {
+    let clock = ManualClock::new(SystemClock.now_ms());
+    let (world, [hub, part]) = World::with_clock(["hub.example", "part.example"], clock.clone()).await;
+    let room = hub.create_room("public").await;
+    let part = ends_while_joining(&world, &hub, part, &room).await;
+    assert_eq!(owed(&part).await, 1);
+    // Nobody has tried again for a while.
+    clock.advance(61_000);
+    part.lm.hasten_looks(HASTE);
+    let alice = part.user("alice");
+    hub.wait(&room, "the leave", |log| last(log, &alice).as_deref() == Some("leave")).await;
+    owes_nothing(&part).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_in_after_the_gateway_ended_while_they_joined_does_not_leave() {
+    let clock = ManualClock::new(SystemClock.now_ms());
+    let (world, [hub, part]) = World::with_clock(["hub.example", "part.example"], clock.clone()).await;
+    let room = hub.create_room("public").await;
+    let part = ends_while_joining(&world, &hub, part, &room).await;
+    part.join(&room, "alice", &hub).await;
+    assert_eq!(owed(&part).await, 0);
+    clock.advance(61_000);
+    part.lm.hasten_looks(HASTE);
+    part.say(&room, "alice", "here").await;
+    let log = hub.wait_for_body(&room, "here").await;
+    assert_eq!(last(&log, &part.user("alice")).as_deref(), Some("join"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leave_that_is_owed_follows_the_log_to_another_hub() {
+    let (_world, [a, b, c]) = three().await;
+    c.lm.hasten_looks(HASTE);
+    let room = a.create_room_with("public", json!({ "users": { a.user("bot"): 100, b.user("bob"): 100 } })).await;
+    b.join(&room, "bob", &a).await;
+    let tries = Arc::new(AtomicUsize::new(0));
+    let kept = tries.clone();
+    a.meddle(move |request, next| {
+        let tries = kept.clone();
+        async move {
+            let path = request.uri().path().to_owned();
+            if path.contains("/make_leave/") {
+                tries.fetch_add(1, Ordering::SeqCst);
+                return error(StatusCode::SERVICE_UNAVAILABLE, "M_UNKNOWN");
+            }
+            let response = next.run(request).await;
+            match path.contains("/send_join/") {
+                true => respond(response.status(), json!({})),
+                false => response,
+            }
+        }
+    });
+    let carol = c.user("carol");
+    c.lm.join(&room, &carol, std::slice::from_ref(&a.name), Object::new()).await.map(drop).unwrap_err();
+    // Whatever `c` says, which does not know the room.
+    a.lm.hand_over(&room, &a.user("bot"), &b.name, true).await.unwrap();
+    wait_for_hub(&b, &room, &b).await;
+    assert_eq!(last(&b.log(&room).await, &carol).as_deref(), Some("join"));
+    a.meddle(|request, next| next.run(request));
+    b.wait(&room, "the leave", |log| last(log, &carol).as_deref() == Some("leave")).await;
+    owes_nothing(&c).await;
 }

@@ -157,6 +157,7 @@ impl World {
         let lm = Lm::new(context.clone(), watcher.clone());
         let dag = Dag::new(context.clone(), watcher.clone());
         lm.resume().await.unwrap();
+        dag.resume().await.unwrap();
         let federation = Federation::new(context.clone(), lm.clone(), dag.clone(), watcher.clone());
         let routes = federation_routes(federation);
         let meddler: Meddling = Arc::default();

@@ -222,6 +222,17 @@ pub async fn forget_holes(tx: &mut Tx, room_id: &RoomId) -> Result<(), StoreErro
     Ok(())
 }
 
+/// Forgets what was missing of a room up to now; what was fetched of a long gap stays when it `goes_on`.
+pub async fn forget_holes_of_before(tx: &mut Tx, room_id: &RoomId, goes_on: bool) -> Result<(), StoreError> {
+    if !goes_on {
+        return forget_holes(tx, room_id).await;
+    }
+    for sql in ["DELETE FROM lm_holes WHERE room_id = $1", "UPDATE lm_gaps SET edges = '[]' WHERE room_id = $1"] {
+        sqlx::query(sql).bind(room_id.as_str()).execute(&mut *tx).await?;
+    }
+    Ok(())
+}
+
 /// Puts off what was due at `now_ms` by what `delay` says for so many tries, and remembers what `problem` says of it.
 pub async fn put_off_holes(
     tx: &mut Tx,

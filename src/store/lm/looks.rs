@@ -244,8 +244,9 @@ pub async fn lpdu_echoed(tx: &mut Tx, room_id: &RoomId, lpdu_id: &EventId) -> Re
 /// How a user's membership came into the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Came<'a> {
-    /// By a handshake of the user's, after all that is queued.
-    Anew,
+    /// By an event of this LPDU, if of any, with which the gateway came into the room. Where that is not queued, as after a handshake,
+    /// it came after all that is.
+    Anew(Option<&'a EventId>),
     /// By an event that the hub gave, of this LPDU if of any. Where that is not queued, what the hub has not taken may be later.
     In(Option<&'a EventId>),
 }
@@ -266,16 +267,17 @@ pub async fn forget_memberships(
         #[serde(default)]
         state_key: Option<String>,
     }
-    let until = match came {
-        Came::Anew => Some(i64::MAX),
-        Came::In(None) => None,
-        Came::In(Some(id)) => {
-            let sql = "SELECT position FROM lm_lpdu_queue WHERE lpdu_id = $1 AND room_id = $2";
-            let found: Option<(i64,)> =
-                sqlx::query_as(sql).bind(id.as_str()).bind(room_id.as_str()).fetch_optional(&mut *tx).await?;
-            found.map(|(position,)| position)
-        }
+    let (lpdu_id, otherwise) = match came {
+        Came::Anew(lpdu_id) => (lpdu_id, Some(i64::MAX)),
+        Came::In(lpdu_id) => (lpdu_id, None),
     };
+    let mut until = otherwise;
+    if let Some(id) = lpdu_id {
+        let sql = "SELECT position FROM lm_lpdu_queue WHERE lpdu_id = $1 AND room_id = $2";
+        let found: Option<(i64,)> =
+            sqlx::query_as(sql).bind(id.as_str()).bind(room_id.as_str()).fetch_optional(&mut *tx).await?;
+        until = found.map(|(position,)| position).or(otherwise);
+    }
     // Of a long queue little stands before what comes back, and little is taken and not in the log.
     let (of, bound) = until.map_or(("taken_ts > $2", 0), |until| ("position < $2", until));
     let sql =

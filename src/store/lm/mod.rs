@@ -4,7 +4,6 @@
 mod blanks;
 mod holes;
 mod looks;
-mod owed;
 mod read;
 mod redactions;
 mod staged;
@@ -15,18 +14,15 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
 pub use self::blanks::{blanks, forget_blanks, forget_blanks_of, forget_named_blanks, note_blank, rooms_with_blanks};
 pub use self::holes::{
-    Counts, Hole, Missing, Overflow, close_holes, close_overflow, count_holes, forget_holes, hasten_overflows, holes,
-    missing, next_try, note_holes, put_off_holes, rooms_with_holes,
+    Counts, Hole, Missing, Overflow, close_holes, close_overflow, count_holes, forget_holes, forget_holes_of_before,
+    hasten_overflows, holes, missing, next_try, note_holes, put_off_holes, rooms_with_holes,
 };
 pub use self::looks::{
     Came, Fault, FaultRow, Faults, Look, TakenRow, faults, faults_since, forget_memberships, keep_look, looks,
     lost_since, lpdu_echoed, requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus,
     taken_since, waiting_lpdus,
 };
-pub use self::owed::{
-    Owed, OwedLeave, forget_owed_leave, forget_owed_leaves, next_owed_leave, owe_leave, owed_leave, owed_leaves,
-    owed_leaves_due, put_off_leave,
-};
+pub(in crate::store) use self::read::parsed;
 pub use self::read::{
     Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, members_before, newest_lpdus,
     positions_of_lpdus, queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now,

@@ -349,7 +349,7 @@ fn lpdu_row(row: &AnyRow) -> Result<LpduRow, StoreError> {
 }
 
 /// An identifier.
-pub(super) fn parsed<T>(row: &AnyRow, column: &'static str) -> Result<T, StoreError>
+pub(in crate::store) fn parsed<T>(row: &AnyRow, column: &'static str) -> Result<T, StoreError>
 where
     T: TryFrom<String, Error: std::fmt::Display>,
 {

@@ -1,6 +1,6 @@
 //! The logs of LM rooms as they are kept, on both databases.
 
-use ruma::{OwnedUserId, room_id, server_name};
+use ruma::{OwnedUserId, room_id, server_name, user_id};
 
 use super::*;
 use crate::store::Store;
@@ -327,6 +327,34 @@ async fn an_lpdu_is_passed_over_only_where_the_hub_has_it() {
         let taken = taken_lpdus(&store, room_id, 10).await.unwrap();
         let passed: Vec<(i64, bool)> = taken.iter().map(|row| (row.position, row.passed)).collect();
         assert_eq!(passed, [(1, true), (2, false)]);
+    })
+    .await;
+}
+
+/// What is queued behind the join itself is said after it.
+#[tokio::test]
+async fn who_comes_in_anew_says_nothing_more_of_what_was_said_of_the_own_membership_before() {
+    both_stores(|store| async move {
+        let (room_id, user) = (room_id!("!r:h.example"), user_id!("@a:g.example"));
+        let ids: Vec<OwnedEventId> = ["leave", "join", "later"].iter().map(|name| id(name)).collect();
+        let json = serde_json::json!({ "type": "m.room.member", "sender": user, "state_key": user }).to_string();
+        for (came, expected) in [(1, &ids[..1]), (5, &ids[..])] {
+            let (ids, json) = (ids.clone(), json.clone());
+            let write = store.write(move |tx| {
+                Box::pin(async move {
+                    forget_lpdus(tx, room_id, &[0, 1, 2]).await?;
+                    for (position, id) in (0..).zip(&ids) {
+                        queue_lpdu(tx, room_id, position, id, json.as_bytes()).await?;
+                    }
+                    let handshake = id("handshake");
+                    let lpdu_id = ids.get(came).unwrap_or(&handshake);
+                    let by_hub = forget_memberships(tx, room_id, user, Came::In(Some(&handshake))).await?;
+                    assert!(by_hub.is_empty(), "what waits may be later: {by_hub:?}");
+                    forget_memberships(tx, room_id, user, Came::Anew(Some(lpdu_id))).await
+                })
+            });
+            assert_eq!(write.await.unwrap(), expected);
+        }
     })
     .await;
 }
