@@ -603,6 +603,35 @@ async fn until(what: &str, wanted: impl AsyncFn() -> bool) {
     assert!(tokio::time::timeout(std::time::Duration::from_secs(30), waiting).await.is_ok(), "in vain: {what}");
 }
 
+/// The invite that it answers comes here late, and is older.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_join_that_the_hub_has_is_waited_for_though_the_invite_before_it_comes_after() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let room = hub.create_room("public").await;
+    part.join(&room, "alice", &hub).await;
+    part.say(&room, "alice", "in").await;
+    part.wait_for_body(&room, "in").await;
+    let (store, at) = (part.context.store.clone(), room.clone());
+    part.meddle(move |request, next| {
+        let (store, at) = (store.clone(), at.clone());
+        async move {
+            if request.uri().path().contains("/send/") {
+                // Until the hub has the join.
+                while taken_since(&store, &at).await.unwrap().is_none() {
+                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                }
+            }
+            next.run(request).await
+        }
+    });
+    let carol = part.user("carol");
+    hub.send(&room, member(&hub.user("bot"), &carol, "ban")).await.unwrap();
+    hub.send(&room, member(&hub.user("bot"), &carol, "leave")).await.unwrap();
+    part.join(&room, "carol", &hub).await;
+    assert_eq!(taken_since(&part.context.store, &room).await.unwrap(), None);
+    assert_eq!(ids(&part.log(&room).await).last(), ids(&hub.log(&room).await).last());
+}
+
 /// Sent again it would end the stay that has begun since.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leave_that_was_lost_is_not_said_again_of_who_has_come_since() {

@@ -47,6 +47,9 @@ impl Lm {
                 };
             is_lost && since >= waits
         });
+        let (superseded, taken): (Vec<TakenRow>, Vec<TakenRow>) = taken.into_iter().partition(|row| row.superseded);
+        self.forget(&room_id, superseded.iter().map(|row| row.position).collect()).await?;
+        self.were_superseded(cell, superseded.into_iter().map(|row| row.lpdu_id).collect());
         let most = i64::try_from(ECHO_MS.len()).unwrap_or(i64::MAX);
         let (given_up, again): (Vec<TakenRow>, Vec<TakenRow>) =
             taken.into_iter().partition(|row| !was_lost && row.resent.saturating_add(1) >= most);

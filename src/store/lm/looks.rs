@@ -29,6 +29,8 @@ pub struct TakenRow {
     pub taken_ts: i64,
     /// Whether one that was queued later is in the log.
     pub passed: bool,
+    /// Whether it is about a membership of which something else came into the log while the hub had it.
+    pub superseded: bool,
     /// How often it was queued again.
     pub resent: i64,
 }
@@ -166,7 +168,7 @@ pub async fn rooms_with_taken(store: &Store) -> Result<Vec<OwnedRoomId>, StoreEr
 /// LPDUs that a room's hub has and that are not in the log, in the order in which they were sent.
 pub async fn taken_lpdus(store: &Store, room_id: &RoomId, limit: i64) -> Result<Vec<TakenRow>, StoreError> {
     let rows = sqlx::query(
-        "SELECT position, lpdu_id, taken_ts, passed, resent FROM lm_lpdu_queue \
+        "SELECT position, lpdu_id, taken_ts, passed, superseded, resent FROM lm_lpdu_queue \
          WHERE room_id = $1 AND taken_ts <> 0 ORDER BY position LIMIT $2",
     )
     .bind(room_id.as_str())
@@ -179,6 +181,7 @@ pub async fn taken_lpdus(store: &Store, room_id: &RoomId, limit: i64) -> Result<
             lpdu_id: parsed(row, "lpdu_id")?,
             taken_ts: row.try_get("taken_ts")?,
             passed: row.try_get::<i64, _>("passed")? != 0,
+            superseded: row.try_get::<i64, _>("superseded")? != 0,
             resent: row.try_get("resent")?,
         })
     };
@@ -247,12 +250,13 @@ pub enum Came<'a> {
     /// By an event of this LPDU, if of any, with which the gateway came into the room. Where that is not queued, as after a handshake,
     /// it came after all that is.
     Anew(Option<&'a EventId>),
-    /// By an event that the hub gave, of this LPDU if of any. Where that is not queued, what the hub has not taken may be later.
+    /// By an event that the hub gave, of this LPDU if of any. Where that is not queued, what is queued may be later.
     In(Option<&'a EventId>),
 }
 
 /// A user's membership came into the log by an event: what the user said of it before, and what is not in the log, would undo that
-/// if it came there later. Takes it out, and returns which it was.
+/// if it came there later. Takes it out, and returns which it was. What the hub has may stand behind the event in its log, though, where
+/// the event is somebody else's: that is only marked, so that it is not sent again.
 pub async fn forget_memberships(
     tx: &mut Tx,
     room_id: &RoomId,
@@ -293,6 +297,16 @@ pub async fn forget_memberships(
         }
     }
     let positions: Vec<i64> = said.iter().map(|(position, _)| *position).collect();
+    if until.is_none() {
+        for position in positions {
+            sqlx::query("UPDATE lm_lpdu_queue SET superseded = 1 WHERE room_id = $1 AND position = $2")
+                .bind(room_id.as_str())
+                .bind(position)
+                .execute(&mut *tx)
+                .await?;
+        }
+        return Ok(Vec::new());
+    }
     super::forget_lpdus(tx, room_id, &positions).await?;
     Ok(said.into_iter().map(|(_, id)| id).collect())
 }

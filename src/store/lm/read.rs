@@ -256,8 +256,8 @@ pub async fn newest_lpdus(
     limit: i64,
 ) -> Result<Vec<(LpduRow, i64)>, StoreError> {
     let rows = sqlx::query(
-        "SELECT position, lpdu_id, json, taken_ts FROM lm_lpdu_queue WHERE room_id = $1 AND position < $2 AND passed = 0 \
-         ORDER BY position DESC LIMIT $3",
+        "SELECT position, lpdu_id, json, taken_ts FROM lm_lpdu_queue WHERE room_id = $1 AND position < $2 \
+         AND passed = 0 AND superseded = 0 ORDER BY position DESC LIMIT $3",
     )
     .bind(room_id.as_str())
     .bind(before)

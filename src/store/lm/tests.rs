@@ -358,3 +358,27 @@ async fn who_comes_in_anew_says_nothing_more_of_what_was_said_of_the_own_members
     })
     .await;
 }
+
+/// The hub may have appended what it has behind what it gives now.
+#[tokio::test]
+async fn what_the_hub_has_of_a_membership_that_others_change_is_marked_and_waits_for_the_log() {
+    both_stores(|store| async move {
+        let (room_id, user) = (room_id!("!r:h.example"), user_id!("@a:g.example"));
+        let json = serde_json::json!({ "type": "m.room.member", "sender": user, "state_key": user }).to_string();
+        let write = store.write(move |tx| {
+            Box::pin(async move {
+                for (position, name) in [(1, "taken"), (2, "waits")] {
+                    queue_lpdu(tx, room_id, position, &id(name), json.as_bytes()).await?;
+                }
+                take_lpdus(tx, room_id, &[1], 7).await?;
+                forget_memberships(tx, room_id, user, Came::In(None)).await
+            })
+        });
+        assert_eq!(write.await.unwrap(), [] as [OwnedEventId; 0]);
+        let taken = taken_lpdus(&store, room_id, 10).await.unwrap();
+        let marked: Vec<(i64, bool)> = taken.iter().map(|row| (row.position, row.superseded)).collect();
+        assert_eq!(marked, [(1, true)]);
+        assert_eq!(newest_lpdus(&store, room_id, i64::MAX, 10).await.unwrap().len(), 1, "what waits may be later");
+    })
+    .await;
+}
