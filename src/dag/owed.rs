@@ -34,14 +34,17 @@ impl Dag {
         }
         let mut wish = self.wish(room_id, user_id, Membership::Leave, Object::new())?;
         wish.versions = version.map_or(wish.versions, |version| vec![version]);
-        let left = match self.make_at(server, &wish).await {
-            // Where we are in the room they may have come in meanwhile.
-            Ok(_) if self.has_joined(room_id, user_id).await? => return Ok(()),
-            Ok((_, leave)) => self.send_to(server, "v2/send_leave", &leave, &wish).await.map(drop),
+        let made = self.make_at(server, &wish).await;
+        // Where we are in the room they may have come in meanwhile.
+        if self.has_joined(room_id, user_id).await? {
+            return Ok(());
+        }
+        let left = match made {
+            Ok((_, leave)) => self.send_to(server, "v2/send_leave", &leave, &wish).await,
             Err(refusal) => Err(refusal),
         };
         match left {
-            Ok(()) => {}
+            Ok(_) => {}
             // There is nobody who could leave.
             Err(refusal @ (Refusal::Forbidden(_) | Refusal::NotFound(_))) => {
                 tracing::info!(room = %room_id, %server, user = %user_id, %refusal, "there is nothing to leave again");

@@ -299,6 +299,9 @@ async fn a_knock_is_let_in_or_taken_back() {
     join(&b, &room, "bob", &[]).await.unwrap();
 }
 
+/// What becomes of the answer to a join.
+type Spoil = fn(Value) -> Option<Response>;
+
 /// Has a server answer the joins that it takes with something of no use; with nothing, and a word to who waits for that, where `spoil`
 /// gives none.
 fn spoils(node: &Node, spoil: impl Fn(Value) -> Option<Response> + Send + Sync + 'static) -> Arc<tokio::sync::Notify> {
@@ -334,7 +337,6 @@ async fn hc_40_who_was_joined_by_an_answer_of_no_use_leaves_again() {
     let (_world, [a, b]) = World::new(["a.example", "b.example"]).await;
     b.dag.hasten_leaves(1_000);
     let bob = b.user("bob");
-    type Spoil = fn(Value) -> Option<Response>;
     let stateless: Spoil = |mut answer| {
         answer.as_object_mut().unwrap().remove("state");
         Some(axum::Json(answer).into_response())
