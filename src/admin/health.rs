@@ -19,6 +19,8 @@ use crate::store::{StoreError, gaps, lm};
 
 /// How long an event may wait in the inbox before something is wrong, in milliseconds.
 const LONGEST_WAIT: i64 = 10 * 60 * 1000;
+/// How long a leave may be owed: that of a join of which nobody knows waits for an hour and a half before it is tried.
+const LONGEST_OWED: i64 = 2 * 60 * 60 * 1000;
 /// How long a hub that can be reached may take to send an event back, in milliseconds.
 const LONGEST_ECHO: i64 = 60 * 60 * 1000;
 /// For how long a hub must have made no fault for its faults to be over, in milliseconds.
@@ -398,7 +400,7 @@ fn judge(findings: Findings) -> Health {
         ));
     }
     let owed_leaves = waiting(store.owed.count, store.owed.since);
-    if owed_leaves.oldest_age_ms > LONGEST_WAIT {
+    if owed_leaves.oldest_age_ms > LONGEST_OWED {
         let (count, minutes) = (owed_leaves.waiting, owed_leaves.oldest_age_ms / 60_000);
         problems.push(format!(
             "{count} users could not leave rooms again where other servers may have taken a join that came to nothing here, the \

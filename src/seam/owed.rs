@@ -23,8 +23,9 @@ use crate::store::{Store, StoreError};
 const OWED: i64 = 1_000;
 /// How many users leave at once, each another server's room.
 const AT_ONCE: i64 = 32;
-/// How long who could not be told of a join may try again.
-const ANOTHER_TRY: Duration = Duration::from_secs(60);
+/// How long who could not be told of a join may try again: longer than anybody here waits between two tries. By then a server that was
+/// slow to take it has done so, and is believed when it says that there is nobody to leave.
+const ANOTHER_TRY: Duration = Duration::from_secs(90 * 60);
 /// How long a leave waits for a join into the same room that is under way.
 const JOINING: Duration = Duration::from_secs(5);
 

@@ -22,7 +22,7 @@ use super::log_hub::respond;
 use super::world::{Node, World, member};
 
 /// How much faster a leave follows and is tried again.
-const HASTE: u32 = 1_000;
+const HASTE: u32 = 10_000;
 
 /// What becomes of the answer to a join.
 type Spoil = Arc<dyn Fn(Value) -> Response + Send + Sync>;
@@ -284,7 +284,7 @@ async fn who_was_joined_when_the_gateway_ended_leaves_again() {
     let part = ends_while_joining(&world, &hub, part, &room).await;
     assert_eq!(owed(&part).await, 1);
     // Nobody has tried again for a while.
-    clock.advance(61_000);
+    clock.advance(91 * 60_000);
     part.lm.hasten_looks(HASTE);
     let alice = part.user("alice");
     hub.wait(&room, "the leave", |log| last(log, &alice).as_deref() == Some("leave")).await;
@@ -299,7 +299,7 @@ async fn who_comes_in_after_the_gateway_ended_while_they_joined_does_not_leave()
     let part = ends_while_joining(&world, &hub, part, &room).await;
     part.join(&room, "alice", &hub).await;
     assert_eq!(owed(&part).await, 0);
-    clock.advance(61_000);
+    clock.advance(91 * 60_000);
     part.lm.hasten_looks(HASTE);
     part.say(&room, "alice", "here").await;
     let log = hub.wait_for_body(&room, "here").await;
@@ -338,4 +338,66 @@ async fn a_leave_that_is_owed_follows_the_log_to_another_hub() {
     a.meddle(|request, next| next.run(request));
     b.wait(&room, "the leave", |log| last(log, &carol).as_deref() == Some("leave")).await;
     owes_nothing(&c).await;
+}
+
+/// As a proxy does that gives up before the server behind it, or when that is not there.
+fn times_out(hub: &Node, late: Option<Arc<Notify>>) {
+    hub.meddle(move |request, next| {
+        let late = late.clone();
+        async move {
+            if !request.uri().path().contains("/send_join/") {
+                return next.run(request).await;
+            }
+            if let Some(late) = late {
+                tokio::spawn(async move {
+                    late.notified().await;
+                    next.run(request).await
+                });
+            }
+            error(StatusCode::GATEWAY_TIMEOUT, "M_UNKNOWN")
+        }
+    });
+}
+
+/// Time passes, and what is due by then has time to be done.
+async fn minutes_later(part: &Node, clock: &ManualClock, minutes: i64) {
+    clock.advance(minutes * 60_000);
+    part.lm.hasten_looks(1);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_invite_stands_while_the_join_that_it_is_for_is_tried_again() {
+    let clock = ManualClock::new(SystemClock.now_ms());
+    let (_world, [hub, part]) = World::with_clock(["hub.example", "part.example"], clock.clone()).await;
+    let (room, alice) = (hub.create_room("invite").await, part.user("alice"));
+    let invite = Outgoing { draft: member(&hub.user("bot"), &alice, "invite"), effect: None };
+    hub.lm.invite(&room, invite).await.unwrap();
+    times_out(&hub, None);
+    let refused = part.lm.join(&room, &alice, std::slice::from_ref(&hub.name), Object::new()).await;
+    assert!(refused.is_err() && owed(&part).await == 1);
+    hub.meddle(|request, next| next.run(request));
+    for _ in 0..3 {
+        minutes_later(&part, &clock, 20).await;
+    }
+    assert_eq!(last(&hub.log(&room).await, &alice).as_deref(), Some("invite"));
+    part.join(&room, "alice", &hub).await;
+    assert_eq!(owed(&part).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_joined_long_after_the_answer_leaves_again() {
+    let clock = ManualClock::new(SystemClock.now_ms());
+    let (_world, [hub, part]) = World::with_clock(["hub.example", "part.example"], clock.clone()).await;
+    let (room, alice, late) = (hub.create_room("public").await, part.user("alice"), Arc::new(Notify::new()));
+    times_out(&hub, Some(late.clone()));
+    let refused = part.lm.join(&room, &alice, std::slice::from_ref(&hub.name), Object::new()).await;
+    assert!(refused.is_err());
+    minutes_later(&part, &clock, 2).await;
+    assert_eq!(owed(&part).await, 1, "that it is not in yet says nothing");
+    late.notify_one();
+    hub.wait(&room, "the join", |log| last(log, &alice).as_deref() == Some("join")).await;
+    minutes_later(&part, &clock, 90).await;
+    hub.wait(&room, "the leave", |log| last(log, &alice).as_deref() == Some("leave")).await;
+    owes_nothing(&part).await;
 }
