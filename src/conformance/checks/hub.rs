@@ -283,7 +283,7 @@ async fn given(session: &Session, event: &Object) -> Outcome {
     let begun = Instant::now();
     loop {
         let answer = session.ask(&session.first, session.event(&wanted)?).await?;
-        if answer.status == 200 && answer.json.as_ref().map(id_of) == Some(wanted.clone()) {
+        if answer.status == 200 && answer.json.as_ref().is_some_and(|event| id_of(event) == wanted) {
             lock(&session.notes).gives_events = Some(true);
             return Ok(());
         }

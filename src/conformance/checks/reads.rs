@@ -119,7 +119,7 @@ async fn state_chain(session: &Session, id: &str) -> Outcome {
 async fn state_ids(session: &Session, id: &str) -> Outcome {
     let said = id_of(&said(session, id).await?);
     let whole = state_at(session, &said).await?;
-    let ids = asked(session, session.about_room("state_ids", &[("event_id", &said)])).await?;
+    let ids = asked(session, session.about_room("state_ids", &[("event_id", said.as_str())])).await?;
     ids.is_good()?;
     for (events, names) in [("pdus", "pdu_ids"), ("auth_chain", "auth_chain_ids")] {
         let expected: BTreeSet<String> =
@@ -140,14 +140,14 @@ async fn state_ids(session: &Session, id: &str) -> Outcome {
 async fn no_state(session: &Session, id: &str, endpoint: &str) -> Outcome {
     let said = id_of(&said(session, id).await?);
     asked(session, session.about_room(endpoint, &[("event_id", UNKNOWN_EVENT)])).await?.is_error(404, "M_NOT_FOUND")?;
-    session.gives(session.about_room(endpoint, &[("event_id", &said)])).await
+    session.gives(session.about_room(endpoint, &[("event_id", said.as_str())])).await
 }
 
 async fn nowhere(session: &Session, id: &str, endpoint: &str) -> Outcome {
     let said = id_of(&said(session, id).await?);
     let uri = format!("/_matrix/federation/v1/{endpoint}/{NOWHERE}?event_id={}", UNKNOWN_EVENT.replace('$', "%24"));
     asked(session, Ask::get(uri)).await?.is_error(404, "M_NOT_FOUND")?;
-    session.gives(session.about_room(endpoint, &[("event_id", &said)])).await
+    session.gives(session.about_room(endpoint, &[("event_id", said.as_str())])).await
 }
 
 async fn filled(session: &Session, from: &str, limit: usize) -> Result<Vec<Value>, Unmet> {
