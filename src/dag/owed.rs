@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use ruma::{RoomId, UserId};
+use ruma::{OwnedUserId, RoomId};
 
 use super::Dag;
 use crate::event::Object;
@@ -58,7 +58,7 @@ impl Dag {
         Ok(store.write(move |tx| Box::pin(async move { remove_invite(tx, &room_id, &user_id).await })).await?)
     }
 
-    async fn has_joined(&self, room_id: &RoomId, user_id: &UserId) -> Result<bool, Refusal> {
+    async fn has_joined(&self, room_id: &RoomId, user_id: &OwnedUserId) -> Result<bool, Refusal> {
         let room = self.shared.find(room_id).await?;
         Ok(room.is_some_and(|room| room.core().joined.contains(user_id)))
     }
