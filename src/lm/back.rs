@@ -23,42 +23,43 @@ pub(super) struct Back<'a> {
     room_id: OwnedRoomId,
     /// The first position of what is looked at, and the one after its last.
     within: (i64, i64),
-    /// What the last event that was given follows, and where that event stands.
+    /// What the last event that was given follows.
     next: Option<OwnedEventId>,
-    at: i64,
-    /// What stands before it, as far as it was read; the last of them is the nearest.
+    /// What was read and not given yet, in the copy's order; what stands before it, from `below` on, was not read.
     read: Vec<EventRow>,
+    below: i64,
+    /// How many are read next.
     size: i64,
 }
 
 impl<'a> Back<'a> {
     /// Begins before an event; `within` are the first position that is looked at and the one after the last.
     pub fn before(store: &'a Store, event: &EventRow, within: (i64, i64)) -> Result<Self, StoreError> {
-        let room_id = event.room_id.clone();
-        let (next, at) = (prev_of(event)?, event.position);
-        Ok(Self { store, room_id, within, next, at, read: Vec::new(), size: MANY })
+        let (room_id, next) = (event.room_id.clone(), prev_of(event)?);
+        Ok(Self { store, room_id, within, next, read: Vec::new(), below: event.position, size: MANY })
     }
 
-    /// The event before the last one in the log: none where that was the first, or where it does not stand where it was looked for.
+    /// The event before the last one in the log: none where that was the first, or where it is not within what is looked at.
     pub async fn step(&mut self) -> Result<Option<EventRow>, StoreError> {
         let Some(wanted) = self.next.take() else { return Ok(None) };
-        if self.read.is_empty() && self.at > self.within.0 {
-            let (first, last) = (self.at.saturating_sub(self.size).max(self.within.0), self.at.saturating_sub(1));
+        if self.read.is_empty() && self.below > self.within.0 {
+            let first = self.below.saturating_sub(self.size).max(self.within.0);
+            let last = self.below.saturating_sub(1);
             self.read = stored::range(self.store, &self.room_id, first, last, self.size).await?;
-            self.size = self.size.saturating_mul(2).min(MANY);
+            (self.below, self.size) = (first, self.size.saturating_mul(2).min(MANY));
         }
-        let row = match self.read.pop().filter(|row| row.event_id == wanted) {
-            Some(row) => row,
+        let row = match self.read.iter().rposition(|row| row.event_id == wanted) {
+            Some(place) => self.read.remove(place),
             None => {
-                (self.read, self.size) = (Vec::new(), FEW);
                 let row = stored::event(self.store, &wanted).await?;
                 let Some(row) = row.filter(|row| row.room_id == self.room_id && self.has(row.position)) else {
                     return Ok(None);
                 };
+                (self.read, self.below, self.size) = (Vec::new(), row.position, FEW);
                 row
             }
         };
-        (self.next, self.at) = (prev_of(&row)?, row.position);
+        self.next = prev_of(&row)?;
         Ok(Some(row))
     }
 
@@ -190,7 +191,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_copy_that_is_out_of_order_is_followed_back_in_the_log_s_order() {
+    async fn a_copy_that_is_out_of_order_is_followed_back_in_the_order_of_the_log() {
         both_stores(|store| async move {
             // A hundred came late; of the rest two of three stand in pairs the wrong way round.
             let mut copy: Vec<i64> = (0..500).chain(600..EVENTS - 1).chain(500..600).chain([EVENTS - 1]).collect();
