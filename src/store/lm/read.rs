@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use futures::TryStreamExt as _;
 use ruma::{EventId, OwnedEventId, OwnedRoomId, RoomId, ServerName};
 use sqlx::any::AnyRow;
 use sqlx::{AssertSqlSafe, Row as _};
@@ -132,29 +131,6 @@ pub async fn stood_before(
         .fetch_all(store.reader())
         .await?;
     rows.iter().rev().map(event_row).collect()
-}
-
-/// The member events before a position whose state keys a pattern matches, as they are written and in the order of the log: each is
-/// handed over by itself, since there may be very many.
-pub async fn members_before(
-    store: &Store,
-    room_id: &RoomId,
-    pattern: &str,
-    position: i64,
-    mut each: impl FnMut(i64, &[u8]) + Send,
-) -> Result<(), StoreError> {
-    let sql = "SELECT position, json FROM lm_events \
-               WHERE room_id = $1 AND kind = $2 AND state_key LIKE $3 AND position < $4 ORDER BY position";
-    let mut rows = sqlx::query(sql)
-        .bind(room_id.as_str())
-        .bind("m.room.member")
-        .bind(pattern)
-        .bind(position)
-        .fetch(store.reader());
-    while let Some(row) = rows.try_next().await? {
-        each(row.try_get("position")?, &row.try_get::<Vec<u8>, _>("json")?);
-    }
-    Ok(())
 }
 
 const STATE_BEFORE: &str = "\

@@ -2,7 +2,6 @@
 
 use std::sync::LazyLock;
 
-use futures::TryStreamExt as _;
 use ruma::{EventId, OwnedEventId, RoomId, ServerName};
 use sqlx::Row as _;
 
@@ -165,25 +164,6 @@ pub async fn is_kept_here(tx: &mut Tx, room_id: &RoomId, server: &ServerName) ->
         .fetch_optional(tx)
         .await?;
     Ok(row.is_some())
-}
-
-/// The member events of a log as they are written, in its order: each is handed over by itself, since there may be very many.
-pub async fn member_events(
-    tx: &mut Tx,
-    room_id: &RoomId,
-    mut each: impl FnMut(i64, &[u8]) + Send,
-) -> Result<(), StoreError> {
-    let mut rows = sqlx::query(
-        "SELECT position, json FROM lm_events WHERE room_id = $1 AND kind = $2 AND state_key IS NOT NULL \
-         ORDER BY position",
-    )
-    .bind(room_id.as_str())
-    .bind("m.room.member")
-    .fetch(tx);
-    while let Some(row) = rows.try_next().await? {
-        each(row.try_get("position")?, &row.try_get::<Vec<u8>, _>("json")?);
-    }
-    Ok(())
 }
 
 /// Forgets which servers were in the room when.
