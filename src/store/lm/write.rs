@@ -3,7 +3,6 @@
 use std::sync::LazyLock;
 
 use ruma::{EventId, OwnedEventId, RoomId, ServerName};
-use sqlx::Row as _;
 
 use super::super::rows::{Statement, chunks, placeholders, statement, statements};
 use super::{Complaint, Fault, NewEvent, RoomRow, redaction_name};
