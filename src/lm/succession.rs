@@ -104,9 +104,10 @@ impl Stays {
         }
     }
 
-    /// Of a server that is there now: after which position it came.
+    /// After which position a server came that is there, or was there last.
     pub fn since(&self, server: &ServerName) -> Option<i64> {
-        self.joined.get(server).map(|(since, _)| *since)
+        let ended = || self.ended.iter().rfind(|(name, ..)| name == server).map(|(_, since, _)| *since);
+        self.joined.get(server).map(|(since, _)| *since).or_else(ended)
     }
 
     /// All: after which position, and up to which.
@@ -342,6 +343,8 @@ mod tests {
             (8, "@c:two.example", "ban"),
             (12, "@b:two.example", "join"),
             (13, "@b:two.example", "join"),
+            (14, "@d:four.example", "join"),
+            (15, "@d:four.example", "leave"),
         ];
         let mut stays = Stays::default();
         for (position, user, membership) in members {
@@ -349,10 +352,11 @@ mod tests {
             stays.follow(position, json.as_bytes());
         }
         let since = |server: &str| stays.since(server.try_into().unwrap());
-        assert_eq!([since("one.example"), since("two.example"), since("three.example")], [Some(0), Some(11), None]);
+        let since = ["one.example", "two.example", "three.example", "four.example"].map(since);
+        assert_eq!(since, [Some(0), Some(11), None, Some(13)]);
         let name = |name: &str| OwnedServerName::try_from(name).unwrap();
-        let expected =
-            [(name("two.example"), 3, Some(8)), (name("one.example"), 0, None), (name("two.example"), 11, None)];
+        let ended = [(name("two.example"), 3, Some(8)), (name("four.example"), 13, Some(15))];
+        let expected = [ended.to_vec(), vec![(name("one.example"), 0, None), (name("two.example"), 11, None)]].concat();
         assert_eq!(stays.into_all(), expected);
     }
 
