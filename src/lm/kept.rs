@@ -2,19 +2,18 @@
 //! its end, the state that came with a join before that, and of a time outside the room nothing. Its positions never change; so what is
 //! vouched for is told by what follows what, from the event on that handed the log over: up to there it was whole at the hub before.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use ruma::{EventId, OwnedEventId, ServerName};
-use serde::Deserialize;
 
 use super::Lm;
+use super::back::{Back, Places, links_of};
 use super::room::Snapshot;
 use super::rooms::{RoomCell, stored_pdu};
 use super::rules::HUB_EVENT;
-use super::succession::stays;
+use super::succession::Stays;
 use crate::refusal::Refusal;
-use crate::store::StoreError;
 use crate::store::lm::{self as stored, EventRow};
 
 /// How many events of a copy are read at once.
@@ -32,15 +31,8 @@ pub(super) struct Copied {
     taken: OwnedEventId,
     /// The position from which on each event follows the one before it, up to that event.
     pub ordered: i64,
-    /// All that is before that in the log, and of our stay, in the log's order: its positions say nothing. Empty where some of it is
-    /// missing.
-    pub earlier: Vec<OwnedEventId>,
-}
-
-#[derive(Deserialize)]
-struct Links {
-    #[serde(default)]
-    prev_events: Vec<OwnedEventId>,
+    /// Where all that is before that in the log, and of our stay, stands here: in no order. Empty where some of it is missing.
+    earlier: Places,
 }
 
 impl Lm {
@@ -115,7 +107,7 @@ impl Lm {
         if current.is_some_and(|current| current.event_id == pdu.event_id) {
             return Ok(true);
         }
-        Ok(copied.earlier.contains(&row.event_id) && self.sees_all(server, room).await?)
+        Ok(copied.earlier.holds(row.position) && self.sees_all(server, room).await?)
     }
 
     /// Up to `limit` events of the log before and with one whose position says nothing, as far as a server may have them.
@@ -124,19 +116,25 @@ impl Lm {
         server: &ServerName,
         room: &Snapshot,
         copied: &Copied,
-        (from, limit): (&EventId, i64),
+        (from, limit): (&EventId, usize),
     ) -> Result<Vec<EventRow>, Refusal> {
-        let found = copied.earlier.iter().position(|id| id == from);
-        let last = match found {
-            Some(last) if self.sees_all(server, room).await? => last.saturating_add(1),
-            _ => return Err(Refusal::NotFound(format!("event {from} in {}", room.facts.room_id))),
-        };
-        let first = last.saturating_sub(usize::try_from(limit).unwrap_or_default());
-        let ids: Vec<&EventId> = copied.earlier.get(first..last).unwrap_or_default().iter().map(|id| &**id).collect();
-        let rows = stored::events_by_id(&self.context().store, &ids).await?;
-        let mut rows: HashMap<OwnedEventId, EventRow> =
-            rows.into_iter().map(|row| (row.event_id.clone(), row)).collect();
-        Ok(ids.iter().filter_map(|id| rows.remove(*id)).collect())
+        let unknown = || Refusal::NotFound(format!("event {from} in {}", room.facts.room_id));
+        let store = &self.context().store;
+        let last = stored::event(store, from).await?.filter(|row| copied.earlier.holds(row.position));
+        let Some(last) = last.filter(|row| row.room_id == room.facts.room_id) else { return Err(unknown()) };
+        if !self.sees_all(server, room).await? {
+            return Err(unknown());
+        }
+        let mut back = Back::before(store, &last, (copied.earlier.first(), copied.ordered))?;
+        let mut found = vec![last];
+        while found.len() < limit
+            && let Some(row) = back.step().await?
+        {
+            found.push(row);
+        }
+        found.truncate(limit);
+        found.reverse();
+        Ok(found)
     }
 
     /// The event by which we came to keep a log up to a position; none where we kept it from its beginning.
@@ -156,32 +154,27 @@ impl Lm {
 
     /// Follows the log back from the event by which it was handed over, to where our stay of then began.
     async fn follow_back(&self, room: &Snapshot, taken: EventRow) -> Result<Copied, Refusal> {
-        let (store, room_id) = (&self.context().store, &room.facts.room_id);
         let began = self.stay_began(room, taken.position).await?;
-        let (mut ordered, mut next, mut is_ordered) = (taken.position, prev_of(&taken)?, true);
-        let (mut links, mut last) = (HashMap::new(), taken.position.saturating_sub(1));
-        while last >= began {
-            let first = last.saturating_sub(AT_ONCE).saturating_add(1).max(began);
-            for row in stored::range(store, room_id, first, last, AT_ONCE).await?.into_iter().rev() {
-                let prev = prev_of(&row)?;
-                is_ordered &= next.as_ref() == Some(&row.event_id);
-                if is_ordered {
-                    (ordered, next) = (row.position, prev);
-                } else {
-                    links.insert(row.event_id, (row.position, prev));
+        let (mut ordered, mut reached) = (taken.position, taken.position);
+        let mut earlier = Places::default();
+        let mut back = Back::before(&self.context().store, &taken, (began, taken.position))?;
+        while let Some(row) = back.step().await? {
+            let follows = row.position == ordered.saturating_sub(1);
+            if earlier.is_empty() {
+                if follows {
+                    (ordered, reached) = (row.position, row.position);
+                    continue;
                 }
+                earlier = Places::between(began, ordered);
             }
-            last = first.saturating_sub(1);
+            if !earlier.insert(row.position) {
+                break;
+            }
+            reached = row.position;
         }
-        let (mut earlier, mut reached) = (Vec::new(), ordered);
-        while let Some((id, (position, prev))) = next.and_then(|id| links.remove_entry(&id)) {
-            earlier.push(id);
-            (reached, next) = (position, prev);
-        }
-        earlier.reverse();
         if reached != began {
             // Something was refused here, or replaced before it came: what it says of the rest is not known.
-            earlier.clear();
+            earlier = Places::default();
         }
         Ok(Copied { taken: taken.event_id, ordered, earlier })
     }
@@ -189,10 +182,10 @@ impl Lm {
     /// Where the stay began in which we were at a position.
     async fn stay_began(&self, room: &Snapshot, position: i64) -> Result<i64, Refusal> {
         let own = &self.context().server_name;
-        let pattern = format!("%:{own}");
-        let members = stored::members_before(&self.context().store, &room.facts.room_id, &pattern, position).await?;
-        let stay = stays(&members).pop();
-        let began = stay.map_or(position, |(_, since, _)| since.saturating_add(1));
+        let (store, mut stays) = (&self.context().store, Stays::default());
+        let follow = |position, json: &[u8]| stays.follow(position, json);
+        stored::members_before(store, &room.facts.room_id, &format!("%:{own}"), position, follow).await?;
+        let began = stays.since(own).map_or(position, |since| since.saturating_add(1));
         let create = room.state_event("m.room.create", "");
         // Who has made the room was there before joining it.
         let is_maker = create.is_some_and(|create| create.sender.server_name() == own);
@@ -203,16 +196,4 @@ impl Lm {
     async fn sees_all(&self, server: &ServerName, room: &Snapshot) -> Result<bool, Refusal> {
         Ok(room.has_server(server) && self.hides_nothing(room).await?)
     }
-}
-
-/// What an event of a log follows.
-fn prev_of(row: &EventRow) -> Result<Option<OwnedEventId>, StoreError> {
-    let mut prev_events = links_of(row)?.into_iter();
-    Ok(prev_events.next().filter(|_| prev_events.next().is_none()))
-}
-
-/// The same of an event that may follow several.
-fn links_of(row: &EventRow) -> Result<Vec<OwnedEventId>, StoreError> {
-    let links: Links = serde_json::from_slice(&row.json).map_err(|error| StoreError::corrupt("event", error))?;
-    Ok(links.prev_events)
 }

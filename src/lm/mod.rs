@@ -13,6 +13,7 @@
 
 mod actor;
 mod ahead;
+mod back;
 mod batch;
 mod chain;
 mod feed;

@@ -114,7 +114,10 @@ impl Lm {
         let limit = limit.clamp(0, BACKFILL);
         let first = last.saturating_sub(limit).saturating_add(1).max(0);
         let rows = match self.copied(&cell, &room, (kept, first)).await? {
-            Some(copied) if last < copied.ordered => self.earlier(origin, &room, &copied, (from, limit)).await?,
+            Some(copied) if last < copied.ordered => {
+                let limit = usize::try_from(limit).unwrap_or_default();
+                self.earlier(origin, &room, &copied, (from, limit)).await?
+            }
             copied => {
                 let first = copied.map_or(first, |copied| first.max(copied.ordered));
                 stored::range(&self.context().store, room_id, first, last, limit).await?

@@ -1,7 +1,7 @@
 //! What follows when a log has another hub: the queues end and begin where it was handed over, in the transaction of the event
 //! that does it; and what our users had sent to the hub before, and what that did not take, goes to the new one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -56,8 +56,9 @@ impl Succession {
     async fn begin(&self, tx: &mut Tx, log: &Feed, own: &ServerName, head: i64) -> Result<(), StoreError> {
         // As a participant we kept no book of who was there when; the log says it.
         stored::forget_servers(tx, &log.room_id).await?;
-        let members = stored::member_events(tx, &log.room_id).await?;
-        for (server, since, until) in stays(&members).into_iter().filter(|(server, ..)| server != own) {
+        let mut stays = Stays::default();
+        stored::member_events(tx, &log.room_id, |position, json| stays.follow(position, json)).await?;
+        for (server, since, until) in stays.into_all().into_iter().filter(|(server, ..)| server != own) {
             stored::server_joined(tx, &log.room_id, &server, since).await?;
             if let Some(until) = until {
                 stored::server_left(tx, &log.room_id, &server, until).await?;
@@ -76,31 +77,45 @@ struct Membership {
     content: Value,
 }
 
-/// When each server had somebody in the room: after which position, and up to which.
-pub(super) fn stays(members: &[(i64, Vec<u8>)]) -> Vec<(OwnedServerName, i64, Option<i64>)> {
-    let mut joined: BTreeMap<OwnedServerName, (i64, Vec<OwnedUserId>)> = BTreeMap::new();
-    let mut stays = Vec::new();
-    for (position, json) in members {
-        let Ok(member) = serde_json::from_slice::<Membership>(json) else { continue };
-        let Ok(user) = UserId::parse(&member.state_key) else { continue };
+/// When servers had somebody in a room, as the member events of its log tell it, one after the other and in their order.
+#[derive(Debug, Default)]
+pub(super) struct Stays {
+    /// Of the servers that are there: after which position they came, and who of theirs is.
+    joined: BTreeMap<OwnedServerName, (i64, BTreeSet<OwnedUserId>)>,
+    /// Of those that are not any more.
+    ended: Vec<(OwnedServerName, i64, Option<i64>)>,
+}
+
+impl Stays {
+    /// Takes the next member event.
+    pub fn follow(&mut self, position: i64, json: &[u8]) {
+        let Ok(member) = serde_json::from_slice::<Membership>(json) else { return };
+        let Ok(user) = UserId::parse(&member.state_key) else { return };
         let server = user.server_name().to_owned();
         if member.content.get("membership").and_then(Value::as_str) == Some("join") {
-            let (_, users) = joined.entry(server).or_insert_with(|| (position.saturating_sub(1), Vec::new()));
-            if let Err(place) = users.binary_search(&user) {
-                users.insert(place, user);
-            }
-        } else if let Some((since, users)) = joined.get_mut(&server)
-            && let Ok(place) = users.binary_search(&user)
+            let (_, users) = self.joined.entry(server).or_insert_with(|| (position.saturating_sub(1), BTreeSet::new()));
+            users.insert(user);
+        } else if let Some((since, users)) = self.joined.get_mut(&server)
+            && users.remove(&user)
+            && users.is_empty()
         {
-            users.remove(place);
-            if users.is_empty() {
-                stays.push((server.clone(), *since, Some(*position)));
-                joined.remove(&server);
-            }
+            self.ended.push((server.clone(), *since, Some(position)));
+            self.joined.remove(&server);
         }
     }
-    stays.extend(joined.into_iter().map(|(server, (since, _))| (server, since, None)));
-    stays
+
+    /// After which position a server came that is there, or was there last.
+    pub fn since(&self, server: &ServerName) -> Option<i64> {
+        let ended = || self.ended.iter().rfind(|(name, ..)| name == server).map(|(_, since, _)| *since);
+        self.joined.get(server).map(|(since, _)| *since).or_else(ended)
+    }
+
+    /// All: after which position, and up to which.
+    pub fn into_all(self) -> Vec<(OwnedServerName, i64, Option<i64>)> {
+        let Self { joined, ended: mut all } = self;
+        all.extend(joined.into_iter().map(|(server, (since, _))| (server, since, None)));
+        all
+    }
 }
 
 impl Lm {
@@ -328,14 +343,21 @@ mod tests {
             (8, "@c:two.example", "ban"),
             (12, "@b:two.example", "join"),
             (13, "@b:two.example", "join"),
+            (14, "@d:four.example", "join"),
+            (15, "@d:four.example", "leave"),
         ];
-        let members = members.map(|(position, user, membership)| {
-            (position, json!({ "state_key": user, "content": { "membership": membership } }).to_string().into_bytes())
-        });
+        let mut stays = Stays::default();
+        for (position, user, membership) in members {
+            let json = json!({ "state_key": user, "content": { "membership": membership } }).to_string();
+            stays.follow(position, json.as_bytes());
+        }
+        let since = |server: &str| stays.since(server.try_into().unwrap());
+        let since = ["one.example", "two.example", "three.example", "four.example"].map(since);
+        assert_eq!(since, [Some(0), Some(11), None, Some(13)]);
         let name = |name: &str| OwnedServerName::try_from(name).unwrap();
-        let expected =
-            [(name("two.example"), 3, Some(8)), (name("one.example"), 0, None), (name("two.example"), 11, None)];
-        assert_eq!(stays(&members), expected);
+        let ended = [(name("two.example"), 3, Some(8)), (name("four.example"), 13, Some(15))];
+        let expected = [ended.to_vec(), vec![(name("one.example"), 0, None), (name("two.example"), 11, None)]].concat();
+        assert_eq!(stays.into_all(), expected);
     }
 
     #[test]

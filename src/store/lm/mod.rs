@@ -4,6 +4,7 @@
 mod blanks;
 mod holes;
 mod looks;
+mod members;
 mod read;
 mod redactions;
 mod staged;
@@ -22,9 +23,10 @@ pub use self::looks::{
     lost_since, lpdu_echoed, requeue_lpdu, rooms_of_hub, rooms_of_others, rooms_with_taken, take_lpdus, taken_lpdus,
     taken_since, waiting_lpdus,
 };
+pub use self::members::{member_events, members_before};
 pub(in crate::store) use self::read::parsed;
 pub use self::read::{
-    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, members_before, newest_lpdus,
+    Known, Stay, complaints, event, event_of_lpdu, events_by_id, known_of, lpdus_after, newest_lpdus,
     positions_of_lpdus, queued_lpdus, range, room, room_ids, rooms_with_lpdus, state_before, state_now,
     state_of_kind_before, stays, stood_before,
 };
@@ -37,8 +39,8 @@ pub use self::tells::{
     tells_due,
 };
 pub use self::write::{
-    advance_head, append, complain, forget_lpdus, forget_servers, insert_room, is_hub, is_kept_here, member_events,
-    queue_lpdu, replace_state, server_joined, server_left, set_hub, set_redaction, set_state, withdraw_lpdu,
+    advance_head, append, complain, forget_lpdus, forget_servers, insert_room, is_hub, is_kept_here, queue_lpdu,
+    replace_state, server_joined, server_left, set_hub, set_redaction, set_state, withdraw_lpdu,
 };
 use crate::event::{Redaction, RoomVersion};
 

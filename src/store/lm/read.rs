@@ -133,25 +133,6 @@ pub async fn stood_before(
     rows.iter().rev().map(event_row).collect()
 }
 
-/// The member events before a position whose state keys a pattern matches, as they are written and in the order of the log.
-pub async fn members_before(
-    store: &Store,
-    room_id: &RoomId,
-    pattern: &str,
-    position: i64,
-) -> Result<Vec<(i64, Vec<u8>)>, StoreError> {
-    let sql = "SELECT position, json FROM lm_events \
-               WHERE room_id = $1 AND kind = $2 AND state_key LIKE $3 AND position < $4 ORDER BY position";
-    let rows = sqlx::query(sql)
-        .bind(room_id.as_str())
-        .bind("m.room.member")
-        .bind(pattern)
-        .bind(position)
-        .fetch_all(store.reader())
-        .await?;
-    rows.iter().map(|row| Ok((row.try_get("position")?, row.try_get("json")?))).collect()
-}
-
 const STATE_BEFORE: &str = "\
     SELECT e.room_id, e.position, e.event_id, e.json FROM lm_state s \
     JOIN lm_events e ON e.room_id = s.room_id AND e.position = CASE WHEN s.position < $2 THEN s.position ELSE (\

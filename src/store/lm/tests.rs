@@ -382,3 +382,33 @@ async fn what_the_hub_has_of_a_membership_that_others_change_is_marked_and_waits
     })
     .await;
 }
+
+#[tokio::test]
+async fn member_events_come_one_by_one_in_the_order_of_the_log() {
+    both_stores(|store| async move {
+        add_room(&store).await;
+        let users = ["@a:one.example", "@b:two.example", "@c:one.example"];
+        // More than are read at once, and other events between them.
+        let events = (0..400_i64).map(|position| {
+            let user = usize::try_from(position).ok().and_then(|place| users.get(place % 4));
+            event(position, user.map(|user| ("m.room.member", *user)))
+        });
+        write(&store, events.collect()).await.unwrap();
+        let room_id = room_id!("!room:hub.example");
+        let mut of_one = Vec::new();
+        let each = |position: i64, json: &[u8]| of_one.push((position, json.to_vec()));
+        members_before(&store, room_id, "%:one.example", 398, each).await.unwrap();
+        let expected = (0..398_i64).filter(|position| position % 4 == 0 || position % 4 == 2);
+        let expected = expected.map(|position: i64| (position, format!("{{\"position\":{position}}}").into_bytes()));
+        assert_eq!(of_one, expected.collect::<Vec<_>>());
+        let job = store.write(|tx| {
+            Box::pin(async move {
+                let mut all = Vec::new();
+                member_events(tx, room_id!("!room:hub.example"), |position, _| all.push(position)).await?;
+                Ok(all)
+            })
+        });
+        assert_eq!(job.await.unwrap(), (0..400_i64).filter(|position| position % 4 != 3).collect::<Vec<_>>());
+    })
+    .await;
+}

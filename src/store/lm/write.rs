@@ -3,7 +3,6 @@
 use std::sync::LazyLock;
 
 use ruma::{EventId, OwnedEventId, RoomId, ServerName};
-use sqlx::Row as _;
 
 use super::super::rows::{Statement, chunks, placeholders, statement, statements};
 use super::{Complaint, Fault, NewEvent, RoomRow, redaction_name};
@@ -164,19 +163,6 @@ pub async fn is_kept_here(tx: &mut Tx, room_id: &RoomId, server: &ServerName) ->
         .fetch_optional(tx)
         .await?;
     Ok(row.is_some())
-}
-
-/// The member events of a log as they are written, in its order.
-pub async fn member_events(tx: &mut Tx, room_id: &RoomId) -> Result<Vec<(i64, Vec<u8>)>, StoreError> {
-    let rows = sqlx::query(
-        "SELECT position, json FROM lm_events WHERE room_id = $1 AND kind = $2 AND state_key IS NOT NULL \
-         ORDER BY position",
-    )
-    .bind(room_id.as_str())
-    .bind("m.room.member")
-    .fetch_all(tx)
-    .await?;
-    rows.iter().map(|row| Ok((row.try_get("position")?, row.try_get("json")?))).collect()
 }
 
 /// Forgets which servers were in the room when.
