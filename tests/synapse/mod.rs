@@ -5,6 +5,7 @@ mod bot;
 mod browser;
 mod created;
 mod crossing;
+mod declining;
 mod direct;
 mod directory;
 mod eigen;
