@@ -22,10 +22,10 @@ fn who_declines_an_invite_into_a_room_of_the_gateway_declines_on_the_other_side_
         alice.wait_for_member(&room, &world.image_of(&eve), "join").await.unwrap();
         world.spoke.wait_for_member(&lm_room, &world.ghost_of(&alice.user_id), "join").await.unwrap();
 
-        let frank = world.spoke.user(&world.name("frank-regrets")).unwrap();
+        let frank = world.hub.user(&world.name("frank-regrets")).unwrap();
         alice.invite(&room, &world.image_of(&frank)).await.unwrap();
-        assert_eq!(world.spoke.wait_for_invite(&frank).await.unwrap(), lm_room);
-        world.spoke.leave(&frank, &lm_room).await.unwrap();
+        assert_eq!(world.hub.wait_for_invite(&frank).await.unwrap(), lm_room);
+        world.hub.leave(&frank, &lm_room).await.unwrap();
         alice.wait_for_member(&room, &world.image_of(&frank), "leave").await.unwrap();
 
         let carol = world.user(world.b, &world.name("carol-regrets"), "Carol").await;
