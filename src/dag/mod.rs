@@ -35,6 +35,7 @@ mod snapshot;
 mod stored;
 mod version;
 mod walk;
+mod whole;
 
 use std::sync::{Arc, Mutex, OnceLock};
 

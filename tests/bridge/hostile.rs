@@ -150,7 +150,8 @@ async fn hc_45_levels_and_a_ban_that_a_resolution_takes_back_are_taken_back_in_t
         in_log(&gateway, lm, &ghost(Side::Matrix, "carol"), "join").await;
         so("both states in step", || gateway.in_step(&portal)).await;
         let log = gateway.node.lm.state(lm).await.unwrap();
-        let of_alice = log.get(LEVELS, "").unwrap().content()["users"].get(ghost(Side::Matrix, "alice").as_str()).cloned();
+        let of_alice =
+            log.get(LEVELS, "").unwrap().content()["users"].get(ghost(Side::Matrix, "alice").as_str()).cloned();
         assert!(of_alice.is_none_or(|level| level == 0));
         so("the levels' own image", || async {
             gateway.bridge.explain(&levels).await.unwrap().is_some_and(|found| found.status == "crossed")
