@@ -19,5 +19,6 @@ mod media;
 mod outage;
 mod pair;
 mod poison;
+mod settings;
 mod spaces;
 mod upgrades;
