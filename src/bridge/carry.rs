@@ -407,17 +407,11 @@ fn changed(case: &Case<'_>, kind: &str, rules: &StateRules<'_>) -> Option<Change
     };
     let image = translate::state_content(kind, there, &image).unwrap_or_default();
     let wanted = StateRules {
-        creator: None,
         across: &own,
-        to: case.source,
-        bot: None,
-        sovereigns: &[],
         limit,
-        asks: false,
         replaceable: case.replaceable,
-        media: None,
         pins: Pins::Own { names: case.pins },
-        aliases: None,
+        ..StateRules::plain(case.source)
     };
     let wanted = translate::state_content(kind, Some(&case.event.content), &wanted)?;
     if same(&image, &wanted) {

@@ -165,18 +165,13 @@ impl Plan<'_> {
             _ => None,
         };
         let rules = StateRules {
-            creator: None,
             across: &mapped,
-            to: self.authority.other(),
             bot,
-            sovereigns: &[],
             // Who is higher than an image has it is to be seen.
             limit: CREATOR_LEVEL,
-            asks: false,
             replaceable: self.replaceable,
-            media: None,
             pins: Pins::Own { names: self.pins },
-            aliases: None,
+            ..StateRules::plain(self.authority.other())
         };
         state_content(kind, Some(there), &rules).unwrap_or_default()
     }
