@@ -575,10 +575,8 @@ async fn an_alias_follows_its_room_when_that_is_replaced() {
     assert_eq!(rows::ended_aliases(&house.store).await.unwrap().len(), 1, "it is tried again");
     house.homeserver.lock().unwrap().aliases_fail = None;
     house.work().await;
-    let homeserver = house.homeserver.lock().unwrap();
-    assert_eq!(homeserver.aliases[ALIAS], "!next:g.example");
-    assert_eq!(homeserver.listed, listed("!next:g.example"));
-    drop(homeserver);
+    assert_eq!(house.homeserver.lock().unwrap().aliases[ALIAS], "!next:g.example");
+    assert_eq!(house.homeserver.lock().unwrap().listed, listed("!next:g.example"));
     assert_eq!(*house.portals.invited.lock().unwrap(), ["!room:g.example", "!next:g.example"]);
     assert_eq!(house.portals.resolved.load(Ordering::SeqCst), 1, "nobody asked for it");
     assert_eq!(rows::ended_aliases(&house.store).await.unwrap(), []);

@@ -26,11 +26,11 @@ const LIMIT: usize = 1 << 20;
 impl Shared {
     /// The same events. For those that `origin` gave without the content that was hashed stand the whole ones, as far as their own servers
     /// give them now. What one of the events redacts, or one of `others`, is right without content. `left` is how many may still be asked for.
-    pub(super) async fn make_whole(
+    pub(super) async fn make_whole<'o>(
         self: &Arc<Self>,
         origin: &ServerName,
         mut events: Vec<Verified>,
-        others: impl Iterator<Item = &Verified>,
+        others: impl Iterator<Item = &'o Verified> + Send,
         left: &mut usize,
     ) -> Vec<Verified> {
         let is_here = |event: &Verified| !event.is_whole() && event.pdu().sender.server_name() != origin;
@@ -43,7 +43,7 @@ impl Shared {
         let mut lacking: Vec<(usize, OwnedServerName, Pdu)> = Vec::new();
         for (place, event) in events.iter().enumerate().filter(|(_, event)| is_here(event)) {
             let (pdu, home) = (event.pdu(), event.pdu().sender.server_name());
-            if home != own && !redacted.contains(&pdu.event_id) && *left > 0 {
+            if home.as_str() != own.as_str() && !redacted.contains(&pdu.event_id) && *left > 0 {
                 *left = left.saturating_sub(1);
                 lacking.push((place, home.to_owned(), pdu.clone()));
             }

@@ -13,13 +13,13 @@ use crate::support::world::{on_both, server};
 
 impl Portal {
     /// Bob sets state in the LM room; Alice sees what `is_it` says.
-    async fn from_lm(&self, kind: &str, content: Value, is_it: impl Fn(&Value) -> bool) {
+    async fn set_on_lm(&self, kind: &str, content: Value, is_it: impl Fn(&Value) -> bool) {
         self.world.hub.send(&self.bob, &self.lm_room, kind, Some(""), content).unwrap();
         self.alice.wait_for_state(&self.room, kind, "", is_it).await.unwrap();
     }
 
     /// Alice sets state in the Matrix room; the hub gets it of her ghost, as `is_it` says.
-    async fn from_matrix(&self, kind: &str, content: Value, is_it: impl Fn(&Value) -> bool) {
+    async fn set_on_matrix(&self, kind: &str, content: Value, is_it: impl Fn(&Value) -> bool) {
         self.alice.set_state(&self.room, kind, "", content).await.unwrap();
         let ghost = self.alices_ghost();
         let looked_for = |event: &Pdu| {
@@ -39,20 +39,20 @@ fn who_may_come_who_may_look_and_what_a_room_looks_like_is_the_same_on_both_side
             ("m.room.history_visibility", "history_visibility", "joined", "world_readable"),
             ("m.room.guest_access", "guest_access", "can_join", "forbidden"),
         ] {
-            portal.from_lm(kind, json!({ key: on_lm }), |content| content[key] == on_lm).await;
-            portal.from_matrix(kind, json!({ key: on_matrix }), |content| content[key] == on_matrix).await;
+            portal.set_on_lm(kind, json!({ key: on_lm }), |content| content[key] == on_lm).await;
+            portal.set_on_matrix(kind, json!({ key: on_matrix }), |content| content[key] == on_matrix).await;
         }
         // A picture is called so that the other side can read it.
         let named = format!("mxc://{}/", world.gateway.server_name);
         let is_named = |content: &Value| content["url"].as_str().is_some_and(|url| url.starts_with(&named));
-        portal.from_lm("m.room.avatar", json!({ "url": "mxc://hub.example/picture" }), is_named).await;
+        portal.set_on_lm("m.room.avatar", json!({ "url": "mxc://hub.example/picture" }), is_named).await;
         let own = portal.alice.upload("image/png", "own.png", b"no picture").await.unwrap();
-        portal.from_matrix("m.room.avatar", json!({ "url": own }), is_named).await;
+        portal.set_on_matrix("m.room.avatar", json!({ "url": own }), is_named).await;
         // The room's address leads there by the gateway.
         let address = format!("#{}:hub.example", world.name("settings"));
         let there = world.alias("settings", &world.gateway.server_name);
         let is_there = |content: &Value| content["alias"] == there.as_str();
-        portal.from_lm("m.room.canonical_alias", json!({ "alias": address }), is_there).await;
+        portal.set_on_lm("m.room.canonical_alias", json!({ "alias": address }), is_there).await;
         assert_eq!(world.hub.complaints(&portal.lm_room), [""; 0]);
     });
 }
@@ -70,10 +70,10 @@ fn what_is_pinned_is_pinned_on_the_other_side() {
         let kind = "m.room.pinned_events";
         let pinned = json!([scones, tea]);
         portal
-            .from_lm(kind, json!({ "pinned": [scones_in_log, tea_in_log] }), |content| content["pinned"] == pinned)
+            .set_on_lm(kind, json!({ "pinned": [scones_in_log, tea_in_log] }), |content| content["pinned"] == pinned)
             .await;
         let pinned = json!([tea_in_log]);
-        portal.from_matrix(kind, json!({ "pinned": [tea] }), |content| content["pinned"] == pinned).await;
+        portal.set_on_matrix(kind, json!({ "pinned": [tea] }), |content| content["pinned"] == pinned).await;
     });
 }
 
