@@ -119,8 +119,7 @@ async fn hc_45_a_join_that_a_resolution_takes_back_is_taken_back_in_the_log() {
     .await;
 }
 
-/// Two who may demote each other do so at once; that reaches the gateway one after the other. Resolution takes back what came first, and
-/// all that stood on it: the levels, and the ban of a member.
+/// Alice bans carol, and dave had taken alice's level before that, of which nobody heard until now. No event says that carol is in again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hc_45_levels_and_a_ban_that_a_resolution_takes_back_are_taken_back_in_the_log() {
     in_each_version(async |world, gateway| {
