@@ -37,8 +37,8 @@ impl Shared {
         if !events.iter().any(is_here) {
             return events;
         }
-        let redacted: HashSet<OwnedEventId> =
-            events.iter().chain(others).filter_map(|event| event.pdu().redacts.clone()).collect();
+        let mut redacted: HashSet<OwnedEventId> = others.filter_map(|event| event.pdu().redacts.clone()).collect();
+        redacted.extend(events.iter().filter_map(|event| event.pdu().redacts.clone()));
         let own = &self.context.server_name;
         let mut lacking: Vec<(usize, OwnedServerName, Pdu)> = Vec::new();
         for (place, event) in events.iter().enumerate().filter(|(_, event)| is_here(event)) {
