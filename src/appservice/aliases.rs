@@ -49,6 +49,16 @@ pub(super) enum AliasError {
 }
 
 impl AliasError {
+    /// Whether it may go well later.
+    pub(super) fn is_transient(&self) -> bool {
+        match self {
+            Self::NotOurs(_) => false,
+            Self::Refused(refusal) => refusal.is_transient(),
+            Self::Homeserver(error) => error.is_transient(),
+            Self::Slow | Self::Busy => true,
+        }
+    }
+
     /// The label in metrics.
     fn label(&self) -> &'static str {
         match self {
@@ -89,7 +99,7 @@ type Query = Shared<BoxFuture<'static, Result<(), AliasError>>>;
 
 /// The queries for aliases, each alias one at a time.
 pub(super) struct Aliases {
-    publisher: Arc<Publisher>,
+    pub(super) publisher: Arc<Publisher>,
     homeserver_name: OwnedServerName,
     running: Arc<Mutex<HashMap<String, Query>>>,
     permits: Arc<Semaphore>,
@@ -170,11 +180,29 @@ impl Publisher {
         // First, so that it is taken away again with the portal, whatever happens.
         let write = self.store.write(move |tx| Box::pin(async move { rows::add_alias(tx, &stored, &room).await }));
         write.await.map_err(Refusal::from)?;
-        match self.put(alias, &target).await {
+        self.lead(alias, localpart, &target).await
+    }
+
+    /// Has an alias whose portal is over lead to the portal that has the name now, and be listed there, as when a room was replaced. False
+    /// when no portal has it.
+    pub(super) async fn lead_on(&self, alias: &str, localpart: &str) -> Result<bool, AliasError> {
+        let Some(target) = self.portals.known_alias(localpart) else { return Ok(false) };
+        let (stored, room) = (alias.to_owned(), target.room_id.clone());
+        let begin = self.store.write(move |tx| Box::pin(async move { rows::lead_on(tx, &stored, &room).await }));
+        begin.await.map_err(Refusal::from)?;
+        self.lead(alias, localpart, &target).await?;
+        let (stored, room) = (alias.to_owned(), target.room_id);
+        let done = self.store.write(move |tx| Box::pin(async move { rows::led_on(tx, &stored, &room).await }));
+        done.await.map_err(Refusal::from)?;
+        Ok(true)
+    }
+
+    async fn lead(&self, alias: &str, localpart: &str, target: &AliasTarget) -> Result<(), AliasError> {
+        match self.put(alias, target).await {
             // The homeserver has never heard of the room. An invite for one of its users makes it known.
             Err(error) if error.status() == Some(StatusCode::BAD_REQUEST) => {
                 self.invite_bot(&target.room_id).await?;
-                self.put(alias, &target).await?;
+                self.put(alias, target).await?;
             }
             other => other?,
         }

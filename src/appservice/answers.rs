@@ -221,12 +221,13 @@ fn explanation(found: &Explanation) -> String {
         "waiting" => "It waits to cross",
         "refused" => "It did not cross",
         "local" => "It is of this room alone",
+        "repair" => "It brought the room back to what the other side has",
         "shared" => "It is in the one room that both sides have",
         _ => "What became of it is not known any more",
     };
     let across = found.across.as_ref().map(|across| format!(": {across}")).unwrap_or_default();
     let mut lines = vec![format!("{what}{across}.")];
     lines.extend(found.refusal.as_ref().map(|refusal| format!("The reason: {}.", refusal.reason)));
-    lines.extend(found.note.as_ref().map(|note| format!("Left out on the way: {note}.")));
+    lines.extend(found.note.as_ref().map(|note| format!("Note: {note}.")));
     lines.join("\n")
 }

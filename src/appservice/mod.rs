@@ -213,6 +213,7 @@ impl Appservice {
             homeserver: inner.homeserver.clone(),
             homeserver_name: inner.homeserver_name.clone(),
             bot: inner.bot.clone(),
+            publisher: inner.aliases.publisher.clone(),
             answers,
             chats: inner.chats.clone(),
             news: inner.news.clone(),

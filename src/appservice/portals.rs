@@ -18,6 +18,9 @@ pub(super) trait Portals: Send + Sync + 'static {
     /// Where a localpart leads; makes the portal when that is allowed.
     async fn resolve_alias(&self, localpart: &str) -> Result<AliasTarget, Refusal>;
 
+    /// Where a localpart leads by the portals that are there: nobody is asked, and nothing is made.
+    fn known_alias(&self, localpart: &str) -> Option<AliasTarget>;
+
     /// Why a localpart led nowhere when it was last asked for, not long ago.
     async fn why_not(&self, localpart: &str) -> Option<Refusal>;
 
@@ -71,6 +74,10 @@ pub(super) struct OfBridge {
 impl Portals for OfBridge {
     async fn resolve_alias(&self, localpart: &str) -> Result<AliasTarget, Refusal> {
         self.bridge.resolve_alias(localpart, Cause::Appservice).await
+    }
+
+    fn known_alias(&self, localpart: &str) -> Option<AliasTarget> {
+        self.bridge.known_alias(localpart)
     }
 
     async fn why_not(&self, localpart: &str) -> Option<Refusal> {

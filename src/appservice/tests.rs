@@ -32,6 +32,8 @@ struct FakeHomeserver {
     /// Rooms in the lists of the directory.
     listed: BTreeSet<(String, String)>,
     fails: Option<StatusCode>,
+    /// What it answers who gives an alias.
+    aliases_fail: Option<StatusCode>,
 }
 
 type Shared = Arc<Mutex<FakeHomeserver>>;
@@ -45,6 +47,9 @@ async fn put_alias(State(fake): State<Shared>, Path(alias): Path<String>, Json(b
     let mut fake = fake.lock().unwrap();
     let room_id = body["room_id"].as_str().unwrap().to_owned();
     assert_eq!(body["servers"], json!(["g.example"]));
+    if let Some(status) = fake.aliases_fail {
+        return (status, Json(json!({ "errcode": "M_UNKNOWN" })));
+    }
     if !fake.known_rooms.contains(&room_id) {
         return reply(400, json!({ "errcode": "M_UNKNOWN", "error": "Room does not exist" }));
     }
@@ -110,6 +115,8 @@ async fn say(
 struct FakePortals {
     homeserver: Shared,
     room_id: Mutex<OwnedRoomId>,
+    /// Where aliases lead without anything being made.
+    known: Mutex<Option<OwnedRoomId>>,
     resolved: AtomicUsize,
     invited: Mutex<Vec<String>>,
     withdrawn: Mutex<Vec<String>>,
@@ -131,6 +138,11 @@ impl Portals for FakePortals {
         }
         let room_id = self.room_id.lock().unwrap().clone();
         Ok(AliasTarget { room_id, servers: vec!["g.example".try_into().unwrap()] })
+    }
+
+    fn known_alias(&self, _localpart: &str) -> Option<AliasTarget> {
+        let room_id = self.known.lock().unwrap().clone()?;
+        Some(AliasTarget { room_id, servers: vec!["g.example".try_into().unwrap()] })
     }
 
     async fn why_not(&self, localpart: &str) -> Option<Refusal> {
@@ -293,6 +305,7 @@ impl House {
         let portals = Arc::new(FakePortals {
             homeserver: homeserver.clone(),
             room_id: Mutex::new(owned_room_id!("!room:g.example")),
+            known: Mutex::default(),
             resolved: AtomicUsize::default(),
             invited: Mutex::default(),
             withdrawn: Mutex::default(),
@@ -543,6 +556,37 @@ async fn an_alias_goes_with_its_portal() {
     assert_eq!(house.query(ALIAS).await, (200, json!({})));
     house.work().await;
     assert_eq!(house.homeserver.lock().unwrap().aliases.len(), 1);
+}
+
+#[tokio::test]
+async fn an_alias_follows_its_room_when_that_is_replaced() {
+    let house = House::build().await;
+    assert_eq!(house.query(ALIAS).await, (200, json!({})));
+    let listed = |room: &str| BTreeSet::from([("hub.example".to_owned(), room.to_owned())]);
+    assert_eq!(house.homeserver.lock().unwrap().listed, listed("!room:g.example"));
+    *house.portals.known.lock().unwrap() = Some(owned_room_id!("!next:g.example"));
+    let end =
+        house.store.write(|tx| Box::pin(async move { rows::end_room(tx, &owned_room_id!("!room:g.example")).await }));
+    end.await.unwrap();
+    // The homeserver is away at first.
+    let is_away = Some(StatusCode::BAD_GATEWAY);
+    house.homeserver.lock().unwrap().aliases_fail = is_away;
+    house.work().await;
+    assert_eq!(rows::ended_aliases(&house.store).await.unwrap().len(), 1, "it is tried again");
+    house.homeserver.lock().unwrap().aliases_fail = None;
+    house.work().await;
+    assert_eq!(house.homeserver.lock().unwrap().aliases[ALIAS], "!next:g.example");
+    assert_eq!(house.homeserver.lock().unwrap().listed, listed("!next:g.example"));
+    assert_eq!(*house.portals.invited.lock().unwrap(), ["!room:g.example", "!next:g.example"]);
+    assert_eq!(house.portals.resolved.load(Ordering::SeqCst), 1, "nobody asked for it");
+    assert_eq!(rows::ended_aliases(&house.store).await.unwrap(), []);
+    // That one ends as well, and no other has the name.
+    *house.portals.known.lock().unwrap() = None;
+    let end =
+        house.store.write(|tx| Box::pin(async move { rows::end_room(tx, &owned_room_id!("!next:g.example")).await }));
+    end.await.unwrap();
+    house.work().await;
+    assert!(house.homeserver.lock().unwrap().aliases.is_empty());
 }
 
 #[tokio::test]

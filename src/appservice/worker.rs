@@ -12,6 +12,7 @@ use ruma::{OwnedRoomId, OwnedUserId, RoomId, UserId};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
 
+use super::aliases::Publisher;
 use super::answers::Answers;
 use super::commands::{self, Command, ENCRYPTED};
 use super::event::{Chat, Work};
@@ -73,6 +74,7 @@ pub(super) struct Worker {
     pub(super) homeserver: Homeserver,
     pub(super) homeserver_name: ruma::OwnedServerName,
     pub(super) bot: OwnedUserId,
+    pub(super) publisher: Arc<Publisher>,
     pub(super) answers: Answers,
     pub(super) chats: Chats,
     pub(super) news: Arc<Notify>,
@@ -120,7 +122,8 @@ impl Worker {
         Ok(Duration::from_millis(u64::try_from(until).unwrap_or_default()).min(NAP))
     }
 
-    /// Of portals that are over. What the homeserver does not take now is tried again in the next round.
+    /// Of portals that are over, but for those that other portals have taken over: these lead there. What the homeserver does not take now
+    /// is tried again in the next round.
     async fn take_aliases_away(&self) -> Result<(), StoreError> {
         for (alias, room_id) in rows::ended_aliases(&self.store).await? {
             let localpart =
@@ -129,6 +132,22 @@ impl Worker {
                 && let Err(error) = self.homeserver.list_room(hub.as_str(), &room_id, false).await
             {
                 tracing::info!(alias, room = %room_id, %error, "a room could not be taken out of the homeserver's directory");
+            }
+            if let Some(localpart) = localpart {
+                match self.publisher.lead_on(&alias, localpart).await {
+                    Ok(true) => {
+                        tracing::info!(alias, room = %room_id, "an alias leads to the room that took the place of this one");
+                        continue;
+                    }
+                    Ok(false) => {}
+                    Err(error) if error.is_transient() => {
+                        tracing::info!(alias, room = %room_id, %error, "an alias could not be led to another room yet");
+                        return Ok(());
+                    }
+                    Err(error) => {
+                        tracing::info!(alias, room = %room_id, %error, "an alias could not be led to another room");
+                    }
+                }
             }
             match self.homeserver.delete_alias(&alias).await {
                 Err(error) if error.is_transient() => {

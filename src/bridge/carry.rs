@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::acl::SERVER_ACL;
 use super::alias::Aliases;
-use super::pins::{Counterparts, PINNED, Pins};
+use super::pins::{self, Counterparts, PINNED, Pins};
 use super::power::{self, Action, CREATOR_LEVEL, POWER_LEVELS, Power, USER_LIMIT};
 use super::side::{Entry, Event, Key, MEMBER, State};
 use super::translate::{self, Image, Lookups, MediaTo, SOURCE, StateRules};
@@ -373,7 +373,8 @@ fn state(case: &Case<'_>, ghost: &UserId) -> Outcome {
         }
         Err(refusal) => return Outcome::Refuse(refusal),
     };
-    Outcome::Cross(Box::new(Crossing { before, image, instead, asks_server: false, note: None }))
+    let note = if kind == PINNED { pins::left_out(&case.event.content) } else { None };
+    Outcome::Cross(Box::new(Crossing { before, image, instead, asks_server: false, note }))
 }
 
 /// What somebody's state in a log asks of a room that lives elsewhere.
@@ -406,17 +407,11 @@ fn changed(case: &Case<'_>, kind: &str, rules: &StateRules<'_>) -> Option<Change
     };
     let image = translate::state_content(kind, there, &image).unwrap_or_default();
     let wanted = StateRules {
-        creator: None,
         across: &own,
-        to: case.source,
-        bot: None,
-        sovereigns: &[],
         limit,
-        asks: false,
         replaceable: case.replaceable,
-        media: None,
         pins: Pins::Own { names: case.pins },
-        aliases: None,
+        ..StateRules::plain(case.source)
     };
     let wanted = translate::state_content(kind, Some(&case.event.content), &wanted)?;
     if same(&image, &wanted) {

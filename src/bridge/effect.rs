@@ -114,7 +114,10 @@ pub(super) fn prepared(core: &Core, source: Side, event: &Event) -> Option<Event
         .then(|| EventEffect::new(move |tx, _| Box::pin(async move { ghosts::remember(tx, &ghosts).await })))
 }
 
-/// What is written with a ghost's join that is sent because the ghost speaks: the mapping to the member event that it is
+/// What is said of a member event whose image was not made in its turn.
+const BROUGHT_IN: &str = "the ghost was brought in because its user is in the room, not when this event had its turn";
+
+/// What is written with a ghost's join that is sent because the ghost speaks, or is missing: the mapping to the member event that it is
 /// the image of, unless that has one.
 pub(super) async fn joined(
     core: &Arc<Core>,
@@ -132,7 +135,7 @@ pub(super) async fn joined(
         Side::Lm => core.sides()?.rooms(source).event(&member).await?,
     };
     let Some(event) = event else { return Ok(None) };
-    let row = image_row(core, portal, source, &event);
+    let row = ImageRow { note: Some(BROUGHT_IN.to_owned()), ..image_row(core, portal, source, &event) };
     let (log, profile) = (Log::of(core, portal), profile(&event));
     let ghosts = ghosts_of(core, source, &event);
     Ok(Some(EventEffect::new(move |tx, image| {

@@ -5,7 +5,9 @@ use serde::Serialize;
 
 use super::admin::{Refused, find};
 use super::core::Core;
+use super::plan::REPAIR;
 use super::side::{Event, MEMBER};
+use crate::event::event_id;
 use crate::identity::Side;
 use crate::refusal::Refusal;
 use crate::store::images::{self, ImageRow};
@@ -27,12 +29,12 @@ pub struct Explanation {
     /// The portal of the room, when there is one; else the last that has ended, as long as its row is kept.
     pub portal_id: Option<String>,
     /// What has become of it, as one word: `image` (it is one), `crossed`, `pending`, `refused`, `waiting`, `local`
-    /// (nothing is to become of it), `shared` (both sides have the one room that it is of), or `unknown` (what became of it is forgotten: its portal has ended, or it is so old that
+    /// (nothing is to become of it), `repair` (the gateway sent it so that the room is as the one across), `shared` (both sides have the one room that it is of), or `unknown` (what became of it is forgotten: its portal has ended, or it is so old that
     /// the record of its refusal may be gone).
     pub status: &'static str,
-    /// The event across: its image, or the source that it is the image of.
+    /// The event across: its image, or the source that it is the image of, or from which it follows.
     pub across: Option<OwnedEventId>,
-    /// What was left out on the way.
+    /// What was left out on the way, or why there is a repair.
     pub note: Option<String>,
     /// Why it did not cross.
     pub refusal: Option<Refused>,
@@ -58,6 +60,7 @@ pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Ex
             Some(_) => None,
             None => portals::last_ended_of(store, side, &event.room_id).await?,
         };
+        let repair = Repair::read(core, &event).filter(|_| !is_one_room);
         let status = match (&image, &source, &refusal, waiting_since) {
             (Some(ImageRow { pending: true, .. }), ..) => "pending",
             (Some(_), ..) => "crossed",
@@ -65,12 +68,14 @@ pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Ex
             (None, None, _, Some(_)) => "waiting",
             (None, None, Some(_), None) => "refused",
             (None, None, None, None) if is_one_room => "shared",
+            (None, None, None, None) if repair.is_some() => "repair",
             // With the portal its mappings are forgotten.
             (None, None, None, None) if ended.is_some() => "unknown",
             (None, None, None, None) if may_be_forgotten(core, open, &event).await? => "unknown",
             (None, None, None, None) => "local",
         };
         let note = image.as_ref().and_then(|row| row.note.clone());
+        let note = note.or_else(|| repair.as_ref().map(|repair| repair.note(side)));
         return Ok(Some(Explanation {
             event_id: event.event_id,
             side: side.as_str(),
@@ -79,7 +84,7 @@ pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Ex
             sender: event.sender,
             kind: event.kind,
             status,
-            across: image.map(|row| row.image).or(source.map(|row| row.source)),
+            across: image.map(|row| row.image).or(source.map(|row| row.source)).or(repair.and_then(|repair| repair.of)),
             note,
             refusal: refusal.map(Refused::from),
             waiting_since,
@@ -89,6 +94,34 @@ pub(super) async fn explain(core: &Core, event_id: &EventId) -> Result<Option<Ex
         // By the name under which its sender's server knows it.
         Some(appended) => Box::pin(explain(core, &appended.event.event_id)).await,
         None => explain_invite(core, event_id).await,
+    }
+}
+
+/// What a repair says of itself.
+struct Repair {
+    /// The event across from which it follows.
+    of: Option<OwnedEventId>,
+}
+
+impl Repair {
+    /// Nothing when an event is none: what others mark like that says nothing.
+    fn read(core: &Core, event: &Event) -> Option<Self> {
+        let own = event.sender.server_name() == core.context.server_name;
+        let mark = event.content.get(REPAIR).filter(|_| own)?;
+        Some(Self { of: mark.get("event_id").and_then(|id| id.as_str()).and_then(event_id) })
+    }
+
+    /// Why there is one in the room on `side`.
+    fn note(&self, side: Side) -> String {
+        let (here, across) = match side {
+            Side::Lm => ("LM", "Matrix"),
+            Side::Matrix => ("Matrix", "LM"),
+        };
+        let there = match &self.of {
+            Some(of) => format!("{of} was in force"),
+            None => "nothing of the kind was in force".to_owned(),
+        };
+        format!("sent by the gateway, since the {here} room was not as the {across} room has it: there {there}")
     }
 }
 

@@ -210,6 +210,11 @@ impl Bridge {
         resolve::resolve(&self.core, localpart, &cause).await
     }
 
+    /// Where such a localpart leads by the portals that are there. Nobody is asked, and nothing is made.
+    pub fn known_alias(&self, localpart: &str) -> Option<AliasTarget> {
+        resolve::known(&self.core, localpart)
+    }
+
     /// The portal of the room that an LM alias (`#NAME:SERVER`) leads to; for an admin, who wants no old answer.
     pub async fn portal_of_alias(&self, alias: &str) -> Result<Arc<Portal>, Refusal> {
         let parsed = <&ruma::RoomAliasId>::try_from(alias);

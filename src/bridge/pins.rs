@@ -1,7 +1,7 @@
 //! What is pinned in a room: a list of events, each of which is called otherwise across. What has no name across stays where it is:
-//! an image of the list takes out nothing of the first `AT_MOST` that only its own room knows.
+//! an image of the list takes out nothing that only its own room knows, nor what is beyond `AT_MOST`, as far as one event can hold it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use ruma::OwnedEventId;
 use serde_json::{Value, json};
@@ -15,8 +15,12 @@ use crate::store::images;
 
 /// The type of the state that says what is pinned.
 pub(super) const PINNED: &str = "m.room.pinned_events";
-/// How many pinned events of a room are looked at.
-const AT_MOST: usize = 200;
+/// How many pinned events of a room are carried. An event holds some more than that.
+const AT_MOST: usize = 1_000;
+/// How many bytes the events of an image may have together, so that it fits.
+const BYTES: usize = 56 << 10;
+/// How many of those that are pinned are waited for, while they wait to cross: the last, since clients put there what is new.
+const WAITED_FOR: usize = 200;
 
 /// How events of either room are called across.
 pub(super) type Counterparts = HashMap<OwnedEventId, OwnedEventId>;
@@ -39,9 +43,20 @@ impl Pins<'_> {
         let list = match self {
             Self::Unknown => return None,
             Self::Image { there, names } => {
-                let images = here.filter_map(|id| names.get(&id).cloned());
-                let own = pinned(*there).filter(|id| !names.contains_key(id));
-                let list: Vec<OwnedEventId> = images.chain(own).collect();
+                let images = here.take(AT_MOST).filter_map(|id| names.get(&id).cloned());
+                let own = pinned(*there).enumerate();
+                let own = own.filter(|(place, id)| *place >= AT_MOST || !names.contains_key(id)).map(|(_, id)| id);
+                let (mut list, mut seen, mut bytes) = (Vec::new(), HashSet::new(), 0_usize);
+                for id in images.chain(own) {
+                    // With its quotes and comma.
+                    bytes = bytes.saturating_add(id.as_str().len()).saturating_add(3);
+                    if bytes > BYTES {
+                        break;
+                    }
+                    if seen.insert(id.clone()) {
+                        list.push(id);
+                    }
+                }
                 if list.is_empty() && there.is_none() {
                     return None;
                 }
@@ -58,9 +73,21 @@ impl Pins<'_> {
 }
 
 /// The events that a content says are pinned.
-pub(super) fn pinned(content: Option<&Object>) -> impl Iterator<Item = OwnedEventId> {
+fn pinned(content: Option<&Object>) -> impl Iterator<Item = OwnedEventId> {
     let list = content.and_then(|content| content.get("pinned")?.as_array()).into_iter().flatten();
-    list.filter_map(Value::as_str).filter_map(event_id).take(AT_MOST)
+    list.filter_map(Value::as_str).filter_map(event_id)
+}
+
+/// The events that an image of the list waits for while they wait to cross.
+pub(super) fn waited_for(content: &Object) -> Vec<OwnedEventId> {
+    let mut list: Vec<_> = pinned(Some(content)).collect();
+    list.split_off(list.len().saturating_sub(WAITED_FOR))
+}
+
+/// What is said of an image that lacks something of the list.
+pub(super) fn left_out(content: &Object) -> Option<String> {
+    let beyond = pinned(Some(content)).count().saturating_sub(AT_MOST);
+    (beyond > 0).then(|| format!("the last {beyond} of what is pinned: {AT_MOST} are carried"))
 }
 
 /// How what is pinned in the room on `side`, and in the one across, is called across, as far as the portal has carried it.
@@ -73,9 +100,10 @@ pub(super) async fn counterparts(
 ) -> Result<Counterparts, Refusal> {
     let store = &core.context.store;
     let mut names = Counterparts::new();
-    for (side, ids) in
-        [(side, pinned(here).collect::<Vec<_>>()), (side.other(), pinned(across.content(PINNED)).collect::<Vec<_>>())]
-    {
+    for (side, ids) in [
+        (side, pinned(here).take(AT_MOST).collect::<Vec<_>>()),
+        (side.other(), pinned(across.content(PINNED)).collect()),
+    ] {
         if ids.is_empty() {
             continue;
         }
@@ -133,7 +161,42 @@ mod tests {
         let content = json!({ "pinned": ["$a", 7, "x", null, ["$b"]] });
         assert_eq!(pinned(content.as_object()).collect::<Vec<_>>(), ["$a"]);
         assert_eq!(pinned(json!({ "pinned": {} }).as_object()).count(), 0);
-        let many = json!({ "pinned": (0..500).map(|number| format!("${number}")).collect::<Vec<_>>() });
-        assert_eq!(pinned(many.as_object()).count(), AT_MOST);
+    }
+
+    #[test]
+    fn however_much_is_pinned_nothing_is_lost_that_is_not_said() {
+        let id = |prefix: &str, number: usize| event_id(&format!("${prefix}{number:0>42}")).unwrap();
+        let content = |ids: &[OwnedEventId]| Object::from_iter([("pinned".to_owned(), json!(ids))]);
+        let ids = |prefix: &str, count: usize| (0..count).map(|number| id(prefix, number)).collect::<Vec<_>>();
+        let mut names = Counterparts::new();
+        for number in 0..AT_MOST {
+            names.insert(id("h", number), id("t", number));
+            names.insert(id("t", number), id("h", number));
+        }
+        let image = |here: &[OwnedEventId], there: &[OwnedEventId]| {
+            let there = content(there);
+            Pins::Image { there: Some(&there), names: &names }.content(&content(here)).unwrap()
+        };
+        // What was the bound of what is looked at is none of what is kept.
+        let own = ids("o", 300);
+        let there: Vec<_> = own.iter().cloned().chain(ids("t", 250)).collect();
+        let expected: Vec<_> = ids("t", 251).into_iter().chain(own.clone()).collect();
+        assert_eq!(image(&ids("h", 251), &there), content(&expected));
+        let again = Pins::Own { names: &names }.content(&content(&expected)).unwrap();
+        assert_eq!(again, image(&ids("h", 251), &expected), "and then it is in step");
+        assert_eq!(left_out(&content(&ids("h", AT_MOST))), None);
+        // Beyond what is carried.
+        let more: Vec<_> = ids("h", AT_MOST).into_iter().chain(ids("x", 7)).collect();
+        let first = image(&more, &own[..5]);
+        assert_eq!(first["pinned"].as_array().unwrap().len(), AT_MOST + 5);
+        assert!(left_out(&content(&more)).is_some_and(|note| note.contains("last 7 ")));
+        let back = image(&ids("h", 3), &ids("t", AT_MOST).into_iter().chain(own[..5].to_vec()).collect::<Vec<_>>());
+        assert_eq!(back["pinned"].as_array().unwrap().len(), 3 + 5, "and what is not pinned any more is not");
+        // Whatever is pinned there, an event holds it.
+        let long: Vec<_> = (0..250).map(|number| event_id(&format!("${number:a>250}")).unwrap()).collect();
+        let full = image(&ids("h", AT_MOST), &long);
+        assert!(serde_json::to_vec(&full).unwrap().len() < 60_000);
+        assert_eq!(image(&ids("h", AT_MOST), &pinned(Some(&full)).collect::<Vec<_>>()), full);
+        assert_eq!(waited_for(&content(&ids("h", 201))), ids("h", 201)[1..]);
     }
 }

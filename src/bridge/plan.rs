@@ -1,6 +1,6 @@
 //! What brings the following side's state in step with the authority's: a pure function of both states.
 
-use ruma::{OwnedEventId, UserId};
+use ruma::{EventId, OwnedEventId, UserId};
 use serde_json::{Value, json};
 
 use super::alias::Aliases;
@@ -15,8 +15,8 @@ use crate::event::Object;
 use crate::identity::{MediaNames, Side};
 use crate::seam::Draft;
 
-/// What marks a repair in its content.
-const REPAIR: &str = "im.isthmus.repair";
+/// What marks a repair in its content: true, or the event in the room across from which it follows, as `event_id`.
+pub(super) const REPAIR: &str = "im.isthmus.repair";
 
 /// Both states, and who the users in them are.
 pub(super) struct Plan<'a> {
@@ -63,21 +63,27 @@ pub(super) struct Fix {
 
 /// What must be sent.
 pub(super) fn plan(plan: &Plan<'_>) -> Vec<Fix> {
+    let (authority, other) = (plan.authority, plan.authority.other());
     let mut fixes: Vec<Fix> = MAPPED_STATE.iter().filter_map(|kind| plan.state(kind)).collect();
     fixes.extend(plan.tombstone());
     for entry in plan.leading.members() {
         let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
-        match plan.leading_users.get(user) {
-            Some(Who::Native { ghost }) => fixes.extend(plan.native(&entry, user, ghost)),
-            Some(Who::Ghost { user: real }) => fixes.extend(plan.ghost(&entry, user, real)),
-            _ => {}
-        }
+        let fix = match plan.leading_users.get(user) {
+            Some(Who::Native { ghost }) => plan.native(&entry, user, ghost),
+            Some(Who::Ghost { user: real }) => {
+                let fix = plan.ghost(&entry, user, real);
+                fix.map(|fix| fix.follows(other, plan.following.member(real).map(|there| there.event_id)))
+            }
+            _ => None,
+        };
+        fixes.extend(fix.map(|fix| fix.follows(authority, Some(entry.event_id))));
     }
     for entry in plan.following.members() {
         let Ok(user) = <&UserId>::try_from(entry.state_key) else { continue };
         match plan.following_users.get(user) {
             Some(Who::Native { ghost }) if plan.leading.member(ghost).is_none() => {
-                fixes.extend(plan.newcomer(&entry, user, ghost));
+                let fix = plan.newcomer(&entry, user, ghost);
+                fixes.extend(fix.map(|fix| fix.follows(other, Some(entry.event_id))));
             }
             Some(Who::Ghost { user: real }) if plan.leading.member(real).is_none() => {
                 fixes.extend(plan.unknown(entry.membership(), user));
@@ -86,6 +92,16 @@ pub(super) fn plan(plan: &Plan<'_>) -> Vec<Fix> {
         }
     }
     fixes
+}
+
+impl Fix {
+    /// Says that it follows from this event of the room on `side`, where it is sent in the other one.
+    fn follows(mut self, side: Side, event_id: Option<&EventId>) -> Self {
+        if let Some(event_id) = event_id.filter(|_| self.side != side) {
+            self.draft.content.insert(REPAIR.to_owned(), json!({ "event_id": event_id }));
+        }
+        self
+    }
 }
 
 impl Plan<'_> {
@@ -119,7 +135,8 @@ impl Plan<'_> {
         if there.is_some_and(|there| same(&self.known(kind, there), &content)) {
             return None;
         }
-        Some(self.fix(self.authority.other(), self.draft(self.bot, kind, "", content)))
+        let fix = self.fix(self.authority.other(), self.draft(self.bot, kind, "", content));
+        Some(fix.follows(self.authority, self.leading.get(kind, "").map(|entry| entry.event_id)))
     }
 
     /// The room that follows was closed by somebody who may not close the one that leads: that is taken back.
@@ -148,18 +165,13 @@ impl Plan<'_> {
             _ => None,
         };
         let rules = StateRules {
-            creator: None,
             across: &mapped,
-            to: self.authority.other(),
             bot,
-            sovereigns: &[],
             // Who is higher than an image has it is to be seen.
             limit: CREATOR_LEVEL,
-            asks: false,
             replaceable: self.replaceable,
-            media: None,
             pins: Pins::Own { names: self.pins },
-            aliases: None,
+            ..StateRules::plain(self.authority.other())
         };
         state_content(kind, Some(there), &rules).unwrap_or_default()
     }

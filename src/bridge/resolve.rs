@@ -62,6 +62,12 @@ pub(super) async fn resolve(core: &Arc<Core>, localpart: &str, cause: &Cause) ->
     portal(core, localpart, cause).await.map(|portal| target(core, &portal.matrix_room_id))
 }
 
+/// Where the localpart of an alias leads that a portal has already; nobody is asked, and nothing is made.
+pub(super) fn known(core: &Core, localpart: &str) -> Option<AliasTarget> {
+    let portal = core.registry.of_alias(localpart)?.portal();
+    portal.state.carries().then(|| target(core, &portal.matrix_room_id))
+}
+
 /// Where an alias of the gateway's name leads for the server that asks: an LM server is told the LM room.
 pub(super) async fn asked(
     core: &Arc<Core>,

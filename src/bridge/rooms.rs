@@ -5,9 +5,8 @@ use serde_json::{Value, json};
 
 use super::core::Core;
 use super::from_matrix;
-use super::pins::Pins;
 use super::portal::Request;
-use super::power::{self, BOT_LEVEL, POWER_LEVELS, USER_LIMIT};
+use super::power::{self, BOT_LEVEL, POWER_LEVELS};
 use super::side::{MEMBER, State};
 use super::translate::{MAPPED_STATE, StateRules, across, state_content};
 use super::upgrade::TOMBSTONE;
@@ -84,15 +83,10 @@ pub(super) fn matrix_of_lm(
     let rules = StateRules {
         creator,
         across: &mapped,
-        to: Side::Matrix,
         bot: bot_there,
-        sovereigns: &[],
-        limit: USER_LIMIT,
-        asks: false,
-        replaceable: false,
         media: Some(core.media(Side::Matrix)),
-        pins: Pins::Unknown,
         aliases: Some(core.aliases(alias.as_deref())),
+        ..StateRules::plain(Side::Matrix)
     };
     let mapped = MAPPED_STATE
         .iter()
@@ -110,15 +104,13 @@ pub(super) fn lm_of_matrix(core: &Core, state: &State, users: &Known, request: &
     let rules = StateRules {
         creator,
         across: &mapped,
-        to: Side::Lm,
         bot: Some((bot, BOT_LEVEL)),
         sovereigns: &sovereigns,
-        limit: USER_LIMIT,
         asks: true,
         replaceable: true,
         media: Some(core.media(Side::Lm)),
-        pins: Pins::Unknown,
         aliases: Some(core.aliases(None)),
+        ..StateRules::plain(Side::Lm)
     };
     let mapped = MAPPED_STATE
         .iter()
@@ -159,19 +151,7 @@ fn provisional(
     if let Some(users) = users.as_object_mut() {
         users.insert(inviter.to_string(), json!(50));
     }
-    let rules = StateRules {
-        creator: None,
-        across: &|_| None,
-        to,
-        bot: None,
-        sovereigns: &[],
-        limit: USER_LIMIT,
-        asks: false,
-        replaceable: to == Side::Lm,
-        media: Some(core.media(to)),
-        pins: Pins::Unknown,
-        aliases: None,
-    };
+    let rules = StateRules { replaceable: to == Side::Lm, media: Some(core.media(to)), ..StateRules::plain(to) };
     let shown = shown.iter().filter(|(kind, _)| kind != POWER_LEVELS && MAPPED_STATE.contains(&kind.as_str()));
     let shown = shown.filter_map(|(kind, content)| Some((kind.as_str(), state_content(kind, Some(content), &rules)?)));
     let fixed = [
@@ -231,19 +211,7 @@ fn levels(to: Side, bot: Option<(&UserId, i64)>, replaceable: bool) -> Object {
             TOMBSTONE: 100,
         },
     });
-    let rules = StateRules {
-        creator: None,
-        across: &|_| None,
-        to,
-        bot,
-        sovereigns: &[],
-        limit: USER_LIMIT,
-        asks: false,
-        replaceable,
-        media: None,
-        pins: Pins::Unknown,
-        aliases: None,
-    };
+    let rules = StateRules { bot, replaceable, ..StateRules::plain(to) };
     state_content(POWER_LEVELS, plain.as_object(), &rules).unwrap_or_default()
 }
 

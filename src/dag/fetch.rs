@@ -17,6 +17,7 @@ use super::pdu::{Unverified, Verified};
 use super::receive::Outcomes;
 use super::room::Room;
 use super::walk::Walked;
+use super::whole::COPIES;
 use crate::event::{Object, parse_event_id};
 use crate::federation::Call;
 use crate::guard::guarded;
@@ -177,6 +178,8 @@ pub(super) struct Filling<'a> {
     pub outcomes: Outcomes,
     /// How many events were taken with the other server's word of the state before them.
     closed: usize,
+    /// How many copies may still be asked of other servers because `origin` gave them without their content.
+    pub copies: usize,
     /// What was in the way last.
     pub problem: String,
 }
@@ -194,6 +197,7 @@ impl<'a> Filling<'a> {
             before: HashSet::new(),
             outcomes: Outcomes::new(),
             closed: 0,
+            copies: COPIES,
             problem: String::new(),
         }
     }

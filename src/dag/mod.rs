@@ -36,6 +36,7 @@ mod snapshot;
 mod stored;
 mod version;
 mod walk;
+mod whole;
 
 use std::sync::{Arc, Mutex, OnceLock};
 

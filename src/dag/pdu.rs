@@ -85,7 +85,10 @@ enum Form {
 
 /// A PDU that is signed as its room version asks.
 #[derive(Debug, Clone)]
-pub struct Verified(Pdu);
+pub struct Verified {
+    pdu: Pdu,
+    is_whole: bool,
+}
 
 /// What of an event is read from its JSON. (Section "Event format" of the room versions.)
 #[derive(Deserialize)]
@@ -203,10 +206,10 @@ impl Unverified {
             }
         };
         if intact {
-            return Ok(Verified(self.pdu));
+            return Ok(Verified { pdu: self.pdu, is_whole: true });
         }
         tracing::info!(room = %self.pdu.room_id, event = %self.pdu.event_id, "wrong content hash: kept redacted");
-        self.pdu.redacted().map(Verified)
+        Ok(Verified { pdu: self.pdu.redacted()?, is_whole: false })
     }
 }
 
@@ -248,12 +251,12 @@ impl Verified {
         let rules = rules_of(version)?;
         check_pdu_format(json, &rules.event_format).map_err(|problem| Refusal::malformed("event", problem))?;
         let hash = reference_hash(json, rules).map_err(|error| Refusal::malformed("event", error.to_string()))?;
-        Pdu::read(json, &format!("${hash}"), version).map(Self)
+        Ok(Self { pdu: Pdu::read(json, &format!("${hash}"), version)?, is_whole: true })
     }
 
     /// An event of a shared room that the gateway has finished itself.
     pub(super) fn own_linear(event: &event::Pdu, version: RoomVersion) -> Result<Self, Refusal> {
-        Pdu::of_linear(event, version).map(Self)
+        Ok(Self { pdu: Pdu::of_linear(event, version)?, is_whole: true })
     }
 
     /// What would be sent, without hashes and signatures: only to be judged.
@@ -269,12 +272,17 @@ impl Verified {
 
     /// The fields.
     pub fn pdu(&self) -> &Pdu {
-        &self.0
+        &self.pdu
+    }
+
+    /// Whether its content is the one that was hashed, and not what redaction leaves of it.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     /// The fields.
     pub fn into_pdu(self) -> Pdu {
-        self.0
+        self.pdu
     }
 }
 

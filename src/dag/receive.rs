@@ -13,6 +13,7 @@ use super::build::MAX_PREV_EVENTS;
 use super::order::linearize;
 use super::pdu::{Unverified, Verified, id_as_received};
 use super::room::Room;
+use super::whole::COPIES;
 use super::{Dag, Shared};
 use crate::event::{RoomVersion, VerifyKeys, parse_object};
 use crate::guard::{fails_on, guarded, trip};
@@ -129,6 +130,7 @@ impl Dag {
     ) -> Result<Vec<(OwnedEventId, Refusal)>, Refusal> {
         let mut refusals = Vec::new();
         let verified = self.shared.verify_new(&room.room_id, events, &mut refusals).await?;
+        let verified = self.shared.make_whole(origin, verified, std::iter::empty(), &mut { COPIES }).await;
         let outcomes = self.shared.accept_all(&room, origin, verified).await?;
         for (event_id, outcome) in outcomes {
             // What was soft-failed is kept and not carried further; its sender is not told.

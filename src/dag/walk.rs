@@ -196,7 +196,9 @@ impl Filling<'_> {
             }
         }
         let (mut new, mut bytes) = (Vec::new(), 0_usize);
-        for event in self.shared.verify_given(&self.room.room_id, taken).await? {
+        let taken = self.shared.verify_given(&self.room.room_id, taken).await?;
+        let taken = self.shared.make_whole(self.origin, taken, self.waiting.values(), &mut self.copies).await;
+        for event in taken {
             bytes = bytes.saturating_add(event.pdu().raw.get().len());
             new.push(event.pdu().event_id.clone());
             self.waiting.insert(event.pdu().event_id.clone(), event);

@@ -6,6 +6,10 @@ use sqlx::Row as _;
 
 use super::{Store, StoreError, Tx, text};
 
+/// What `ended` is of an alias that is about to lead to the room that took the place of its own: 0 where it leads to its room, 1 where
+/// that room's portal is over.
+const LED_ON: i64 = 2;
+
 /// Something that is to be done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkRow {
@@ -157,10 +161,10 @@ pub async fn end_room(tx: &mut Tx, room_id: &RoomId) -> Result<(), StoreError> {
     remove_invite(tx, room_id).await
 }
 
-/// The aliases that are to be taken away.
+/// The aliases that are to be taken away, or are to lead elsewhere.
 pub async fn ended_aliases(store: &Store) -> Result<Vec<(String, OwnedRoomId)>, StoreError> {
     let rows: Vec<(String, String)> =
-        sqlx::query_as("SELECT alias, room_id FROM appservice_aliases WHERE ended = 1 LIMIT 100")
+        sqlx::query_as("SELECT alias, room_id FROM appservice_aliases WHERE ended <> 0 LIMIT 100")
             .fetch_all(store.reader())
             .await?;
     rows.into_iter()
@@ -173,8 +177,30 @@ pub async fn ended_aliases(store: &Store) -> Result<Vec<(String, OwnedRoomId)>, 
 
 /// An alias was taken away, unless it leads elsewhere by now.
 pub async fn remove_alias(tx: &mut Tx, alias: &str) -> Result<(), StoreError> {
-    sqlx::query("DELETE FROM appservice_aliases WHERE alias = $1 AND ended = 1")
+    sqlx::query("DELETE FROM appservice_aliases WHERE alias = $1 AND ended <> 0")
         .bind(text::encode(alias).as_ref())
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
+/// An alias whose portal is over is about to lead to another room. Should that room's portal end before it does, it is to be taken away.
+pub async fn lead_on(tx: &mut Tx, alias: &str, room_id: &RoomId) -> Result<(), StoreError> {
+    sqlx::query("UPDATE appservice_aliases SET room_id = $2, ended = $3 WHERE alias = $1 AND ended <> 0")
+        .bind(text::encode(alias).as_ref())
+        .bind(room_id.as_str())
+        .bind(LED_ON)
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
+/// It does, unless that room's portal is over too by now.
+pub async fn led_on(tx: &mut Tx, alias: &str, room_id: &RoomId) -> Result<(), StoreError> {
+    sqlx::query("UPDATE appservice_aliases SET ended = 0 WHERE alias = $1 AND room_id = $2 AND ended = $3")
+        .bind(text::encode(alias).as_ref())
+        .bind(room_id.as_str())
+        .bind(LED_ON)
         .execute(tx)
         .await?;
     Ok(())
@@ -287,6 +313,41 @@ mod tests {
             });
             write.await.unwrap();
             assert_eq!(ended_aliases(&store).await.unwrap().len(), 2);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn an_alias_that_leads_on_stays_unless_the_next_portal_is_over_too() {
+        both_stores(|store| async move {
+            let (old, next) = (room_id!("!a:b"), room_id!("!c:b"));
+            for ends_too in [false, true] {
+                let write = store.write(move |tx| {
+                    Box::pin(async move {
+                        add_alias(tx, "#one:b", old).await?;
+                        end_room(tx, old).await?;
+                        lead_on(tx, "#one:b", next).await?;
+                        if ends_too {
+                            end_room(tx, next).await?;
+                        }
+                        Ok(())
+                    })
+                });
+                write.await.unwrap();
+                // Until it leads there it is looked at again.
+                assert_eq!(ended_aliases(&store).await.unwrap(), [("#one:b".to_owned(), next.to_owned())]);
+                store.write(move |tx| Box::pin(async move { led_on(tx, "#one:b", next).await })).await.unwrap();
+                assert_eq!(ended_aliases(&store).await.unwrap().is_empty(), !ends_too);
+            }
+            // One that leads where it should is not led elsewhere.
+            let write = store.write(move |tx| {
+                Box::pin(async move {
+                    add_alias(tx, "#one:b", next).await?;
+                    lead_on(tx, "#one:b", old).await
+                })
+            });
+            write.await.unwrap();
+            assert_eq!(ended_aliases(&store).await.unwrap(), []);
         })
         .await;
     }

@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_process_at_a_time_serves_from_a_database() {
+    async fn hc_65_one_process_at_a_time_serves_from_a_database() {
         both_databases(|url| async move {
             let first = Store::open_alone_within(&url, NOW).await.unwrap();
             let second = Store::open_alone_within(&url, NOW).await.err().unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use isthmus::event::{Object, RoomVersion};
 use isthmus::store::gaps::{self, Bounds, Gap, missing};
 use ruma::{OwnedEventId, OwnedRoomId, RoomId};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::peer::{Peer, View};
 use super::*;
@@ -152,6 +152,60 @@ async fn what_nobody_has_is_refused_and_may_come_later() {
     let results = peer.put(&gateway.dag, &[&event, &first]).await;
     assert!(results.iter().all(|received| received.result.is_ok()));
     assert_eq!(gateway.inbox(&room).await.len(), 3);
+}
+
+/// Of what alice of one server said another gives a copy that says something else, or nothing: the ID is the same, and the right one comes.
+#[tokio::test]
+async fn what_is_passed_on_with_another_content_is_asked_of_its_own_server() {
+    for (way, version) in [("get_missing_events", VERSIONS[0]), ("backfill", VERSIONS[1]), ("send", VERSIONS[2])] {
+        let (one, two) = (Peer::start("one.example").await, Peer::start("two.example").await);
+        let gateway = Gateway::start(&[&one, &two]).await;
+        if way == "backfill" {
+            *two.memory.page.lock().unwrap() = Some((20, true));
+            *two.memory.meddler.lock().unwrap() =
+                Some(Box::new(|path, _| path.starts_with("v1/get_missing_events").then(|| json!({ "events": [] }))));
+        }
+        let room = gateway.room(version, "public").await;
+        let (alice, carol) = (one.user("alice"), two.user("carol"));
+        one.join(&gateway, &room, &alice).await.unwrap();
+        let mut view = two.join(&gateway, &room, &carol).await.unwrap();
+        // Her server gives it, or is away.
+        for (content, is_away) in [(json!({ "body": "changed" }), false), (json!({}), false), (json!({}), true)] {
+            let (said, right) = view.say(&one, &alice, "right");
+            let mut changed = right.clone();
+            changed["content"] = content;
+            two.keep(&said, &changed);
+            if is_away {
+                one.memory.hidden.lock().unwrap().insert(said.clone());
+            }
+            let (after, event) = view.say(&two, &carol, "after");
+            let events = if way == "send" { vec![&changed, &event] } else { vec![&event] };
+            for received in two.put(&gateway.dag, &events).await {
+                received.result.unwrap();
+            }
+            let taken = gateway.dag.event(&said).await.unwrap().unwrap();
+            let expected = if is_away { json!({}) } else { right["content"].clone() };
+            assert_eq!(Value::Object(taken.content.clone()), expected, "{way}");
+            let inbox = gateway.inbox(&room).await;
+            assert_eq!(inbox[inbox.len() - 2..], [said, after]);
+        }
+        // What was redacted in the meantime is rightly without content, and nobody is asked.
+        let (said, event) = view.say(&one, &alice, "taken back");
+        let mut stripped = event.clone();
+        stripped["content"] = json!({});
+        two.keep(&said, &stripped);
+        let mut redacts = view.next(&alice, "m.room.redaction", None, json!({ "redacts": said }));
+        redacts["redacts"] = json!(said);
+        let (redaction, event) = one.sign(version, redacts);
+        two.keep(&redaction, &event);
+        view.note(redaction, &event);
+        let (_, event) = view.say(&two, &carol, "after");
+        if way != "send" {
+            two.put(&gateway.dag, &[&event]).await.remove(0).result.unwrap();
+            assert_eq!(gateway.dag.event(&said).await.unwrap().unwrap().content, Object::new());
+            assert!(!one.memory.asked.lock().unwrap().iter().any(|asked| asked.contains(said.as_str())));
+        }
+    }
 }
 
 #[tokio::test]

@@ -22,7 +22,7 @@ use isthmus::clock::{Clock as _, ManualClock};
 use isthmus::dag::{Dag, NewRoom};
 use isthmus::event::{Object, RoomVersion};
 use isthmus::federation::{Asked, Client, ClientOptions, Context, Large, OutboundQueues};
-use isthmus::identity::{Keyring, MediaNames, Side, SigningKey};
+use isthmus::identity::{KeyFetcher, Keyring, MediaNames, Side, SigningKey};
 use isthmus::refusal::Refusal;
 use isthmus::seam::{Draft, Outgoing};
 use isthmus::store::{Store, inbox};
@@ -61,30 +61,7 @@ impl Gateway {
 
     /// The same over a store of the caller's.
     pub fn over(store: Store, peers: &[&Peer], directory: tempfile::TempDir) -> Self {
-        let own: ruma::OwnedServerName = OWN.try_into().unwrap();
-        let clock = ManualClock::new(NOW);
-        let key = Arc::new(SigningKey::from_seed("own", "YJDBA9Xnr2sVqXD9Vj7XVUnmFZcZrlw8Md7kMW+3XA1").unwrap());
-        let options = ClientOptions {
-            allow_private_networks: true,
-            resolve: peers.iter().map(|peer| (peer.name.clone(), peer.url.clone())).collect(),
-            ..ClientOptions::default()
-        };
-        let client = Client::new(own.clone(), key.clone(), options).unwrap();
-        let keyring = Keyring::new(own.clone(), key.clone(), Arc::new(client.clone()), store.clone(), clock.clone());
-        let config = serde_json::from_value(json!({ "server_name": OWN })).unwrap();
-        let context = Context {
-            outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
-            signing_key: key,
-            keyring,
-            store,
-            clock: clock.clone(),
-            client,
-            asked: Asked::default(),
-            large: Large::default(),
-            media: MediaNames::new(own.clone(), &[7; 32]),
-            config: Arc::new(config),
-            server_name: own,
-        };
+        let (context, clock) = context(store, peers, None);
         let between = Arc::new(Watcher::default());
         let dag = Dag::new(context.clone(), between.clone());
         Self { dag, context, clock, between, _directory: directory }
@@ -136,6 +113,36 @@ impl Gateway {
     pub fn now(&self) -> i64 {
         self.clock.now_ms()
     }
+}
+
+/// What a gateway stands on that knows `peers`, and the clock by which it goes. Keys are asked of the servers, or come from `keys`.
+pub fn context(store: Store, peers: &[&Peer], keys: Option<Arc<dyn KeyFetcher>>) -> (Context, Arc<ManualClock>) {
+    let own: ruma::OwnedServerName = OWN.try_into().unwrap();
+    let clock = ManualClock::new(NOW);
+    let key = Arc::new(SigningKey::from_seed("own", "YJDBA9Xnr2sVqXD9Vj7XVUnmFZcZrlw8Md7kMW+3XA1").unwrap());
+    let options = ClientOptions {
+        allow_private_networks: true,
+        resolve: peers.iter().map(|peer| (peer.name.clone(), peer.url.clone())).collect(),
+        ..ClientOptions::default()
+    };
+    let client = Client::new(own.clone(), key.clone(), options).unwrap();
+    let keys = keys.unwrap_or_else(|| Arc::new(client.clone()));
+    let keyring = Keyring::new(own.clone(), key.clone(), keys, store.clone(), clock.clone());
+    let config = serde_json::from_value(json!({ "server_name": OWN })).unwrap();
+    let context = Context {
+        outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
+        signing_key: key,
+        keyring,
+        store,
+        clock: clock.clone(),
+        client,
+        asked: Asked::default(),
+        large: Large::default(),
+        media: MediaNames::new(own.clone(), &[7; 32]),
+        config: Arc::new(config),
+        server_name: own,
+    };
+    (context, clock)
 }
 
 pub fn bot() -> OwnedUserId {

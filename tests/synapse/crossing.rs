@@ -7,17 +7,17 @@ use crate::support::testbed::client::Client;
 use crate::support::world::{World, on_both};
 
 /// A portal with Bob and Eve of `hub.example` and Alice of the Synapse, who has power in it when `power` says so.
-struct Portal {
-    world: &'static World,
-    bob: ruma::OwnedUserId,
+pub(super) struct Portal {
+    pub(super) world: &'static World,
+    pub(super) bob: ruma::OwnedUserId,
     eve: ruma::OwnedUserId,
-    lm_room: ruma::OwnedRoomId,
-    alice: Client,
-    room: String,
+    pub(super) lm_room: ruma::OwnedRoomId,
+    pub(super) alice: Client,
+    pub(super) room: String,
 }
 
 impl Portal {
-    async fn open(world: &'static World, name: &str) -> Self {
+    pub(super) async fn open(world: &'static World, name: &str) -> Self {
         let (bob, lm_room) = world.lm_room(name);
         let eve = world.hub.user(&world.name(&format!("eve-{name}"))).unwrap();
         world.hub.join(&eve, lm_room.as_str(), &[]).await.unwrap();
@@ -28,7 +28,7 @@ impl Portal {
     }
 
     /// Gives Alice's ghost a level in the LM room, and waits until Synapse knows of Alice's.
-    async fn give_power(&self, level: i64) {
+    pub(super) async fn give_power(&self, level: i64) {
         let users = json!({ self.bob.as_str(): 100, self.world.ghost_of(&self.alice.user_id): level });
         let content = json!({ "users": users });
         self.world.hub.send(&self.bob, &self.lm_room, "m.room.power_levels", Some(""), content).unwrap();
@@ -37,7 +37,7 @@ impl Portal {
         self.alice.wait_for_state(&self.room, "m.room.power_levels", "", has).await.unwrap();
     }
 
-    fn alices_ghost(&self) -> String {
+    pub(super) fn alices_ghost(&self) -> String {
         self.world.ghost_of(&self.alice.user_id)
     }
 }

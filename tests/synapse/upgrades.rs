@@ -122,5 +122,17 @@ fn a_room_of_an_lm_hub_is_replaced_and_users_of_a_synapse_follow() {
         world.hub.wait_for_text(&next_lm, "more light").await.unwrap();
         world.hub.send_text(&builder, &next_lm, "and air").unwrap();
         alice.wait_for_text(&joined, "and air").await.unwrap();
+        // The homeserver's own alias follows, though nobody asks for it: these are those that it has, and it asks no appservice for them.
+        let path = format!("/_matrix/client/v3/rooms/{}/aliases", segment(&joined));
+        let follows = async {
+            loop {
+                let answer = alice.call(Method::GET, &path, None).await.unwrap();
+                if answer["aliases"].as_array().is_some_and(|aliases| aliases.contains(&json!(alias))) {
+                    return;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(120), follows).await.expect("the alias does not follow");
     });
 }

@@ -81,7 +81,8 @@ fn brief(fixes: &[Fix]) -> Vec<(&'static str, String, String, String)> {
         .iter()
         .map(|fix| {
             let draft = &fix.draft;
-            assert_eq!(draft.content[REPAIR], json!(true));
+            let marked = &draft.content[REPAIR];
+            assert!(*marked == json!(true) || marked["event_id"].is_string(), "{marked}");
             let what = draft.content.get("membership").and_then(Value::as_str).unwrap_or(&draft.kind);
             (fix.side.as_str(), draft.sender.to_string(), what.to_owned(), draft.state_key.clone().unwrap_or_default())
         })
@@ -117,6 +118,29 @@ fn hc_45_state_is_set_to_what_the_authority_has() {
     assert_eq!(brief(&fixes(&[], &name(""))), []);
     let rule = [("m.room.join_rules", "", BOT, json!({"join_rule": "restricted"}))];
     assert_eq!(fixes(&rule, &[])[0].draft.content["join_rule"], json!("invite"));
+}
+
+#[test]
+fn a_repair_says_from_which_event_of_the_room_across_it_follows() {
+    let alice = [(MEMBER, "@alice:h", "@alice:h", is("leave")), ("m.room.name", "", BOT, json!({ "name": "Tea" }))];
+    let ghost = "@mx_alice_h:g";
+    let there = [(MEMBER, ghost, ghost, is("join")), (MEMBER, "@bob:l", "@bob:l", is("join"))];
+    let (leading, following) = rooms(&alice, &there);
+    let found = fixes(&alice, &there);
+    assert_eq!(found.len(), 3, "{found:?}");
+    for fix in found {
+        let (kind, key) = (fix.draft.kind.as_str(), fix.draft.state_key.as_deref().unwrap());
+        let of = match (kind, key) {
+            (MEMBER, "@lm_bob_l:g") => following.member(user_id!("@bob:l")),
+            (MEMBER, _) => leading.member(user_id!("@alice:h")),
+            _ => leading.get(kind, ""),
+        };
+        assert_eq!(fix.draft.content[REPAIR], json!({ "event_id": of.unwrap().event_id }), "{fix:?}");
+    }
+    // Nothing is there from which it follows.
+    let found = fixes(&[], &[("m.room.name", "", BOT, json!({ "name": "Tea" })), (MEMBER, ghost, ghost, is("join"))]);
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert!(found.iter().all(|fix| fix.draft.content[REPAIR] == json!(true)), "{found:?}");
 }
 
 #[test]

@@ -105,7 +105,7 @@ pub(super) fn references(event: &Event) -> References {
     let mut references = References { users: concerned(event), ..References::default() };
     match &event.state_key {
         None => content::collect(&event.content, &mut references),
-        Some(_) if event.kind == PINNED => references.needs.extend(pins::pinned(Some(&event.content))),
+        Some(_) if event.kind == PINNED => references.needs.extend(pins::waited_for(&event.content)),
         Some(_) => {}
     }
     if let Some(target) = &event.redacts {

@@ -52,6 +52,25 @@ pub(in crate::bridge) struct StateRules<'a> {
     pub(in crate::bridge) aliases: Option<Aliases<'a>>,
 }
 
+impl StateRules<'_> {
+    /// Those of state in which nobody and nothing is called otherwise across, as of what the gateway itself says.
+    pub(in crate::bridge) fn plain(to: Side) -> Self {
+        StateRules {
+            creator: None,
+            across: &|_| None,
+            to,
+            bot: None,
+            sovereigns: &[],
+            limit: power::USER_LIMIT,
+            asks: false,
+            replaceable: false,
+            media: None,
+            pins: Pins::Unknown,
+            aliases: None,
+        }
+    }
+}
+
 /// The content that the image of state of a mapped type has; `content` is none when the source's room has none. None when
 /// the room across should have none either.
 pub(in crate::bridge) fn state_content(kind: &str, content: Option<&Object>, rules: &StateRules<'_>) -> Option<Object> {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use isthmus::bridge::Portal;
-use isthmus::event::{Object, RoomVersion};
+use isthmus::event::RoomVersion;
 use isthmus::identity::Side;
 use isthmus::lm::{Appended, Position};
 use isthmus::seam::{LogOrigin, NewLog};
@@ -136,19 +136,21 @@ fn once(
 }
 
 /// INV-2: ancestors are before descendants in the log, also through images; and what was said in the log is in that order in the graph.
+/// It is not asked of the joins by which ghosts are brought in ([`brings_in`]).
 fn order(
     log: &[Appended],
     graph: &[(OwnedEventId, Value, bool)],
     across: &HashMap<OwnedEventId, OwnedEventId>,
     back: &HashMap<OwnedEventId, OwnedEventId>,
 ) -> Holds {
-    // What repair says is made of both states as they are, and stands where it was made.
-    let is_repair = |content: &Object| content.contains_key("im.isthmus.repair");
-    let returned = returned(log, across);
-    let counts =
-        |appended: &&Appended| !is_repair(appended.event.content()) && !returned.contains(&appended.event.event_id);
-    let said = log.iter().filter(counts);
-    let places: HashMap<_, _> = said.map(|appended| (&appended.event.event_id, appended.position.0)).collect();
+    let images: HashSet<_> = across.values().collect();
+    let mut places = HashMap::new();
+    for appended in log {
+        let event = &appended.event;
+        if !images.contains(&event.event_id) || !brings_in(&Value::Object(event.json.clone()))? {
+            places.insert(&event.event_id, appended.position.0);
+        }
+    }
     let numbers: HashMap<_, _> = graph.iter().enumerate().map(|(number, (id, _, _))| (id.as_str(), number)).collect();
     // Where an event of the graph is in the log, as an image or as a source.
     let sources: HashMap<_, _> = back.iter().map(|(source, image)| (image, source)).collect();
@@ -170,7 +172,7 @@ fn order(
     for (number, (id, event, _)) in graph.iter().enumerate() {
         let Some(here) = place(id) else { continue };
         if sources.contains_key(id) {
-            if event["content"].get("im.isthmus.repair").is_none() {
+            if !brings_in(event)? {
                 of_log.push((here, number));
             }
             continue;
@@ -201,23 +203,18 @@ fn order(
     Ok(())
 }
 
-/// The joins by which ghosts come back that were taken out in the log alone, when their users next speak: of a join that was carried long ago, or
-/// had nothing to carry then, as state is that stands.
-fn returned<'a>(log: &'a [Appended], across: &HashMap<OwnedEventId, OwnedEventId>) -> HashSet<&'a OwnedEventId> {
-    let images: HashSet<_> = across.values().collect();
-    let mut last: HashMap<&str, &Appended> = HashMap::new();
-    let mut returned = HashSet::new();
-    for appended in log.iter().filter(|appended| appended.event.kind == "m.room.member") {
-        let membership = |appended: &Appended| appended.event.content().get("membership").cloned().unwrap_or_default();
-        let Some(user) = appended.event.state_key.as_deref() else { continue };
-        let before = last.insert(user, appended);
-        let was_taken_out = before
-            .is_some_and(|before| membership(before) != json!("join") && !images.contains(&before.event.event_id));
-        if membership(appended) == json!("join") && was_taken_out {
-            returned.insert(&appended.event.event_id);
-        }
+/// Whether an image is a join by which a ghost is brought in because its user is in the room across: before what it says, or by repair. That
+/// was made of the state as it was then, in no event's turn: the user may have joined long before, or joins again later, by an event of
+/// which it then is the image. Such a join says no source; everything else that has a source says it.
+fn brings_in(image: &Value) -> Result<bool, String> {
+    if source_of(&image["content"]).is_some() {
+        return Ok(false);
     }
-    returned
+    let is_own_join = image["content"]["membership"] == "join" && image["state_key"] == image["sender"];
+    match is_own_join {
+        true => Ok(true),
+        false => Err(format!("INV-2: {image} is an image, and does not say of what")),
+    }
 }
 
 /// INV-4: the log's state is what the graph's comes to, looked at without the planner of repairs.

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use isthmus::bridge::Bridge;
-use isthmus::clock::ManualClock;
+use isthmus::clock::{Clock as _, ManualClock};
 use isthmus::dag::Dag;
 use isthmus::event::{Lpdu, Object, sign_object};
-use isthmus::federation::{Asked, Client, ClientOptions, Context, Large, OutboundQueues};
-use isthmus::identity::{KeyFetcher, Keyring, MediaNames, SigningKey};
+use isthmus::federation::Context;
+use isthmus::identity::{KeyFetcher, SigningKey};
 use isthmus::lm::Lm;
 use isthmus::refusal::Refusal;
 use isthmus::seam::{Draft, Received};
@@ -18,7 +18,7 @@ use ruma::{OwnedServerName, RoomId, ServerName};
 use serde_json::{Value, json};
 
 use crate::dag::peer::{Peer, own};
-use crate::dag::{NOW, OWN};
+use crate::dag::{NOW, context};
 
 /// Two homeservers and an LM server, which sign and do nothing else.
 pub struct Servers {
@@ -85,44 +85,38 @@ pub struct House {
     pub lm: Lm,
     pub dag: Dag,
     pub bridge: Bridge,
-    _directory: tempfile::TempDir,
+    directory: Arc<tempfile::TempDir>,
 }
 
 impl House {
     pub async fn open(servers: &Servers) -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        Self::over(servers, Arc::new(tempfile::tempdir().unwrap()), NOW).await
+    }
+
+    /// The same as after `kill -9`: what is under way ends where it is, and what is not in the store is gone.
+    pub async fn kill(&self, servers: &Servers) -> Self {
+        self.stop().await;
+        Self::over(servers, self.directory.clone(), self.clock.now_ms()).await
+    }
+
+    pub async fn stop(&self) {
+        self.bridge.stop().await;
+        self.context.store.close().await;
+    }
+
+    async fn over(servers: &Servers, directory: Arc<tempfile::TempDir>, now: i64) -> Self {
         let store = Store::open(&format!("sqlite://{}", directory.path().join("db").display())).await.unwrap();
-        let own = own();
-        let clock = ManualClock::new(NOW);
-        let key = Arc::new(SigningKey::from_seed("own", "YJDBA9Xnr2sVqXD9Vj7XVUnmFZcZrlw8Md7kMW+3XA1").unwrap());
-        let options = ClientOptions {
-            allow_private_networks: true,
-            resolve: servers.all().into_iter().map(|peer| (peer.name.clone(), peer.url.clone())).collect(),
-            ..ClientOptions::default()
-        };
-        let client = Client::new(own.clone(), key.clone(), options).unwrap();
-        let keys = Arc::new(servers.keys());
-        let keyring = Keyring::new(own.clone(), key.clone(), keys, store.clone(), clock.clone());
-        keyring.remember_own().await.unwrap();
-        let config = serde_json::from_value(json!({ "server_name": OWN })).unwrap();
-        let context = Context {
-            outbound: OutboundQueues::new(store.clone(), clock.clone(), own.clone(), client.clone(), keyring.clone()),
-            signing_key: key,
-            keyring,
-            store,
-            clock: clock.clone(),
-            client,
-            asked: Asked::default(),
-            large: Large::default(),
-            media: MediaNames::new(own.clone(), &[7; 32]),
-            config: Arc::new(config),
-            server_name: own,
-        };
+        let (context, clock) = context(store, &servers.all(), Some(Arc::new(servers.keys())));
+        clock.advance(now - NOW);
+        context.keyring.remember_own().await.unwrap();
         let bridge = Bridge::new(context.clone());
         let lm = Lm::new(context.clone(), bridge.between());
         let dag = Dag::new(context.clone(), bridge.between());
-        bridge.start(lm.clone(), dag.clone()).await.unwrap();
-        Self { context, clock, lm, dag, bridge, _directory: directory }
+        let loaded = bridge.load(lm.clone(), dag.clone()).await.unwrap();
+        lm.resume().await.unwrap();
+        dag.resume().await.unwrap();
+        bridge.resume(loaded).await.unwrap();
+        Self { context, clock, lm, dag, bridge, directory }
     }
 
     /// A transaction of the LM server.
