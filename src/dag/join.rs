@@ -134,7 +134,7 @@ impl Dag {
         let call = Call::put(uri, body_of(&join)).with_state();
         let client = &self.shared.context.client;
         let (answer, _held) =
-            client.call_held(server, call, false).await.map_err(|error| error.into_verdict(server))?;
+            client.call_held(server, call, false).await.map_err(|error| wish.refused(server, error))?;
         let taking = self.take_join(server, has_all, wish, (version, join), answer, known);
         let join = tokio::time::timeout(PATIENCE, Box::pin(taking)).await;
         let join = join.map_err(|_| bad(server, format!("its answer was not checked within {PATIENCE:?}")))??;
