@@ -90,7 +90,7 @@ async fn who_was_given_a_log_gives_all_that_allows_its_state() {
     let log = one_log_of(&a, &b, &c, &room).await;
     assert_whole(&log, &now, "pdus");
     let numbers: Vec<_> = now["auth_chain"].as_array().unwrap().iter().filter_map(number_of).collect();
-    assert_eq!(numbers.iter().collect::<Vec<_>>(), [&json!(0), &json!(2), &json!(3)]);
+    assert_eq!(numbers, [json!(0), json!(2), json!(3)]);
     // Who has it all takes it: the log goes on.
     c.say(&room, "carol", "here").await;
     assert_eq!(one_log(&[&a, &b, &c], &room, 1).await, ["here"]);
