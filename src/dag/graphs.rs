@@ -62,6 +62,7 @@ impl Graphs for Dag {
         let JoinShared { room_id, via, user_id, content } = join;
         let mut wish = self.wish(&room_id, &user_id, Membership::Join, content)?;
         wish.versions = RoomVersion::of(Family::Log).collect();
+        wish.offered_by = Some(via.clone());
         let joined = self.join_as(wish, vec![via]).await?;
         Ok(joined.join.event_id.clone())
     }

@@ -149,10 +149,10 @@ impl Dag {
                 let joined = tokio::time::timeout(PATIENCE, Box::pin(taking)).await;
                 joined.unwrap_or_else(|_| Err(bad(server, format!("its answer was not checked within {PATIENCE:?}"))))
             }
-            Err(error) if error.may_have_taken() => Err(error.into_verdict(server)),
+            Err(error) if error.may_have_taken() => Err(wish.refused(server, error)),
             Err(error) => {
                 owed.refused(begun).await;
-                return Err(error.into_verdict(server));
+                return Err(wish.refused(server, error));
             }
         };
         if let Err(refusal) = &joined {

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use http::StatusCode;
 use ruma::{OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, ServerName, UserId};
 use serde_json::{Value, json};
 
@@ -12,7 +13,7 @@ use super::fetch::segment;
 use super::pdu::Verified;
 use super::version::{is_shared, rules_of};
 use crate::event::{Family, Object, RoomVersion};
-use crate::federation::Call;
+use crate::federation::{Call, RemoteError};
 use crate::refusal::Refusal;
 use crate::seam::{Draft, Membership, Outgoing};
 use crate::store::dag::{InviteRow, invite as find_invite, put_invite, remove_invite};
@@ -34,6 +35,8 @@ pub(super) struct Wish {
     pub content: Object,
     /// The versions that the room may have.
     pub versions: Vec<RoomVersion>,
+    /// The server that has offered the room as one of LM's whose graph is shared. Some do so for every room, and do not share it.
+    pub offered_by: Option<OwnedServerName>,
 }
 
 impl Wish {
@@ -43,6 +46,31 @@ impl Wish {
         content.remove("join_authorised_via_users_server");
         content.insert("membership".to_owned(), json!(self.membership.as_str()));
         content
+    }
+
+    /// What a server answered to it. One that has offered the room, and has looked at this, does not share the graph; of one that could not
+    /// be asked, or could not answer, that is not said.
+    pub fn refused(&self, server: &ServerName, error: RemoteError) -> Refusal {
+        let has_looked = match &error {
+            RemoteError::Status { status, .. } => {
+                let later = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS];
+                status.is_client_error() && !later.contains(status) && !error.is_busy()
+            }
+            RemoteError::BadAnswer(_) | RemoteError::Unreachable(_) => false,
+        };
+        let refusal = error.into_verdict(server);
+        if has_looked { self.not_shared(server, refusal) } else { refusal }
+    }
+
+    /// The same of an answer that cannot be used for it.
+    fn not_shared(&self, server: &ServerName, refusal: Refusal) -> Refusal {
+        match refusal {
+            Refusal::Remote { problem, .. } if self.offered_by.as_deref() == Some(server) => {
+                tracing::info!(room = %self.room_id, %server, %problem, "not joined as a graph server");
+                Refusal::GraphTemplate { server: server.to_string(), room_id: self.room_id.to_string() }
+            }
+            refusal => refusal,
+        }
     }
 
     /// The event, for a room in which the gateway is.
@@ -169,7 +197,8 @@ impl Dag {
             return Err(Refusal::Forbidden(format!("{user_id} is not a user of {own}")));
         }
         let versions = RoomVersion::of(Family::Graph).collect();
-        Ok(Wish { room_id: room_id.to_owned(), user_id: user_id.to_owned(), membership, content, versions })
+        let (room_id, user_id) = (room_id.to_owned(), user_id.to_owned());
+        Ok(Wish { room_id, user_id, membership, content, versions, offered_by: None })
     }
 
     /// The servers to ask: those named, the one that an invite came from, some that were in the room when the gateway was, and
@@ -207,11 +236,12 @@ impl Dag {
             uri = format!("{uri}?{}", versions.join("&"));
         }
         let call = Call { timeout: TEMPLATE_TIME, limit: 1 << 20, ..Call::get(uri) };
-        let answer = context.client.call(server, call, false).await.map_err(|error| error.into_verdict(server))?;
+        let answer = context.client.call(server, call, false).await.map_err(|error| wish.refused(server, error))?;
         let version = version_of(&answer, wish)?;
         let template = answer.get("event").and_then(Value::as_object);
-        let template = template.ok_or_else(|| bad(server, "its template has no event".to_owned()))?;
-        let event = event_of(server, template, wish, version, context.clock.now_ms())?;
+        let template = template.ok_or_else(|| bad(server, "its template has no event".to_owned()));
+        let made = template.and_then(|template| event_of(server, template, wish, version, context.clock.now_ms()));
+        let event = made.map_err(|refusal| wish.not_shared(server, refusal))?;
         Ok((version, sign(event, version, context.server_name.as_str(), &context.signing_key)?))
     }
 
@@ -336,7 +366,37 @@ mod tests {
                 ("join_authorised_via_users_server".to_owned(), json!("@bot:gateway.example")),
             ]),
             versions: vec![RoomVersion::V9, RoomVersion::V11],
+            offered_by: None,
         }
+    }
+
+    #[test]
+    fn who_has_offered_a_graph_and_has_looked_does_not_share_it_and_who_was_away_has_not_said() {
+        let (hub, other) = (server_name!("hub.example"), server_name!("other.example"));
+        let wish = Wish { offered_by: Some(hub.to_owned()), ..wish(Membership::Join) };
+        let status = |status: StatusCode, errcode: &str| RemoteError::Status {
+            status,
+            errcode: errcode.to_owned(),
+            error: "no".to_owned(),
+            retry_after: None,
+            hub_server: None,
+        };
+        let code = |server: &ServerName, error: RemoteError| wish.refused(server, error).code();
+        for (number, errcode) in [(400, "M_BAD_JSON"), (404, "M_UNRECOGNIZED"), (405, "")] {
+            let status = status(StatusCode::from_u16(number).unwrap(), errcode);
+            assert_eq!(code(hub, status.clone()), "graph_template", "{number} {errcode}");
+            // It has offered nothing.
+            assert_eq!(code(other, status), "remote", "{number} {errcode}");
+        }
+        for (number, errcode) in
+            [(500, "M_UNKNOWN"), (502, ""), (503, "M_UNKNOWN"), (504, ""), (429, "M_LIMIT_EXCEEDED"), (408, "")]
+        {
+            let status = status(StatusCode::from_u16(number).unwrap(), errcode);
+            assert_eq!(code(hub, status), "remote", "{number} {errcode}");
+        }
+        assert_eq!(code(hub, RemoteError::Unreachable("refused".to_owned())), "remote");
+        assert_eq!(code(hub, RemoteError::BadAnswer("<html>".to_owned())), "remote");
+        assert_eq!(code(hub, status(StatusCode::FORBIDDEN, "M_FORBIDDEN")), "forbidden");
     }
 
     fn template(wish: &Wish) -> Value {

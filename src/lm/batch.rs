@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::FutureExt as _;
 use ruma::{OwnedEventId, OwnedServerName, UserId};
 
+use super::chain::KEPT;
 use super::redactions::{self, Redacting};
 use super::room::{Move, Snapshot, Subject};
 use super::rooms::{RoomCell, lock};
@@ -62,10 +63,20 @@ pub(super) struct Batch {
     replaced: Vec<(usize, Slotted)>,
     /// Of a room whose log follows a graph, and of what comes with a join: what is redacted, and by what.
     redacted: Vec<(OwnedEventId, OwnedEventId)>,
+    /// What allows the state of a foreign hub's log, and may be in no place of it here.
+    chain: Chain,
 }
 
 /// A type and state key, and what the current state has for them.
 type Slotted = ((String, String), Option<OwnedEventId>);
+
+/// What allows state, as it goes over the wire, with its IDs.
+#[derive(Clone, Default)]
+struct Chain {
+    events: Arc<Vec<(OwnedEventId, Vec<u8>)>>,
+    /// Whether what was kept before is forgotten.
+    anew: bool,
+}
 
 /// What was committed of a batch.
 pub(super) struct Committed {
@@ -81,7 +92,8 @@ impl Batch {
     pub fn new(before: Arc<Snapshot>) -> Self {
         let after = (*before).clone();
         let (entries, complaints, blanks, replaced, redacted) = Default::default();
-        Self { before, after, entries, new_room: false, complaints, blanks, replaced, redacted }
+        let chain = Chain::default();
+        Self { before, after, entries, new_room: false, complaints, blanks, replaced, redacted, chain }
     }
 
     /// A room that is made together with its first events.
@@ -142,6 +154,12 @@ impl Batch {
         self.blanks.push((pdu.event_id.clone(), pdu.sender.clone()));
     }
 
+    /// Keeps what allows the state that comes with these events; instead of what was kept before where `anew` is set.
+    pub fn keep_chain(&mut self, events: Vec<(OwnedEventId, Vec<u8>)>, anew: bool) {
+        self.chain.anew |= anew;
+        Arc::make_mut(&mut self.chain.events).extend(events);
+    }
+
     /// The last event of the log before these.
     pub fn follows(&self) -> Option<&OwnedEventId> {
         self.before.last_id()
@@ -167,7 +185,9 @@ impl Batch {
 
     pub fn is_empty(&self) -> bool {
         let nothing = self.entries.is_empty() && self.complaints.is_empty() && self.replaced.is_empty();
-        nothing && self.blanks.is_empty() && self.redacted.is_empty() && self.after.redaction == self.before.redaction
+        let no_chain = self.chain.events.is_empty() && !self.chain.anew;
+        let unchanged = self.redacted.is_empty() && self.after.redaction == self.before.redaction;
+        nothing && no_chain && unchanged && self.blanks.is_empty()
     }
 
     /// Writes everything, then tells the room's cell, the queues and the bridge. What this gateway fails on is found out: the
@@ -179,7 +199,7 @@ impl Batch {
         let events: Vec<Arc<Pdu>> = self.entries.iter().map(|entry| entry.pdu.clone()).collect();
         let ends_blanks = self.ends_blanks(&lm.context().server_name);
         let blanks = if ends_blanks { Vec::new() } else { self.blanks.clone() };
-        let (complaints, redaction) = (self.complaints.clone(), self.after.redaction);
+        let (complaints, redaction, chain) = (self.complaints.clone(), self.after.redaction, self.chain.clone());
         let refusal = match AssertUnwindSafe(self.write(lm, cell)).catch_unwind().await {
             Ok(Err(StoreError::Panicked)) | Err(_) => {
                 let known_as = |event: &'_ Arc<Pdu>| event.lpdu_id.clone().unwrap_or_else(|| event.event_id.clone());
@@ -195,9 +215,9 @@ impl Batch {
             return Err(refusal);
         }
         let committed = each_alone(lm, cell, events).await?;
-        // What else was in it: verdicts on other events, and how the hub redacts.
+        // What else was in it: verdicts on other events, what allows the state, and how the hub redacts.
         let mut rest = Batch::new(cell.snapshot(&lm.context().store).await?);
-        (rest.complaints, rest.blanks, rest.after.redaction) = (complaints, blanks, redaction);
+        (rest.complaints, rest.blanks, rest.after.redaction, rest.chain) = (complaints, blanks, redaction, chain);
         rest.write(lm, Some(cell)).await?;
         Ok(committed)
     }
@@ -245,6 +265,7 @@ impl Batch {
             ends_blanks,
             replaced: self.replaced.into_iter().map(|(_, slot)| slot).collect(),
             redacted: self.redacted,
+            chain: self.chain,
         }
     }
 
@@ -454,6 +475,7 @@ pub(super) struct Job {
     ends_blanks: bool,
     replaced: Vec<Slotted>,
     redacted: Vec<(OwnedEventId, OwnedEventId)>,
+    chain: Chain,
 }
 
 /// What was written.
@@ -500,6 +522,7 @@ impl Job {
         for blank in &self.blanks {
             stored::note_blank(tx, &room_id, blank, self.now_ms).await?;
         }
+        self.keep_chain(tx).await?;
         if self.entries.is_empty() {
             stored::replace_state(tx, &room_id, &self.replaced).await?;
             let redacted = redactions::write_all(tx, &room_id, self.after.redaction, &self.redacted).await?;
@@ -536,6 +559,25 @@ impl Job {
         let text = |event: NewEvent| (event.position, event.json.into());
         let texts = if is_hub { events.into_iter().map(text).collect() } else { Vec::new() };
         Ok(Done { kept, failed, untried, texts, pushed, redacted, superseded })
+    }
+
+    /// Writes what allows the state; what is in the log need not be kept twice.
+    async fn keep_chain(&mut self, tx: &mut Tx) -> Result<(), StoreError> {
+        let Chain { anew, events } = std::mem::take(&mut self.chain);
+        let room_id = &self.feed.room_id;
+        if anew {
+            stored::forget_chain(tx, room_id).await?;
+        }
+        if events.is_empty() {
+            return Ok(());
+        }
+        let here: BTreeSet<&OwnedEventId> = self.entries.iter().map(|entry| &entry.pdu.event_id).collect();
+        let mut outside = Arc::unwrap_or_clone(events);
+        outside.retain(|(event_id, _)| !here.contains(event_id));
+        if !stored::keep_chain(tx, room_id, &outside, KEPT).await? {
+            tracing::warn!(room = %room_id, "not all that allows the state is kept: there is too much of it");
+        }
+        Ok(())
     }
 
     /// Writes the effects in order, up to the first that fails; says how many events are kept.

@@ -11,6 +11,7 @@ use ruma::{EventId, OwnedEventId, OwnedServerName, RoomId, ServerName};
 use tokio::time::Instant;
 
 use super::Lm;
+use super::chain::{as_stored, to_keep};
 use super::finished::{Bad, Finished};
 use super::in_line::newest_first;
 use super::intake::Taking;
@@ -460,6 +461,7 @@ impl Taking<'_> {
                 let state = self.lm().check_finished(state, redaction).await;
                 let chain = self.lm().check_finished(chain, redaction).await;
                 let forbidden = self.forbidden_here(&state, &chain).await?;
+                self.batch.keep_chain(as_stored(&to_keep(&room_id, &chain, &forbidden)), false);
                 let (allowed, refused) = without_forbidden(state, &forbidden);
                 for (event_id, refusal) in refused {
                     if !self.knows(&event_id).await? {

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::chain::ancestors_first;
 use super::room::{Facts, Snapshot, Subject};
 use super::rooms::stored_pdu;
 use crate::event::Pdu;
@@ -12,8 +13,8 @@ use crate::store::lm::EventRow;
 
 /// The current state so that it passes a replay: create, the creator's join, power levels, join rules, the rest in the
 /// order of the log. Where that does not pass (members who were let in by an invite or by rules that are gone), the events
-/// that allow the state stand between it, all in the order of the log: of two for the same type and state key the later
-/// one counts, as it does in the log.
+/// that allow the state stand between it, all in the order of the log, and what is in no place of that after what allows it: of two for
+/// the same type and state key the later one counts, as it does in the log.
 pub(super) fn in_replay_order(
     room: &Snapshot,
     mut state: Vec<EventRow>,
@@ -30,11 +31,9 @@ pub(super) fn in_replay_order(
     if passes(room, order.iter().map(|(_, pdu, _)| pdu)) {
         return Ok(order.into_iter().map(|(.., row)| row).collect());
     }
-    let mut all: Vec<EventRow> = order.into_iter().map(|(.., row)| row).chain(chain.iter().cloned()).collect();
-    all.sort_by_key(|event| event.position);
-    let mut seen = BTreeSet::new();
-    all.retain(|event| seen.insert(event.position));
-    Ok(all)
+    let state: BTreeSet<_> = order.iter().map(|(.., row)| row.event_id.clone()).collect();
+    let all = order.into_iter().map(|(.., row)| row).chain(chain.iter().cloned());
+    Ok(ancestors_first(all.collect(), &state))
 }
 
 fn rank(event: &Pdu, creator: Option<&str>) -> usize {

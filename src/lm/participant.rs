@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::actor::What;
 use super::batch::{Batch, Origin};
+use super::chain::{as_stored, to_keep};
 use super::finished::{Bad, Finished};
 use super::intake::Taking;
 use super::join_check::{Claim, Seen, forbidden, is_ban, is_critical, without_forbidden};
@@ -278,9 +279,17 @@ impl Lm {
             None => Batch::of_new_room(Snapshot::empty(facts, Redaction::Draft)),
         };
         // State that the hub gives as redaction leaves it may be here as it was said: what redacted it was said while we were out.
-        let copies: Vec<OwnedEventId> =
-            allowed.iter().flatten().filter(|event| event.copy).map(|event| event.pdu.event_id.clone()).collect();
+        let chain = to_keep(&lpdu.room_id, &chain, &forbidden);
+        let copies: Vec<OwnedEventId> = allowed
+            .iter()
+            .flatten()
+            .chain(chain.iter().copied())
+            .filter(|event| event.copy)
+            .map(|event| event.pdu.event_id.clone())
+            .collect();
+        let was_out = !batch.after.has_server(&self.context().server_name);
         let mut taking = Taking::new(self, batch);
+        taking.batch.keep_chain(as_stored(&chain), was_out);
         taking.adopt(allowed).await?;
         for event_id in copies {
             taking.batch.redact(event_id, joined.pdu.event_id.clone());

@@ -48,7 +48,9 @@ impl Lm {
     /// `GET event`
     pub async fn get_event(&self, origin: &ServerName, event_id: &EventId) -> Result<Value, Refusal> {
         let unknown = || Refusal::NotFound(format!("event {event_id}"));
-        let row = stored::event(&self.context().store, event_id).await?.ok_or_else(unknown)?;
+        let Some(row) = stored::event(&self.context().store, event_id).await? else {
+            return self.outside_event(origin, event_id).await?.ok_or_else(unknown);
+        };
         let (cell, room) = self.find(&row.room_id).await?;
         let kept = self.kept_until(&room).await?;
         let reach = self.reach(origin, &room).await?.within(kept);
@@ -56,6 +58,19 @@ impl Lm {
             true => self.as_seen_by(origin, reach, &room, vec![row]).await?.pop().ok_or_else(unknown),
             false => Err(unknown()),
         }
+    }
+
+    /// An event that is in no place of the log and allows the state of one that is kept here, for those who read the room now: state
+    /// is never hidden from them.
+    async fn outside_event(&self, origin: &ServerName, event_id: &EventId) -> Result<Option<Value>, Refusal> {
+        let Some(row) = stored::chain_event(&self.context().store, event_id).await? else { return Ok(None) };
+        let (_, room) = self.find(&row.room_id).await?;
+        self.admits(&room.facts, origin).await?;
+        let reads = room.has_server(origin) || is_world_readable(&room);
+        if !reads || self.kept_until(&room).await? < 0 {
+            return Ok(None);
+        }
+        self.as_read(&room, vec![row]).await?.first().map(to_value).transpose()
     }
 
     /// `GET state`, and `state_ids` when `ids` is set.

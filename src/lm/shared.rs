@@ -72,14 +72,8 @@ impl Lm {
             user_id: draft.sender.clone(),
             content: draft.content.clone(),
         };
-        match self.graphs()?.join(join).await {
-            Ok(event_id) => self.must_have(&event_id).await,
-            Err(Refusal::Remote { problem, .. }) => {
-                tracing::info!(room = %room_id, %server, %problem, "not joined as a graph server");
-                Err(Refusal::GraphTemplate { server: server.to_string(), room_id: room_id.to_string() })
-            }
-            Err(refusal) => Err(refusal),
-        }
+        let joined = self.graphs()?.join(join).await?;
+        self.must_have(&joined).await
     }
 
     /// Whether a room is a shared one.

@@ -9,7 +9,7 @@ use crate::refusal::Refusal;
 /// How many places the state of such a room may have: twice the members of the largest public rooms.
 const SLOTS: usize = 200_000;
 /// How many bytes its events may have.
-const BYTES: usize = 128 << 20;
+pub(super) const BYTES: usize = 128 << 20;
 /// How large a change of a membership may be that is taken all the same, so that who is in can be removed.
 const CHANGE: usize = 2048;
 

@@ -142,6 +142,30 @@ async fn a_hub_that_shares_graphs_too_is_refused_by_name() {
     assert_eq!(hub.lm.room(&room).await.unwrap().unwrap().head, Position(3), "nothing was sent there");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_goes_away_while_it_is_asked_for_its_graph_may_be_asked_again() {
+    let (_world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    let manners = Manners::new(&hub.context, &hub.lm, false);
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = asked.clone();
+    hub.meddle(move |request, next| {
+        let is_template = request.uri().path().contains("/make_join/");
+        let is_away = is_template && counted.fetch_add(1, Ordering::SeqCst) > 0;
+        let manners = manners.clone();
+        async move {
+            match is_away {
+                true => respond(StatusCode::BAD_GATEWAY, json!({})),
+                false => manners.answer(request, next).await,
+            }
+        }
+    });
+    let room = hub.create_room("public").await;
+    let joined = part.lm.join(&room, &part.user("alice"), std::slice::from_ref(&hub.name), Object::new()).await;
+    let refusal = joined.map(drop).unwrap_err();
+    assert!(matches!(&refusal, Refusal::Remote { server, .. } if server.as_str() == hub.name.as_str()), "{refusal}");
+    assert!(asked.load(Ordering::SeqCst) > 1, "it was not asked for its graph");
+}
+
 /// A hub whose answers get lost, and what it was sent.
 pub struct Faulty {
     /// The transactions that it took.

@@ -8,6 +8,7 @@ mod faulty_hub;
 mod forgeries;
 mod full_disk;
 mod graph_server;
+mod handed_chains;
 mod handed_copies;
 mod holes;
 mod hostile_hub;

@@ -1,7 +1,9 @@
 //! Rooms of the linear side: the log, the current state, which servers were in a room when, LPDUs on their way to a hub,
-//! what is missing of foreign hubs' logs, what was redacted, and complaints about hubs.
+//! what is missing of foreign hubs' logs, what allows their state and stands nowhere in them, what was redacted, and complaints about
+//! hubs.
 
 mod blanks;
+mod chains;
 mod holes;
 mod looks;
 mod members;
@@ -14,6 +16,7 @@ mod write;
 use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName};
 
 pub use self::blanks::{blanks, forget_blanks, forget_blanks_of, forget_named_blanks, note_blank, rooms_with_blanks};
+pub use self::chains::{ChainBounds, OUTSIDE, chain_event, chain_of, forget_chain, keep_chain};
 pub use self::holes::{
     Counts, Hole, Missing, Overflow, close_holes, close_overflow, count_holes, forget_holes, forget_holes_of_before,
     hasten_overflows, holes, missing, next_try, note_holes, put_off_holes, rooms_with_holes,
@@ -81,7 +84,7 @@ pub struct NewEvent {
 pub struct EventRow {
     /// The room.
     pub room_id: OwnedRoomId,
-    /// Its place.
+    /// Its place; [`OUTSIDE`] when it has none.
     pub position: i64,
     /// Its ID.
     pub event_id: OwnedEventId,

@@ -8,6 +8,7 @@ use sqlx::any::AnyRow;
 
 use super::super::rows::{chunks, placeholders};
 use super::EventRow;
+use super::chains::chain_event_now;
 use super::read::{event_row, parsed};
 use crate::store::{Store, StoreError, Tx};
 
@@ -95,15 +96,18 @@ pub async fn redacted_now(
     Ok(found)
 }
 
-/// An event of a room, seen from within a transaction.
+/// An event of a room, in its log or what allows its state, seen from within a transaction.
 pub async fn target(tx: &mut Tx, room_id: &RoomId, event_id: &EventId) -> Result<Option<EventRow>, StoreError> {
     let row =
         sqlx::query("SELECT room_id, position, event_id, json FROM lm_events WHERE event_id = $1 AND room_id = $2")
             .bind(event_id.as_str())
             .bind(room_id.as_str())
-            .fetch_optional(tx)
+            .fetch_optional(&mut *tx)
             .await?;
-    row.as_ref().map(event_row).transpose()
+    match row {
+        Some(row) => event_row(&row).map(Some),
+        None => chain_event_now(tx, room_id, event_id).await,
+    }
 }
 
 fn targets(events: usize) -> String {

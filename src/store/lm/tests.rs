@@ -412,3 +412,36 @@ async fn member_events_come_one_by_one_in_the_order_of_the_log() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn what_allows_state_is_kept_outside_of_the_log_within_bounds() {
+    both_stores(|store| async move {
+        add_room(&store).await;
+        write(&store, vec![event(0, Some(("m.room.create", "")))]).await.unwrap();
+        let room_id = room_id!("!room:hub.example");
+        let keep = async |names: &[&str], bounds: ChainBounds| -> bool {
+            let events: Vec<_> = names.iter().map(|name| (id(name), name.as_bytes().to_vec())).collect();
+            let job = store.write(move |tx| Box::pin(async move { keep_chain(tx, room_id, &events, bounds).await }));
+            job.await.unwrap()
+        };
+        let kept = async || -> Vec<(i64, String)> {
+            let mut rows = chain_of(&store, room_id).await.unwrap();
+            rows.sort_by(|one, other| one.event_id.cmp(&other.event_id));
+            rows.into_iter().map(|row| (row.position, row.event_id.to_string())).collect()
+        };
+        let wide = ChainBounds { events: 100, bytes: 100 };
+        // What is in the log is not kept twice, nor what is kept already.
+        assert!(keep(&["event0", "a", "b"], wide).await);
+        assert!(keep(&["b"], wide).await);
+        assert_eq!(kept().await, [(OUTSIDE, "$a".to_owned()), (OUTSIDE, "$b".to_owned())]);
+        assert!(!keep(&["c"], ChainBounds { events: 2, ..wide }).await);
+        assert!(!keep(&["c"], ChainBounds { bytes: 2, ..wide }).await);
+        assert!(keep(&["c"], ChainBounds { events: 3, bytes: 3 }).await);
+        assert_eq!(kept().await.len(), 3);
+        assert_eq!(chain_event(&store, &id("c")).await.unwrap().unwrap().json, b"c");
+        assert_eq!(chain_event(&store, &id("event0")).await.unwrap(), None);
+        store.write(move |tx| Box::pin(async move { forget_chain(tx, room_id).await })).await.unwrap();
+        assert!(kept().await.is_empty());
+    })
+    .await;
+}
