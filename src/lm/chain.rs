@@ -128,7 +128,7 @@ pub(super) fn ancestors_first(mut events: Vec<EventRow>, state: &BTreeSet<OwnedE
         events.iter().enumerate().map(|(place, event)| (&*event.event_id, place)).collect();
     let slot = |links: &Links| Some((links.kind.clone(), links.state_key.clone()?));
     let mut slots: BTreeMap<(String, String), Vec<usize>> = BTreeMap::new();
-    for (place, event) in events.iter().enumerate().filter(|(_, event)| !state.contains(&event.event_id)) {
+    for (place, _) in events.iter().enumerate().filter(|(_, event)| !state.contains(&event.event_id)) {
         if let Some(slot) = links.get(place).and_then(Option::as_ref).and_then(slot) {
             slots.entry(slot).or_default().push(place);
         }
