@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use isthmus::bridge::Bridge;
-use isthmus::clock::{Clock as _, ManualClock};
+use isthmus::clock::ManualClock;
 use isthmus::dag::Dag;
 use isthmus::event::{Lpdu, Object, sign_object};
 use isthmus::federation::Context;
@@ -85,38 +85,20 @@ pub struct House {
     pub lm: Lm,
     pub dag: Dag,
     pub bridge: Bridge,
-    directory: Arc<tempfile::TempDir>,
+    _directory: tempfile::TempDir,
 }
 
 impl House {
     pub async fn open(servers: &Servers) -> Self {
-        Self::over(servers, Arc::new(tempfile::tempdir().unwrap()), NOW).await
-    }
-
-    /// The same as after `kill -9`: what is under way ends where it is, and what is not in the store is gone.
-    pub async fn kill(&self, servers: &Servers) -> Self {
-        self.stop().await;
-        Self::over(servers, self.directory.clone(), self.clock.now_ms()).await
-    }
-
-    pub async fn stop(&self) {
-        self.bridge.stop().await;
-        self.context.store.close().await;
-    }
-
-    async fn over(servers: &Servers, directory: Arc<tempfile::TempDir>, now: i64) -> Self {
+        let directory = tempfile::tempdir().unwrap();
         let store = Store::open(&format!("sqlite://{}", directory.path().join("db").display())).await.unwrap();
         let (context, clock) = context(store, &servers.all(), Some(Arc::new(servers.keys())));
-        clock.advance(now - NOW);
         context.keyring.remember_own().await.unwrap();
         let bridge = Bridge::new(context.clone());
         let lm = Lm::new(context.clone(), bridge.between());
         let dag = Dag::new(context.clone(), bridge.between());
-        let loaded = bridge.load(lm.clone(), dag.clone()).await.unwrap();
-        lm.resume().await.unwrap();
-        dag.resume().await.unwrap();
-        bridge.resume(loaded).await.unwrap();
-        Self { context, clock, lm, dag, bridge, directory }
+        bridge.start(lm.clone(), dag.clone()).await.unwrap();
+        Self { context, clock, lm, dag, bridge, _directory: directory }
     }
 
     /// A transaction of the LM server.

@@ -2,8 +2,6 @@
 //! speak, change state, promote, demote, ban and come back, on branches that know nothing of each other and that arrive late; what they do
 //! conflicts, is reset by resolution, and is forbidden as often as not. In the end both rooms are looked at as they are.
 //!
-//! Some have a gateway of their own, which is killed in the middle of what it does and started again.
-//!
 //! All of it is in this process: no sockets, no clock but the test's, keys and times of events by the seed. `ISTHMUS_SEED=N cargo test
 //! --test main bridge::random` runs one seed and says each step; `ISTHMUS_SEEDS=N` runs so many, a thousand when it is not set.
 
@@ -12,7 +10,6 @@ mod house;
 
 use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{FutureExt as _, StreamExt as _, stream};
@@ -34,8 +31,6 @@ use crate::dag::{NOW, VERSIONS};
 
 /// How many seeds run when nobody says otherwise.
 const SEEDS: u64 = 1_000;
-/// How many run each in a gateway of its own that is killed now and then.
-const KILLED: u64 = 24;
 /// How many run at once in each of the gateways that they share.
 const AT_ONCE: usize = 12;
 /// How long one may take.
@@ -45,6 +40,7 @@ const REPAIRS: usize = 12;
 
 #[test]
 fn inv_1_to_inv_5_and_inv_7_hold_in_random_rooms() {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect(name));
     let only = number("ISTHMUS_SEED");
     let seeds: Vec<u64> = match only {
         Some(seed) => vec![seed],
@@ -69,55 +65,30 @@ fn inv_1_to_inv_5_and_inv_7_hold_in_random_rooms() {
     assert!(failed.is_empty(), "of {} seeds these failed: {failed:?}. To run one again: {replay}", seeds.len());
 }
 
-#[tokio::test]
-async fn inv_1_to_inv_5_and_inv_7_hold_in_random_rooms_of_a_gateway_that_is_killed() {
-    let only = number("ISTHMUS_SEED");
-    let seeds: Vec<u64> = only.map_or_else(|| (0..KILLED).collect(), |seed| vec![seed]);
-    let (servers, mut failed) = (Servers::new(), Vec::new());
-    for seed in seeds {
-        let house = Arc::new(House::open(&servers).await);
-        failed.extend(fails(house, &servers, seed, How { aloud: only.is_some(), kills: true }).await);
-    }
-    assert!(failed.is_empty(), "these seeds failed: {failed:?}");
-}
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().expect(name))
-}
-
-/// How a seed is run.
-#[derive(Clone, Copy)]
-struct How {
-    /// Whether each step is said.
-    aloud: bool,
-    /// Whether the gateway, in which then nobody else is, is killed now and then.
-    kills: bool,
-}
-
-/// Runs a seed; gives it when it failed, and says why.
-async fn fails(house: Arc<House>, servers: &Servers, seed: u64, how: How) -> Option<u64> {
-    let running = AssertUnwindSafe(run(house, servers, seed, how)).catch_unwind();
-    let why = match tokio::time::timeout(PATIENCE, running).await {
-        Ok(Ok(Ok(()))) => return None,
-        Ok(Ok(Err(why))) => why,
-        Ok(Err(_)) => "it panicked".to_owned(),
-        Err(_) => "it does not end".to_owned(),
-    };
-    eprintln!("seed {seed}: {why}");
-    Some(seed)
-}
-
 /// Runs seeds in a gateway of their own; gives those that failed.
 async fn share(seeds: Vec<u64>, aloud: bool) -> Vec<u64> {
     if seeds.is_empty() {
         return Vec::new();
     }
     let servers = Servers::new();
-    let house = Arc::new(House::open(&servers).await);
-    let how = How { aloud, kills: false };
-    let runs = stream::iter(seeds).map(|seed| fails(house.clone(), &servers, seed, how));
+    let house = House::open(&servers).await;
+    let runs = stream::iter(seeds).map(|seed| {
+        let (house, servers) = (&house, &servers);
+        async move {
+            let running = AssertUnwindSafe(run(house, servers, seed, aloud)).catch_unwind();
+            let why = match tokio::time::timeout(PATIENCE, running).await {
+                Ok(Ok(Ok(()))) => return None,
+                Ok(Ok(Err(why))) => why,
+                Ok(Err(_)) => "it panicked".to_owned(),
+                Err(_) => "it does not end".to_owned(),
+            };
+            eprintln!("seed {seed}: {why}");
+            Some(seed)
+        }
+    });
     let failed: Vec<u64> = runs.buffer_unordered(AT_ONCE).filter_map(std::future::ready).collect().await;
-    house.stop().await;
+    house.bridge.stop().await;
+    house.context.store.close().await;
     failed
 }
 
@@ -130,12 +101,12 @@ struct Made {
 }
 
 struct Room<'a> {
-    house: Arc<House>,
+    house: &'a House,
     servers: &'a Servers,
-    portal: Arc<Portal>,
+    portal: std::sync::Arc<Portal>,
     version: RoomVersion,
     random: StdRng,
-    how: How,
+    aloud: bool,
     /// a and b of one homeserver, c and d of the other.
     matrix: Vec<OwnedUserId>,
     linear: Vec<OwnedUserId>,
@@ -151,7 +122,7 @@ struct Room<'a> {
     steps: i64,
 }
 
-async fn run(house: Arc<House>, servers: &Servers, seed: u64, how: How) -> Result<(), String> {
+async fn run(house: &House, servers: &Servers, seed: u64, aloud: bool) -> Result<(), String> {
     let mut random = StdRng::seed_from_u64(seed);
     let version = *VERSIONS.choose(&mut random).unwrap();
     let public = Some("public".to_owned());
@@ -168,7 +139,7 @@ async fn run(house: Arc<House>, servers: &Servers, seed: u64, how: How) -> Resul
         portal,
         version,
         random,
-        how,
+        aloud,
         matrix,
         linear,
         views,
@@ -183,11 +154,7 @@ async fn run(house: Arc<House>, servers: &Servers, seed: u64, how: How) -> Resul
     for _ in 0..room.random.gen_range(4..10) {
         room.round().await?;
     }
-    room.end().await?;
-    if how.kills {
-        room.house.stop().await;
-    }
-    Ok(())
+    room.end().await
 }
 
 impl Room<'_> {
@@ -239,7 +206,6 @@ impl Room<'_> {
         // Late is what others made long before.
         let count = self.random.gen_range(0..=self.waiting.len());
         self.deliver(count).await;
-        self.kill_perhaps().await;
         let mut lpdus = Vec::new();
         for _ in 0..self.random.gen_range(0..3) {
             let who = self.linear.choose(&mut self.random).unwrap().clone();
@@ -249,23 +215,14 @@ impl Room<'_> {
         }
         // Many of them the rules forbid.
         drop(self.house.lm_put(self.servers, &lpdus).await);
-        self.kill_perhaps().await;
         self.settle().await?;
         if self.random.gen_bool(0.5) {
             self.look().await;
         }
-        let log = log_ids(&self.house, &self.portal).await;
+        let log = log_ids(self.house, &self.portal).await;
         same_positions(&self.log, &log)?;
         self.log = log;
         Ok(())
-    }
-
-    /// Kills the gateway in the middle of what it does, and starts it again.
-    async fn kill_perhaps(&mut self) {
-        if self.how.kills && self.random.gen_bool(0.3) {
-            self.tell(&"killed");
-            self.house = Arc::new(self.house.kill(self.servers).await);
-        }
     }
 
     /// Somebody on Matrix does something, on what they have seen.
@@ -420,12 +377,12 @@ impl Room<'_> {
             let reason = portal.and_then(|portal| portal.reason.clone());
             return Err(format!("INV-4: {left} are not in step after {REPAIRS} repairs: {reason:?}"));
         }
-        same_positions(&self.log, &log_ids(&self.house, &self.portal).await)?;
-        holds::all(&self.house, &self.portal, &self.matrix, &self.linear).await
+        same_positions(&self.log, &log_ids(self.house, &self.portal).await)?;
+        holds::all(self.house, &self.portal, &self.matrix, &self.linear).await
     }
 
     fn tell(&self, what: &impl std::fmt::Debug) {
-        if self.how.aloud {
+        if self.aloud {
             eprintln!("{what:?}");
         }
     }
