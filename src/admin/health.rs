@@ -555,7 +555,7 @@ mod tests {
         };
         let forgot =
             Overview { faults: lm::Faults { count: 0, rooms: 0, last_ts: None, lost: 1 }, ..Overview::default() };
-        let owed = Owed { count: 2, since: Some(10_000_000 - 14 * 60_000), given_up: 0 };
+        let owed = Owed { count: 2, since: Some(10_000_000 - 130 * 60_000), given_up: 0 };
         let owed = Overview { owed, ..Overview::default() };
         let down = HomeserverStatus { error: Some("502".to_owned()), ..HomeserverStatus::default() };
         let failing = 5;

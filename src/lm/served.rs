@@ -52,6 +52,10 @@ impl Lm {
             return self.outside_event(origin, event_id).await?.ok_or_else(unknown);
         };
         let (cell, room) = self.find(&row.room_id).await?;
+        if room.facts.hub == *origin && !room.facts.shared {
+            // Its log is no secret to the hub, which sees what of it is here, and how.
+            return self.as_read(&room, vec![row]).await?.first().map_or_else(|| Err(unknown()), to_value);
+        }
         let kept = self.kept_until(&room).await?;
         let reach = self.reach(origin, &room).await?.within(kept);
         match row.position <= reach.until && self.gives(origin, (&cell, &room), kept, &row).await? {

@@ -119,55 +119,6 @@ async fn hc_45_a_join_that_a_resolution_takes_back_is_taken_back_in_the_log() {
     .await;
 }
 
-/// Alice bans carol, and dave had taken alice's level before that, of which nobody heard until now. No event says that carol is in again.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hc_45_levels_and_a_ban_that_a_resolution_takes_back_are_taken_back_in_the_log() {
-    in_each_version(async |world, gateway| {
-        let (portal, _) = world.portal_of_two(&gateway).await;
-        let (matrix, lm) = (&portal.matrix_room_id, &portal.lm_room_id);
-        let [alice, dave, carol] = ["alice", "dave", "carol"].map(|name| world.matrix_user(name));
-        world.matrix_join(&gateway, matrix, &carol).await.unwrap();
-        let mut view = world.matrix_join(&gateway, matrix, &dave).await.unwrap();
-        so("all in both", || gateway.in_step(&portal)).await;
-        for (user, level) in [(&alice, 60), (&dave, 100)] {
-            gateway.bridge.set_power(&portal.portal_id, user, level).await.unwrap();
-        }
-        so("their power everywhere", || gateway.in_step(&portal)).await;
-        world.refresh(&gateway, &mut view).await;
-        let fork = view.clone();
-        let ban = json!({ "membership": "ban" });
-        world.matrix_send(&gateway, &mut view, &alice, "m.room.member", Some(carol.as_str()), ban).await;
-        in_log(&gateway, lm, &ghost(Side::Matrix, "carol"), "ban").await;
-        let join = gateway.dag.state_event(matrix, "m.room.member", carol.as_str()).await.unwrap().unwrap();
-        assert_eq!(join.content["membership"], "ban");
-
-        // Dave took alice's level before that.
-        let mut fork = fork;
-        let demoted = levels_with(&gateway, matrix, alice.as_str(), 0).await;
-        let levels = world.matrix_send(&gateway, &mut fork, &dave, LEVELS, Some(""), demoted).await;
-        assert_eq!(gateway.matrix_member(matrix, carol.as_str()).await.unwrap()["membership"], "join");
-        in_log(&gateway, lm, &ghost(Side::Matrix, "carol"), "join").await;
-        so("both states in step", || gateway.in_step(&portal)).await;
-        let log = gateway.node.lm.state(lm).await.unwrap();
-        let of_alice =
-            log.get(LEVELS, "").unwrap().content()["users"].get(ghost(Side::Matrix, "alice").as_str()).cloned();
-        assert!(of_alice.is_none_or(|level| level == 0));
-        so("the levels' own image", || async {
-            gateway.bridge.explain(&levels).await.unwrap().is_some_and(|found| found.status == "crossed")
-        })
-        .await;
-        let back = log.get("m.room.member", &ghost(Side::Matrix, "carol")).unwrap();
-        let join = gateway.dag.state_event(matrix, "m.room.member", carol.as_str()).await.unwrap().unwrap();
-        is_explained(&gateway, &back.event_id, Some(&join.event_id)).await;
-        // And she is heard again.
-        world.refresh(&gateway, &mut fork).await;
-        world.matrix_say(&gateway, &mut fork, &carol, "back again").await;
-        let heard = (ghost(Side::Matrix, "carol"), "back again".to_owned());
-        so("carol to be heard", || async { gateway.node.bodies(lm).await.contains(&heard) }).await;
-    })
-    .await;
-}
-
 /// A repair says that it is one, and from which event of the room across it follows.
 async fn is_explained(gateway: &Gateway, repair: &OwnedEventId, of: Option<&OwnedEventId>) {
     let found = gateway.bridge.explain(repair).await.unwrap().unwrap();

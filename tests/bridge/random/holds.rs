@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use isthmus::bridge::Portal;
-use isthmus::event::RoomVersion;
+use isthmus::event::{RoomVersion, content_hash};
 use isthmus::identity::Side;
 use isthmus::lm::{Appended, Position};
 use isthmus::seam::{LogOrigin, NewLog};
@@ -211,8 +211,11 @@ fn brings_in(image: &Value) -> Result<bool, String> {
         return Ok(false);
     }
     let is_own_join = image["content"]["membership"] == "join" && image["state_key"] == image["sender"];
+    // What was redacted since says it no more.
+    let is_whole = image.as_object().is_some_and(|image| content_hash(image) == image["hashes"]["sha256"]);
     match is_own_join {
         true => Ok(true),
+        false if !is_whole => Ok(false),
         false => Err(format!("INV-2: {image} is an image, and does not say of what")),
     }
 }
