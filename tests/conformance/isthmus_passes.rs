@@ -88,7 +88,7 @@ async fn isthmus_passes_as_the_hub_of_a_shared_room_but_for_what_graph_servers_n
 async fn isthmus_passes_as_the_hub_of_a_log_that_it_took_over() {
     let (world, nodes, socket) = targets(["old.example", "hub.example"]).await;
     let on = || crate::lm::hub_transfer::on();
-    let (_world, [old, node]) = world.as_they_hand_over(nodes, [("old.example", on()), ("hub.example", on())]).await;
+    let (_world, [old, node]) = world.handing_over_among(nodes, [("old.example", on()), ("hub.example", on())]).await;
     let users = json!({ old.user("bot"): 100, node.user("bot"): 100, format!("@conformance:{SUITE}"): 100 });
     let room = old.create_room_with("public", json!({ "users": users })).await;
     node.join(&room, "bot", &old).await;

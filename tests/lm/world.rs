@@ -86,11 +86,11 @@ impl World {
     /// The same, where logs change hands as these settings of `[hub_transfer]` have it.
     pub async fn handing_over<const N: usize>(servers: [(&str, Value); N]) -> (Self, [Node; N]) {
         let (world, nodes) = Self::new(servers.each_ref().map(|(name, _)| *name)).await;
-        world.as_they_hand_over(nodes, servers).await
+        world.handing_over_among(nodes, servers).await
     }
 
     /// Starts these servers again, with these settings of `[hub_transfer]`.
-    pub async fn as_they_hand_over<const N: usize>(
+    pub async fn handing_over_among<const N: usize>(
         mut self,
         nodes: [Node; N],
         servers: [(&str, Value); N],

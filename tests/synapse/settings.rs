@@ -174,13 +174,13 @@ fn whom_a_rooms_list_denies_is_not_heard_behind_a_ghost() {
 fn a_user_of_a_synapse_knocks_and_an_lm_user_lets_them_in() {
     on_both(async |world| {
         let (bob, lm_room) = world.lm_room("lodge");
-        let alice = world.user(world.a, "alice-lodge", "Alice").await;
+        let alice = world.user(world.a, "alice-manor", "Alice").await;
         let room = alice.join(&world.alias("lodge", &world.a.server_name), &[]).await.unwrap();
         alice.wait_for_member(&room, &world.image_of(&bob), "join").await.unwrap();
         world.hub.send(&bob, &lm_room, "m.room.join_rules", Some(""), json!({ "join_rule": "knock" })).unwrap();
         alice.wait_for_state(&room, "m.room.join_rules", "", |content| content["join_rule"] == "knock").await.unwrap();
 
-        let carol = world.user(world.b, &world.name("carol-lodge"), "Carol").await;
+        let carol = world.user(world.b, &world.name("carol-manor"), "Carol").await;
         let ghost: OwnedUserId = world.ghost_of(&carol.user_id).try_into().unwrap();
         assert!(carol.join(&room, &[&world.gateway.server_name]).await.is_err());
         let path =
