@@ -27,7 +27,7 @@ use crate::lm::world::{Meddling, meddle};
 
 /// How long anything may take before a test gives up. More than the 30 s for which a server is not asked for its keys again
 /// that was killed while it was.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 /// The LM server and the Matrix homeserver.
 pub const LM: &str = "lm.example";
 pub const MATRIX: &str = "matrix.example";
