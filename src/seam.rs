@@ -15,8 +15,8 @@ use ruma::{OwnedEventId, OwnedRoomId, OwnedServerName, OwnedUserId, RoomId, Serv
 pub use self::both::{Graphs, JoinShared, LogBatch, LogOrigin, Logs, NewLog, NewShared, Next, NextEvent, SHARED};
 pub use self::devices::{Device, Devices, NoDevices, SharedDevices};
 pub use self::effect::{Effects, EffectsOf, EventEffect, write_effects, write_effects_until_one_fails};
-pub use self::errands::{Errands, LONGEST_PAUSE_MS, Runner, again};
-pub use self::owed::{Leaver, OwedLeave, OwedLeaves};
+pub use self::errands::{Errands, Runner, again};
+pub use self::owed::{LONGEST_OWED_MS, Leaver, OwedLeave, OwedLeaves};
 use crate::event::{Edu, Object};
 use crate::identity::Side;
 use crate::refusal::Refusal;

@@ -22,7 +22,7 @@ const LONGEST: Longest = Longest {
     ghosts_leave: bridge::GHOSTS_STAY_MS,
     unused: bridge::UNUSED_MS,
     invitations: bridge::PENDING_MS,
-    owed: seam::LONGEST_PAUSE_MS,
+    owed: seam::LONGEST_OWED_MS,
 };
 /// After how many days the keys of a server are forgotten with which no room is shared any more. What it signed and is in a
 /// room here was checked long ago; when it says something again its keys are fetched again.

@@ -52,8 +52,8 @@ impl Lm {
             return self.outside_event(origin, event_id).await?.ok_or_else(unknown);
         };
         let (cell, room) = self.find(&row.room_id).await?;
-        if room.facts.hub == *origin && !room.facts.shared {
-            // Its log is no secret to the hub, which sees what of it is here, and how.
+        if room.facts.hub == *origin && !room.facts.shared && room.state_event(HUB_EVENT, "").is_none() {
+            // Its log is no secret to who has always kept it, and sees what of it is here, and how.
             return self.as_read(&room, vec![row]).await?.first().map_or_else(|| Err(unknown()), to_value);
         }
         let kept = self.kept_until(&room).await?;

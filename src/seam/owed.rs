@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use futures::future::join_all;
 use ruma::{RoomId, ServerName, UserId};
 
-use super::errands::{Errands, Runner, again};
+use super::errands::{Errands, LONGEST_PAUSE_MS, Runner, again};
 use crate::clock::SharedClock;
 use crate::event::RoomVersion;
 use crate::identity::Side;
@@ -26,6 +26,9 @@ const AT_ONCE: i64 = 32;
 /// How long who could not be told of a join may try again: longer than anybody here waits between two tries. By then a server that was
 /// slow to take it has done so, and is believed when it says that there is nobody to leave.
 const ANOTHER_TRY: Duration = Duration::from_secs(90 * 60);
+const ANOTHER_TRY_MS: i64 = 90 * 60 * 1000;
+/// How long a leave is put off at most, in milliseconds.
+pub const LONGEST_OWED_MS: i64 = if ANOTHER_TRY_MS > LONGEST_PAUSE_MS { ANOTHER_TRY_MS } else { LONGEST_PAUSE_MS };
 /// How long a leave waits for a join into the same room that is under way.
 const JOINING: Duration = Duration::from_secs(5);
 
@@ -248,5 +251,18 @@ impl<L: Leaver> Leaving<L> {
             .store
             .write(move |tx| Box::pin(async move { stored::put_off_leave(tx, &leave, tries, (now, next)).await }));
         write.await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is put off for longer is taken for what a clock has done that was set back, and is done at once after a start.
+    #[test]
+    fn a_leave_is_put_off_no_longer_than_is_said() {
+        assert_eq!(ANOTHER_TRY.as_millis(), u128::try_from(ANOTHER_TRY_MS).unwrap());
+        assert!(ANOTHER_TRY.as_millis() <= u128::try_from(LONGEST_OWED_MS).unwrap());
+        assert!(again(0, i64::MAX, 0).unwrap().as_millis() <= u128::try_from(LONGEST_OWED_MS).unwrap());
     }
 }

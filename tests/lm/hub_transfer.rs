@@ -121,6 +121,28 @@ pub(super) fn transfers(log: &[Appended]) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_takes_a_log_over_reads_no_more_of_it_than_before() {
+    let (_world, [a, b, c]) = three().await;
+    let room = a.create_room_with("public", json!({ "users": { a.user("bot"): 100, b.user("bob"): 100 } })).await;
+    c.join(&room, "carol", &a).await;
+    let joined = json!({ "history_visibility": "joined" });
+    a.send(&room, draft(&a.user("bot"), "m.room.history_visibility", Some(""), joined)).await.unwrap();
+    a.say(&room, "bot", "not for bob").await;
+    c.wait_for_body(&room, "not for bob").await;
+    let hidden = a.log(&room).await.pop().unwrap().event.event_id.clone();
+    b.join(&room, "bob", &a).await;
+    let asked = async |of: &Node| of.lm.get_event(&b.name, &hidden).await.map(|event| event["content"].clone()).ok();
+    assert_eq!((asked(&a).await, asked(&c).await), (Some(json!({})), None));
+    // Who has always kept the log sees what of it is elsewhere.
+    assert_eq!(c.lm.get_event(&a.name, &hidden).await.unwrap()["content"]["body"], "not for bob");
+    hand_over(&a, &room, "bot", &b).await.unwrap();
+    for node in [&b, &c] {
+        wait_for_hub(node, &room, &b).await;
+    }
+    assert_eq!((asked(&a).await, asked(&c).await), (Some(json!({})), None));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_is_handed_over_and_back_and_everybody_goes_on() {
     let (world, [a, b, c]) = three().await;
     let room = room_of(&a, &b, &c).await;
