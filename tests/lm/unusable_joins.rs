@@ -202,11 +202,8 @@ async fn who_tries_again_comes_in_and_does_not_leave() {
     assert!(log.iter().all(|event| event.event.content().get("membership") != Some(&json!("leave"))));
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leave_that_is_owed_is_tried_again_after_a_restart() {
-    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
-    part.lm.hasten_looks(HASTE);
-    let (room, alice) = (hub.create_room("public").await, part.user("alice"));
+/// Has a hub answer so to the joins that it takes, and give no template of a leave; counts how often it was asked for one.
+fn lets_nobody_out(hub: &Node, answer: fn(StatusCode) -> Response) -> Arc<AtomicUsize> {
     let tries = Arc::new(AtomicUsize::new(0));
     let kept = tries.clone();
     hub.meddle(move |request, next| {
@@ -218,12 +215,18 @@ async fn a_leave_that_is_owed_is_tried_again_after_a_restart() {
                 return error(StatusCode::SERVICE_UNAVAILABLE, "M_UNKNOWN");
             }
             let response = next.run(request).await;
-            match path.contains("/send_join/") {
-                true => error(StatusCode::GATEWAY_TIMEOUT, "M_UNKNOWN"),
-                false => response,
-            }
+            if path.contains("/send_join/") { answer(response.status()) } else { response }
         }
     });
+    tries
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leave_that_is_owed_is_tried_again_after_a_restart() {
+    let (world, [hub, part]) = World::new(["hub.example", "part.example"]).await;
+    part.lm.hasten_looks(HASTE);
+    let (room, alice) = (hub.create_room("public").await, part.user("alice"));
+    let tries = lets_nobody_out(&hub, |_| error(StatusCode::GATEWAY_TIMEOUT, "M_UNKNOWN"));
     let refused = part.lm.join(&room, &alice, std::slice::from_ref(&hub.name), Object::new()).await;
     assert!(refused.is_err());
     for _ in 0..1_000 {
@@ -312,23 +315,7 @@ async fn a_leave_that_is_owed_follows_the_log_to_another_hub() {
     c.lm.hasten_looks(HASTE);
     let room = a.create_room_with("public", json!({ "users": { a.user("bot"): 100, b.user("bob"): 100 } })).await;
     b.join(&room, "bob", &a).await;
-    let tries = Arc::new(AtomicUsize::new(0));
-    let kept = tries.clone();
-    a.meddle(move |request, next| {
-        let tries = kept.clone();
-        async move {
-            let path = request.uri().path().to_owned();
-            if path.contains("/make_leave/") {
-                tries.fetch_add(1, Ordering::SeqCst);
-                return error(StatusCode::SERVICE_UNAVAILABLE, "M_UNKNOWN");
-            }
-            let response = next.run(request).await;
-            match path.contains("/send_join/") {
-                true => respond(response.status(), json!({})),
-                false => response,
-            }
-        }
-    });
+    lets_nobody_out(&a, |status| respond(status, json!({})));
     let carol = c.user("carol");
     c.lm.join(&room, &carol, std::slice::from_ref(&a.name), Object::new()).await.map(drop).unwrap_err();
     // Whatever `c` says, which does not know the room.
